@@ -1,0 +1,52 @@
+"""losparse: any transformer as W ≈ U V + S, smaller on disk and in memory.
+
+    import losparse_cli
+    result = losparse_cli.compress("user/model", recipe=losparse_cli.Recipe(rank=8, sparsity=0.9))
+    model, tokenizer = losparse_cli.load(result.output)
+
+Names are imported when first used, so that `import losparse_cli` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "compress": ".compress",
+    "Recipe": ".budget.recipe",
+    "export": ".export",
+    "inspect": ".inspection",
+    "load": ".load",
+    "push": ".push",
+    "register": ".load",
+    "verify": ".verify",
+    "LosparseError": ".errors",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+if TYPE_CHECKING:
+    from .budget.recipe import Recipe
+    from .compress import compress
+    from .errors import LosparseError
+    from .export import export
+    from .inspection import inspect
+    from .load import load, register
+    from .push import push
+    from .verify import verify
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # A module of the same name (compress, export, ...) is bound on import; the function replaces it here.
+    value = getattr(import_module(_HOMES[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

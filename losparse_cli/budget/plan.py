@@ -1,0 +1,203 @@
+"""Plan: layer -> rank, nnz, pattern and bounds on its bytes, fixed before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..errors import UsageError
+from ..shim.layouts import bound_index_bytes, candidates, expected_index_bytes, n_of_m
+from .recipe import DEFAULT_KEEP, Recipe
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer that can be compressed: module name in memory, its weight's tensor on disk.
+
+    shape: (out_features, in_features). itemsize: bytes of one stored weight. transposed: the tensor lies
+    on disk as (in, out). disk_module: what its tensors are called on disk, without `.weight`.
+    """
+
+    name: str
+    tensor: str
+    disk_module: str
+    shape: tuple[int, int]
+    itemsize: int
+    transposed: bool = False
+
+    @property
+    def dense_bytes(self) -> int:
+        return self.shape[0] * self.shape[1] * self.itemsize
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one layer gets. bound_bytes is never exceeded; expected_bytes assumes an even spread of S."""
+
+    layer: Layer
+    rank: int
+    nnz: int
+    pattern: str
+    scope: str
+    iterations: int
+    bound_bytes: int
+    expected_bytes: int
+
+    @property
+    def parameters(self) -> int:
+        """r(m + n) + nnz."""
+        return self.rank * sum(self.layer.shape) + self.nnz
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All targeted layers, and why every other linear layer stays dense."""
+
+    layers: tuple[LayerPlan, ...]
+    skipped: dict[str, str]
+
+    @property
+    def dense_bytes(self) -> int:
+        return sum(p.layer.dense_bytes for p in self.layers)
+
+    @property
+    def expected_bytes(self) -> int:
+        return sum(p.expected_bytes for p in self.layers)
+
+    @property
+    def bound_bytes(self) -> int:
+        return sum(p.bound_bytes for p in self.layers)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Most memory that solving one layer takes: measured at up to 34 bytes an entry."""
+        entries = max((p.layer.shape[0] * p.layer.shape[1] for p in self.layers), default=0)
+        return 34 * entries
+
+
+def make_plan(layers: Iterable[Layer], skipped: dict[str, str], recipe: Recipe) -> Plan:
+    """Rank and nnz of each layer by `recipe`; layers that would not shrink go to `skipped`.
+
+    UsageError if nothing is left to compress, saying why.
+    """
+    plans: list[LayerPlan] = []
+    skipped = dict(skipped)
+    too_small: list[str] = []
+    for layer in layers:
+        request = recipe.for_layer(layer.name)
+        m, n = layer.shape
+        if request.rank is not None and request.rank * (m + n) >= m * n:
+            skipped[layer.name] = f"rank {request.rank} factors are no smaller than the {m} x {n} matrix"
+            too_small.append(layer.name)
+            continue
+        plan = plan_layer(layer, request)
+        if plan.bound_bytes >= layer.dense_bytes:
+            skipped[layer.name] = f"would not shrink: {plan.bound_bytes:,} of {layer.dense_bytes:,} bytes"
+            too_small.append(layer.name)
+        else:
+            plans.append(plan)
+    if not plans:
+        if too_small:
+            name = too_small[-1]
+            raise UsageError(
+                f"No layer would shrink; {name}, for example: {skipped[name]}. "
+                "Lower --rank, raise --sparsity, or lower --keep."
+            )
+        raise UsageError(
+            "No layer of this model can be compressed. `losparse inspect` on the model lists the reason for each layer."
+        )
+    return Plan(tuple(plans), skipped)
+
+
+def plan_layer(layer: Layer, recipe: Recipe) -> LayerPlan:
+    """Rank and nnz of one layer. UsageError if the budget cannot hold the factors asked for."""
+    rank, nnz = _rank_and_nnz(layer.shape, layer.itemsize, recipe)
+    if rank is None:
+        raise UsageError(
+            f"{layer.name} ({layer.shape[0]} x {layer.shape[1]}) does not fit the budget: its factors alone are "
+            "larger. Lower --rank, or raise --keep or --keep-parameters."
+        )
+    return LayerPlan(
+        layer,
+        rank,
+        nnz,
+        recipe.pattern,
+        recipe.threshold_scope,
+        recipe.iterations,
+        bound_bytes=int(_bytes(layer.shape, layer.itemsize, rank, nnz, recipe.pattern, bound=True)),
+        expected_bytes=round(_bytes(layer.shape, layer.itemsize, rank, nnz, recipe.pattern, bound=False)),
+    )
+
+
+def count_nnz(shape: tuple[int, int], density: float, pattern: str, scope: str) -> int:
+    """Entries of S at `density`, a number that the pattern can keep exactly.
+
+    Whole neurons for `rows` and `columns`, a whole number a row for scope `row`, always N/M for `N:M`.
+    """
+    m, n = shape
+    density = min(1.0, max(0.0, density))
+    if pattern == "rows":
+        return round(density * m) * n
+    if pattern == "columns":
+        return round(density * n) * m
+    if ":" in pattern:
+        keep, group = n_of_m(pattern)
+        return m * (n // group * keep + min(keep, n % group))
+    return round(density * n) * m if scope == "row" else round(density * m * n)
+
+
+@lru_cache(maxsize=4096)
+def _rank_and_nnz(shape: tuple[int, int], itemsize: int, recipe: Recipe) -> tuple[int | None, int]:
+    m, n = shape
+    ratio = recipe.rank_ratio or 0.0
+    pattern, scope = recipe.pattern, recipe.threshold_scope
+
+    def rank_for(nnz: int) -> int:
+        if recipe.rank is not None:
+            return recipe.rank
+        # κ = r(m+n) / (r(m+n) + nnz), solved for r.
+        return min(min(m, n), round(ratio / (1 - ratio) * nnz / (m + n))) if ratio < 1 else 0
+
+    fixed_pattern = ":" in pattern
+    if recipe.sparsity is not None or (fixed_pattern and recipe.keep is None and recipe.keep_parameters is None):
+        nnz = count_nnz(shape, 1 - (recipe.sparsity or 0.0), pattern, scope)
+        return rank_for(nnz), nnz
+    if recipe.keep_parameters is not None:
+
+        def cost(rank: int, nnz: int) -> float:
+            return rank * (m + n) + nnz
+
+        budget = recipe.keep_parameters * m * n
+    else:
+
+        def cost(rank: int, nnz: int) -> float:
+            return _bytes(shape, itemsize, rank, nnz, pattern, bound=False)
+
+        budget = (DEFAULT_KEEP if recipe.keep is None else recipe.keep) * m * n * itemsize
+
+    if fixed_pattern or ratio == 1:
+        # S is settled, and the rank takes what is left.
+        nnz = count_nnz(shape, 1.0, pattern, scope) if fixed_pattern else 0
+        rank = int((budget - cost(0, nnz)) / (cost(1, nnz) - cost(0, nnz)))
+        return (min(rank, min(m, n)), nnz) if rank >= 0 else (None, 0)
+    # The largest density whose cost stays within the budget; bisection, since the cost only grows.
+    if cost(rank_for(0), 0) > budget:
+        return None, 0
+    low, high = 0.0, 1.0
+    for _ in range(48):
+        middle = (low + high) / 2
+        nnz = count_nnz(shape, middle, pattern, scope)
+        if cost(rank_for(nnz), nnz) <= budget:
+            low = middle
+        else:
+            high = middle
+    nnz = count_nnz(shape, low, pattern, scope)
+    return rank_for(nnz), nnz
+
+
+def _bytes(shape: tuple[int, int], itemsize: int, rank: int, nnz: int, pattern: str, *, bound: bool) -> float:
+    """Bytes of U, V and S in the smallest layout: at most, or on average."""
+    measure = bound_index_bytes if bound else expected_index_bytes
+    index = min(measure(layout, pattern, shape, nnz) for layout in candidates(pattern, shape, nnz))
+    return (rank * sum(shape) + nnz) * itemsize + index

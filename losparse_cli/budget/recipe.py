@@ -1,0 +1,192 @@
+"""Recipe: the request, from flags and from a YAML file, resolved for every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from ..errors import RecipeError, UsageError
+
+RANK_CHOICES = ("rank", "rank_ratio")
+SIZE_CHOICES = ("sparsity", "keep", "keep_parameters")
+PER_LAYER = (*RANK_CHOICES, *SIZE_CHOICES, "pattern", "threshold_scope", "iterations")
+WHOLE_RUN = ("targets", "ignore", "exact_svd", "seed")
+
+DEFAULT_KEEP = 0.75
+DEFAULT_ITERATIONS = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to do with every targeted layer; `overrides` holds glob -> fields for some of them.
+
+    At most one of rank (columns of U) and rank_ratio (share of the kept parameters in U and V), and at
+    most one of sparsity (share of S that is zero), keep (stored bytes over dense bytes) and
+    keep_parameters ((r(m+n) + nnz) / mn). UsageError on contradictions and values out of range.
+    """
+
+    rank: int | None = None
+    rank_ratio: float | None = None
+    sparsity: float | None = None
+    keep: float | None = None
+    keep_parameters: float | None = None
+    pattern: str = "unstructured"
+    threshold_scope: str = "matrix"
+    iterations: int = DEFAULT_ITERATIONS
+    exact_svd: bool = False
+    seed: int = 0
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    overrides: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        _at_most_one(self, RANK_CHOICES)
+        _at_most_one(self, SIZE_CHOICES)
+        if self.rank is not None and (not _is_int(self.rank) or self.rank < 0):
+            raise UsageError(f"--rank must be a whole number >= 0, not {self.rank!r}; 8 is a usual choice.")
+        for name in ("rank_ratio", *SIZE_CHOICES):
+            value = getattr(self, name)
+            if value is not None and (not _is_number(value) or not 0 <= value <= 1):
+                raise UsageError(f"{_flag(name)} is a share between 0 and 1, not {value!r}.")
+        if self.rank_ratio == 1 and self.sparsity not in (None, 1):
+            raise UsageError(
+                "--rank-ratio 1 leaves no parameters for S, but --sparsity asks for some: lower one of them."
+            )
+        if self.threshold_scope not in ("row", "matrix"):
+            raise UsageError(f"--threshold-scope is row or matrix, not {self.threshold_scope!r}.")
+        if not _is_int(self.iterations) or self.iterations < 1:
+            raise UsageError(f"--iterations must be a whole number >= 1, not {self.iterations!r}.")
+        if not _is_int(self.seed):
+            raise UsageError(f"--seed must be a whole number, not {self.seed!r}.")
+        _check_pattern(self)
+
+    def for_layer(self, name: str) -> Recipe:
+        """This recipe with the overrides whose glob matches the module `name`; later ones win."""
+        recipe = self
+        for glob, fields in self.overrides:
+            if fnmatchcase(name, glob):
+                recipe = _override(recipe, dict(fields))
+        return recipe
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, complete: defaults included."""
+        fields = asdict(self)
+        fields["overrides"] = {glob: dict(values) for glob, values in self.overrides}
+        fields["targets"], fields["ignore"] = list(self.targets), list(self.ignore)
+        return fields
+
+
+def make_recipe(flags: Mapping[str, Any], file: Path | None = None) -> Recipe:
+    """The recipe of a YAML file (optional) under command-line flags; flags that are None were not given.
+
+    A flag wins over the file everywhere, also over the file's per-glob overrides. RecipeError names the
+    file and the entry at fault.
+    """
+    given = {name: value for name, value in flags.items() if value is not None and value != ()}
+    if file is None:
+        return Recipe(**given)
+    settings, overrides = _read_file(file)
+    try:
+        base = _override(Recipe(), {k: tuple(v) if k in ("targets", "ignore") else v for k, v in settings.items()})
+        merged = _override(base, given)
+        kept = []
+        for glob, fields in overrides.items():
+            fields = {k: v for k, v in fields.items() if not _superseded(k, given)}
+            if fields:
+                _override(merged, fields)  # a contradiction is reported here, with the file's name
+                kept.append((glob, tuple(sorted(fields.items()))))
+        return replace(merged, overrides=tuple(kept))
+    except RecipeError:
+        raise
+    except UsageError as error:
+        raise RecipeError(f"{file}: {error}") from error
+
+
+def _read_file(file: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"Cannot read the recipe {file}: {error.strerror}. Check the path after --recipe.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        raise RecipeError(f"The recipe {file} is not valid YAML{line}: correct it, or use flags instead.") from error
+    content = content or {}
+    if not isinstance(content, dict):
+        raise RecipeError(f"The recipe {file} must be a mapping such as 'rank: 8', not {type(content).__name__}.")
+    overrides = content.pop("layers", None) or {}
+    known = (*PER_LAYER, *WHOLE_RUN)
+    _only_known(file, content, known, "")
+    for name in ("targets", "ignore"):
+        if isinstance(content.get(name), str):
+            content[name] = [content[name]]
+    if not isinstance(overrides, dict) or not all(isinstance(fields, dict) for fields in overrides.values()):
+        raise RecipeError(f"'layers' in {file} must map each glob to its settings, as in '*.mlp.*: {{rank: 16}}'.")
+    for glob, fields in overrides.items():
+        _only_known(file, fields, PER_LAYER, f" under layers: {glob}")
+    return content, {str(glob): fields for glob, fields in overrides.items()}
+
+
+def _only_known(file: Path, fields: Mapping[Any, Any], known: tuple[str, ...], where: str) -> None:
+    for name in fields:
+        if name not in known:
+            raise RecipeError(f"{file} has the unknown setting {name!r}{where}; known are {', '.join(known)}.")
+
+
+def _override(recipe: Recipe, fields: Mapping[str, Any]) -> Recipe:
+    """`recipe` with `fields` set; a setting replaces the others of its group."""
+    changes = dict(fields)
+    for group in (RANK_CHOICES, SIZE_CHOICES):
+        if any(name in fields for name in group):
+            changes |= {name: fields.get(name) for name in group}
+    if ":" in str(fields.get("pattern", "")) and not any(name in fields for name in SIZE_CHOICES):
+        changes["sparsity"] = None  # N:M fixes the density by itself
+    return replace(recipe, **changes)
+
+
+def _superseded(name: str, given: Mapping[str, Any]) -> bool:
+    groups = [group for group in (RANK_CHOICES, SIZE_CHOICES) if name in group] or [(name,)]
+    return any(other in given for other in groups[0])
+
+
+def _check_pattern(recipe: Recipe) -> None:
+    keep, colon, group = str(recipe.pattern).partition(":")
+    if not colon:
+        if recipe.pattern not in ("unstructured", "rows", "columns"):
+            raise UsageError(f"--pattern is unstructured, rows, columns or N:M such as 2:4, not {recipe.pattern!r}.")
+        return
+    if not (keep.isdecimal() and group.isdecimal() and 0 < int(keep) < int(group) <= 16):
+        raise UsageError(f"--pattern N:M keeps N non-zeros in every M with N < M <= 16, not {recipe.pattern!r}.")
+    sparsity = 1 - int(keep) / int(group)
+    if recipe.sparsity is not None and abs(recipe.sparsity - sparsity) > 1e-9:
+        raise UsageError(
+            f"--pattern {recipe.pattern} has sparsity {sparsity:g} by itself; leave out --sparsity {recipe.sparsity:g}."
+        )
+    if recipe.rank is not None and (recipe.keep is not None or recipe.keep_parameters is not None):
+        raise UsageError(
+            f"--pattern {recipe.pattern} fixes S and --rank fixes U and V: nothing is left for "
+            "--keep or --keep-parameters to decide. Leave one of them out."
+        )
+
+
+def _at_most_one(recipe: Recipe, names: tuple[str, ...]) -> None:
+    given = [_flag(name) for name in names if getattr(recipe, name) is not None]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} contradict each other: give one of them.")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

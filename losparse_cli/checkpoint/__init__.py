@@ -1,0 +1,1 @@
+"""Files: found, checked, read, written, journalled; no models."""

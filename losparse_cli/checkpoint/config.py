@@ -1,0 +1,118 @@
+"""config.json of a compressed checkpoint, and the loader shim that lies beside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, FormatVersionError, UsageError
+from ..shim.layouts import FORMAT_VERSION, LayerSpec
+from .reader import FLOATING, TORCH_DTYPES, TensorEntry
+from .source import Checkpoint
+from .writer import write_json
+
+SHIM = ("layouts", "linear", "quantizer")
+AUTO_CONFIG = "losparse_quantizer.LosparseConfig"
+
+
+def write_config(
+    destination: Path, config: Mapping[str, Any], specs: Mapping[str, LayerSpec], skipped: Mapping[str, str]
+) -> bool:
+    """Write config.json and the shim; True if `trust_remote_code=True` alone will load the checkpoint.
+
+    An `auto_map` that is there already is kept. If it names an AutoConfig of the model's own, ours cannot
+    be added: the checkpoint then loads only where losparse is installed.
+    """
+    auto_map = dict(config.get("auto_map") or {})
+    ours = "AutoConfig" not in auto_map
+    if ours:
+        auto_map["AutoConfig"] = AUTO_CONFIG
+    quantization = {
+        "quant_method": "losparse",
+        "format_version": FORMAT_VERSION,
+        "modules": {name: spec.to_dict() for name, spec in specs.items()},
+        "skipped": dict(skipped),
+    }
+    write_json(destination / "config.json", {**config, "auto_map": auto_map, "quantization_config": quantization})
+    write_shim(destination)
+    return ours
+
+
+def dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` as it was before compression: without our blocks."""
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    auto_map = {k: v for k, v in (plain.pop("auto_map", None) or {}).items() if v != AUTO_CONFIG}
+    return plain | ({"auto_map": auto_map} if auto_map else {})
+
+
+def write_shim(destination: Path) -> None:
+    """Copy the package's own loader as losparse_*.py; only its relative imports are renamed."""
+    shim = Path(__file__).parent.parent / "shim"
+    for name in SHIM:
+        text = (shim / f"{name}.py").read_text(encoding="utf-8")
+        text = re.sub(r"^from \.(\w+) import", r"from .losparse_\1 import", text, flags=re.MULTILINE)
+        (destination / f"losparse_{name}.py").write_text(text, encoding="utf-8")
+
+
+def is_shim(file: str) -> bool:
+    """True for the name of a shim file in a checkpoint's root."""
+    return file in {f"losparse_{name}.py" for name in SHIM}
+
+
+def layer_specs(checkpoint: Checkpoint) -> dict[str, LayerSpec]:
+    """Module name -> LayerSpec of a compressed checkpoint, from its config.json.
+
+    UsageError if it is not compressed; FormatVersionError if it is newer than this code; CheckpointError
+    if an entry is wrong.
+    """
+    quantization = checkpoint.quantization or {}
+    if not checkpoint.is_compressed:
+        raise UsageError(
+            f"{checkpoint.name} is no losparse checkpoint. Make one with: losparse compress {checkpoint.name}"
+        )
+    version = quantization.get("format_version")
+    if version != FORMAT_VERSION:
+        raise FormatVersionError(
+            f"{checkpoint.name} has losparse format version {version}; this losparse reads version {FORMAT_VERSION}. "
+            "Upgrade with: pip install --upgrade losparse"
+        )
+    modules = quantization.get("modules")
+    if not isinstance(modules, dict):
+        raise CheckpointError(f"config.json of {checkpoint.name} lists no compressed modules. Compress it again.")
+    specs = {}
+    for name, fields in modules.items():
+        try:
+            specs[name] = LayerSpec.from_dict(fields)
+        except ValueError as error:
+            raise CheckpointError(f"config.json of {checkpoint.name}, layer {name}: {error}. Compress it again.") from error
+    return specs
+
+
+def layer_tensors(checkpoint: Checkpoint, name: str, spec: LayerSpec) -> dict[str, TensorEntry]:
+    """Suffix -> entry of the stored tensors of one layer, checked against its spec.
+
+    A model saved again under another head carries another prefix on disk, so the name is tried with and
+    without its first part, too. CheckpointError if a tensor is missing or has another shape or dtype.
+    """
+    entries = checkpoint.entries
+    tries = (spec.tensor or name, name, name.partition(".")[2], f"{checkpoint.config.get('model_type')}.{name}", f"model.{name}")
+    disk = next((t for t in tries if t and f"{t}.weight" in entries), None)
+    if disk is None:
+        raise CheckpointError(f"{checkpoint.name}: layer {name} has no tensor {spec.tensor or name}.weight. Compress it again.")
+    values = entries[f"{disk}.weight"]
+    if values.dtype not in FLOATING:
+        raise CheckpointError(f"{values.path}: {values.name} is {values.dtype}, not floating point. Compress it again.")
+    found = {}
+    for suffix, (shape, dtype) in spec.tensor_shapes(TORCH_DTYPES[values.dtype]).items():
+        entry = entries.get(f"{disk}.{suffix}")
+        if entry is None:
+            raise CheckpointError(f"{checkpoint.name}: the tensor {disk}.{suffix} is missing. Compress it again.")
+        if entry.shape != shape or TORCH_DTYPES.get(entry.dtype) != dtype:
+            raise CheckpointError(
+                f"{entry.path}: {entry.name} is {entry.dtype} {list(entry.shape)}, but config.json asks for "
+                f"{str(dtype).removeprefix('torch.')} {list(shape)}. Compress it again."
+            )
+        found[suffix] = entry
+    return found

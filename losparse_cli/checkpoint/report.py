@@ -1,0 +1,139 @@
+"""Report: what was done to each layer, as written to losparse_report.json and shown by `inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One compressed layer. Bytes count U, V, S and every index, not the bias.
+
+    weight_squared and residual_squared: squared Frobenius norms of W and of W − U V − S, None if unknown.
+    errors: relative Frobenius error after each iteration.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    nnz: int
+    pattern: str
+    layout: str
+    bytes_before: int
+    bytes_after: int
+    weight_squared: float | None = None
+    residual_squared: float | None = None
+    errors: tuple[float, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """Of the dense weight."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def kept(self) -> int:
+        """r(m + n) + nnz."""
+        return self.rank * sum(self.shape) + self.nnz
+
+    @property
+    def density(self) -> float:
+        return self.nnz / self.parameters
+
+    @property
+    def relative_error(self) -> float | None:
+        """‖W − U V − S‖_F / ‖W‖_F, None if it was not recorded."""
+        return total_error([self])
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> LayerReport:
+        known = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
+        known["shape"] = tuple(known["shape"])
+        known["errors"] = tuple(known.get("errors", ()))
+        return cls(**known)
+
+
+@dataclass(frozen=True)
+class Report:
+    """A compressed checkpoint in numbers.
+
+    model_bytes_before and after: all tensors. parameters: of the whole dense model. source: name, commit
+    and files of the dense model. recipe: the resolved request. files: name -> {size, sha256}.
+    """
+
+    layers: tuple[LayerReport, ...]
+    skipped: dict[str, str]
+    model_bytes_before: int
+    model_bytes_after: int
+    parameters: int
+    source: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    fingerprint: str = ""
+
+    @property
+    def bytes_before(self) -> int:
+        """Of the compressed layers."""
+        return sum(layer.bytes_before for layer in self.layers)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(layer.bytes_after for layer in self.layers)
+
+    @property
+    def targeted_parameters(self) -> int:
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def targeted_share(self) -> float:
+        """Share of the model's parameters that lies in compressed layers."""
+        return self.targeted_parameters / max(1, self.parameters)
+
+    @property
+    def kept_parameters(self) -> float:
+        """(r(m+n) + nnz) / mn over the compressed layers."""
+        return sum(layer.kept for layer in self.layers) / max(1, self.targeted_parameters)
+
+    @property
+    def relative_error(self) -> float | None:
+        """Relative Frobenius error over all compressed layers together."""
+        return total_error(self.layers)
+
+    def totals(self) -> dict[str, Any]:
+        """The sums above under their names, for JSON."""
+        names = ("bytes_before", "bytes_after", "model_bytes_before", "model_bytes_after", "parameters")
+        names += ("targeted_parameters", "targeted_share", "kept_parameters", "relative_error")
+        return {name: getattr(self, name) for name in names}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form; `totals` is derived and only for reading."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "layers"}
+        return fields | {"totals": self.totals(), "layers": [layer.to_dict() for layer in self.layers]}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any], where: str) -> Report:
+        """CheckpointError that names `where` if a field is missing or wrong."""
+        try:
+            known = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
+            known["layers"] = tuple(LayerReport.from_dict(layer) for layer in fields["layers"])
+            return cls(**known)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{where} is incomplete ({error!r}). Compress the model again.") from error
+
+
+def total_error(layers: Iterable[LayerReport]) -> float | None:
+    """sqrt(Σ ‖residual‖² / Σ ‖weight‖²), None if a layer has no record of it or all weights are zero."""
+    weight = residual = 0.0
+    for layer in layers:
+        if layer.weight_squared is None or layer.residual_squared is None:
+            return None
+        weight += layer.weight_squared
+        residual += layer.residual_squared
+    return (residual / weight) ** 0.5 if weight else None

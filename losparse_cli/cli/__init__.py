@@ -1,0 +1,1 @@
+"""The terminal: signatures, tables, progress, and errors as sentences."""

@@ -1,0 +1,67 @@
+"""The Typer app; the one place where an error becomes a sentence and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..errors import LosparseError
+
+app = typer.Typer(
+    name="losparse",
+    help="Compress any Hugging Face transformer to a low-rank part plus a sparse part: W ≈ U V + S.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"losparse {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Compress any Hugging Face transformer to a low-rank part plus a sparse part: W ≈ U V + S."""
+
+
+def main() -> None:
+    """Entry point of the `losparse` command. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    from . import commands  # noqa: F401 - registers the commands
+
+    try:
+        app()
+    except LosparseError as error:
+        if "--debug" in sys.argv:
+            raise
+        _complain(str(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _complain("Interrupted. What is finished is kept: the same command goes on where it stopped.")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has left; there is nobody to tell
+        sys.exit(1)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        kind = "out of memory" if isinstance(error, MemoryError) else type(error).__name__
+        _complain(f"Unexpected error ({kind}): {error} Repeat with --debug to see where, and please report it.")
+        sys.exit(1)
+
+
+def _complain(message: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), message))

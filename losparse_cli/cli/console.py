@@ -1,0 +1,253 @@
+"""What a person sees: sizes, progress bars, the plan and the summary; or JSON for a script."""
+
+from __future__ import annotations
+
+import json as json_module
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..checkpoint.report import LayerReport, Report
+    from ..compress import Job, Result
+
+BAD_KEEP = 0.5  # below this share of the parameters a data-free result is far from the dense model
+
+
+class Console:
+    """Messages and progress go to standard error, results to standard output; JSON replaces both."""
+
+    def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
+        self.json, self.quiet = json, quiet or json
+        self.err = RichConsole(stderr=True, quiet=self.quiet, soft_wrap=not sys.stderr.isatty())
+        self.out = RichConsole(quiet=self.quiet)
+        self._data: dict[str, Any] = {}
+
+    def say(self, message: str) -> None:
+        self.err.print(message)
+
+    def warn(self, message: str) -> None:
+        self.err.print(f"[yellow]warning:[/] {escape(message)}")
+
+    def table(self, table: Table) -> None:
+        self.out.print(table)
+
+    def data(self, content: dict[str, Any]) -> None:
+        """Collect what --json prints."""
+        self._data |= content
+
+    def flush(self) -> None:
+        """Print the collected JSON, if it was asked for."""
+        if self.json and self._data:
+            sys.stdout.write(json_module.dumps(self._data, indent=2, default=str) + "\n")
+
+    @contextmanager
+    def status(self, message: str) -> Iterator[Any]:
+        if self.err.is_terminal and not self.quiet:
+            with self.err.status(message) as status:
+                yield status
+        else:
+            yield _NoStatus()
+
+
+class _NoStatus:
+    def update(self, message: str) -> None:
+        """Nothing moves where there is no terminal."""
+
+
+class LayerProgress:
+    """Two bars, layers and bytes, with the time left; a plain line every tenth where there is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars: Progress | None = None
+        self._layers = self._bytes = TaskID(0)
+        self._done = self._total = self._said = 0
+
+    def start(self, job: Job, layers_done: int, bytes_done: int) -> None:
+        self._done, self._total = layers_done, len(job.plan.layers)
+        if layers_done:
+            self._console.say(f"Going on after layer {layers_done} of {self._total}.")
+        if self._console.err.is_terminal and not self._console.quiet:
+            self._bars = Progress(
+                TextColumn("{task.description:<8}"), BarColumn(), _Amount(), TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[note]}", style="dim"), console=self._console.err,
+            )  # fmt: skip
+            self._bars.start()
+            self._layers = self._bars.add_task("Layers", total=self._total, completed=layers_done, note="", unit="layers")
+            self._bytes = self._bars.add_task(
+                "Bytes", total=job.source.nbytes, completed=bytes_done, note="", unit="bytes"
+            )
+
+    def layer(self, report: LayerReport) -> None:
+        self._done += 1
+        error = report.relative_error
+        note = report.name if error is None else f"{report.name}  error {error:.3f}"
+        if self._bars is not None:
+            self._bars.update(self._layers, advance=1, note=escape(note))
+        elif self._done * 10 // max(1, self._total) > self._said or self._done == self._total:
+            self._said = self._done * 10 // max(1, self._total)
+            self._console.say(f"layer {self._done}/{self._total}  {escape(note)}")
+
+    def advance(self, nbytes: int) -> None:
+        if self._bars is not None:
+            self._bars.update(self._bytes, advance=nbytes)
+
+    def __enter__(self) -> LayerProgress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+
+class _Amount(DownloadColumn):
+    """`12/210` for layers, `105.1/269.0 MB` for bytes."""
+
+    def render(self, task: Any) -> Any:
+        return MofNCompleteColumn().render(task) if task.fields["unit"] == "layers" else super().render(task)
+
+
+class CountProgress:
+    """One bar over items that are named as they are finished."""
+
+    def __init__(self, console: Console, verb: str) -> None:
+        self._bars = Progress(
+            TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[note]}", style="dim"), console=console.err, transient=True,
+            disable=console.quiet or not console.err.is_terminal,
+        )  # fmt: skip
+        self._task: TaskID | None = None
+
+    def advance(self, name: str, count: int) -> None:
+        if self._task is None:
+            self._task = self._bars.add_task("", total=count, note="")
+        self._bars.update(self._task, advance=1, note=escape(name))
+
+    def __enter__(self) -> CountProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._bars.stop()
+
+
+def size(nbytes: float) -> str:
+    """12.3 MB: decimal units, three digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
+def short(path: Path) -> str:
+    """A path as the person would type it: relative where that is shorter."""
+    relative = os.path.relpath(path)
+    return escape(relative if len(relative) < len(str(path)) else str(path))
+
+
+def show_plan(out: Console, job: Job) -> None:
+    """What a run would do and need (--dry-run)."""
+    import shutil
+
+    plan = job.plan
+    kept = sum(p.parameters for p in plan.layers)
+    targeted = sum(p.layer.shape[0] * p.layer.shape[1] for p in plan.layers)
+    existing = next(p for p in job.output.parents if p.exists())
+    free = shutil.disk_usage(existing).free
+    out.data(
+        {
+            "output": str(job.output),
+            "recipe": job.recipe.to_dict(),
+            "targeted_bytes": plan.dense_bytes,
+            "expected_bytes": plan.expected_bytes,
+            "bound_bytes": plan.bound_bytes,
+            "model_bytes": job.source.nbytes,
+            "disk_bytes": job.bound_bytes,
+            "free_bytes": free,
+            "peak_memory_bytes": job.peak_memory,
+            "shards": [shard.file for shard in job.shards],
+            "layers": [
+                {"name": p.layer.name, "shape": p.layer.shape, "rank": p.rank, "nnz": p.nnz, "pattern": p.pattern,
+                 "expected_bytes": p.expected_bytes, "bound_bytes": p.bound_bytes}
+                for p in plan.layers
+            ],
+            "skipped": plan.skipped,
+        }
+    )  # fmt: skip
+    out.flush()
+    shapes = Table(title=f"Plan for {escape(job.source.name)}", title_justify="left")
+    for column, justify in (("layers", "left"), ("shape", "right"), ("rank", "right"), ("nnz", "right"),
+                            ("before", "right"), ("about", "right"), ("at most", "right")):  # fmt: skip
+        shapes.add_column(column, justify=justify)  # type: ignore[arg-type]
+    kinds: dict[tuple[Any, ...], list[Any]] = {}
+    for p in plan.layers:
+        kinds.setdefault((p.layer.name.rpartition(".")[2], p.layer.shape, p.rank, p.nnz), []).append(p)
+    for (name, shape, rank, nnz), members in kinds.items():
+        shapes.add_row(f"{len(members)} x {name}", f"{shape[0]} x {shape[1]}", str(rank), f"{nnz:,}",
+                       size(sum(p.layer.dense_bytes for p in members)), size(sum(p.expected_bytes for p in members)),
+                       size(sum(p.bound_bytes for p in members)))  # fmt: skip
+    out.table(shapes)
+    out.say(f"Layers   {len(plan.layers)} compressed, {len(plan.skipped)} left dense")
+    out.say(f"Share    {targeted / job.parameters:.1%} of all parameters are targeted; {kept / targeted:.1%} of those are kept")
+    out.say(f"Result   {size(plan.expected_bytes)} of {size(plan.dense_bytes)} in those layers, at most {size(plan.bound_bytes)}")
+    out.say(f"Disk     at most {size(job.bound_bytes)} in {short(job.output)}; {size(free)} free")
+    out.say(f"Memory   about {size(job.peak_memory)} at the peak")
+    out.say("Nothing was written.")
+
+
+def show_result(out: Console, result: Result) -> None:
+    """The summary after a run."""
+    report = result.report
+    out.data({"output": str(result.output), "seconds": result.seconds, "resumed_units": result.resumed} | report.totals())
+    table = Table(box=None, show_header=True, pad_edge=False)
+    for column in ("", "before", "after", "share"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("compressed layers", size(report.bytes_before), size(report.bytes_after), _share(report))
+    table.add_row("whole model", size(report.model_bytes_before), size(report.model_bytes_after),
+                  f"{report.model_bytes_after / report.model_bytes_before:.1%}")  # fmt: skip
+    table.add_row("parameters kept", f"{report.targeted_parameters:,}", f"{sum(x.kept for x in report.layers):,}",
+                  f"{report.kept_parameters:.1%}")  # fmt: skip
+    out.err.print(table)
+    error = report.relative_error
+    measured = "" if error is None else f", relative Frobenius error {error:.3f}"
+    out.say(f"{len(report.layers)} layers, {report.targeted_share:.1%} of all parameters{measured}, {result.seconds:.1f} s")
+    if report.targeted_share < 0.5:
+        out.warn(
+            f"only {report.targeted_share:.0%} of the parameters lie in layers that can be compressed; the rest "
+            "(embeddings, heads, fused experts) stays as it is. `losparse inspect` on the dense model lists why."
+        )
+    if report.kept_parameters < BAD_KEEP:
+        out.warn(
+            f"keeping {report.kept_parameters:.0%} of the parameters without any data damages a model badly: expect "
+            "a language model to lose its language. It is a start for fine-tuning, not a result. For use as it is, "
+            "keep more: --keep 0.75 or above."
+        )
+    if result.needs_package:
+        out.warn("the model brings its own AutoConfig, so this checkpoint loads only where losparse is installed.")
+    where = short(result.output)
+    out.say(f"[bold green]Done.[/] The result is in {where}. To load it:")
+    out.say(f'  import losparse_cli\n  model, tokenizer = losparse_cli.load("{where}")')
+
+
+def _share(report: Report) -> str:
+    return f"{report.bytes_after / report.bytes_before:.1%}" if report.bytes_before else "-"

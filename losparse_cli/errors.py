@@ -1,0 +1,59 @@
+"""Everything that losparse raises on purpose; each message ends with what to do next.
+
+    LosparseError                      exit code 1
+    ├── UsageError                     exit code 2: the request contradicts itself or the model
+    │   └── RecipeError                a recipe file, or a pattern in it
+    ├── SourceError                    the model to read: not found, gated, no network, unknown class
+    ├── CheckpointError                a file that is there and wrong: header, index, shape, value
+    │   └── FormatVersionError         written by a newer losparse
+    ├── OutputError                    the place to write: exists, read-only, full
+    │   └── ResumeError                a journal of another run, or none where one is required
+    └── MissingExtraError              an optional dependency is not installed
+"""
+
+from __future__ import annotations
+
+
+class LosparseError(Exception):
+    """Base of all deliberate errors. `str(error)` is one or two sentences: what, where, remedy."""
+
+    exit_code = 1
+
+
+class UsageError(LosparseError):
+    """Options that contradict one another, or that the model cannot satisfy."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A recipe file that cannot be read, or an entry that it may not hold."""
+
+
+class SourceError(LosparseError):
+    """The model to read could not be found, reached or understood."""
+
+
+class CheckpointError(LosparseError):
+    """A checkpoint file exists and is wrong."""
+
+
+class FormatVersionError(CheckpointError):
+    """The checkpoint was written by a newer version of losparse."""
+
+
+class OutputError(LosparseError):
+    """The result could not be written."""
+
+
+class ResumeError(OutputError):
+    """A partial result that this run may not continue, or none where one is required."""
+
+
+class MissingExtraError(LosparseError):
+    """An optional dependency is missing."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package {package!r}. Install it with: pip install 'losparse[{extra}]'"
+        )

@@ -1,0 +1,125 @@
+"""U V + S -> a plain dense checkpoint that any engine loads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__
+from .checkpoint.card import base_metadata, copy_companions, write_dense_card
+from .checkpoint.config import dense_config, is_shim, layer_specs, layer_tensors
+from .checkpoint.journal import Journal
+from .checkpoint.layers import read_layer
+from .checkpoint.reader import TensorEntry
+from .checkpoint.source import Checkpoint, open_checkpoint
+from .checkpoint.writer import (
+    ShardWriter,
+    Slot,
+    check_output,
+    parse_size,
+    plan_shards,
+    publish,
+    tensor_part,
+    working_folder,
+    write_errors,
+    write_json,
+)
+from .errors import UsageError
+from .linalg.factors import LowRankSparse
+from .shim.layouts import LayerSpec
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """One tensor of the dense checkpoint: copied from `entry`, or made from the layer `name`."""
+
+    entry: TensorEntry
+    name: str = ""
+    spec: LayerSpec | None = None
+    parts: dict[str, TensorEntry] | None = None
+
+
+def export(
+    source: str | Path,
+    output: Path,
+    *,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+    on_tensor: Callable[[str, int], None] | None = None,
+) -> Path:
+    """Write the dense form of a compressed checkpoint to `output`, and return that folder.
+
+    Each layer is U V + S, summed in float32 and rounded once to the stored dtype. One layer is in memory at
+    a time; a killed export goes on where it was. `on_tensor` hears each tensor's name and their number.
+    """
+    checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
+    specs = layer_specs(checkpoint)
+    output = Path(output).expanduser().absolute()
+    if output == checkpoint.folder.resolve() or checkpoint.folder.resolve() in output.parents:
+        raise UsageError(f"--output {output} lies inside the compressed folder. Choose a place outside it.")
+    check_output(output, overwrite=overwrite)
+    units = _units(checkpoint, specs)
+    shards = plan_shards([_slot(unit) for unit in units], parse_size(max_shard_size))
+    work = working_folder(output)
+    with write_errors(work):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        work.mkdir(exist_ok=True)
+        journal = Journal(work, _fingerprint(checkpoint, max_shard_size))
+    try:
+        writer = ShardWriter(work, shards, journal)
+        files = {file.path: file for file in checkpoint.files}
+        for unit in units[writer.done :]:
+            if unit.spec is None:
+                entry = unit.entry
+                writer.append([(entry.name, entry.dtype, entry.shape, files[entry.path].chunks(entry))])
+            else:
+                writer.append([tensor_part(unit.entry.name, _dense(checkpoint, unit))])
+            if on_tensor is not None:
+                on_tensor(unit.entry.name, len(units))
+        writer.finish()
+        with write_errors(work):
+            copy_companions(checkpoint.folder, work)
+            for path in work.glob("losparse_*.py"):
+                if is_shim(path.name):
+                    path.unlink()
+            write_json(work / "config.json", dense_config(checkpoint.config))
+            write_dense_card(work, base_metadata(checkpoint.folder), checkpoint.name)
+        publish(work, output)
+    finally:
+        journal.close()
+    return output
+
+
+def _units(checkpoint: Checkpoint, specs: dict[str, LayerSpec]) -> list[_Unit]:
+    made, used = {}, set()
+    for name, spec in specs.items():
+        parts = layer_tensors(checkpoint, name, spec)
+        made[parts["weight"].name] = _Unit(parts["weight"], name, spec, parts)
+        used |= {entry.name for entry in parts.values()}
+    return [made.get(name, _Unit(entry)) for name, entry in checkpoint.entries.items() if name in made or name not in used]
+
+
+def _slot(unit: _Unit) -> Slot:
+    if unit.spec is None:
+        return Slot((unit.entry.name,), unit.entry.nbytes)
+    itemsize = 8 if unit.entry.dtype == "F64" else 4 if unit.entry.dtype == "F32" else 2
+    return Slot((unit.entry.name,), unit.spec.shape[0] * unit.spec.shape[1] * itemsize)
+
+
+def _dense(checkpoint: Checkpoint, unit: _Unit) -> torch.Tensor:
+    assert unit.spec is not None and unit.parts is not None
+    U, V, values, support = read_layer(checkpoint, unit.name, unit.spec, unit.parts)
+    W = LowRankSparse(U, V, values, support).dense().to(values.dtype)
+    return W.T.contiguous() if unit.spec.transposed else W
+
+
+def _fingerprint(checkpoint: Checkpoint, max_shard_size: str) -> dict[str, Any]:
+    files = {f.path.name: [f.path.stat().st_size, f.path.stat().st_mtime_ns] for f in checkpoint.files}
+    return {"export": __version__, "source": checkpoint.commit or files, "shards": re.sub(r"\s", "", max_shard_size)}

@@ -1,0 +1,169 @@
+"""Checkpoint -> Report, from headers, config and report alone; weights are read only for spectra."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .checkpoint.config import layer_specs, layer_tensors
+from .checkpoint.reader import BITS
+from .checkpoint.report import LayerReport, Report
+from .checkpoint.source import REPORT, Checkpoint, open_checkpoint
+from .errors import SourceError, UsageError
+
+SPECTRUM_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class DenseLayer:
+    """One linear layer of a dense checkpoint. reason: why it would stay dense, or None.
+
+    energy: rank -> share of ‖W‖²_F that the best matrix of that rank captures; {} if not asked for.
+    """
+
+    name: str
+    shape: tuple[int, int] | None
+    nbytes: int
+    reason: str | None
+    energy: dict[int, float]
+
+
+@dataclass(frozen=True)
+class DenseReport:
+    """What `compress` would find in a dense checkpoint."""
+
+    name: str
+    layers: tuple[DenseLayer, ...]
+    model_bytes: int
+    parameters: int
+    targeted_parameters: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def inspect(
+    source: str | Path,
+    *,
+    spectrum: bool = False,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    trust_remote_code: bool = False,
+    on_layer: Callable[[str, int], None] | None = None,
+) -> Report | DenseReport:
+    """A Report of a compressed checkpoint, a DenseReport of a dense one.
+
+    Of a Hub id only headers, config and report are fetched; `spectrum` needs the weights, so it needs a
+    dense folder (UsageError otherwise). `on_layer` hears each layer's name and the number of layers.
+    """
+    checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir, headers_only=True)
+    if checkpoint.is_compressed:
+        if spectrum:
+            raise UsageError("--spectrum is for dense checkpoints; a compressed one shows its errors without it.")
+        return compressed_report(checkpoint)
+    if spectrum and not checkpoint.files:
+        raise UsageError(
+            f"--spectrum reads the weights, and {source} is on the Hub. Download it first with: hf download {source} "
+            "--local-dir FOLDER"
+        )
+    return _dense_report(checkpoint, spectrum, trust_remote_code, on_layer)
+
+
+def compressed_report(checkpoint: Checkpoint) -> Report:
+    """The Report of a compressed checkpoint: sizes from headers and config, errors from its own report."""
+    recorded = checkpoint.report()
+    known: dict[str, LayerReport] = {}
+    base: Report | None = None
+    if recorded:
+        base = Report.from_dict(recorded, str(checkpoint.folder / REPORT))
+        known = {layer.name: layer for layer in base.layers}
+    layers = []
+    for name, spec in layer_specs(checkpoint).items():
+        entries = layer_tensors(checkpoint, name, spec)
+        m, n = spec.shape
+        before = known.get(name)
+        layers.append(
+            LayerReport(
+                name,
+                spec.shape,
+                spec.rank,
+                spec.nnz,
+                spec.pattern,
+                spec.layout,
+                m * n * BITS[entries["weight"].dtype] // 8,
+                sum(entry.nbytes for entry in entries.values()),
+                before.weight_squared if before else None,
+                before.residual_squared if before else None,
+                before.errors if before else (),
+            )
+        )
+    stored = checkpoint.nbytes
+    saved = sum(layer.bytes_before - layer.bytes_after for layer in layers)
+    elements = sum(entry.nbytes * 8 // BITS[entry.dtype] for entry in checkpoint.entries.values())
+    inside = sum(e.nbytes * 8 // BITS[e.dtype] for layer in layers for e in _tensors_of(checkpoint, layer.name))
+    return Report(
+        layers=tuple(layers),
+        skipped=dict((checkpoint.quantization or {}).get("skipped") or {}),
+        model_bytes_before=stored + saved,
+        model_bytes_after=stored,
+        parameters=base.parameters if base else elements - inside + sum(layer.parameters for layer in layers),
+        source=base.source if base else {},
+        recipe=base.recipe if base else {},
+        versions=base.versions if base else {},
+        files=base.files if base else {},
+        fingerprint=base.fingerprint if base else "",
+    )
+
+
+def _tensors_of(checkpoint: Checkpoint, name: str) -> list[Any]:
+    spec = layer_specs(checkpoint)[name]
+    return list(layer_tensors(checkpoint, name, spec).values())
+
+
+def _dense_report(
+    checkpoint: Checkpoint, spectrum: bool, trust_remote_code: bool, on_layer: Callable[[str, int], None] | None
+) -> DenseReport:
+    from .budget.recipe import Recipe
+    from .compress import find_layers
+    from .models.names import NameMap
+    from .models.skeleton import build_skeleton
+
+    if checkpoint.quantization is not None:
+        method = checkpoint.quantization.get("quant_method", "an unknown method")
+        raise SourceError(f"{checkpoint.name} is quantized already ({method}). Inspect the unquantized checkpoint.")
+    skeleton = build_skeleton(checkpoint.folder, checkpoint.config, trust_remote_code=trust_remote_code)
+    targeted, skipped = find_layers(checkpoint, skeleton, Recipe())
+    tensors = {layer.name: layer.tensor for layer in targeted}
+    disk = NameMap(skeleton.model, checkpoint.entries).disk
+    layers = []
+    for number, name in enumerate((*tensors, *skipped)):
+        entry = checkpoint.entries.get(tensors.get(name) or next(iter(disk.get(f"{name}.weight", ())), ""))
+        energy: dict[int, float] = {}
+        if spectrum and name in tensors and entry is not None:
+            energy = _energy(checkpoint, entry)
+            if on_layer is not None:
+                on_layer(name, len(tensors))
+        shape = skeleton.linears[name].shape if name in skeleton.linears else None
+        if shape is None and entry is not None and len(entry.shape) == 2:
+            shape = (entry.shape[0], entry.shape[1])
+        layers.append(DenseLayer(name, shape, entry.nbytes if entry else 0, skipped.get(name), energy))
+        del number
+    return DenseReport(
+        checkpoint.name,
+        tuple(layers),
+        checkpoint.nbytes,
+        sum(entry.nbytes * 8 // BITS[entry.dtype] for entry in checkpoint.entries.values()),
+        sum(layer.shape[0] * layer.shape[1] for layer in targeted),
+    )
+
+
+def _energy(checkpoint: Checkpoint, entry: Any) -> dict[int, float]:
+    """Rank -> share of the squared Frobenius norm captured, from all singular values."""
+    import torch
+
+    file = next(file for file in checkpoint.files if file.path == entry.path)
+    squares = torch.linalg.svdvals(file.read(entry).float()).double().square()
+    total = float(squares.sum()) or 1.0
+    return {r: float(squares[:r].sum()) / total for r in SPECTRUM_RANKS if r <= squares.numel()}

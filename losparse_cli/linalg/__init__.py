@@ -1,0 +1,1 @@
+"""Matrices in, matrices out: the decomposition W ≈ U V + S, with torch alone."""

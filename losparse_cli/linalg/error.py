@@ -1,0 +1,17 @@
+"""How far U V + S is from W."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def squared_norm(A: Tensor) -> float:
+    """Squared Frobenius norm, each row in float32 and the sum over rows in float64."""
+    # A pairwise float32 sum per row is accurate to 1e-6; a float64 copy of the matrix would cost 2x memory.
+    return float(torch.linalg.vector_norm(A, dim=-1).double().square().sum())
+
+
+def relative_error(residual_squared: float, weight_squared: float) -> float:
+    """‖W − U V − S‖_F / ‖W‖_F from the two squared norms; 0 for a zero weight."""
+    return (max(0.0, residual_squared) / weight_squared) ** 0.5 if weight_squared > 0 else 0.0

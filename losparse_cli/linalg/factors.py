@@ -1,0 +1,46 @@
+"""LowRankSparse: the value that every solver returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LowRankSparse:
+    """W ≈ U V + S of one weight.
+
+    U: (out_features, rank), V: (rank, in_features), both in the stored dtype.
+    values: (nnz,), the entries of S in row-major order, in the stored dtype.
+    support: (out_features, in_features), bool, True where S holds an entry (which may itself be zero).
+    """
+
+    U: Tensor
+    V: Tensor
+    values: Tensor
+    support: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.U.shape[1]
+
+    @property
+    def nnz(self) -> int:
+        return self.values.numel()
+
+    @property
+    def density(self) -> float:
+        """Share of S that is stored, 0 to 1."""
+        return self.nnz / max(1, self.support.numel())
+
+    def sparse(self) -> Tensor:
+        """S as a dense float32 matrix, (out_features, in_features)."""
+        S = torch.zeros(self.support.shape, dtype=torch.float32, device=self.values.device)
+        S[self.support] = self.values.float()
+        return S
+
+    def dense(self) -> Tensor:
+        """U V + S in float32, (out_features, in_features)."""
+        return torch.addmm(self.sparse(), self.U.float(), self.V.float())

@@ -1,0 +1,1 @@
+"""What a model is made of, by class and structure, never by its name."""

@@ -1,0 +1,185 @@
+"""config.json -> the model on the meta device -> the linear layers that can be compressed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import SourceError
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of the skeleton. shape: (out_features, in_features); transposed as in GPT-2's Conv1D."""
+
+    name: str
+    shape: tuple[int, int]
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """The model without weights. linears: candidates by module name; skipped: module name -> reason."""
+
+    model: Any
+    linears: dict[str, Linear]
+    skipped: dict[str, str]
+
+
+def build_skeleton(folder: Path, config: dict[str, Any], *, trust_remote_code: bool = False) -> Skeleton:
+    """The skeleton of the checkpoint in `folder`, whose config.json holds `config`.
+
+    SourceError if the architecture is unknown to the installed transformers, if it needs the model's own
+    code and `trust_remote_code` is off, or if it cannot be built without weights.
+    """
+    model = empty_model(folder, config, trust_remote_code=trust_remote_code)
+    linears, skipped = classify(model)
+    return Skeleton(model, linears, skipped)
+
+
+def empty_model(folder: Path, config: dict[str, Any], *, trust_remote_code: bool = False) -> Any:
+    """The model that config.json names, on the meta device, in evaluation mode, weights tied."""
+    import transformers
+
+    architecture = (config.get("architectures") or [None])[0]
+    own_code = config.get("auto_map") or {}
+    try:
+        settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        model_class = _model_class(folder, architecture, own_code, settings, trust_remote_code)
+        with torch.device("meta"):
+            model = model_class._from_config(settings)
+    except SourceError:
+        raise
+    except Exception as error:  # whatever a config can make transformers raise
+        known = str(error).strip().splitlines() or [type(error).__name__]
+        if own_code and not trust_remote_code:
+            raise SourceError(
+                f"{folder} needs the model's own code ({', '.join(own_code)}). Read that code, then add "
+                "--trust-remote-code if you trust it."
+            ) from error
+        raise SourceError(
+            f"transformers {transformers.__version__} cannot build {architecture or 'the model'} from "
+            f"{folder / 'config.json'}: {known[0]} Check the file, or upgrade transformers."
+        ) from error
+    model.tie_weights()
+    return model.eval()
+
+
+def _model_class(folder: Path, architecture: str | None, own_code: dict[str, Any], settings: Any, trust: bool) -> Any:
+    import transformers
+
+    if architecture and hasattr(transformers, architecture):
+        return getattr(transformers, architecture)
+    if trust:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        for reference in own_code.values():
+            if isinstance(reference, str) and reference.endswith(f".{architecture}"):
+                return get_class_from_dynamic_module(reference, str(folder))
+    if architecture:
+        hint = (
+            "add --trust-remote-code if you trust the model's own code"
+            if own_code
+            else "upgrade transformers, or correct 'architectures' in config.json"
+        )
+        raise SourceError(
+            f"{folder / 'config.json'} names the architecture {architecture!r}, which transformers "
+            f"{transformers.__version__} does not have: {hint}."
+        )
+    return transformers.AutoModel._model_mapping[type(settings)]
+
+
+def classify(model: nn.Module) -> tuple[dict[str, Linear], dict[str, str]]:
+    """Every linear layer of `model`: those that can be compressed, and those that cannot with the reason."""
+    from transformers.pytorch_utils import Conv1D
+
+    blocks = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    owners: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    outputs = {id(module) for module in (_output_embeddings(model),) if module is not None}
+    experts = _expert_count(model)
+
+    linears: dict[str, Linear] = {}
+    skipped: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | Conv1D):
+            if isinstance(module, nn.Embedding):
+                skipped[name] = "embedding"
+            elif any(p.dim() == 3 for p in module.parameters(recurse=False)):
+                skipped[name] = "fused 3-D expert weights"
+            continue
+        transposed = isinstance(module, Conv1D)
+        rows, columns = module.weight.shape
+        shape = (columns, rows) if transposed else (rows, columns)
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if type(module) not in (nn.Linear, Conv1D):
+            skipped[name] = f"{type(module).__name__}, whose weight may be read by other code"
+        elif id(module) in outputs:
+            skipped[name] = "output head"
+        elif owners[id(module.weight)] > 1:
+            skipped[name] = "tied weight"
+        elif not any(name.startswith(f"{block}.") for block in blocks):
+            skipped[name] = "outside the repeated blocks"
+        elif shape[0] == experts and any("expert" in child for child, _ in parent.named_children()):
+            skipped[name] = "router"
+        elif isinstance(parent, nn.MultiheadAttention):
+            skipped[name] = "inside torch's MultiheadAttention, which reads the weight itself"
+        else:
+            linears[name] = Linear(name, shape, transposed)
+    return linears, skipped
+
+
+def _output_embeddings(model: Any) -> nn.Module | None:
+    try:
+        return model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _expert_count(model: Any) -> int | None:
+    settings = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    for name in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
+        count = getattr(settings, name, None)
+        if isinstance(count, int):
+            return count
+    return None
+
+
+def choose(skeleton: Skeleton, targets: tuple[str, ...], ignore: tuple[str, ...]) -> tuple[list[Linear], dict[str, str]]:
+    """The layers that `targets` and `ignore` (globs on module names) leave, and all skipped with the reason.
+
+    A glob that matches no linear layer raises UsageError with near misses.
+    """
+    from ..errors import UsageError
+
+    everything = [*skeleton.linears, *skeleton.skipped]
+    for option, globs in (("--targets", targets), ("--ignore", ignore)):
+        for glob in globs:
+            if not any(fnmatchcase(name, glob) for name in everything):
+                raise UsageError(f"{option} {glob!r} matches no layer. {near_misses(glob, list(skeleton.linears))}")
+    chosen, skipped = [], dict(skeleton.skipped)
+    for name, linear in skeleton.linears.items():
+        if targets and not any(fnmatchcase(name, glob) for glob in targets):
+            skipped[name] = "not among --targets"
+        elif any(fnmatchcase(name, glob) for glob in ignore):
+            skipped[name] = "named by --ignore"
+        else:
+            chosen.append(linear)
+    return chosen, skipped
+
+
+def near_misses(glob: str, names: list[str]) -> str:
+    """A sentence with a few module names that resemble `glob`."""
+    from difflib import get_close_matches
+
+    core = glob.strip("*.")
+    close = [name for name in names if core.lower() in name.lower()] or get_close_matches(core, names, 3, 0.3)
+    suffixes = {name.rpartition(".")[2]: name for name in names}
+    close = close or [suffixes[s] for s in get_close_matches(core.rpartition(".")[2], list(suffixes), 3, 0.4)]
+    return f"Close names: {', '.join((close or names)[:3])}. Names are those of the modules; * stands for any text."

@@ -1,0 +1,1 @@
+"""The loader that travels with every checkpoint: torch, transformers and safetensors, nothing of ours."""

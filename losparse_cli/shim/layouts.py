@@ -1,0 +1,371 @@
+"""How the support of S lies in bytes: encode, decode, nbytes. Specified in docs/format.md.
+
+The values of S are always stored in row-major order, so a layout only has to say *where* they are:
+`encode` turns a bool matrix into a few small index tensors, `decode` turns them back and checks every
+index on the way. This file is shipped inside checkpoints and may import nothing but torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT_VERSION = 1
+
+INDEX_TENSORS = {
+    "bitmask": ("S_mask",),
+    "csr": ("S_columns", "S_offsets"),
+    "gaps4": ("S_gaps", "S_offsets"),
+    "gaps8": ("S_gaps", "S_offsets"),
+    "rows": ("S_rows",),
+    "columns": ("S_columns",),
+    "n:m": ("S_index",),
+}
+"""Layout -> suffixes of its index tensors, in the order in which they are stored."""
+
+GROUP_ENTRIES = 8192  # entries of S between two offsets of a gap layout: 8 bytes of index each
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What `config.json` records of one compressed layer; loading derives nothing.
+
+    shape: (out_features, in_features). index_bytes: bytes of `S_gaps`, for the gap layouts.
+    group_rows: rows of S between two offsets of a gap layout. transposed: the dense tensor lies on disk
+    as (in, out), as in GPT-2's Conv1D. tensor: module name on disk, where it differs from that in memory.
+    """
+
+    shape: tuple[int, int]
+    rank: int
+    nnz: int
+    pattern: str
+    layout: str
+    group_rows: int = 0
+    index_bytes: int = 0
+    transposed: bool = False
+    tensor: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, without the fields that keep their default."""
+        defaults = {"group_rows": 0, "index_bytes": 0, "transposed": False, "tensor": ""}
+        fields = {k: v for k, v in asdict(self).items() if k not in defaults or v != defaults[k]}
+        return fields | {"shape": list(self.shape)}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> LayerSpec:
+        """Raises ValueError that names what is missing or out of range; unknown keys are ignored."""
+        try:
+            m, n = (int(size) for size in fields["shape"])
+            spec = cls(
+                shape=(m, n),
+                rank=int(fields["rank"]),
+                nnz=int(fields["nnz"]),
+                pattern=str(fields["pattern"]),
+                layout=str(fields["layout"]),
+                group_rows=int(fields.get("group_rows", 0)),
+                index_bytes=int(fields.get("index_bytes", 0)),
+                transposed=bool(fields.get("transposed", False)),
+                tensor=str(fields.get("tensor", "")),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"incomplete layer entry {fields!r} ({error!r})") from error
+        if spec.layout not in INDEX_TENSORS:
+            raise ValueError(f"unknown layout {spec.layout!r}; this version knows {sorted(INDEX_TENSORS)}")
+        fits = m > 0 and n > 0 and 0 <= spec.rank <= min(m, n) and 0 <= spec.nnz <= m * n
+        if not fits or spec.index_bytes < 0 or (spec.layout.startswith("gaps") and spec.group_rows < 1):
+            raise ValueError(f"impossible layer entry {fields!r}")
+        return spec
+
+    def tensor_shapes(self, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Suffix -> (shape, dtype) of every tensor of this layer but the bias, in storage order."""
+        m, n = self.shape
+        tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        if self.rank:
+            tensors["U"], tensors["V"] = ((m, self.rank), dtype), ((self.rank, n), dtype)
+        tensors["weight"] = ((self.nnz,), dtype)
+        if self.layout == "bitmask":
+            tensors["S_mask"] = ((m, -(-n // 8)), torch.uint8)
+        elif self.layout == "csr":
+            tensors["S_columns"] = ((self.nnz,), column_dtype(n))
+            tensors["S_offsets"] = ((m + 1,), torch.int32)
+        elif self.layout in ("gaps4", "gaps8"):
+            tensors["S_gaps"] = ((self.index_bytes,), torch.uint8)
+            tensors["S_offsets"] = ((-(-m // self.group_rows) + 1, 2), torch.int32)
+        elif self.layout == "rows":
+            tensors["S_rows"] = ((self.nnz // n,), torch.int32)
+        elif self.layout == "columns":
+            tensors["S_columns"] = ((self.nnz // m,), torch.int32)
+        else:
+            keep, group = n_of_m(self.pattern)
+            bits = m * (n // group) * keep * position_bits(group)
+            tensors["S_index"] = ((-(-bits // 8),), torch.uint8)
+        return tensors
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Stored bytes of U, V and S, every index counted, the bias not."""
+        sizes = self.tensor_shapes(dtype).values()
+        return sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in sizes)
+
+
+def column_dtype(in_features: int) -> torch.dtype:
+    """The narrowest dtype that holds every column index."""
+    return torch.uint16 if in_features <= 1 << 16 else torch.int32
+
+
+def group_rows(in_features: int) -> int:
+    """Rows between two offsets of a gap layout: enough that offsets cost little, at least 4."""
+    return max(4, -(-GROUP_ENTRIES // in_features))
+
+
+def n_of_m(pattern: str) -> tuple[int, int]:
+    """(N, M) of the pattern `N:M`: N non-zeros in every M entries."""
+    keep, _, group = pattern.partition(":")
+    if not (keep.isdecimal() and group.isdecimal() and 0 < int(keep) <= int(group)):
+        raise ValueError(f"layout n:m needs a pattern N:M, not {pattern!r}")
+    return int(keep), int(group)
+
+
+def position_bits(group: int) -> int:
+    """Bits of a position inside a group of `group` entries."""
+    return max(1, (group - 1).bit_length())
+
+
+def candidates(pattern: str, shape: tuple[int, int], nnz: int) -> tuple[str, ...]:
+    """The layouts that can hold an S of this pattern."""
+    if nnz == 0:
+        return ("rows",)  # no rows: an index of no bytes
+    if pattern in ("rows", "columns"):
+        return (pattern,)
+    choices = ("bitmask", "gaps4", "gaps8", "csr")
+    if ":" in pattern and shape[1] % n_of_m(pattern)[1] == 0:
+        return ("n:m", *choices)
+    return choices
+
+
+def smallest(support: Tensor, rank: int, pattern: str) -> tuple[LayerSpec, dict[str, Tensor]]:
+    """The layout that stores `support` in the fewest bytes, with its index tensors.
+
+    support: (out, in), bool. A tie goes to the earlier of `candidates`.
+    """
+    m, n = support.shape
+    flat = torch.nonzero(support.reshape(-1)).view(-1)
+    nnz = flat.numel()
+    specs = []
+    for layout in candidates(pattern, (m, n), nnz):
+        rows = group_rows(n) if layout.startswith("gaps") else 0
+        size = _gap_bytes(flat, (m, n), rows, layout) if rows else 0
+        specs.append(LayerSpec((m, n), rank, nnz, pattern, layout, rows, size))
+    best = min(specs, key=lambda spec: spec.nbytes(torch.bfloat16))
+    return best, encode(best, support)
+
+
+def bound_index_bytes(layout: str, pattern: str, shape: tuple[int, int], nnz: int) -> int:
+    """Most bytes that the index of this layout can take, whatever the support."""
+    m, n = shape
+    worst = 0
+    if layout.startswith("gaps"):
+        rows = group_rows(n)
+        groups, escape = -(-m // rows), 15 if layout == "gaps4" else 255
+        units = nnz + m * n // escape + groups  # each escape skips `escape` entries; one unit of padding
+        worst = -(-units // 2) + groups if layout == "gaps4" else units
+        spec = LayerSpec(shape, 0, nnz, pattern, layout, rows, worst)
+    else:
+        spec = LayerSpec(shape, 0, nnz, pattern, layout)
+    return spec.nbytes(torch.uint8) - nnz
+
+
+def expected_index_bytes(layout: str, pattern: str, shape: tuple[int, int], nnz: int) -> float:
+    """Mean bytes of the index when the support is spread evenly at random."""
+    if not layout.startswith("gaps"):
+        return bound_index_bytes(layout, pattern, shape, nnz)
+    m, n = shape
+    escape, unit = (15, 0.5) if layout == "gaps4" else (255, 1.0)
+    skip = (1 - nnz / (m * n)) ** escape
+    groups = -(-m // group_rows(n))
+    return unit * nnz * (1 + skip / max(1 - skip, 1e-9)) + 8 * (groups + 1) + groups * 0.25
+
+
+# --- encode ---------------------------------------------------------------------------------------
+
+
+def encode(spec: LayerSpec, support: Tensor) -> dict[str, Tensor]:
+    """Index tensors of `support` (out, in; bool) in the layout of `spec`: suffix -> contiguous tensor."""
+    m, n = spec.shape
+    if spec.layout == "bitmask":
+        return {"S_mask": pack_bits(support)}
+    if spec.layout == "rows":
+        return {"S_rows": torch.nonzero(support.any(dim=1)).view(-1).int()}
+    if spec.layout == "columns":
+        return {"S_columns": torch.nonzero(support.any(dim=0)).view(-1).int()}
+    flat = torch.nonzero(support.reshape(-1)).view(-1)
+    if spec.layout == "csr":
+        offsets = _starts(torch.bincount(flat // n, minlength=m))
+        return {"S_columns": (flat % n).to(column_dtype(n)), "S_offsets": offsets.int()}
+    if spec.layout == "n:m":
+        group = n_of_m(spec.pattern)[1]
+        shifts = torch.arange(position_bits(group), device=flat.device)
+        bits = ((flat % group)[:, None] >> shifts) & 1
+        return {"S_index": pack_bits(bits.bool().view(1, -1)).view(-1)}
+    return _encode_gaps(spec, flat)
+
+
+def _gaps(flat: Tensor, shape: tuple[int, int], rows: int) -> tuple[Tensor, Tensor]:
+    """Entries skipped before each non-zero, counted anew in every group, and each one's group."""
+    entries = rows * shape[1]
+    group = flat // entries
+    previous = torch.cat((flat[:1] * 0 - 1, flat[:-1]))
+    return flat - torch.maximum(previous, group * entries - 1) - 1, group
+
+
+def _gap_units(flat: Tensor, shape: tuple[int, int], rows: int, layout: str) -> tuple[Tensor, ...]:
+    """Gaps, units each of them takes, values and units (padded to bytes) of each group."""
+    escape = 15 if layout == "gaps4" else 255
+    gaps, group = _gaps(flat, shape, rows)
+    units = gaps // escape + 1
+    groups = -(-shape[0] // rows)
+    counts = torch.bincount(group, minlength=groups)
+    ends = torch.cumsum(units, 0)
+    last = torch.cumsum(counts, 0)
+    total = torch.where(last > 0, ends[(last - 1).clamp_min(0)], torch.zeros_like(last)) if flat.numel() else last
+    group_units = torch.diff(total, prepend=total[:1] * 0)
+    if layout == "gaps4":
+        group_units = group_units + group_units % 2
+    return gaps, units, counts, group_units
+
+
+def _gap_bytes(flat: Tensor, shape: tuple[int, int], rows: int, layout: str) -> int:
+    units = int(_gap_units(flat, shape, rows, layout)[3].sum())
+    return units // 2 if layout == "gaps4" else units
+
+
+def _encode_gaps(spec: LayerSpec, flat: Tensor) -> dict[str, Tensor]:
+    escape = 15 if spec.layout == "gaps4" else 255
+    gaps, units, counts, group_units = _gap_units(flat, spec.shape, spec.group_rows, spec.layout)
+    values, starts = _starts(counts), _starts(group_units)
+    # Each value's unit lies after all units of its own group that come before it.
+    ends = torch.cumsum(units, 0)
+    before = torch.cat((ends.new_zeros(1), ends))[values[:-1]]
+    shift = torch.repeat_interleave(starts[:-1] - before, counts)
+    stream = torch.full((int(starts[-1]),), escape, dtype=torch.uint8, device=flat.device)
+    stream[ends - 1 + shift] = (gaps % escape).to(torch.uint8)
+    if spec.layout == "gaps4":
+        stream, starts = stream[0::2] | stream[1::2] << 4, starts // 2
+    return {"S_gaps": stream, "S_offsets": torch.stack((values, starts), dim=1).int()}
+
+
+# --- decode ---------------------------------------------------------------------------------------
+
+
+def decode(spec: LayerSpec, index: dict[str, Tensor]) -> Tensor:
+    """The support, (out, in) bool, from the index tensors; ValueError names the first thing wrong."""
+    m, n = spec.shape
+    for suffix, (shape, dtype) in spec.tensor_shapes(torch.float32).items():
+        if suffix.startswith("S_"):
+            got = index[suffix]
+            _require(tuple(got.shape) == shape, f"{suffix} has shape {tuple(got.shape)}, not {shape}")
+            _require(got.dtype == dtype, f"{suffix} is {got.dtype}, not {dtype}")
+    if spec.layout == "bitmask":
+        bits = unpack_bits(index["S_mask"], -(-n // 8) * 8)
+        _require(not bool(bits[:, n:].any()), "S_mask sets bits past the last column")
+        support = bits[:, :n].contiguous()
+        _require(int(torch.count_nonzero(support)) == spec.nnz, f"S_mask does not set {spec.nnz} bits")
+        return support
+    if spec.layout in ("rows", "columns"):
+        axis_size, other = (m, n) if spec.layout == "rows" else (n, m)
+        name = "S_rows" if spec.layout == "rows" else "S_columns"
+        chosen = index[name].long()
+        _require(chosen.numel() * other == spec.nnz, f"{name} does not account for {spec.nnz} values")
+        _require_increasing(chosen, axis_size, name)
+        line = torch.zeros(axis_size, dtype=torch.bool, device=chosen.device)
+        line[chosen] = True
+        return (line[:, None] if spec.layout == "rows" else line[None, :]).expand(m, n).contiguous()
+    if spec.layout == "csr":
+        offsets, columns = index["S_offsets"].long(), index["S_columns"].long()
+        counts = _checked_counts(offsets, spec.nnz, "S_offsets")
+        _require(not columns.numel() or 0 <= int(columns.min()) and int(columns.max()) < n, "S_columns leaves the row")
+        flat = torch.repeat_interleave(torch.arange(m, device=columns.device), counts) * n + columns
+    elif spec.layout == "n:m":
+        flat = _decode_n_of_m(spec, index["S_index"])
+    else:
+        flat = _decode_gaps(spec, index["S_gaps"], index["S_offsets"].long())
+    _require_increasing(flat, m * n, "index of S")
+    support = torch.zeros(m * n, dtype=torch.bool, device=flat.device)
+    support[flat] = True
+    return support.view(m, n)
+
+
+def _decode_n_of_m(spec: LayerSpec, packed: Tensor) -> Tensor:
+    (m, n), (keep, group) = spec.shape, n_of_m(spec.pattern)
+    _require(n % group == 0 and spec.nnz == m * (n // group) * keep, "nnz does not match the pattern")
+    width = position_bits(group)
+    bits = unpack_bits(packed.view(1, -1), spec.nnz * width).view(-1, width).long()
+    position = (bits << torch.arange(width, device=bits.device)).sum(dim=1)
+    _require(not position.numel() or int(position.max()) < group, "S_index leaves its group")
+    start = torch.arange(spec.nnz, device=bits.device) // keep * group
+    return start + position
+
+
+def _decode_gaps(spec: LayerSpec, stream: Tensor, offsets: Tensor) -> Tensor:
+    per_byte, escape = (2, 15) if spec.layout == "gaps4" else (1, 255)
+    counts = _checked_counts(offsets[:, 0], spec.nnz, "S_offsets")
+    _checked_counts(offsets[:, 1], spec.index_bytes, "S_offsets")
+    if per_byte == 2:
+        stream = torch.stack((stream & 15, stream >> 4), dim=1).view(-1)
+    ends = torch.cumsum(stream.long() + (stream != escape), 0)
+    where = torch.nonzero(stream != escape).view(-1)
+    _require(where.numel() == spec.nnz, f"S_gaps holds {where.numel()} values, not {spec.nnz}")
+    starts = offsets[:-1, 1] * per_byte
+    group = torch.repeat_interleave(torch.arange(counts.numel(), device=stream.device), counts)
+    inside = (where >= starts[group]) & (where < offsets[1:, 1][group] * per_byte)
+    _require(bool(inside.all()), "S_gaps and S_offsets disagree")
+    base = torch.cat((ends.new_zeros(1), ends))[starts]
+    position = ends[where] - 1 - base[group]
+    entries = spec.group_rows * spec.shape[1]
+    _require(not position.numel() or int(position.max()) < entries, "S_gaps runs past its group of rows")
+    return group * entries + position
+
+
+# --- shared ---------------------------------------------------------------------------------------
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """Bool (m, n) -> uint8 (m, ceil(n / 8)): eight entries a byte, lowest bit first, each row padded with zeros."""
+    m, n = bits.shape
+    octets = torch.nn.functional.pad(bits, (0, -n % 8)).view(torch.uint8).view(m, -1, 8)
+    packed = octets[..., 0].clone()
+    for shift in range(1, 8):
+        packed |= octets[..., shift] << shift
+    return packed
+
+
+def unpack_bits(packed: Tensor, n: int) -> Tensor:
+    """uint8 (m, bytes) -> bool (m, n), the first n entries of each row."""
+    masks = torch.tensor([1 << shift for shift in range(8)], dtype=torch.uint8, device=packed.device)
+    bits = (packed.unsqueeze(-1) & masks).bool().view(packed.shape[0], -1)
+    return bits if bits.shape[1] == n else bits[:, :n].contiguous()
+
+
+def _starts(counts: Tensor) -> Tensor:
+    """0 and the running sums: where each group starts, and where the last one ends."""
+    return torch.cat((counts.new_zeros(1), torch.cumsum(counts, 0)))
+
+
+def _checked_counts(offsets: Tensor, total: int, name: str) -> Tensor:
+    counts = torch.diff(offsets)
+    fits = int(offsets[0]) == 0 and int(offsets[-1]) == total and not bool((counts < 0).any())
+    _require(fits, f"{name} does not run from 0 to {total}")
+    return counts
+
+
+def _require_increasing(index: Tensor, size: int, name: str) -> None:
+    if index.numel():
+        ordered = bool((torch.diff(index) > 0).all()) and int(index[0]) >= 0 and int(index[-1]) < size
+        _require(ordered, f"{name} is not increasing inside 0..{size - 1}")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

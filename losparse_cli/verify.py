@@ -1,0 +1,79 @@
+"""Hashes, headers, index, config and every index range of a compressed checkpoint; no model is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .checkpoint.config import layer_specs, layer_tensors
+from .checkpoint.layers import read_layer
+from .checkpoint.report import Report
+from .checkpoint.source import REPORT, Checkpoint, open_checkpoint
+from .checkpoint.writer import sha256
+from .errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Verification:
+    """problems: one sentence each, none if the checkpoint is sound. hashed: files whose SHA-256 was checked."""
+
+    problems: tuple[str, ...]
+    layers: int
+    tensors: int
+    hashed: int
+
+    @property
+    def sound(self) -> bool:
+        return not self.problems
+
+
+def verify(source: str | Path, *, on_layer: Callable[[str, int], None] | None = None) -> Verification:
+    """Check a compressed checkpoint; raises only if it cannot be opened or is none (as `open_checkpoint`)."""
+    checkpoint = open_checkpoint(source)
+    specs = layer_specs(checkpoint)
+    problems: list[str] = []
+    used: set[str] = set()
+    for name, spec in specs.items():
+        try:
+            entries = layer_tensors(checkpoint, name, spec)
+            used |= {entry.name for entry in entries.values()}
+            U, V, values, _ = read_layer(checkpoint, name, spec, entries)
+            for suffix, tensor in (("U", U), ("V", V), ("weight", values)):
+                if not torch.isfinite(tensor.float().sum()):
+                    problems.append(f"{entries['weight'].path}: {name}.{suffix} holds NaN or infinity.")
+        except CheckpointError as error:
+            problems.append(str(error))
+        if on_layer is not None:
+            on_layer(name, len(specs))
+    stray = [n for n in checkpoint.entries if n not in used and n.rpartition(".")[2] in ("U", "V") or ".S_" in n and n not in used]
+    problems += [f"{checkpoint.name}: the tensor {name} belongs to no layer of config.json." for name in stray]
+    hashed = _check_hashes(checkpoint, problems)
+    return Verification(tuple(problems), len(specs), len(checkpoint.entries), hashed)
+
+
+def require_sound(source: str | Path) -> None:
+    """CheckpointError with the first problem that `verify` finds."""
+    found = verify(source)
+    if found.problems:
+        more = f" ({len(found.problems) - 1} more; losparse verify {source} lists them)" if len(found.problems) > 1 else ""
+        raise CheckpointError(found.problems[0] + more)
+
+
+def _check_hashes(checkpoint: Checkpoint, problems: list[str]) -> int:
+    recorded = checkpoint.report()
+    if not recorded:
+        return 0  # saved again by transformers: there is nothing to compare with
+    report = Report.from_dict(recorded, str(checkpoint.folder / REPORT))
+    root = checkpoint.folder.resolve()
+    for name, expected in report.files.items():
+        path = checkpoint.folder / name
+        if root not in (checkpoint.folder.resolve() / name).parents or ".." in Path(name).parts:
+            problems.append(f"{checkpoint.folder / REPORT} names {name!r}, outside the folder.")
+        elif not path.is_file():
+            problems.append(f"{path} is missing. Download or compress the checkpoint again.")
+        elif path.stat().st_size != expected.get("size") or sha256(path) != expected.get("sha256"):
+            problems.append(f"{path} is not the file that was written (SHA-256 differs). Download or compress it again.")
+    return len(report.files)
