@@ -261,3 +261,23 @@ def _push(out: object, folder: Path, repository: str, private: bool) -> None:
         address = upload(folder, repository, private=private)
     out.data({"repository": address})
     out.say(f"[bold green]Pushed.[/] {address}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the two results.")] = Path("losparse-demo"),
+    debug: o.Debug = False,
+) -> None:
+    """Compress a small real model two ways, and compare bytes, perplexity and a sentence with dense."""
+    from ..demo import demo as show
+    from . import console as c
+    from . import tables
+
+    out = c.Console()
+    c.calm_libraries()
+    rows = show(
+        output,
+        on_step=lambda message: out.say(f"[bold]{message}[/]"),
+        on_report=lambda report: tables.show_report(out, report, every_layer=False, sort="name", as_csv=False, as_json=False),
+    )
+    tables.show_comparison(out, rows)

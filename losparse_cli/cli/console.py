@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import (
@@ -37,8 +38,9 @@ class Console:
 
     def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
         self.json, self.quiet = json, quiet or json
-        self.err = RichConsole(stderr=True, quiet=self.quiet, soft_wrap=not sys.stderr.isatty())
-        self.out = RichConsole(quiet=self.quiet)
+        self.err = RichConsole(stderr=True, quiet=self.quiet, highlight=False, soft_wrap=not sys.stderr.isatty())
+        # A pipe has no width of its own: wide enough that nothing is cut.
+        self.out = RichConsole(quiet=self.quiet, highlight=False, width=None if sys.stdout.isatty() else 160)
         self._data: dict[str, Any] = {}
 
     def say(self, message: str) -> None:
@@ -195,7 +197,7 @@ def show_plan(out: Console, job: Job) -> None:
         }
     )  # fmt: skip
     out.flush()
-    shapes = Table(title=f"Plan for {escape(job.source.name)}", title_justify="left")
+    shapes = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for column, justify in (("layers", "left"), ("shape", "right"), ("rank", "right"), ("nnz", "right"),
                             ("before", "right"), ("about", "right"), ("at most", "right")):  # fmt: skip
         shapes.add_column(column, justify=justify)  # type: ignore[arg-type]
@@ -251,3 +253,12 @@ def show_result(out: Console, result: Result) -> None:
 
 def _share(report: Report) -> str:
     return f"{report.bytes_after / report.bytes_before:.1%}" if report.bytes_before else "-"
+
+
+def calm_libraries() -> None:
+    """Silence transformers' own progress bars and advice, which would break ours."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -16,6 +17,7 @@ from .console import Console, size
 
 if TYPE_CHECKING:
     from ..checkpoint.report import LayerReport, Report
+    from ..demo import Measured
     from ..inspection import DenseReport
 
 BLOCKS = " ▏▎▍▌▋▊▉█"
@@ -70,40 +72,58 @@ def show_report(
 def _show_compressed(out: Console, report: Report, every_layer: bool, sort: str) -> None:
     groups = [Group(x.name, [x]) for x in report.layers] if every_layer else _by_block(report.layers)
     groups.sort(key=SORTS[sort])
-    table = Table(title=escape(str(report.source.get("name") or "")), title_justify="left", show_footer=True)
     whole = Group("all", report.layers)
-    known = whole.error is not None
-    total = [f"{len(report.layers)} layers", "", "", f"{sum(x.nnz for x in report.layers):,}", f"{whole.density:.3f}",
-             "", "", size(whole.before), size(whole.after), f"{whole.after / max(1, whole.before):.1%}",
-             f"{whole.error:.3f}" if known else "-"]  # fmt: skip
-    heads = ("layer" if every_layer else "block", "shape", "rank", "nnz", "density", "pattern", "layout", "before",
-             "after", "share", "error")  # fmt: skip
-    for head, foot in zip(heads, total, strict=True):
-        left = head in ("layer", "block", "pattern", "layout", "share", "error")
-        table.add_column(head, footer=foot, justify="left" if left else "right", no_wrap=True)
-    largest = max((g.error or 0.0 for g in groups), default=1.0) or 1.0
-    for g in groups:
+    largest = max((g.error or 0.0 for g in groups), default=0.0) or 1.0
+    columns: list[tuple[str, Callable[[Group], str], str]] = [
+        ("shape", lambda g: _one(f"{x.shape[0]} x {x.shape[1]}" for x in g.layers), ""),
+        ("rank", lambda g: _range([x.rank for x in g.layers]), ""),
+        ("nnz", lambda g: f"{sum(x.nnz for x in g.layers):,}", f"{sum(x.nnz for x in report.layers):,}"),
+        ("density", lambda g: f"{g.density:.3f}", f"{whole.density:.3f}"),
+        ("pattern", lambda g: _one(x.pattern for x in g.layers), ""),
+        ("layout", lambda g: _one(x.layout for x in g.layers), ""),
+        ("before", lambda g: size(g.before), size(whole.before)),
+        ("after", lambda g: size(g.after), size(whole.after)),
+    ]
+    # What is the same in every line is said once, above the table, so that the rest fits a terminal.
+    rows = {head: [value(g) for g in groups] for head, value, _ in columns}
+    constant = {head: cells[0] for head, cells in rows.items() if len(groups) > 2 and len(set(cells)) == 1}
+    for head in ("before", "nnz", "after") + (() if every_layer else ("shape",)):
+        constant.pop(head, None)
+    if not every_layer:
+        columns = [column for column in columns if column[0] != "shape"]
+    out.out.print(f"[bold]{escape(str(report.source.get('name') or 'compressed model'))}[/]", end="")
+    out.out.print("".join(f"   {head} {value}" for head, value in constant.items()), style="dim")
+
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True, padding=(0, 1), pad_edge=False)
+    table.add_column("layer" if every_layer else "block", footer=f"{len(report.layers)} layers", overflow="fold")
+    shown = [column for column in columns if column[0] not in constant]
+    for head, _, footer in shown:
+        table.add_column(head, footer=footer, justify="left" if head in ("pattern", "layout") else "right", no_wrap=True)
+    table.add_column("share", footer=f"{whole.after / max(1, whole.before):5.1%}", no_wrap=True)
+    table.add_column("error", footer="-" if whole.error is None else f"{whole.error:.3f}", no_wrap=True)
+    for i, g in enumerate(groups):
         share = g.after / max(1, g.before)
         error = "-" if g.error is None else f"{g.error:.3f} [red]{_bar(g.error / largest)}[/]"
-        table.add_row(
-            escape(g.name), _one(f"{x.shape[0]} x {x.shape[1]}" for x in g.layers), _range([x.rank for x in g.layers]),
-            f"{sum(x.nnz for x in g.layers):,}", f"{g.density:.3f}", _one(x.pattern for x in g.layers),
-            _one(x.layout for x in g.layers), size(g.before), size(g.after), f"{share:5.1%} [cyan]{_bar(share)}[/]", error,
-        )  # fmt: skip
+        cells = [rows[head][i] for head, _, _ in shown]
+        table.add_row(escape(g.name), *cells, f"{share:5.1%} [cyan]{_bar(share)}[/]", error)
     out.table(table)
-    if known and len(report.layers) > 1:
+    if whole.error is not None and len(report.layers) > 1:
         out.out.print(f"error by depth  {_sparkline([x.relative_error or 0.0 for x in report.layers])}")
     out.out.print(
-        f"whole model  {size(report.model_bytes_before)} -> {size(report.model_bytes_after)} "
-        f"({report.model_bytes_after / max(1, report.model_bytes_before):.1%}); {report.targeted_share:.1%} of all parameters "
-        f"are in these layers, {report.kept_parameters:.1%} of them kept"
+        f"whole model     {size(report.model_bytes_before)} -> {size(report.model_bytes_after)}  "
+        f"({report.model_bytes_after / max(1, report.model_bytes_before):.1%})"
+    )
+    out.out.print(
+        f"parameters      {report.targeted_share:.1%} of all are in these layers; "
+        f"{report.kept_parameters:.1%} of those are kept"
     )
     if report.skipped:
-        out.out.print(f"left dense   {_reasons(report.skipped)}")
+        out.out.print(f"left dense      {_reasons(report.skipped)}")
 
 
 def _show_dense(out: Console, report: DenseReport, every_layer: bool) -> None:
-    table = Table(title=f"{escape(report.name)} (dense)", title_justify="left")
+    out.out.print(f"[bold]{escape(report.name)}[/]   dense", highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     ranks = sorted({r for x in report.layers for r in x.energy if r >= 8})
     for head in ("layer", "shape", "bytes", "compress?"):
         table.add_column(head, justify="left" if head in ("layer", "compress?") else "right")
@@ -129,6 +149,29 @@ def _show_dense(out: Console, report: DenseReport, every_layer: bool) -> None:
     out.out.print(
         f"{len(chosen)} layers would be compressed: {report.targeted_parameters / max(1, report.parameters):.1%} of "
         f"{report.parameters:,} parameters, {size(sum(x.nbytes for x in chosen))} of {size(report.model_bytes)}"
+    )
+
+
+def show_comparison(out: Console, rows: Sequence[Measured]) -> None:
+    """Dense beside compressed: bytes, perplexity, and what the model says."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for head in ("", "layers", "whole model", "perplexity"):
+        table.add_column(head, justify="left" if not head else "right", no_wrap=True)
+    dense = rows[0]
+    for row in rows:
+        value = f"{row.perplexity:.1f}" if row.perplexity < 1e4 else f"{row.perplexity:.0e}"
+        table.add_row(
+            row.name,
+            f"{size(row.layer_bytes)} {row.layer_bytes / dense.layer_bytes:6.1%}",
+            f"{size(row.model_bytes)} {row.model_bytes / dense.model_bytes:6.1%}",
+            value,
+        )
+    out.table(table)
+    for row in rows:
+        out.out.print(f"[bold]{row.name}[/] says: {escape(row.sentence)}")
+    out.out.print(
+        f"\nWithout any data, {rows[1].name} is usable as it is; {rows[2].name} is a start for fine-tuning, not a result."
+        f"\nGo on with: losparse inspect {rows[1].folder} --layers"
     )
 
 
@@ -172,12 +215,12 @@ def _range(values: Sequence[int]) -> str:
     return str(low) if low == high else f"{low}-{high}"
 
 
-def _bar(share: float, width: int = 8) -> str:
+def _bar(share: float, width: int = 6) -> str:
     eighths = round(max(0.0, min(1.0, share)) * width * 8)
     return "█" * (eighths // 8) + (BLOCKS[eighths % 8] if eighths % 8 else "")
 
 
-def _sparkline(values: Sequence[float], width: int = 64) -> str:
+def _sparkline(values: Sequence[float], width: int = 40) -> str:
     step = max(1, -(-len(values) // width))
     means = [sum(values[i : i + step]) / len(values[i : i + step]) for i in range(0, len(values), step)]
     low, high = min(means), max(means)

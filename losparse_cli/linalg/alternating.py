@@ -60,8 +60,10 @@ def decompose(
         U, V = (factor.to(dtype) for factor in balanced_factors(U, s, Vh))
         residual = torch.addmm(W, U.float(), V.float(), alpha=-1) if rank else W.clone()
         support = select(residual, pattern, nnz, scope)
-        values = _entries(residual, support).to(dtype)
-        _subtract_entries(residual, support, values)
+        # By index, not by mask: on a CPU that gathers five times faster.
+        index = torch.nonzero(support.view(-1)).view(-1)
+        values = residual.view(-1)[index].to(dtype)
+        residual.view(-1)[index] -= values.float()
         squared = squared_norm(residual)
         if squared >= best_squared:
             break  # converged: from here on rounding decides, and the better state is kept
@@ -74,11 +76,3 @@ def decompose(
     assert best is not None, "a finite weight always yields a first iterate"
     return Decomposition(best, tuple(errors), weight_squared, best_squared)
 
-
-def _entries(A: Tensor, support: Tensor) -> Tensor:
-    # Gathering by index is five times faster than boolean masking on a CPU.
-    return A.view(-1)[torch.nonzero(support.view(-1)).view(-1)]
-
-
-def _subtract_entries(A: Tensor, support: Tensor, values: Tensor) -> None:
-    A.view(-1)[torch.nonzero(support.view(-1)).view(-1)] -= values.float()

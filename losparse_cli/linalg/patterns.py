@@ -87,8 +87,10 @@ def largest(a: Tensor, k: int) -> Tensor:
         inside = torch.arange(size, device=a.device)
         above, need = torch.zeros_like(above), k
     candidates = a[inside]
-    order = torch.sort(candidates, descending=True, stable=True).indices[:need]
-    above[inside[order]] = True
+    threshold = torch.kthvalue(candidates, candidates.numel() - need + 1).values
+    larger = inside[candidates > threshold]
+    above[larger] = True
+    above[inside[candidates == threshold][: need - larger.numel()]] = True
     return above
 
 

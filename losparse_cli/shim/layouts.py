@@ -7,7 +7,7 @@ index on the way. This file is shipped inside checkpoints and may import nothing
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -153,13 +153,26 @@ def smallest(support: Tensor, rank: int, pattern: str) -> tuple[LayerSpec, dict[
     m, n = support.shape
     flat = torch.nonzero(support.reshape(-1)).view(-1)
     nnz = flat.numel()
-    specs = []
-    for layout in candidates(pattern, (m, n), nnz):
-        rows = group_rows(n) if layout.startswith("gaps") else 0
-        size = _gap_bytes(flat, (m, n), rows, layout) if rows else 0
-        specs.append(LayerSpec((m, n), rank, nnz, pattern, layout, rows, size))
-    best = min(specs, key=lambda spec: spec.nbytes(torch.bfloat16))
-    return best, encode(best, support)
+    best: tuple[int, LayerSpec, dict[str, Tensor]] | None = None
+    for layout in sorted(candidates(pattern, (m, n), nnz), key=lambda name: _least_index_bytes(name, pattern, (m, n), nnz)):
+        if best is not None and best[0] <= _least_index_bytes(layout, pattern, (m, n), nnz):
+            break  # nor can any later one be smaller
+        spec = LayerSpec((m, n), rank, nnz, pattern, layout, group_rows(n) if layout.startswith("gaps") else 0)
+        index = _encode(spec, support, flat)
+        if "S_gaps" in index:
+            spec = replace(spec, index_bytes=index["S_gaps"].numel())
+        size = sum(tensor.numel() * tensor.itemsize for tensor in index.values())
+        if best is None or size < best[0]:
+            best = size, spec, index
+    assert best is not None, "every pattern has a layout"
+    return best[1], best[2]
+
+
+def _least_index_bytes(layout: str, pattern: str, shape: tuple[int, int], nnz: int) -> int:
+    """Bytes of the index without any escape: exact for all but the gap layouts, which may take more."""
+    rows = group_rows(shape[1]) if layout.startswith("gaps") else 0
+    stream = (-(-nnz // 2) if layout == "gaps4" else nnz) if rows else 0
+    return LayerSpec(shape, 0, nnz, pattern, layout, rows, stream).nbytes(torch.uint8) - nnz
 
 
 def bound_index_bytes(layout: str, pattern: str, shape: tuple[int, int], nnz: int) -> int:
@@ -193,6 +206,11 @@ def expected_index_bytes(layout: str, pattern: str, shape: tuple[int, int], nnz:
 
 def encode(spec: LayerSpec, support: Tensor) -> dict[str, Tensor]:
     """Index tensors of `support` (out, in; bool) in the layout of `spec`: suffix -> contiguous tensor."""
+    return _encode(spec, support, torch.nonzero(support.reshape(-1)).view(-1))
+
+
+def _encode(spec: LayerSpec, support: Tensor, flat: Tensor) -> dict[str, Tensor]:
+    """`encode`, with the row-major positions of the entries of S at hand."""
     m, n = spec.shape
     if spec.layout == "bitmask":
         return {"S_mask": pack_bits(support)}
@@ -200,10 +218,8 @@ def encode(spec: LayerSpec, support: Tensor) -> dict[str, Tensor]:
         return {"S_rows": torch.nonzero(support.any(dim=1)).view(-1).int()}
     if spec.layout == "columns":
         return {"S_columns": torch.nonzero(support.any(dim=0)).view(-1).int()}
-    flat = torch.nonzero(support.reshape(-1)).view(-1)
     if spec.layout == "csr":
-        offsets = _starts(torch.bincount(flat // n, minlength=m))
-        return {"S_columns": (flat % n).to(column_dtype(n)), "S_offsets": offsets.int()}
+        return {"S_columns": (flat % n).to(column_dtype(n)), "S_offsets": _split(flat, m, n).int()}
     if spec.layout == "n:m":
         group = n_of_m(spec.pattern)[1]
         shifts = torch.arange(position_bits(group), device=flat.device)
@@ -212,45 +228,32 @@ def encode(spec: LayerSpec, support: Tensor) -> dict[str, Tensor]:
     return _encode_gaps(spec, flat)
 
 
-def _gaps(flat: Tensor, shape: tuple[int, int], rows: int) -> tuple[Tensor, Tensor]:
-    """Entries skipped before each non-zero, counted anew in every group, and each one's group."""
-    entries = rows * shape[1]
-    group = flat // entries
-    previous = torch.cat((flat[:1] * 0 - 1, flat[:-1]))
-    return flat - torch.maximum(previous, group * entries - 1) - 1, group
-
-
-def _gap_units(flat: Tensor, shape: tuple[int, int], rows: int, layout: str) -> tuple[Tensor, ...]:
-    """Gaps, units each of them takes, values and units (padded to bytes) of each group."""
-    escape = 15 if layout == "gaps4" else 255
-    gaps, group = _gaps(flat, shape, rows)
-    units = gaps // escape + 1
-    groups = -(-shape[0] // rows)
-    counts = torch.bincount(group, minlength=groups)
-    ends = torch.cumsum(units, 0)
-    last = torch.cumsum(counts, 0)
-    total = torch.where(last > 0, ends[(last - 1).clamp_min(0)], torch.zeros_like(last)) if flat.numel() else last
-    group_units = torch.diff(total, prepend=total[:1] * 0)
-    if layout == "gaps4":
-        group_units = group_units + group_units % 2
-    return gaps, units, counts, group_units
-
-
-def _gap_bytes(flat: Tensor, shape: tuple[int, int], rows: int, layout: str) -> int:
-    units = int(_gap_units(flat, shape, rows, layout)[3].sum())
-    return units // 2 if layout == "gaps4" else units
+def _split(flat: Tensor, groups: int, entries: int) -> Tensor:
+    """Where each run of `entries` positions starts in the sorted `flat`, and where the last one ends."""
+    return torch.searchsorted(flat, torch.arange(groups + 1, device=flat.device) * entries)
 
 
 def _encode_gaps(spec: LayerSpec, flat: Tensor) -> dict[str, Tensor]:
     escape = 15 if spec.layout == "gaps4" else 255
-    gaps, units, counts, group_units = _gap_units(flat, spec.shape, spec.group_rows, spec.layout)
-    values, starts = _starts(counts), _starts(group_units)
-    # Each value's unit lies after all units of its own group that come before it.
-    ends = torch.cumsum(units, 0)
-    before = torch.cat((ends.new_zeros(1), ends))[values[:-1]]
-    shift = torch.repeat_interleave(starts[:-1] - before, counts)
+    groups, entries = -(-spec.shape[0] // spec.group_rows), spec.group_rows * spec.shape[1]
+    values = _split(flat, groups, entries)
+    counts = torch.diff(values)
+    # Entries skipped before each non-zero, counted anew in every group.
+    gaps = torch.diff(flat, prepend=flat.new_full((1,), -1)) - 1
+    occupied = torch.nonzero(counts).view(-1)
+    first = values[occupied]
+    gaps[first] = flat[first] - occupied * entries
+    gaps = gaps.int()
+    # A gap takes one unit (a nibble or a byte), and one escape before it for each `escape` entries.
+    ends = torch.cumsum(gaps // escape + 1, 0)
+    before = torch.cat((ends.new_zeros(1), ends))[values]
+    units = torch.diff(before)
+    if spec.layout == "gaps4":
+        units = units + units % 2  # each group starts on a byte
+    starts = _starts(units)
+    position = ends - 1 + torch.repeat_interleave(starts[:-1] - before[:-1], counts)
     stream = torch.full((int(starts[-1]),), escape, dtype=torch.uint8, device=flat.device)
-    stream[ends - 1 + shift] = (gaps % escape).to(torch.uint8)
+    stream[position] = (gaps % escape).to(torch.uint8)
     if spec.layout == "gaps4":
         stream, starts = stream[0::2] | stream[1::2] << 4, starts // 2
     return {"S_gaps": stream, "S_offsets": torch.stack((values, starts), dim=1).int()}

