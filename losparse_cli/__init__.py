@@ -9,7 +9,9 @@ Names are imported when first used, so that `import losparse_cli` costs nothing.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -39,14 +41,26 @@ if TYPE_CHECKING:
     from .verify import verify
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # A module of the same name (compress, export, ...) is bound on import; the function replaces it here.
-    value = getattr(import_module(_HOMES[name], __name__), name)
-    globals()[name] = value
-    return value
+class _Package(ModuleType):
+    """Keeps `losparse_cli.compress` the function when the module of the same name is imported.
+
+    Python binds every imported submodule to its package, which would hide the public function behind it.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and name in _HOMES and value.__name__ == f"{__name__}.{name}":
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(_HOMES[name], __name__), name)
+        setattr(self, name, value)
+        return value
+
+    def __dir__(self) -> list[str]:
+        return sorted([*vars(self), *_HOMES])
 
 
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+sys.modules[__name__].__class__ = _Package

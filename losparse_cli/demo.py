@@ -49,7 +49,7 @@ def demo(
 
     dense = smollm2(on_step)
     text = news_text()
-    rows = []
+    rows: list[Measured] = []
     reports: list[Report] = []
     for name, recipe in ((f"keep {USEFUL.keep}", USEFUL), ("rank 8, sparsity 0.9", STRONG)):
         folder = output / name.replace(", ", "-").replace(" ", "-")

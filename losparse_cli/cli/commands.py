@@ -32,7 +32,7 @@ def compress(
         typer.Option(
             help="Stored bytes of the compressed layers over their dense bytes, every index counted.",
             rich_help_panel=o.SIZE,
-            show_default="0.75",
+            show_default="0.85",
         ),
     ] = None,
     keep_parameters: Annotated[
@@ -53,7 +53,9 @@ def compress(
     ] = None,
     iterations: Annotated[
         int | None,
-        typer.Option(help="Alternations between U V and S; 1 is one pass.", rich_help_panel=o.SIZE, show_default="1"),
+        typer.Option(
+            help="Alternations between U V and S; 1 is the paper's one pass.", rich_help_panel=o.SIZE, show_default="4"
+        ),
     ] = None,
     exact_svd: Annotated[
         bool | None, typer.Option("--exact-svd", help="LAPACK's SVD instead of a randomized one.", rich_help_panel=o.SIZE)

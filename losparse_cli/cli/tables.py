@@ -58,12 +58,11 @@ def show_report(
     """Print a report in the form asked for."""
     from ..checkpoint.report import Report as Compressed
 
-    compressed = isinstance(report, Compressed)
     if as_json:
         out.data(report.to_dict())
     elif as_csv:
         _write_csv(report)
-    elif compressed:
+    elif isinstance(report, Compressed):
         _show_compressed(out, report, every_layer, sort)
     else:
         _show_dense(out, report, every_layer)

@@ -1,0 +1,93 @@
+"""U V + S: what is recovered, what never rises, what is stored."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from losparse_cli.linalg.alternating import decompose
+from losparse_cli.linalg.error import relative_error, squared_norm
+from losparse_cli.linalg.patterns import Pattern, parse_pattern
+
+UNSTRUCTURED = Pattern("unstructured")
+
+
+def planted(m: int = 120, n: int = 160, rank: int = 3, nnz: int = 400) -> torch.Tensor:
+    """Low rank plus a few large entries."""
+    generator = torch.Generator().manual_seed(0)
+    L = torch.randn(m, rank, generator=generator) @ torch.randn(rank, n, generator=generator)
+    S = torch.zeros(m * n)
+    where = torch.randperm(m * n, generator=generator)[:nnz]
+    S[where] = 20 * torch.randn(nnz, generator=generator).sign()
+    return L + S.view(m, n)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "rows", "columns", "2:4"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_error_never_rises_and_is_that_of_the_stored_factors(pattern: str, exact: bool) -> None:
+    W = torch.randn(96, 128, generator=torch.Generator().manual_seed(1))
+    nnz = {"unstructured": 1229, "rows": 10 * 128, "columns": 13 * 96, "2:4": 96 * 64}[pattern]
+    solved = decompose(W, 6, nnz, parse_pattern(pattern), iterations=12, exact_svd=exact, dtype=torch.bfloat16)
+    assert all(later < earlier for earlier, later in zip(solved.errors, solved.errors[1:], strict=False))
+    factors = solved.factors
+    assert factors.U.dtype == factors.V.dtype == factors.values.dtype == torch.bfloat16
+    assert (factors.rank, factors.nnz) == (6, nnz)
+    residual = W - factors.dense()
+    assert float(residual.norm() / W.norm()) == pytest.approx(solved.errors[-1], rel=1e-4)
+    assert solved.residual_squared == pytest.approx(float(residual.square().sum()), rel=1e-4)
+    assert solved.weight_squared == pytest.approx(float(W.square().sum()), rel=1e-5)
+
+
+def test_more_iterations_recover_a_planted_sum() -> None:
+    W = planted()
+    once = decompose(W, 3, 400, UNSTRUCTURED, iterations=1).errors[-1]
+    often = decompose(W, 3, 400, UNSTRUCTURED, iterations=60).errors[-1]
+    assert once > 0.1
+    assert often < 0.01
+
+
+def test_one_iteration_is_svd_then_the_largest_residuals() -> None:
+    W = torch.randn(40, 60, generator=torch.Generator().manual_seed(2))
+    factors = decompose(W, 4, 240, UNSTRUCTURED, exact_svd=True).factors
+    U, s, Vh = torch.linalg.svd(W, full_matrices=False)
+    residual = W - (U[:, :4] * s[:4]) @ Vh[:4]
+    expected = torch.zeros(W.numel())
+    top = residual.abs().view(-1).topk(240).indices
+    expected[top] = residual.view(-1)[top]
+    torch.testing.assert_close(factors.sparse(), expected.view_as(W), atol=1e-4, rtol=1e-4)
+
+
+def test_s_repairs_the_rounding_of_u_and_v() -> None:
+    W = torch.randn(64, 64, generator=torch.Generator().manual_seed(3))
+    full = decompose(W, 8, W.numel(), UNSTRUCTURED, dtype=torch.bfloat16)
+    # With every entry in S, only the rounding of S itself is left: half a unit of bfloat16's 8 bits.
+    assert full.errors[-1] < 2**-8
+
+
+def test_rank_zero_and_empty_s() -> None:
+    W = torch.randn(32, 48, generator=torch.Generator().manual_seed(4))
+    pruned = decompose(W, 0, 100, UNSTRUCTURED, iterations=5)
+    assert len(pruned.errors) == 1
+    assert pruned.factors.U.shape == (32, 0)
+    assert torch.equal(pruned.factors.dense()[pruned.factors.support], W[pruned.factors.support])
+    low = decompose(W, 5, 0, UNSTRUCTURED, iterations=5, exact_svd=True)
+    s = torch.linalg.svdvals(W)
+    assert low.errors[-1] == pytest.approx(float(s[5:].norm() / s.norm()), rel=1e-4)
+    assert low.factors.density == 0
+
+
+def test_a_zero_weight_and_tiny_shapes() -> None:
+    for shape in ((1, 1), (1, 9), (9, 1), (3, 2)):
+        W = torch.ones(shape)
+        solved = decompose(W, 1, 1, UNSTRUCTURED)
+        assert solved.errors[-1] < 1e-5
+    zero = decompose(torch.zeros(20, 30), 2, 7, UNSTRUCTURED)
+    assert zero.errors == (0.0,)
+    assert zero.factors.nnz == 7
+
+
+def test_norms() -> None:
+    A = torch.randn(50, 70, generator=torch.Generator().manual_seed(5))
+    assert squared_norm(A) == pytest.approx(float(A.double().square().sum()), rel=1e-6)
+    assert relative_error(4.0, 16.0) == 0.5
+    assert relative_error(0.0, 0.0) == 0.0

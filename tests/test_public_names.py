@@ -1,0 +1,38 @@
+"""The package's public names: what they are, in whatever order things are imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import losparse_cli
+
+SCRIPT = """
+import losparse_cli
+for order in {order!r}:
+    getattr(losparse_cli, order)
+    __import__("losparse_cli." + order) if order not in ("Recipe", "register", "LosparseError", "inspect") else None
+for name in losparse_cli.__all__:
+    value = getattr(losparse_cli, name)
+    assert name == "__version__" or callable(value), (name, value)
+from losparse_cli.compress import prepare
+assert callable(losparse_cli.compress) and callable(losparse_cli.verify)
+"""
+
+
+@pytest.mark.parametrize("order", [["inspect", "push", "compress"], ["verify", "export", "load"], ["compress"], []])
+def test_public_functions_stay_functions(order: list[str]) -> None:
+    subprocess.run([sys.executable, "-c", SCRIPT.format(order=order)], check=True)
+
+
+def test_names_are_listed_and_unknown_ones_refused() -> None:
+    assert set(losparse_cli.__all__) <= set(dir(losparse_cli))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = losparse_cli.nothing  # type: ignore[attr-defined]
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = "import sys, losparse_cli; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
