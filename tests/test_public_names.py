@@ -17,7 +17,7 @@ for order in {order!r}:
 for name in losparse_cli.__all__:
     value = getattr(losparse_cli, name)
     assert name == "__version__" or callable(value), (name, value)
-from losparse_cli.compress import prepare
+from losparse_cli.compress import run
 assert callable(losparse_cli.compress) and callable(losparse_cli.verify)
 """
 

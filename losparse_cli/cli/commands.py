@@ -116,7 +116,8 @@ def compress(
         "ignore": tuple(ignore or ()),
     }
     resolved = make_recipe(flags, recipe)  # contradictions are reported before anything heavy is imported
-    from ..compress import prepare, run
+    from ..compress import run
+    from ..job.prepare import prepare
     from . import console as c
 
     out = c.Console(json=json, quiet=quiet)

@@ -28,7 +28,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from ..checkpoint.report import LayerReport, Report
-    from ..compress import Job, Result
+    from ..compress import Result
+    from ..job.prepare import Job
 
 BAD_KEEP = 0.5  # below this share of the parameters a data-free result is far from the dense model
 

@@ -1,0 +1,183 @@
+"""Source and recipe -> Job: layers chosen, rank and nnz of each, shards cut; no weight is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..budget.plan import Layer, LayerPlan, Plan, make_plan
+from ..budget.recipe import Recipe
+from ..checkpoint.card import companion_files
+from ..checkpoint.reader import BITS, FLOATING, TensorEntry
+from ..checkpoint.source import Checkpoint, open_checkpoint
+from ..checkpoint.writer import Shard, Slot, parse_size, plan_shards
+from ..errors import CheckpointError, UsageError
+from ..models.names import NameMap
+from ..models.skeleton import Skeleton, build_skeleton, choose
+from ..shim.layouts import INDEX_TENSORS, candidates
+
+RESIDENT_BASE = 500 << 20  # bytes: the interpreter with torch and transformers, before any weight
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that is fixed before a weight is read.
+
+    units: per tensor of the source, in reading order, the layer it is the weight of, or None if copied.
+    """
+
+    source: Checkpoint
+    recipe: Recipe
+    plan: Plan
+    units: tuple[tuple[TensorEntry, LayerPlan | None], ...]
+    shards: tuple[Shard, ...]
+    output: Path
+    device: torch.device
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors of the source."""
+        return sum(entry.nbytes * 8 // BITS[entry.dtype] for entry in self.source.entries.values())
+
+    @property
+    def bound_bytes(self) -> int:
+        """Most bytes that the result takes on disk."""
+        copied = sum(entry.nbytes for entry, layer in self.units if layer is None)
+        beside = sum((self.source.folder / path).stat().st_size for path in companion_files(self.source.folder))
+        return self.plan.bound_bytes + copied + beside + sum(shard.header for shard in self.shards)
+
+    @property
+    def peak_memory(self) -> int:
+        """Estimated peak resident bytes: the base, one layer in hand and the next being read."""
+        return RESIDENT_BASE + self.plan.workspace_bytes
+
+
+def prepare(
+    model: str | Path,
+    output: Path | None = None,
+    recipe: Recipe | None = None,
+    *,
+    device: str = "auto",
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    trust_remote_code: bool = False,
+    max_shard_size: str = "5GB",
+) -> Job:
+    """The plan of a compression: source checked, layers chosen, rank and nnz of each, shards cut.
+
+    Reads headers and config only (a Hub model is downloaded first). Raises UsageError on a request that
+    cannot be met, SourceError and CheckpointError on a source that cannot be read.
+    """
+    recipe = recipe or Recipe()
+    shard_bytes = parse_size(max_shard_size)
+    source = open_checkpoint(model, revision=revision, cache_dir=cache_dir)
+    _refuse_quantized(source)
+    skeleton = build_skeleton(source.folder, source.config, trust_remote_code=trust_remote_code)
+    layers, skipped = find_layers(source, skeleton, recipe)
+    plan = make_plan(layers, skipped, recipe)
+    by_tensor = {p.layer.tensor: p for p in plan.layers}
+    units = tuple((entry, by_tensor.get(name)) for name, entry in source.entries.items())
+    slots = [Slot(_tensor_names(layer), layer.bound_bytes) if layer else Slot((entry.name,), entry.nbytes) for entry, layer in units]
+    output = Path(output) if output is not None else Path(f"{source.name.rpartition('/')[2]}-losparse")
+    output = output.expanduser().absolute()
+    if output == source.folder.resolve() or source.folder.resolve() in output.parents:
+        raise UsageError(f"--output {output} lies inside the model's own folder. Choose a place outside it.")
+    return Job(source, recipe, plan, units, tuple(plan_shards(slots, shard_bytes)), output, _device(device))
+
+
+def find_layers(source: Checkpoint, skeleton: Skeleton, recipe: Recipe) -> tuple[list[Layer], dict[str, str]]:
+    """Targeted layers with their tensors on disk, and every layer left dense with the reason."""
+    chosen, skipped = choose(skeleton, recipe.targets, recipe.ignore)
+    for glob, _ in recipe.overrides:
+        choose(skeleton, (glob,), ())  # raises if it matches nothing
+    names = NameMap(skeleton.model, source.entries)
+    layers = []
+    for linear in chosen:
+        parameter = f"{linear.name}.weight"
+        tensors = names.disk.get(parameter, [])
+        if len(tensors) != 1 or not tensors[0].endswith(".weight"):
+            if not tensors and parameter not in names.converted:
+                raise CheckpointError(
+                    f"The tensor {parameter} ({linear.shape[0]} x {linear.shape[1]}) is missing from {source.folder}. "
+                    "Download the checkpoint again, or leave the layer out with --ignore."
+                )
+            skipped[linear.name] = "assembled from other tensors at load"
+            continue
+        entry = source.entries[tensors[0]]
+        if entry.dtype not in FLOATING:
+            raise UsageError(
+                f"{entry.name} in {entry.path} is stored as {entry.dtype}, not as floating point: it is quantized "
+                "already. Start from the unquantized checkpoint."
+            )
+        on_disk = tuple(reversed(linear.shape)) if linear.transposed else linear.shape
+        if entry.shape != on_disk:
+            raise CheckpointError(
+                f"{entry.name} in {entry.path} has shape {list(entry.shape)}, but config.json asks for {list(on_disk)}. "
+                "config.json and the weights do not belong together."
+            )
+        disk_module = names.disk_module(linear.name, entry.name)
+        if disk_module is None:
+            skipped[linear.name] = "transformers would rename its factors at load"
+            continue
+        itemsize = BITS[entry.dtype] // 8
+        layers.append(Layer(linear.name, entry.name, disk_module, linear.shape, itemsize, linear.transposed))
+    return layers, skipped
+
+
+def _refuse_quantized(source: Checkpoint) -> None:
+    if source.is_compressed:
+        raise UsageError(
+            f"{source.name} is compressed by losparse already. Give the dense model, or make one with: "
+            f"losparse export {source.name} --dense -o DENSE"
+        )
+    if source.quantization is not None:
+        method = source.quantization.get("quant_method", "an unknown method")
+        raise UsageError(f"{source.name} is quantized already ({method}). Start from the unquantized checkpoint.")
+
+
+def _tensor_names(plan: LayerPlan) -> tuple[str, ...]:
+    layouts = candidates(plan.pattern, plan.layer.shape, plan.nnz)
+    index = max((INDEX_TENSORS[layout] for layout in layouts), key=lambda names: sum(map(len, names)))
+    return tuple(f"{plan.layer.disk_module}.{suffix}" for suffix in ("U", "V", "weight", *index))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UsageError(f"--device is auto, cpu, cuda or cuda:N, not {name!r}.")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here. Use --device cpu.")
+    return device
+
+
+def fingerprint(job: Job) -> dict[str, Any]:
+    """What must be equal for a journal to be continued; JSON."""
+    files = {}
+    for file in job.source.files:
+        status = file.path.stat()
+        files[file.path.name] = [status.st_size, status.st_mtime_ns]
+    plan = [[e.name, e.dtype, e.shape, p and [p.rank, p.nnz, p.pattern, p.scope, p.iterations]] for e, p in job.units]
+    return {
+        "losparse": __version__,
+        "torch": torch.__version__,
+        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} x{torch.get_num_threads()} {job.device}",
+        "source": job.source.commit or files,
+        "config": digest(job.source.config),
+        "recipe": job.recipe.to_dict(),
+        "plan": digest([plan, [[s.file, s.header] for s in job.shards]]),
+    }
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
