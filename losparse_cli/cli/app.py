@@ -64,4 +64,4 @@ def _complain(message: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), message))
+    Console(stderr=True, soft_wrap=not sys.stderr.isatty()).print(Text.assemble(("error: ", "bold red"), message))
