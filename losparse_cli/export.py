@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from . import __version__
-from .checkpoint.card import base_metadata, copy_companions, write_dense_card
+from .checkpoint.card import base_metadata, companion_files, copy_companions, write_dense_card
 from .checkpoint.config import dense_config, is_shim, layer_specs, layer_tensors
 from .checkpoint.journal import Journal
 from .checkpoint.layers import read_layer
@@ -29,7 +30,6 @@ from .checkpoint.writer import (
     write_errors,
     write_json,
 )
-from .errors import UsageError
 from .linalg.factors import LowRankSparse
 from .shim.layouts import LayerSpec
 
@@ -61,10 +61,9 @@ def export(
     """
     checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
     specs = layer_specs(checkpoint)
-    output = Path(output).expanduser().absolute()
-    if output == checkpoint.folder.resolve() or checkpoint.folder.resolve() in output.parents:
-        raise UsageError(f"--output {output} lies inside the compressed folder. Choose a place outside it.")
-    check_output(output, overwrite=overwrite)
+    output = Path(os.path.abspath(os.path.expanduser(output)))
+    check_output(output, overwrite=overwrite, source=checkpoint.folder)
+    companion_files(checkpoint.folder)  # what may not be copied is reported before the work, not after it
     units = _units(checkpoint, specs)
     shards = plan_shards([_slot(unit) for unit in units], parse_size(max_shard_size))
     work = working_folder(output)
@@ -103,7 +102,9 @@ def _units(checkpoint: Checkpoint, specs: dict[str, LayerSpec]) -> list[_Unit]:
         parts = layer_tensors(checkpoint, name, spec)
         made[parts["weight"].name] = _Unit(parts["weight"], name, spec, parts)
         used |= {entry.name for entry in parts.values()}
-    return [made.get(name, _Unit(entry)) for name, entry in checkpoint.entries.items() if name in made or name not in used]
+    return [
+        made.get(name, _Unit(entry)) for name, entry in checkpoint.entries.items() if name in made or name not in used
+    ]
 
 
 def _slot(unit: _Unit) -> Slot:
@@ -114,12 +115,14 @@ def _slot(unit: _Unit) -> Slot:
 
 
 def _dense(checkpoint: Checkpoint, unit: _Unit) -> torch.Tensor:
-    assert unit.spec is not None and unit.parts is not None
+    assert unit.spec is not None
+    assert unit.parts is not None
     U, V, values, support = read_layer(checkpoint, unit.name, unit.spec, unit.parts)
     W = LowRankSparse(U, V, values, support).dense().to(values.dtype)
     return W.T.contiguous() if unit.spec.transposed else W
 
 
 def _fingerprint(checkpoint: Checkpoint, max_shard_size: str) -> dict[str, Any]:
-    files = {f.path.name: [f.path.stat().st_size, f.path.stat().st_mtime_ns] for f in checkpoint.files}
+    paths = [checkpoint.folder / "config.json", *(file.path for file in checkpoint.files)]
+    files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
     return {"export": __version__, "source": checkpoint.commit or files, "shards": re.sub(r"\s", "", max_shard_size)}

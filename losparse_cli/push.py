@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from .checkpoint.card import address_card
-from .checkpoint.source import hub_errors, open_checkpoint
+from .checkpoint.journal import FILE as JOURNAL
+from .checkpoint.source import HUB_ID, hub_errors, open_checkpoint
 from .checkpoint.writer import write_errors
 from .errors import UsageError
 from .verify import require_sound
 
 # What an earlier upload to the same repository may have left, and this one does not bring.
-STALE = ["*.safetensors", "*.bin", "*.index.json", "losparse_*"]
+STALE = [
+    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin",
+    "pytorch_model.bin.index.json", "losparse_*.py", "losparse_*.json",
+]  # fmt: skip
 
 
 def push(folder: str | Path, repository: str, *, private: bool = False, message: str = "") -> str:
@@ -19,25 +23,34 @@ def push(folder: str | Path, repository: str, *, private: bool = False, message:
 
     The checkpoint is verified first (CheckpointError if it is not sound), and shards of an earlier upload
     that are not part of it are deleted. The token is the one that `hf auth login` stored, or HF_TOKEN.
+    UsageError if there is none, or if `private` is asked of a repository that is public.
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise UsageError(f"There is no folder {path}. Give the folder that `losparse compress` wrote.")
+    from huggingface_hub import HfApi, get_token
+
+    if not HUB_ID.fullmatch(repository):
+        raise UsageError(f"{repository!r} is no Hub id. Write it as user/name.")
+    if get_token() is None:
+        raise UsageError(f"Uploading to {repository} needs a Hub token. Log in with: hf auth login")
     require_sound(path)
     name = open_checkpoint(path).name
     with write_errors(path):
         address_card(path, repository)
-
-    from huggingface_hub import HfApi
-
     api = HfApi()
     with hub_errors(repository):
         created = api.create_repo(repository, private=private, exist_ok=True)
+        if private and not api.model_info(created.repo_id).private:
+            raise UsageError(
+                f"{repository} exists and is public, so --private cannot hold. Make it private on its settings page, "
+                "leave out --private, or choose another name."
+            )
         api.upload_folder(
             repo_id=created.repo_id,
             folder_path=path,
             commit_message=message or f"Upload {name}, compressed with losparse",
             delete_patterns=STALE,
-            ignore_patterns=[".*", "*.partial"],
+            ignore_patterns=[".*", "*/.*", "*.partial/*", JOURNAL],
         )
     return str(created)

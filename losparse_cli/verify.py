@@ -37,19 +37,28 @@ def verify(source: str | Path, *, on_layer: Callable[[str, int], None] | None = 
     problems: list[str] = []
     used: set[str] = set()
     for name, spec in specs.items():
+        used.add(f"{spec.tensor or name}.weight")  # whatever else is wrong with it
         try:
             entries = layer_tensors(checkpoint, name, spec)
             used |= {entry.name for entry in entries.values()}
             U, V, values, _ = read_layer(checkpoint, name, spec, entries)
-            for suffix, tensor in (("U", U), ("V", V), ("weight", values)):
-                if not torch.isfinite(tensor.float().sum()):
-                    problems.append(f"{entries['weight'].path}: {name}.{suffix} holds NaN or infinity.")
+            problems += [
+                f"{entries[suffix].path}: {entries[suffix].name} holds NaN or infinity. Compress the model again."
+                for suffix, tensor in (("U", U), ("V", V), ("weight", values))
+                if not torch.isfinite(tensor).all()
+            ]
         except CheckpointError as error:
             problems.append(str(error))
         if on_layer is not None:
             on_layer(name, len(specs))
-    stray = [n for n in checkpoint.entries if n not in used and n.rpartition(".")[2] in ("U", "V") or ".S_" in n and n not in used]
-    problems += [f"{checkpoint.name}: the tensor {name} belongs to no layer of config.json." for name in stray]
+    problems += [
+        f"{entry.path}: the tensor {name} belongs to no layer of config.json. Compress the model again."
+        for name, entry in checkpoint.entries.items()
+        if name not in used
+        and name.endswith(".weight")
+        and len(entry.shape) == 1
+        and f"{name.removesuffix('weight')}V" in checkpoint.entries
+    ]
     hashed = _check_hashes(checkpoint, problems)
     return Verification(tuple(problems), len(specs), len(checkpoint.entries), hashed)
 
@@ -58,7 +67,9 @@ def require_sound(source: str | Path) -> None:
     """CheckpointError with the first problem that `verify` finds."""
     found = verify(source)
     if found.problems:
-        more = f" ({len(found.problems) - 1} more; losparse verify {source} lists them)" if len(found.problems) > 1 else ""
+        more = (
+            f" ({len(found.problems) - 1} more; losparse verify {source} lists them)" if len(found.problems) > 1 else ""
+        )
         raise CheckpointError(found.problems[0] + more)
 
 
@@ -67,13 +78,20 @@ def _check_hashes(checkpoint: Checkpoint, problems: list[str]) -> int:
     if not recorded:
         return 0  # saved again by transformers: there is nothing to compare with
     report = Report.from_dict(recorded, str(checkpoint.folder / REPORT))
+    problems += [
+        f"{file.path} is not among the files that losparse wrote. Remove it, or download the checkpoint again."
+        for file in checkpoint.files
+        if file.path.name not in report.files
+    ]
     root = checkpoint.folder.resolve()
     for name, expected in report.files.items():
         path = checkpoint.folder / name
-        if root not in (checkpoint.folder.resolve() / name).parents or ".." in Path(name).parts:
+        if root not in (root / name).parents or ".." in Path(name).parts:
             problems.append(f"{checkpoint.folder / REPORT} names {name!r}, outside the folder.")
         elif not path.is_file():
             problems.append(f"{path} is missing. Download or compress the checkpoint again.")
         elif path.stat().st_size != expected.get("size") or sha256(path) != expected.get("sha256"):
-            problems.append(f"{path} is not the file that was written (SHA-256 differs). Download or compress it again.")
+            problems.append(
+                f"{path} is not the file that was written (SHA-256 differs). Download or compress it again."
+            )
     return len(report.files)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -118,6 +118,11 @@ def plan_layer(layer: Layer, recipe: Recipe) -> LayerPlan:
             f"{layer.name} ({layer.shape[0]} x {layer.shape[1]}) does not fit the budget: its factors alone are "
             "larger. Lower --rank, or raise --keep or --keep-parameters."
         )
+    if rank == 0 and nnz == 0:
+        raise UsageError(
+            f"Nothing would be left of {layer.name} ({layer.shape[0]} x {layer.shape[1]}): rank 0, and an empty S. "
+            "Raise --rank, --keep or --keep-parameters, lower --sparsity, or leave the layer out with --ignore."
+        )
     return LayerPlan(
         layer,
         rank,
@@ -181,19 +186,23 @@ def _rank_and_nnz(shape: tuple[int, int], itemsize: int, recipe: Recipe) -> tupl
         nnz = count_nnz(shape, 1.0, pattern, scope) if fixed_pattern else 0
         rank = int((budget - cost(0, nnz)) / (cost(1, nnz) - cost(0, nnz)))
         return (min(rank, min(m, n)), nnz) if rank >= 0 else (None, 0)
-    # The largest density whose cost stays within the budget; bisection, since the cost only grows.
     if cost(rank_for(0), 0) > budget:
         return None, 0
-    low, high = 0.0, 1.0
-    for _ in range(48):
-        middle = (low + high) / 2
-        nnz = count_nnz(shape, middle, pattern, scope)
-        if cost(rank_for(nnz), nnz) <= budget:
-            low = middle
-        else:
-            high = middle
-    nnz = count_nnz(shape, low, pattern, scope)
-    return rank_for(nnz), nnz
+
+    def fullest(cost_of: Callable[[int], float]) -> int:
+        """The largest nnz whose cost stays within the budget; bisection, since the cost only grows."""
+        low, high = 0.0, 1.0
+        for _ in range(48):
+            middle = (low + high) / 2
+            if cost_of(count_nnz(shape, middle, pattern, scope)) <= budget:
+                low = middle
+            else:
+                high = middle
+        return count_nnz(shape, low, pattern, scope)
+
+    # A whole rank is a large step at a small budget: S takes what it leaves over.
+    rank = rank_for(fullest(lambda nnz: cost(rank_for(nnz), nnz)))
+    return rank, fullest(lambda nnz: cost(rank, nnz))
 
 
 def _bytes(shape: tuple[int, int], itemsize: int, rank: int, nnz: int, pattern: str, *, bound: bool) -> float:

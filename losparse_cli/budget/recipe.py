@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -15,8 +16,8 @@ SIZE_CHOICES = ("sparsity", "keep", "keep_parameters")
 PER_LAYER = (*RANK_CHOICES, *SIZE_CHOICES, "pattern", "threshold_scope", "iterations")
 WHOLE_RUN = ("targets", "ignore", "exact_svd", "seed")
 
-DEFAULT_KEEP = 0.75
-DEFAULT_ITERATIONS = 1
+DEFAULT_KEEP = 0.85
+DEFAULT_ITERATIONS = 4
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class Recipe:
             raise UsageError(f"--iterations must be a whole number >= 1, not {self.iterations!r}.")
         if not _is_int(self.seed):
             raise UsageError(f"--seed must be a whole number, not {self.seed!r}.")
+        if not isinstance(self.exact_svd, bool):
+            raise UsageError(f"--exact-svd is true or false, not {self.exact_svd!r}.")
+        for name in ("targets", "ignore"):
+            if not all(isinstance(glob, str) and glob for glob in getattr(self, name)):
+                raise UsageError(f"{_flag(name)} takes globs of module names, not {getattr(self, name)!r}.")
         _check_pattern(self)
 
     def for_layer(self, name: str) -> Recipe:
@@ -89,47 +95,84 @@ def make_recipe(flags: Mapping[str, Any], file: Path | None = None) -> Recipe:
     if file is None:
         return Recipe(**given)
     settings, overrides = _read_file(file)
+    where = str(file)
     try:
-        base = _override(Recipe(), {k: tuple(v) if k in ("targets", "ignore") else v for k, v in settings.items()})
-        merged = _override(base, given)
+        merged = _override(_override(Recipe(), settings), given)
         kept = []
         for glob, fields in overrides.items():
+            where = f"{file}, layers: {glob}"
             fields = {k: v for k, v in fields.items() if not _superseded(k, given)}
             if fields:
-                _override(merged, fields)  # a contradiction is reported here, with the file's name
+                _override(merged, fields)  # a contradiction is reported here, with its place in the file
                 kept.append((glob, tuple(sorted(fields.items()))))
         return replace(merged, overrides=tuple(kept))
-    except RecipeError:
-        raise
     except UsageError as error:
-        raise RecipeError(f"{file}: {error}") from error
+        raise RecipeError(f"{where}: {error}") from error
 
 
 def _read_file(file: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The settings for all layers, and those for each glob, of known names; RecipeError otherwise."""
     import yaml
 
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(file.read_text(encoding="utf-8"), _loader())
     except OSError as error:
         raise RecipeError(f"Cannot read the recipe {file}: {error.strerror}. Check the path after --recipe.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise RecipeError(f"The recipe {file} is not valid YAML{line}: correct it, or use flags instead.") from error
-    content = content or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        at, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
+        line = f" at line {at.line + 1}" if at else ""
+        reason = f" ({problem})" if problem else ""
+        raise RecipeError(
+            f"The recipe {file} is not valid YAML{line}{reason}. Correct it, or use flags instead."
+        ) from error
+    content = {} if content is None else content
     if not isinstance(content, dict):
         raise RecipeError(f"The recipe {file} must be a mapping such as 'rank: 8', not {type(content).__name__}.")
     overrides = content.pop("layers", None) or {}
     known = (*PER_LAYER, *WHOLE_RUN)
     _only_known(file, content, known, "")
     for name in ("targets", "ignore"):
-        if isinstance(content.get(name), str):
-            content[name] = [content[name]]
+        if name in content:
+            globs = content[name] or ()
+            content[name] = tuple(globs) if isinstance(globs, list | tuple) else (globs,)
     if not isinstance(overrides, dict) or not all(isinstance(fields, dict) for fields in overrides.values()):
         raise RecipeError(f"'layers' in {file} must map each glob to its settings, as in '*.mlp.*: {{rank: 16}}'.")
     for glob, fields in overrides.items():
         _only_known(file, fields, PER_LAYER, f" under layers: {glob}")
     return content, {str(glob): fields for glob, fields in overrides.items()}
+
+
+def _loader() -> Any:
+    """YAML's safe loader with the numbers of YAML 1.2, and without keys given twice.
+
+    In YAML 1.1, which PyYAML reads, `2:4` is the number 124 in base 60, and `1e-3` is a text.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    numbers = {
+        "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][0-9]*)$",
+        "tag:yaml.org,2002:float": r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$",
+    }
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, regexp) for tag, regexp in resolvers if tag not in numbers]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    for tag, regexp in numbers.items():
+        Loader.add_implicit_resolver(tag, re.compile(regexp), list("-+.0123456789"))
+
+    def mapping(loader: Any, node: Any) -> dict[Any, Any]:
+        seen: list[Any] = []
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.append(key.value)
+        return dict(loader.construct_mapping(node, deep=True))
+
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    return Loader
 
 
 def _only_known(file: Path, fields: Mapping[Any, Any], known: tuple[str, ...], where: str) -> None:
@@ -150,8 +193,8 @@ def _override(recipe: Recipe, fields: Mapping[str, Any]) -> Recipe:
 
 
 def _superseded(name: str, given: Mapping[str, Any]) -> bool:
-    groups = [group for group in (RANK_CHOICES, SIZE_CHOICES) if name in group] or [(name,)]
-    return any(other in given for other in groups[0])
+    group: tuple[str, ...] = next((group for group in (RANK_CHOICES, SIZE_CHOICES) if name in group), (name,))
+    return any(other in given for other in group)
 
 
 def _check_pattern(recipe: Recipe) -> None:

@@ -2,35 +2,67 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+from ..errors import CheckpointError
+from .journal import FILE as JOURNAL
 from .report import Report
-from .source import INDEX, PICKLE_INDEX, REPORT, TIMING
+from .source import REPORT, TIMING
 
-CARRIED = (".json", ".jsonl", ".txt", ".model", ".py", ".jinja", ".spm", ".bpe", ".tiktoken", ".vocab", ".merges", ".md")
-NOT_CARRIED = ("config.json", "README.md", INDEX, PICKLE_INDEX, REPORT, TIMING)
+CARRIED = (
+    ".json", ".jsonl", ".txt", ".model", ".py", ".jinja", ".spm", ".bpe", ".tiktoken", ".vocab", ".merges", ".md",
+)  # fmt: skip
+NOT_CARRIED = ("config.json", "README.md", REPORT, TIMING, JOURNAL)
 LICENCES = re.compile(r"(?i)(licen[cs]e|notice|use_policy|copying)")
 CARRIED_BYTES = 256 << 20  # a tokenizer is never larger; a stray data set may be
+CARRIED_METADATA = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
+SNIPPET = re.compile(r'losparse_cli\.load\(("(?:[^"\\]|\\.)*")\)')
 
 
 def companion_files(folder: Path) -> list[Path]:
     """Files beside the weights that a compressed copy needs: tokenizer, generation, code, licence; relative.
 
-    Sub-folders are searched one level deep (sentence-transformers keeps its pooling there).
+    Of sub-folders, chat templates, and all of those that sentence-transformers' modules.json names.
+    CheckpointError on a link that leads out of the folder: a copy, pushed, would publish what it points to.
     """
+    root = folder.resolve()
+    homes = (root, root.parent.parent / "blobs")  # the Hub's cache keeps a snapshot as links to its blobs
+    modules = _sentence_modules(folder)
     found = []
     for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
         relative = path.relative_to(folder)
-        if not path.is_file() or any(part.startswith(".") for part in relative.parts):
+        hidden = any(part.startswith(".") or not part.isprintable() for part in relative.parts)
+        if hidden or not path.is_file() or not _belongs(relative, modules) or path.stat().st_size > CARRIED_BYTES:
             continue
-        if str(relative) in NOT_CARRIED or path.stat().st_size > CARRIED_BYTES:
-            continue
-        if path.suffix.lower() in CARRIED or LICENCES.match(path.name):
-            found.append(relative)
+        if not any(home in path.resolve().parents for home in homes):
+            raise CheckpointError(
+                f"{path} is a link to {path.resolve()}, outside the model's folder. Copy the file there if it "
+                "belongs to the model, or remove the link."
+            )
+        found.append(relative)
     return found
+
+
+def _belongs(relative: Path, modules: set[str]) -> bool:
+    if len(relative.parts) > 1:
+        return relative.parts[0] in modules or relative.suffix.lower() == ".jinja"
+    if relative.name in NOT_CARRIED or relative.name.endswith(".index.json"):
+        return False
+    return relative.suffix.lower() in CARRIED or LICENCES.match(relative.name) is not None
+
+
+def _sentence_modules(folder: Path) -> set[str]:
+    """Sub-folders in which sentence-transformers keeps what follows the transformer, such as 1_Pooling."""
+    try:
+        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return set()
+    listed = modules if isinstance(modules, list) else []
+    return {str(module["path"]) for module in listed if isinstance(module, dict) and module.get("path")}
 
 
 def copy_companions(folder: Path, destination: Path) -> None:
@@ -64,17 +96,15 @@ def write_card(destination: Path, report: Report, base: dict[str, Any], *, place
 
     name = report.source.get("name", "")
     on_hub = report.source.get("commit") is not None
-    carried = {k: base[k] for k in ("license", "license_name", "license_link", "language", "datasets") if base.get(k)}
-    pipeline = {"pipeline_tag": base["pipeline_tag"]} if base.get("pipeline_tag") else {}
+    carried = {key: base[key] for key in CARRIED_METADATA if base.get(key)}
     metadata = ModelCardData(
         library_name="transformers",
         tags=sorted({"losparse", "low-rank", "sparse", *_texts(base.get("tags"))}),
         **({"base_model": name, "base_model_relation": "quantized"} if on_hub else {}),
-        **pipeline,
         **carried,
     )
     text = f"---\n{metadata.to_yaml()}\n---\n\n{_body(report, name, place)}"
-    (destination / "README.md").write_text(text, encoding="utf-8")
+    (destination / "README.md").write_text(text, encoding="utf-8", errors="replace")
 
 
 def address_card(folder: Path, place: str) -> None:
@@ -82,23 +112,32 @@ def address_card(folder: Path, place: str) -> None:
     path = folder / "README.md"
     if path.is_file():
         text = path.read_text(encoding="utf-8")
-        named = re.search(r'losparse_cli\.load\("([^"]+)"\)', text)
+        named = SNIPPET.search(text)
         if named:
-            path.write_text(text.replace(f'("{named[1]}"', f'("{place}"'), encoding="utf-8")
+            path.write_text(text.replace(f"({named[1]}", f"({_quoted(place)}"), encoding="utf-8")
 
 
 def write_dense_card(destination: Path, metadata: dict[str, Any], source: str) -> None:
-    """README.md of a dense export: where it comes from, under the licence it had."""
+    """README.md of a dense export: where it comes from, under the licence it had.
+
+    metadata: that of the compressed checkpoint's card.
+    """
     from huggingface_hub import ModelCardData
 
+    carried = {key: metadata[key] for key in (*CARRIED_METADATA, "base_model") if metadata.get(key)}
     tags = [tag for tag in _texts(metadata.get("tags")) if tag not in ("low-rank", "sparse")]
-    data = ModelCardData(**{**metadata, "tags": tags} if tags else metadata)
+    data = ModelCardData(library_name="transformers", tags=tags or None, **carried)
     text = (
         f"---\n{data.to_yaml()}\n---\n\n# {destination.name.removesuffix('.partial')}\n\n"
         f"The dense form of {source}, which losparse compressed: every compressed weight is U V + S, rounded once "
         "to the stored dtype. Any tool that reads safetensors loads it; it is as large as the original model.\n"
     )
-    (destination / "README.md").write_text(text, encoding="utf-8")
+    (destination / "README.md").write_text(text, encoding="utf-8", errors="replace")
+
+
+def _quoted(text: str) -> str:
+    """A Python string literal in double quotes."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _texts(value: Any) -> list[str]:
@@ -106,9 +145,14 @@ def _texts(value: Any) -> list[str]:
 
 
 def _body(report: Report, name: str, place: str) -> str:
-    recipe = {k: v for k, v in report.recipe.items() if v not in (None, [], {}, False)}
+    recipe = {k: v for k, v in report.recipe.items() if v is not None and v is not False and v not in ([], {})}
     settings = ", ".join(f"{k} {v}" for k, v in sorted(recipe.items()))
     error = report.relative_error
+    layers, model = (
+        _share(report.bytes_after, report.bytes_before),
+        _share(report.model_bytes_after, report.model_bytes_before),
+    )
+    kept = sum(layer.kept for layer in report.layers)
     return f"""# {place.rpartition("/")[2]}
 
 {name} compressed with losparse: each targeted weight is stored as a low-rank part and a sparse part,
@@ -118,23 +162,23 @@ W ≈ U V + S (after LoSparse, Li et al., ICML 2023).
 
 ```python
 import losparse_cli
-model, tokenizer = losparse_cli.load("{place}")
+model, tokenizer = losparse_cli.load({_quoted(place)})
 ```
 
 Without the package, with the code that lies in this repository (read it first):
 
 ```python
 from transformers import AutoModel{_auto_suffix(report)}
-model = AutoModel{_auto_suffix(report)}.from_pretrained("{place}", trust_remote_code=True)
+model = AutoModel{_auto_suffix(report)}.from_pretrained({_quoted(place)}, trust_remote_code=True)
 ```
 
 ## Sizes
 
 | | before | after | share |
 |---|---|---|---|
-| compressed layers, bytes | {report.bytes_before:,} | {report.bytes_after:,} | {_share(report.bytes_after, report.bytes_before)} |
-| whole model, bytes | {report.model_bytes_before:,} | {report.model_bytes_after:,} | {_share(report.model_bytes_after, report.model_bytes_before)} |
-| parameters of the compressed layers | {report.targeted_parameters:,} | {sum(layer.kept for layer in report.layers):,} | {report.kept_parameters:.1%} |
+| compressed layers, bytes | {report.bytes_before:,} | {report.bytes_after:,} | {layers} |
+| whole model, bytes | {report.model_bytes_before:,} | {report.model_bytes_after:,} | {model} |
+| parameters of the compressed layers | {report.targeted_parameters:,} | {kept:,} | {report.kept_parameters:.1%} |
 
 {len(report.layers)} layers are compressed; they hold {report.targeted_share:.1%} of the model's parameters.
 Relative Frobenius error of their weights: {"not recorded" if error is None else f"{error:.4f}"}.

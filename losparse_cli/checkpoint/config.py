@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import CheckpointError, FormatVersionError, UsageError
 from ..shim.layouts import FORMAT_VERSION, LayerSpec
 from .reader import FLOATING, TORCH_DTYPES, TensorEntry
@@ -70,23 +72,26 @@ def layer_specs(checkpoint: Checkpoint) -> dict[str, LayerSpec]:
     quantization = checkpoint.quantization or {}
     if not checkpoint.is_compressed:
         raise UsageError(
-            f"{checkpoint.name} is no losparse checkpoint. Make one with: losparse compress {checkpoint.name}"
+            f"{checkpoint.address} is no losparse checkpoint. Make one with: losparse compress {checkpoint.address}"
         )
     version = quantization.get("format_version")
     if version != FORMAT_VERSION:
         raise FormatVersionError(
-            f"{checkpoint.name} has losparse format version {version}; this losparse reads version {FORMAT_VERSION}. "
-            "Upgrade with: pip install --upgrade losparse"
+            f"{checkpoint.address} has losparse format version {version}; this losparse reads version "
+            f"{FORMAT_VERSION}. Upgrade with: pip install --upgrade losparse"
         )
     modules = quantization.get("modules")
     if not isinstance(modules, dict):
-        raise CheckpointError(f"config.json of {checkpoint.name} lists no compressed modules. Compress it again.")
+        raise CheckpointError(f"config.json of {checkpoint.address} lists no compressed modules. Compress it again.")
     specs = {}
     for name, fields in modules.items():
         try:
             specs[name] = LayerSpec.from_dict(fields)
-        except ValueError as error:
-            raise CheckpointError(f"config.json of {checkpoint.name}, layer {name}: {error}. Compress it again.") from error
+            specs[name].tensor_shapes(torch.float32)
+        except (ValueError, OverflowError) as error:
+            raise CheckpointError(
+                f"config.json of {checkpoint.address}, layer {name}: {error}. Compress it again."
+            ) from error
     return specs
 
 
@@ -97,10 +102,18 @@ def layer_tensors(checkpoint: Checkpoint, name: str, spec: LayerSpec) -> dict[st
     without its first part, too. CheckpointError if a tensor is missing or has another shape or dtype.
     """
     entries = checkpoint.entries
-    tries = (spec.tensor or name, name, name.partition(".")[2], f"{checkpoint.config.get('model_type')}.{name}", f"model.{name}")
+    tries = (
+        spec.tensor or name,
+        name,
+        name.partition(".")[2],
+        f"{checkpoint.config.get('model_type')}.{name}",
+        f"model.{name}",
+    )
     disk = next((t for t in tries if t and f"{t}.weight" in entries), None)
     if disk is None:
-        raise CheckpointError(f"{checkpoint.name}: layer {name} has no tensor {spec.tensor or name}.weight. Compress it again.")
+        raise CheckpointError(
+            f"{checkpoint.address}: layer {name} has no tensor {spec.tensor or name}.weight. Compress it again."
+        )
     values = entries[f"{disk}.weight"]
     if values.dtype not in FLOATING:
         raise CheckpointError(f"{values.path}: {values.name} is {values.dtype}, not floating point. Compress it again.")
@@ -108,7 +121,7 @@ def layer_tensors(checkpoint: Checkpoint, name: str, spec: LayerSpec) -> dict[st
     for suffix, (shape, dtype) in spec.tensor_shapes(TORCH_DTYPES[values.dtype]).items():
         entry = entries.get(f"{disk}.{suffix}")
         if entry is None:
-            raise CheckpointError(f"{checkpoint.name}: the tensor {disk}.{suffix} is missing. Compress it again.")
+            raise CheckpointError(f"{checkpoint.address}: the tensor {disk}.{suffix} is missing. Compress it again.")
         if entry.shape != shape or TORCH_DTYPES.get(entry.dtype) != dtype:
             raise CheckpointError(
                 f"{entry.path}: {entry.name} is {entry.dtype} {list(entry.shape)}, but config.json asks for "

@@ -10,12 +10,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import ResumeError
+from ..errors import OutputError, ResumeError
 
 FILE = "losparse_journal.jsonl"
 
@@ -39,43 +40,61 @@ class Unit:
 
 
 class Journal:
-    """An open journal, locked against a second process; `units` are those found finished, in order."""
+    """An open journal, locked against a second process; `units` are those found finished, in order.
 
-    def __init__(self, folder: Path, fingerprint: dict[str, Any], *, required: bool = False) -> None:
+    required: ResumeError if there is nothing to go on with. discard: forget what is there, files too.
+    """
+
+    def __init__(
+        self, folder: Path, fingerprint: dict[str, Any], *, required: bool = False, discard: bool = False
+    ) -> None:
         path = folder / FILE
-        existed = path.is_file() and path.stat().st_size > 0
-        if required and not existed:
-            raise ResumeError(f"There is nothing to resume at {folder}. Leave out --resume required to start anew.")
-        self._file = open(path, "a+b")  # noqa: SIM115 - held open, with its lock, until close()
+        if not path.exists() and any(folder.iterdir()):
+            raise OutputError(f"{folder} is there, and losparse did not make it. Move it, or choose another --output.")
+        # Held open, with its lock, until close(); unbuffered, so that a full disk is noticed line by line.
+        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            _lock(self._file, path)
+            self._ends: list[int] = []  # where each line ends, in bytes
+            self.units: list[Unit] = []
+            found = None if discard else self._read(path)
+            if discard:
+                _empty(folder)
+            if found is None and required:
+                raise ResumeError(f"There is nothing to resume at {folder}. Leave out --resume required to start anew.")
+            if found is not None:
+                _require_same(folder, found, fingerprint)
+            self._file.truncate(self._ends[-1] if self._ends else 0)
+            if found is None:
+                self._append(fingerprint)
+        except BaseException:
             self._file.close()
-            raise ResumeError(
-                f"Another losparse is writing {folder}. Wait for it to end, or choose another --output."
-            ) from error
-        self.units: list[Unit] = []
-        lines, length = _whole_lines(path)
-        if lines:
-            self._check(folder, lines[0], fingerprint)
-            self.units = [Unit(**line) for line in lines[1:]]
-        self._file.truncate(length)
-        if not lines:
-            self._append(fingerprint)
+            raise
 
-    def _check(self, folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
-        different = sorted(k for k in {*found, *expected} if found.get(k) != expected.get(k))
-        if different:
-            raise ResumeError(
-                f"{folder} holds a partial result of a different run (different: {', '.join(different)}). Repeat "
-                "the command that began it, or discard it with --resume never."
-            )
+    def _read(self, path: Path) -> dict[str, Any] | None:
+        """The fingerprint, None if there is none; units up to the first line that is torn or damaged."""
+        fingerprint = None
+        with open(path, "rb") as file:
+            for raw in file:
+                try:
+                    line = json.loads(raw)
+                    if fingerprint is None:
+                        fingerprint = dict(line)
+                    else:
+                        self.units.append(Unit(**line))
+                except (ValueError, TypeError):
+                    break
+                if not raw.endswith(b"\n"):
+                    break
+                self._ends.append(file.tell())
+        whole = len(self._ends)
+        self.units = self.units[: max(0, whole - 1)]
+        return fingerprint if whole else None
 
     def keep(self, count: int) -> None:
         """Forget all units but the first `count`: what follows did not reach the disk whole."""
-        self._file.seek(0)
-        length = sum(len(self._file.readline()) for _ in range(count + 1))
-        self._file.truncate(length)
+        self._ends = self._ends[: count + 1]
+        self._file.truncate(self._ends[-1])
         self.units = self.units[:count]
 
     def add(self, unit: Unit) -> None:
@@ -83,27 +102,46 @@ class Journal:
         self.units.append(unit)
 
     def _append(self, line: dict[str, Any]) -> None:
-        self._file.seek(0, os.SEEK_END)
-        self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
-        self._file.flush()
+        raw = memoryview(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+        while raw:
+            raw = raw[self._file.write(raw) :]
+        self._ends.append(self._file.seek(0, os.SEEK_END))
 
     def close(self) -> None:
         self._file.close()
 
 
-def _whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The complete JSON lines of the file and their length in bytes; a torn last line is left out."""
-    lines, length = [], 0
-    with open(path, "rb") as file:
-        for raw in file:
-            if not raw.endswith(b"\n"):
-                break
-            try:
-                lines.append(json.loads(raw))
-            except ValueError:
-                break
-            length += len(raw)
-    return lines, length
+def _lock(file: Any, path: Path) -> None:
+    """Take the lock for as long as `file` is open; ResumeError if another process has it, or just had it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ResumeError(
+            f"Another losparse is writing {path.parent}. Wait for it to end, or choose another --output."
+        ) from error
+    except OSError:
+        return  # a file system without locks: two runs at once are then the user's to avoid
+    if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        raise ResumeError(f"Another losparse has just finished {path.parent}. Repeat the command to see its result.")
+
+
+def _empty(folder: Path) -> None:
+    """Remove everything in `folder` but the journal."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != FILE:
+            path.unlink()
+
+
+def _require_same(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    expected = json.loads(json.dumps(expected))  # tuples are lists in a journal
+    different = sorted(k for k in {*found, *expected} if found.get(k) != expected.get(k))
+    if different:
+        raise ResumeError(
+            f"{folder} holds a partial result of a different run (different: {', '.join(different)}). Repeat the "
+            "command that began it, delete that folder, or compress with --resume never."
+        )
 
 
 def crc_of(path: Path, begin: int, end: int) -> int | None:

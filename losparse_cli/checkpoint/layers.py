@@ -23,7 +23,9 @@ def read_layer(
         support = decode(spec, {k: t for k, t in tensors.items() if k.startswith("S_")})
     except ValueError as error:
         path = entries["weight"].path
-        raise CheckpointError(f"{path}: layer {name} has a damaged index ({error}). Download or compress it again.") from error
+        raise CheckpointError(
+            f"{path}: layer {name} has a damaged index ({error}). Download or compress it again."
+        ) from error
     m, n = spec.shape
     values = tensors["weight"]
     U = tensors.get("U", values.new_zeros(m, 0))

@@ -8,12 +8,14 @@ safetensors documentation specifies: 8 bytes of header length, a JSON header, th
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 
 MAX_HEADER = 100_000_000  # the safetensors library's own limit, in bytes
+MAX_SHAPE = 64  # characters of a shape as JSON: room for eight dimensions of a million, which the writer reserves
 
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -31,9 +34,11 @@ BITS = {
 
 TORCH_DTYPES = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-    "U8": torch.uint8, "U16": torch.uint16, "I32": torch.int32, "I64": torch.int64,
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
+    "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-"""The dtypes that are computed with; all others are only copied."""
+"""The dtypes that can become tensors of torch; all others are only copied."""
 
 FLOATING = ("F16", "BF16", "F32", "F64")
 
@@ -55,27 +60,27 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.metadata, self.entries, self.data_start = _read_header(path)
+        self.entries, self.data_start = _read_header(path)
 
     def read(self, entry: TensorEntry) -> Tensor:
         """The tensor, in memory of its own. For the dtypes in TORCH_DTYPES."""
         raw = torch.empty(entry.nbytes, dtype=torch.uint8)
-        view = memoryview(raw.numpy())
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                file.seek(self.data_start + entry.offset)
-                _fill(file, view, entry)
-        except OSError as error:
-            raise CheckpointError(f"Cannot read {entry.name} from {self.path}: {error.strerror}.") from error
+        view = raw.numpy().data
+        with _read_errors(entry), open(self.path, "rb", buffering=0) as file:
+            file.seek(self.data_start + entry.offset)
+            _fill(file, view, entry)
         return raw.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
 
     def chunks(self, entry: TensorEntry, size: int = 16 << 20) -> Iterator[bytes]:
         """The tensor's bytes, `size` at a time."""
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self.data_start + entry.offset)
+        with _read_errors(entry):
+            file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - closed below
+        with file:
             left = entry.nbytes
+            file.seek(self.data_start + entry.offset)
             while left:
-                piece = file.read(min(size, left))
+                with _read_errors(entry):  # not around the yield: what is raised there is the consumer's
+                    piece = file.read(min(size, left))
                 if not piece:
                     raise _truncated(entry)
                 left -= len(piece)
@@ -83,34 +88,42 @@ class SafetensorsFile:
 
 
 class PickleFile:
-    """A `pytorch_model*.bin`, read with `weights_only=True` and never unpickled otherwise."""
+    """A `pytorch_model*.bin`, read with `weights_only=True` and never unpickled otherwise.
 
-    def __init__(self, path: Path) -> None:
+    drop_shared: leave out what shares its memory with an earlier tensor, because the model ties it again.
+    """
+
+    def __init__(self, path: Path, *, drop_shared: bool = True) -> None:
         self.path = path
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch.load raises many kinds for a bad or an old file
             raise CheckpointError(
                 f"{path} cannot be read safely ({type(error).__name__}): it is corrupt, in torch's format from "
-                "before 1.6, or holds more than tensors. Load it in transformers yourself, if you trust it, and save it "
-                "as safetensors with save_pretrained."
+                "before 1.6, or holds more than tensors. Load it in transformers yourself, if you trust it, and save "
+                "it as safetensors with save_pretrained."
             ) from error
-        if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
-            raise CheckpointError(f"{path} does not hold a mapping from names to tensors.")
+        if not isinstance(content, dict) or not all(
+            isinstance(k, str) and isinstance(t, Tensor) for k, t in content.items()
+        ):
+            raise CheckpointError(
+                f"{path} does not hold a mapping from names to tensors. Load the model in transformers and save it "
+                "with save_pretrained."
+            )
         names = {dtype: name for name, dtype in TORCH_DTYPES.items()}
         self._tensors: dict[str, Tensor] = {}
         self.entries: dict[str, TensorEntry] = {}
         seen: set[tuple[Any, ...]] = set()
         for name, tensor in content.items():
-            place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
-            if place in seen and tensor.numel():
-                continue  # a tied weight, stored once; transformers ties it again at load
-            seen.add(place)
-            if tensor.dtype not in names:
+            if tensor.dtype not in names or tensor.layout != torch.strided:
                 raise CheckpointError(
-                    f"{path} holds {name} as {tensor.dtype}, which cannot be copied from this form. Save the model as "
-                    "safetensors with save_pretrained first."
+                    f"{path} holds {name} as {tensor.dtype}, {tensor.layout}, which cannot be copied from this form. "
+                    "Save the model as safetensors with save_pretrained first."
                 )
+            place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+            if place in seen and drop_shared and tensor.numel():
+                continue
+            seen.add(place)
             self._tensors[name] = tensor
             self.entries[name] = TensorEntry(
                 name, names[tensor.dtype], tuple(tensor.shape), path, 0, tensor.numel() * tensor.itemsize
@@ -136,6 +149,17 @@ def _fill(file: Any, view: memoryview, entry: TensorEntry) -> None:
         filled += count
 
 
+@contextmanager
+def _read_errors(entry: TensorEntry) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"Cannot read {entry.name} from {entry.path}: {error.strerror or error}. The file was there when losparse "
+            "began: put it back, and repeat the command."
+        ) from error
+
+
 def _truncated(entry: TensorEntry) -> CheckpointError:
     return CheckpointError(
         f"{entry.path} ended inside the tensor {entry.name}: the file is truncated or changed while it was "
@@ -143,8 +167,8 @@ def _truncated(entry: TensorEntry) -> CheckpointError:
     )
 
 
-def _read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorEntry], int]:
-    """(metadata, tensor name -> entry in file order, start of the data)."""
+def _read_header(path: Path) -> tuple[dict[str, TensorEntry], int]:
+    """(tensor name -> entry in file order, start of the data)."""
     again = "Download or copy the file again."
     try:
         size = os.path.getsize(path)
@@ -155,53 +179,59 @@ def _read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorEntry], in
                 raise CheckpointError(f"{path} is no safetensors file, or its beginning is damaged. {again}")
             header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
     except OSError as error:
-        raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
-    except ValueError as error:
+        raise CheckpointError(f"Cannot read {path}: {error.strerror}. {again}") from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"The header of {path} is corrupt ({error}). {again}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"The header of {path} is no JSON object. {again}")
-    metadata = header.pop("__metadata__", None) or {}
+    header.pop("__metadata__", None)
     entries = {}
     end = 0
-    for name, info in sorted(header.items(), key=lambda item: _offsets(item[1])):
-        entry = _entry(name, info, path)
-        if entry is None or entry.offset != end:
-            raise CheckpointError(f"The header of {path} describes the tensor {name} impossibly: {info}. {again}")
-        entries[name] = entry
-        end += entry.nbytes
+    try:
+        for entry in sorted((_entry(name, info, path) for name, info in header.items()), key=_extent):
+            if entry.offset != end:
+                fault = "overlaps the one before it" if entry.offset < end else "leaves a hole before it"
+                raise ValueError(f"the tensor {entry.name} {fault}")
+            entries[entry.name] = entry
+            end += entry.nbytes
+    except ValueError as error:
+        raise CheckpointError(f"The header of {path} is corrupt ({error}). {again}") from error
     if 8 + length + end != size:
         raise CheckpointError(
-            f"{path} has {size:,} bytes but its header describes {8 + length + end:,}: it is truncated or damaged. {again}"
+            f"{path} has {size:,} bytes but its header describes {8 + length + end:,}: it is truncated or damaged. "
+            f"{again}"
         )
-    return metadata, entries, 8 + length
+    return entries, 8 + length
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name occurs twice")
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"it names {name!r} twice")
+        result[name] = value
     return result
 
 
-def _offsets(info: Any) -> tuple[int, int]:
-    try:
-        begin, end = info["data_offsets"]
-        return int(begin), int(end)
-    except (KeyError, TypeError, ValueError):
-        return -1, -1
+def _extent(entry: TensorEntry) -> tuple[int, int]:
+    return entry.offset, entry.nbytes
 
 
-def _entry(name: str, info: Any, path: Path) -> TensorEntry | None:
-    begin, end = _offsets(info)
-    try:
-        dtype, shape = info["dtype"], tuple(info["shape"])
-    except (KeyError, TypeError):
-        return None
-    if dtype not in BITS or not all(isinstance(s, int) and s >= 0 for s in shape) or begin < 0:
-        return None
-    elements = 1
-    for s in shape:
-        elements *= s
-    if end - begin != -(-elements * BITS[dtype] // 8):
-        return None
-    return TensorEntry(name, dtype, shape, path, begin, end - begin)
+def _entry(name: str, info: Any, path: Path) -> TensorEntry:
+    """The entry that a header's line describes; ValueError if there can be no such tensor."""
+    fields = info if isinstance(info, dict) else {}
+    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise ValueError(f"the tensor {name} has the unknown dtype {str(dtype)[:40]}")
+    if not _are_sizes(shape) or len(json.dumps(shape)) > MAX_SHAPE:
+        raise ValueError(f"the tensor {name} has the impossible shape {str(shape)[:40]}")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"the tensor {name} has the impossible offsets {str(offsets)[:40]}")
+    nbytes = -(-math.prod(shape) * BITS[dtype] // 8)
+    if offsets[1] - offsets[0] != nbytes:
+        raise ValueError(f"the tensor {name} needs {nbytes:,} bytes but has {offsets[1] - offsets[0]:,}")
+    return TensorEntry(name, dtype, tuple(shape), path, offsets[0], nbytes)
+
+
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)

@@ -108,8 +108,8 @@ class Report:
 
     def totals(self) -> dict[str, Any]:
         """The sums above under their names, for JSON."""
-        names = ("bytes_before", "bytes_after", "model_bytes_before", "model_bytes_after", "parameters")
-        names += ("targeted_parameters", "targeted_share", "kept_parameters", "relative_error")
+        names = ["bytes_before", "bytes_after", "model_bytes_before", "model_bytes_after", "parameters"]
+        names += ["targeted_parameters", "targeted_share", "kept_parameters", "relative_error"]
         return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,6 +123,9 @@ class Report:
         try:
             known = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
             known["layers"] = tuple(LayerReport.from_dict(layer) for layer in fields["layers"])
+            for name in ("skipped", "source", "recipe", "versions", "files"):
+                known[name] = dict(known.get(name, {}))
+            known["files"] = {file: dict(expected) for file, expected in known["files"].items()}
             return cls(**known)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{where} is incomplete ({error!r}). Compress the model again.") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, SourceError
-from .reader import PickleFile, SafetensorsFile, TensorEntry
+from .reader import BITS, PickleFile, SafetensorsFile, TensorEntry
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -19,6 +20,8 @@ PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 REPORT = "losparse_report.json"
 TIMING = "losparse_timing.json"
+
+HUB_ID = re.compile(r"(?![.\-])[A-Za-z0-9_.\-]{1,96}(/[A-Za-z0-9_.\-]{1,96})?")
 
 # Weights in other forms, and folders that hold nothing but them.
 OTHER_WEIGHTS = ("*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.ot", "*.tflite", "*.pt", "*.pth", "*.ckpt")
@@ -41,6 +44,11 @@ class Checkpoint:
     entries: dict[str, TensorEntry]
 
     @property
+    def address(self) -> str:
+        """What a person types to name it: the Hub id, or the folder."""
+        return self.name if self.commit is not None else str(self.folder)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.entries.values())
@@ -48,8 +56,7 @@ class Checkpoint:
     @property
     def quantization(self) -> dict[str, Any] | None:
         """The `quantization_config` of config.json, if there is one."""
-        found = self.config.get("quantization_config")
-        return found if isinstance(found, dict) else None
+        return self.config.get("quantization_config")
 
     @property
     def is_compressed(self) -> bool:
@@ -73,14 +80,15 @@ def open_checkpoint(
     With `headers_only` a Hub model's weights are not downloaded: its entries say what there is, but
     cannot be read. SourceError if it cannot be found or reached, CheckpointError if a file is wrong.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return _open_folder(folder, folder.resolve().name, None)
-    if folder.is_file():
-        raise SourceError(f"{folder} is a file; give the folder that holds it and its config.json.")
     identifier = str(model)
-    if identifier.startswith((".", "/", "~")) or identifier.count("/") > 1 or not re.fullmatch(r"[\w.\-/]+", identifier):
-        raise SourceError(f"There is no folder {identifier}. Check the path, or give a Hub id such as user/name.")
+    folder = Path(os.path.expanduser(identifier))  # unlike Path.expanduser, leaves an unknown ~user as it is
+    if os.path.isdir(folder) and identifier:
+        name = os.fsencode(folder.resolve().name).decode(errors="replace")  # it is written into the card
+        return _open_folder(folder, name, None)
+    if os.path.isfile(folder):
+        raise SourceError(f"{folder} is a file; give the folder that holds it and its config.json.")
+    if not HUB_ID.fullmatch(identifier):
+        raise SourceError(f"There is no folder {identifier!r}. Check the path, or give a Hub id such as user/name.")
     if headers_only:
         return _open_remote_headers(identifier, revision, cache_dir)
     local = _download(identifier, revision, cache_dir)
@@ -89,32 +97,33 @@ def open_checkpoint(
 
 
 def _open_folder(folder: Path, name: str, commit: str | None) -> Checkpoint:
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
-    if config is None:
+    if not (folder / "config.json").is_file():
         raise SourceError(
             f"{folder} has no config.json, so it is no transformers checkpoint. Give the folder that "
             "`save_pretrained` wrote."
         )
-    index, kind = _index_of(folder)
-    if index is None:
-        single = folder / (WEIGHTS if kind is SafetensorsFile else PICKLE)
-        names = [single.name] if single.is_file() else []
-    else:
-        names = sorted(set(index.values()))
-    if not names:
-        raise SourceError(
-            f"{folder} has no {WEIGHTS}, {INDEX} or {PICKLE}: there are no weights to read. If they are in "
-            "another form, load the model in transformers and save it with save_pretrained first."
-        )
-    files = []
+    config = read_config(folder / "config.json")
+    index, pickled = _index_of(folder)
+    names = [PICKLE if pickled else WEIGHTS] if index is None else sorted(set(index.values()))
+    files: list[SafetensorsFile | PickleFile] = []
     for file_name in names:
         path = folder / file_name
-        if not path.is_file():
+        if path.is_file():
+            files.append(PickleFile(path, drop_shared=_ties(config)) if pickled else SafetensorsFile(path))
+        elif index is not None:
             raise CheckpointError(
                 f"The index of {folder} names the shard {file_name}, which is not there. Download it again or "
                 "copy it into the folder."
             )
-        files.append(kind(path))
+        elif path.is_symlink():
+            raise CheckpointError(
+                f"{path} is a link to {path.readlink()}, which is not there. Download the model again."
+            )
+    if not files:
+        raise SourceError(
+            f"{folder} has no {WEIGHTS}, {INDEX} or {PICKLE}: there are no weights to read. If they are in "
+            "another form, load the model in transformers and save it with save_pretrained first."
+        )
     entries: dict[str, TensorEntry] = {}
     for file in files:
         for tensor, entry in file.entries.items():
@@ -135,14 +144,20 @@ def _open_folder(folder: Path, name: str, commit: str | None) -> Checkpoint:
     return Checkpoint(folder, name, commit, config, tuple(files), entries)
 
 
-def _index_of(folder: Path) -> tuple[dict[str, str] | None, type[SafetensorsFile] | type[PickleFile]]:
-    """The checked weight map of the folder's index, None if it has a single file, and the files' kind."""
-    if (folder / WEIGHTS).is_file():
-        return None, SafetensorsFile
-    for name, kind in ((INDEX, SafetensorsFile), (PICKLE_INDEX, PickleFile)):
-        if (folder / name).is_file() and not (kind is PickleFile and (folder / PICKLE).is_file()):
-            return check_index(folder / name, read_json(folder / name)), kind
-    return None, SafetensorsFile if not (folder / PICKLE).is_file() else PickleFile
+def _index_of(folder: Path) -> tuple[dict[str, str] | None, bool]:
+    """The checked weight map of the folder's index, None if it has a single file; and whether files are pickled."""
+    for single, index, pickled in ((WEIGHTS, INDEX, False), (PICKLE, PICKLE_INDEX, True)):
+        if (folder / single).is_file():
+            return None, pickled
+        if (folder / index).is_file():
+            return check_index(folder / index, read_json(folder / index)), pickled
+    return None, False
+
+
+def _ties(config: dict[str, Any]) -> bool:
+    """False if transformers would load tensors that share memory one by one."""
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    return all(part.get("tie_word_embeddings", True) is True for part in parts)
 
 
 def check_index(path: Path, index: dict[str, Any]) -> dict[str, str]:
@@ -161,15 +176,28 @@ def check_index(path: Path, index: dict[str, Any]) -> dict[str, str]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; CheckpointError if it is none."""
+    again = "Download or save the checkpoint again."
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}). Download or save the checkpoint again.") from error
+        raise CheckpointError(f"Cannot read {path}: {error.strerror}. {again}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}). {again}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(content).__name__}.")
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(content).__name__}. {again}")
     return content
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json, with the entries that losparse reads itself of the right kind; CheckpointError otherwise."""
+    config = read_json(path)
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list | None) or not all(isinstance(name, str) for name in architectures or ()):
+        raise CheckpointError(f"'architectures' in {path} must be a list of class names. Correct the file.")
+    for key in ("auto_map", "quantization_config"):
+        if not isinstance(config.get(key), dict | None):
+            raise CheckpointError(f"{key!r} in {path} must be a JSON object. Correct the file.")
+    return config
 
 
 # --- the Hub --------------------------------------------------------------------------------------
@@ -188,17 +216,19 @@ def hub_errors(repository: str) -> Iterator[None]:
         ) from error
     except hub.RepositoryNotFoundError as error:
         raise SourceError(
-            f"The Hub has no model {repository!r} that you can see. Check the spelling; if it is private, log in "
-            "with: hf auth login"
+            f"There is no folder {repository}, and no such model on the Hub that you can see. Check the spelling; if "
+            "it is private, log in with: hf auth login"
         ) from error
     except hub.RevisionNotFoundError as error:
-        raise SourceError(f"{repository} has no such revision. Leave out --revision, or name a branch or tag.") from error
+        raise SourceError(
+            f"{repository} has no such revision. Leave out --revision, or name a branch or tag."
+        ) from error
     except hub.HFValidationError as error:
         raise SourceError(f"{repository!r} is neither a folder nor a Hub id such as user/name.") from error
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
         raise SourceError(
-            f"Cannot reach the Hub to fetch {repository}, and it is not in the cache. Check the network, unset "
-            "HF_HUB_OFFLINE, or give a local folder."
+            f"There is no folder {repository}, and the Hub cannot be reached to fetch it. Check the path and the "
+            "network, or unset HF_HUB_OFFLINE."
         ) from error
     except hub.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", "unknown")
@@ -207,11 +237,14 @@ def hub_errors(repository: str) -> Iterator[None]:
         raise SourceError(f"The Hub answered with status {status} for {repository}. Try again later.") from error
     except OSError as error:
         if error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
-            raise  # the disk, not the network
-        raise SourceError(f"Cannot reach the Hub to fetch {repository}: {error}. Check the network.") from error
+            raise SourceError(  # the disk, not the network
+                f"Cannot read or store {error.filename or repository}: {error.strerror}. Free some space, or keep "
+                "downloads in another place with --cache-dir."
+            ) from error
+        raise SourceError(f"The Hub cannot be reached for {repository}: {error}. Check the network.") from error
     except Exception as error:
         if type(error).__module__.partition(".")[0] in ("httpx", "httpcore", "httpx2", "httpcore2", "requests"):
-            raise SourceError(f"Cannot reach the Hub to fetch {repository}: check the network.") from error
+            raise SourceError(f"The Hub cannot be reached for {repository}. Check the network.") from error
         raise
 
 
@@ -232,25 +265,24 @@ def _open_remote_headers(repository: str, revision: str | None, cache_dir: Path 
     from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
     with hub_errors(repository):
-        local = Path(
-            snapshot_download(
-                repository, revision=revision, cache_dir=cache_dir, allow_patterns=["*.json", "*.py"]
-            )
-        )
+        wanted = ["config.json", REPORT, "*.py"]
+        local = Path(snapshot_download(repository, revision=revision, cache_dir=cache_dir, allow_patterns=wanted))
         try:
-            metadata = HfApi().get_safetensors_metadata(repository, revision=revision)
+            metadata = HfApi().get_safetensors_metadata(repository, revision=local.name)
         except NotASafetensorsRepoError as error:
             raise SourceError(
-                f"{repository} has no safetensors weights, so its headers cannot be read alone. Download it and "
-                "give the folder."
+                f"{repository} has no safetensors weights, so its headers cannot be read alone. Download it with "
+                f"`hf download {repository} --local-dir FOLDER`, and give the folder."
             ) from error
         except SafetensorsParsingError as error:
             raise CheckpointError(f"A weight file of {repository} has a corrupt header ({error}).") from error
     if not (local / "config.json").is_file():
-        raise SourceError(f"{repository} has no config.json, so it is no transformers checkpoint.")
+        raise SourceError(f"{repository} has no config.json, so it is no transformers checkpoint. Check its name.")
     entries: dict[str, TensorEntry] = {}
     for file, content in metadata.files_metadata.items():
         for tensor, info in content.tensors.items():
+            if info.dtype not in BITS:
+                raise CheckpointError(f"{tensor} of {repository} has the unknown dtype {info.dtype}. Upgrade losparse.")
             begin, end = info.data_offsets
             entries[tensor] = TensorEntry(tensor, info.dtype, tuple(info.shape), local / file, begin, end - begin)
-    return Checkpoint(local, repository, local.name, read_json(local / "config.json"), (), entries)
+    return Checkpoint(local, repository, local.name, read_config(local / "config.json"), (), entries)

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import OutputError, UsageError
+from ..errors import CheckpointError, OutputError, UsageError
 from .journal import FILE as JOURNAL
 from .journal import Journal, Unit, crc_of
 from .reader import TORCH_DTYPES
@@ -46,9 +46,20 @@ class Shard:
 
 
 def plan_shards(slots: Sequence[Slot], max_bytes: int) -> list[Shard]:
-    """Consecutive slots, cut so that no shard's bound exceeds `max_bytes` (but for a single larger slot)."""
+    """Consecutive slots, cut so that no shard's bound exceeds `max_bytes` (but for a single larger slot).
+
+    CheckpointError if two slots would write a tensor of the same name.
+    """
     cuts, size = [0], 0
+    taken: set[str] = set()
     for number, slot in enumerate(slots):
+        twice = taken.intersection(slot.names)
+        if twice:
+            raise CheckpointError(
+                f"The checkpoint holds a tensor {min(twice)}, and the result needs that name for a part of a layer. "
+                "Rename or remove it, or leave the layer out with --ignore."
+            )
+        taken.update(slot.names)
         if size and size + slot.bound > max_bytes:
             cuts.append(number)
             size = 0
@@ -81,22 +92,23 @@ class ShardWriter:
         return len(self._journal.units)
 
     def _recover(self) -> None:
-        whole = 0
-        for number, unit in enumerate(self._journal.units):
-            path = self._path(unit.shard)
-            if unit.number != number or not path.is_file():
-                break
-            if crc_of(path, self._start(unit.shard) + unit.begin, self._start(unit.shard) + unit.end) != unit.crc:
-                break
-            whole = number + 1
-        if whole < self.done:
-            self._journal.keep(whole)
-        for k in range(len(self._shards)):
-            end = max((u.end for u in self._journal.units if u.shard == k), default=None)
-            if end is not None:
-                os.truncate(self._path(k), self._start(k) + end)
-            else:
-                self._path(k).unlink(missing_ok=True)
+        with write_errors(self._folder):
+            whole = 0
+            for number, unit in enumerate(self._journal.units):
+                path = self._path(unit.shard)
+                if unit.number != number or not path.is_file():
+                    break
+                if crc_of(path, self._start(unit.shard) + unit.begin, self._start(unit.shard) + unit.end) != unit.crc:
+                    break
+                whole = number + 1
+            if whole < self.done:
+                self._journal.keep(whole)
+            for k in range(len(self._shards)):
+                end = max((u.end for u in self._journal.units if u.shard == k), default=None)
+                if end is not None:
+                    os.truncate(self._path(k), self._start(k) + end)
+                else:
+                    self._path(k).unlink(missing_ok=True)
 
     def _path(self, shard: int) -> Path:
         return self._folder / self._shards[shard].file
@@ -159,7 +171,7 @@ def tensor_part(name: str, tensor: Tensor) -> tuple[str, str, Sequence[int], lis
     """One part for `ShardWriter.append`; the tensor is contiguous and on the CPU."""
     import torch
 
-    raw = memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    raw = tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
     return name, DTYPE_NAMES[tensor.dtype], list(tensor.shape), [raw]
 
 
@@ -174,9 +186,14 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Hexadecimal SHA-256 of a file, read in pieces; CheckpointError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(
+            f"Cannot read {path}: {error.strerror}. Put the file back, and repeat the command."
+        ) from error
 
 
 # --- the output folder ----------------------------------------------------------------------------
@@ -188,10 +205,15 @@ def write_errors(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(
                 f"The disk is full: {place} could not be written further. Free some space and repeat the command; "
                 "it goes on where it stopped."
+            ) from error
+        if error.errno == errno.EFBIG:
+            raise OutputError(
+                f"{place} lies on a file system, or under a limit, that takes no file so large. Lower "
+                "--max-shard-size, or choose another place with --output."
             ) from error
         reason = error.strerror or str(error)
         raise OutputError(
@@ -204,31 +226,62 @@ def working_folder(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
-def check_output(output: Path, *, overwrite: bool) -> None:
-    """UsageError if `output` exists, unless it is an empty folder or may be overwritten."""
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise UsageError(f"{output} exists and is no folder. Choose another --output.")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise UsageError(f"{output} exists already. Add --overwrite to replace it, or choose another --output.")
+def check_output(output: Path, *, overwrite: bool, source: Path | None = None) -> None:
+    """UsageError if the result may not go to `output`.
+
+    It may not lie in the folder `source` that is read, nor hold it. A folder that is there must be empty, or
+    be a checkpoint that may be overwritten.
+    """
+    with write_errors(output):
+        place = Path(os.path.realpath(output))
+        read = Path(os.path.realpath(source)) if source is not None else None
+        if read is not None and (place == read or read in place.parents):
+            raise UsageError(f"--output {output} lies inside the folder that is read. Choose a place outside it.")
+        if read is not None and place in read.parents:
+            raise UsageError(f"--output {output} holds the folder that is read. Choose another place.")
+        if output.is_symlink():
+            raise UsageError(f"{output} is a link. Choose another --output, or name the folder it leads to.")
+        if output.exists() and not output.is_dir():
+            raise UsageError(f"{output} exists and is no folder. Choose another --output.")
+        if output.is_dir() and any(output.iterdir()):
+            if not overwrite:
+                raise UsageError(f"{output} exists already. Add --overwrite to replace it, or choose another --output.")
+            if not (output / "config.json").is_file():
+                raise UsageError(
+                    f"{output} holds no checkpoint, so --overwrite leaves it alone. Choose another --output."
+                )
 
 
 def publish(work: Path, output: Path) -> None:
-    """Move the finished working folder to `output`; a folder that stood there is replaced whole."""
+    """Move the finished working folder to `output`; a folder that stood there is replaced whole.
+
+    The journal goes last. Killed before that, the same command finds everything done and publishes again; and
+    until the rename its lock keeps a second process from taking the folder for its own.
+    """
     with write_errors(output):
-        (work / JOURNAL).unlink(missing_ok=True)
         for path in work.rglob("*"):
             if path.is_file():
                 _fsync(path)
         _fsync(work)
-        old = output.with_name(output.name + ".replaced")
+        old = _replaced(output)
         if output.is_dir():
             if old.exists():
                 shutil.rmtree(old)
             output.rename(old)
         work.rename(output)
         _fsync(output.parent)
-        if old.exists():
-            shutil.rmtree(old)
+        clear_away(output)
+
+
+def clear_away(output: Path) -> None:
+    """Remove what a published result no longer needs: the journal, and the folder that it replaced."""
+    with write_errors(output):
+        (output / JOURNAL).unlink(missing_ok=True)
+        shutil.rmtree(_replaced(output), ignore_errors=True)  # another process may be at it, too
+
+
+def _replaced(output: Path) -> Path:
+    return output.with_name(output.name + ".replaced-by-losparse")
 
 
 def _fsync(path: Path) -> None:
@@ -241,8 +294,8 @@ def _fsync(path: Path) -> None:
 
 def parse_size(text: str) -> int:
     """Bytes of a size such as 5GB, 500MB or 2GiB; UsageError otherwise."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,9})?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     size = float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ") if match else 0
     if size < 1:
-        raise UsageError(f"{text!r} is no size; write 5GB, 500MB or 2GiB.")
+        raise UsageError(f"--max-shard-size {text!r} is no size; write 5GB, 500MB or 2GiB.")
     return int(size)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import SourceError
+
+PLAIN = ("Linear", "Conv1D", "FalconLinear")
+"""Classes whose output is x Wᵀ + b and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -102,44 +110,78 @@ def classify(model: nn.Module) -> tuple[dict[str, Linear], dict[str, str]]:
     owners: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    outputs = {id(module) for module in (_output_embeddings(model),) if module is not None}
+    head = _output_embeddings(model)
+    outputs = {id(module) for module in head.modules()} if head is not None else set()
     experts = _expert_count(model)
 
     linears: dict[str, Linear] = {}
     skipped: dict[str, str] = {}
     for name, module in model.named_modules():
+        parent = model.get_submodule(name.rpartition(".")[0])
+        owner: Any = type(parent)
         if not isinstance(module, nn.Linear | Conv1D):
             if isinstance(module, nn.Embedding):
                 skipped[name] = "embedding"
-            elif any(p.dim() == 3 for p in module.parameters(recurse=False)):
+            elif _is_router(module, parent, experts):
+                skipped[name] = "router"
+            elif "experts" in type(module).__name__.lower() and any(
+                p.dim() == 3 for p in module.parameters(recurse=False)
+            ):
                 skipped[name] = "fused 3-D expert weights"
             continue
         transposed = isinstance(module, Conv1D)
         rows, columns = module.weight.shape
         shape = (columns, rows) if transposed else (rows, columns)
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if type(module) not in (nn.Linear, Conv1D):
-            skipped[name] = f"{type(module).__name__}, whose weight may be read by other code"
-        elif id(module) in outputs:
+        if id(module) in outputs:
             skipped[name] = "output head"
         elif owners[id(module.weight)] > 1:
             skipped[name] = "tied weight"
         elif not any(name.startswith(f"{block}.") for block in blocks):
             skipped[name] = "outside the repeated blocks"
-        elif shape[0] == experts and any("expert" in child for child, _ in parent.named_children()):
+        elif _is_router(module, parent, experts):
             skipped[name] = "router"
-        elif isinstance(parent, nn.MultiheadAttention):
-            skipped[name] = "inside torch's MultiheadAttention, which reads the weight itself"
+        elif type(module).__name__ not in PLAIN:
+            skipped[name] = f"{type(module).__name__}, which may compute more than a product"
+        elif isinstance(parent, nn.MultiheadAttention) or name.rpartition(".")[2] in _weights_read_by(owner):
+            skipped[name] = f"its weight is read by {owner.__name__} itself"
         else:
             linears[name] = Linear(name, shape, transposed)
     return linears, skipped
 
 
+def _is_router(module: nn.Module, parent: nn.Module, experts: int | None) -> bool:
+    """Whether `module` chooses among the experts beside it, or belongs to what does: a row of its weight for each."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.shape[0] != experts:
+        return False
+    return "Router" in type(parent).__name__ or any("expert" in child for child, _ in parent.named_children())
+
+
+@cache
+def _weights_read_by(parent: Any) -> frozenset[str]:
+    """Children whose `weight` the methods of `parent` use for more than its dtype, as Mamba's do.
+
+    Found in the source, since a compressed layer's `weight` is one-dimensional and any other use breaks.
+    """
+    found: set[str] = set()
+    for kind in parent.__mro__[: parent.__mro__.index(nn.Module)]:
+        try:
+            (definition,) = ast.parse(dedent(inspect.getsource(kind))).body
+        except (OSError, TypeError, SyntaxError):  # made without a source file, or inside a function
+            continue
+        for method in definition.body if isinstance(definition, ast.ClassDef) else ():
+            if isinstance(method, ast.FunctionDef) and not re.match(r"(_*init|reset)_", method.name):
+                source = ast.unparse(method)
+                found |= set(re.findall(r"(?<!isinstance\()self\.(\w+)\.weight\b(?!\.dtype|\.device)", source))
+    return frozenset(found)
+
+
 def _output_embeddings(model: Any) -> nn.Module | None:
     try:
-        return model.get_output_embeddings()
+        head: nn.Module | None = model.get_output_embeddings()
     except (AttributeError, NotImplementedError):
         return None
+    return head
 
 
 def _expert_count(model: Any) -> int | None:
@@ -151,7 +193,9 @@ def _expert_count(model: Any) -> int | None:
     return None
 
 
-def choose(skeleton: Skeleton, targets: tuple[str, ...], ignore: tuple[str, ...]) -> tuple[list[Linear], dict[str, str]]:
+def choose(
+    skeleton: Skeleton, targets: tuple[str, ...], ignore: tuple[str, ...]
+) -> tuple[list[Linear], dict[str, str]]:
     """The layers that `targets` and `ignore` (globs on module names) leave, and all skipped with the reason.
 
     A glob that matches no linear layer raises UsageError with near misses.

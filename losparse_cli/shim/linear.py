@@ -19,6 +19,10 @@ class LowRankSparseLinear(nn.Module):
     trainable; the zeros of S have no parameter and stay zero.
     """
 
+    weight: Tensor
+    U: Tensor | None
+    V: Tensor | None
+
     def __init__(
         self,
         spec: LayerSpec,
@@ -31,8 +35,6 @@ class LowRankSparseLinear(nn.Module):
         self.spec = spec
         self.out_features, self.in_features = spec.shape
         dtype = dtype or torch.get_default_dtype()
-        self.U: Tensor | None
-        self.V: Tensor | None
         for name in ("U", "V"):
             self.register_parameter(name, None)
         for name, (shape, kind) in spec.tensor_shapes(dtype).items():
@@ -42,7 +44,7 @@ class LowRankSparseLinear(nn.Module):
             else:
                 self.register_buffer(name, empty)
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device)) if bias else None
-        self._bits: Tensor | None = None  # the support, a bit an entry: decoded at first use, never saved
+        self._index: Tensor | None = None  # what `forward` works from: checked at first use, never saved
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) -> (..., out_features)."""
@@ -51,10 +53,10 @@ class LowRankSparseLinear(nn.Module):
             y = x.new_zeros(*x.shape[:-1], self.out_features)
         elif layout == "columns":
             block = self.weight.view(self.out_features, -1)
-            y = F.linear(x.index_select(-1, self.S_columns), block)
+            y = F.linear(x.index_select(-1, self._checked_index()), block)
         elif layout == "rows":
             part = F.linear(x, self.weight.view(-1, self.in_features))
-            y = part.new_zeros(*x.shape[:-1], self.out_features).index_copy(-1, self.S_rows.long(), part)
+            y = part.new_zeros(*x.shape[:-1], self.out_features).index_copy(-1, self._checked_index().long(), part)
         else:
             y = F.linear(x, self.sparse())
         if self.U is not None and self.V is not None:
@@ -74,19 +76,28 @@ class LowRankSparseLinear(nn.Module):
         return torch.addmm(S, self.U.float(), self.V.float())
 
     def support(self) -> Tensor:
-        """Where S holds entries: (out, in), bool."""
-        if self._bits is None or self._bits.device != self.weight.device:
-            # Every index is checked here, once; a bitmask then serves as it is stored.
-            support = decode(self.spec, dict(self.named_buffers(recurse=False)))
-            self._bits = self.S_mask if self.spec.layout == "bitmask" else pack_bits(support)
-        return unpack_bits(self._bits, self.in_features)
+        """Where S holds entries: (out, in), bool. ValueError if the index is damaged."""
+        if self.spec.layout in ("rows", "columns"):
+            return decode(self.spec, dict(self.named_buffers(recurse=False)))
+        return unpack_bits(self._checked_index(), self.in_features)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> LowRankSparseLinear:
-        self._bits = None
-        return super()._apply(fn, recurse)
+    def _checked_index(self) -> Tensor:
+        """The kept rows or columns for those layouts, the support's bits for all others.
+
+        Every index is checked here, once, and again after the layer has moved; ValueError if one is wrong.
+        """
+        if self._index is None or self._index.device != self.weight.device:
+            support = decode(self.spec, dict(self.named_buffers(recurse=False)))
+            as_stored = {"bitmask": "S_mask", "rows": "S_rows", "columns": "S_columns"}.get(self.spec.layout)
+            self._index = getattr(self, as_stored) if as_stored else pack_bits(support)
+        return self._index
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._index = None
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._bits = None
+        self._index = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:

@@ -6,6 +6,9 @@ LowRankSparseLinear, and transformers' own loader fills in the tensors.
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -48,20 +51,35 @@ class LosparseQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
             setattr(self, key, value)
 
     def specs(self) -> dict[str, LayerSpec]:
-        """Module name -> LayerSpec; ValueError names the first entry that is wrong."""
-        return {name: LayerSpec.from_dict(fields) for name, fields in self.modules.items()}
+        """Module name -> LayerSpec; ValueError names the first layer whose entry is wrong."""
+        specs = {}
+        for name, fields in self.modules.items():
+            try:
+                specs[name] = LayerSpec.from_dict(fields)
+            except ValueError as error:
+                raise ValueError(f"config.json, compressed layer {name}: {error}") from error
+        return specs
 
 
 class LosparseQuantizer(HfQuantizer):  # type: ignore[misc]
     """Swaps the recorded layers in, before transformers loads the weights."""
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        install_layers(model, self.quantization_config.specs())
+        installed = install_layers(model, self.quantization_config.specs())
+        # Under another head layers carry other names, or are not there: what is saved must say what it holds.
+        recorded = self.quantization_config.modules
+        self.quantization_config.modules = {name: recorded[source] for name, source in installed.items()}
+        self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name in self.quantization_config.modules:
+            _require_loaded(name, model.get_submodule(name))
+        _cast_as_asked(model, self._dtypes)
         # The parameters are ordinary floating tensors: .half(), .to(dtype) and Trainer work on them, and
         # refuse models that say they are quantized. Saving goes through `model.hf_quantizer` regardless.
         model.is_quantized = False
+        # transformers saves the code of custom models and configs, and this is neither.
+        model.save_pretrained = MethodType(save_pretrained, model)
         return model
 
     def get_weight_conversions(self) -> list[Any]:
@@ -75,15 +93,71 @@ class LosparseQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def install_layers(model: Any, specs: dict[str, LayerSpec]) -> list[str]:
-    """Replace each named linear layer of `model` by an empty LowRankSparseLinear; returns their names.
+def _require_loaded(name: str, layer: LowRankSparseLinear) -> None:
+    """ValueError if a tensor of the layer was missing from the weights, or has another shape than recorded.
+
+    transformers only warns of the first, and computes with whatever lay in memory; 5.15 lets the second
+    pass in every quantized model.
+    """
+    for suffix, (shape, dtype) in layer.spec.tensor_shapes(torch.float32).items():
+        tensor = getattr(layer, suffix)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name}.{suffix} has shape {tuple(tensor.shape)} in the weights and {shape} in config.json: they do "
+                "not belong together. Download or compress the checkpoint again."
+            )
+        # The mark that transformers leaves on what it read; what is offloaded is never missing, and not marked.
+        read = tensor.is_meta or getattr(tensor, "_is_hf_initialized", False)
+        if dtype.is_floating_point and not read:  # a missing index betrays itself at first use
+            raise ValueError(f"The weights hold no {name}.{suffix}. Download or compress the checkpoint again.")
+
+
+def _cast_as_asked(model: Any, dtypes: dict[str, torch.dtype]) -> None:
+    """Give each parameter the dtype that the model was built with, as `from_pretrained(dtype=...)` asks.
+
+    transformers 5.15 leaves tensors of quantized models that it renames in the dtype on disk.
+    """
+    half = (torch.float16, torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        dtype = dtypes.get(name, parameter.dtype)
+        kept = (getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype in half else ()
+        kept = [*kept, *((getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ())]
+        if any(re.search(pattern.replace("*", ".*"), name) for pattern in kept):
+            dtype = torch.float32
+        if parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+
+
+def save_pretrained(model: Any, save_directory: Any, *args: Any, push_to_hub: bool = False, **options: Any) -> None:
+    """transformers' save_pretrained, then the loader beside the weights, without which nobody could read them."""
+    hub = {k: options.pop(k) for k in ("repo_id", "private", "commit_message", "create_pr") if k in options}
+    type(model).save_pretrained(model, save_directory, *args, **options)
+    write_loader(Path(save_directory))
+    if push_to_hub:  # transformers would upload before the loader is there
+        repository = hub.pop("repo_id", Path(save_directory).name)
+        model.push_to_hub(repository, token=options.get("token"), **hub)
+
+
+def write_loader(folder: Path) -> None:
+    """Copy the loader into a checkpoint's folder as losparse_*.py, from the package or from a shipped copy."""
+    for name in ("layouts", "linear", "quantizer"):
+        source = Path(__file__).with_name(f"{name}.py")
+        if not source.is_file():
+            source = source.with_name(f"losparse_{name}.py")
+        text = source.read_text(encoding="utf-8")
+        text = re.sub(r"^from \.(?!losparse_)(\w+) import", r"from .losparse_\1 import", text, flags=re.MULTILINE)
+        (folder / f"losparse_{name}.py").write_text(text, encoding="utf-8")
+
+
+def install_layers(model: Any, specs: dict[str, LayerSpec]) -> dict[str, str]:
+    """Replace each named linear layer of `model` by an empty LowRankSparseLinear; its name here -> in `specs`.
 
     A checkpoint may be loaded under another head, so names are tried with and without the base model's
     prefix. Names that this head does not have are left out; ValueError if none is found, or if a layer's
     shape is not the recorded one.
     """
     prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
-    installed = []
+    installed: dict[str, str] = {}
     for recorded, spec in specs.items():
         name = _find(model, recorded, prefix)
         if name is None:
@@ -101,7 +175,7 @@ def install_layers(model: Any, specs: dict[str, LayerSpec]) -> list[str]:
             spec, bias=dense.bias is not None, device=dense.weight.device, dtype=dense.weight.dtype
         )
         setattr(parent, name.rpartition(".")[2], layer.train(dense.training))
-        installed.append(name)
+        installed[name] = recorded
     if specs and not installed:
         raise ValueError(
             f"None of the {len(specs)} compressed layers of this checkpoint exists in {type(model).__name__} "

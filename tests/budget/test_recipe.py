@@ -1,0 +1,167 @@
+"""Recipes: what flags and files say, what they may not say, and which of them wins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from losparse_cli.budget.recipe import Recipe, make_recipe
+from losparse_cli.errors import RecipeError, UsageError
+
+
+def from_text(text: str, folder: Path, **flags: Any) -> Recipe:
+    (folder / "recipe.yaml").write_text(text)
+    return make_recipe(flags, folder / "recipe.yaml")
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"rank": -1}, "--rank"),
+    ({"rank": 1.5}, "--rank"),
+    ({"rank": True}, "--rank"),
+    ({"sparsity": 1.01}, "--sparsity"),
+    ({"sparsity": float("nan")}, "--sparsity"),
+    ({"sparsity": "0.5"}, "--sparsity"),
+    ({"sparsity": True}, "--sparsity"),
+    ({"keep": -0.1}, "--keep"),
+    ({"keep_parameters": 2}, "--keep-parameters"),
+    ({"rank_ratio": 1.1}, "--rank-ratio"),
+    ({"rank": 1, "rank_ratio": 0.5}, "--rank and --rank-ratio contradict"),
+    ({"sparsity": 0.5, "keep": 0.5, "keep_parameters": 0.5}, "--sparsity and --keep and --keep-parameters contradict"),
+    ({"rank_ratio": 1, "sparsity": 0.9}, "--rank-ratio 1"),
+    ({"threshold_scope": "layer"}, "--threshold-scope"),
+    ({"iterations": 0}, "--iterations"),
+    ({"iterations": 2.0}, "--iterations"),
+    ({"seed": "x"}, "--seed"),
+    ({"exact_svd": "yes"}, "--exact-svd"),
+    ({"targets": (5,)}, "--targets"),
+    ({"ignore": ("",)}, "--ignore"),
+    ({"pattern": "2:2"}, "--pattern"),
+    ({"pattern": "2:17"}, "--pattern"),
+    ({"pattern": "two:four"}, "--pattern"),
+    ({"pattern": 124}, "--pattern"),
+    ({"pattern": "2:4", "sparsity": 0.4}, "--pattern 2:4 has sparsity 0.5"),
+    ({"pattern": "2:4", "rank": 4, "keep_parameters": 0.5}, "--pattern 2:4 fixes S"),
+]
+
+
+@pytest.mark.parametrize(("fields", "says"), WRONG, ids=[str(fields) for fields, _ in WRONG])
+def test_a_recipe_that_cannot_be(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says) as raised:
+        Recipe(**fields)
+    assert raised.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"rank": 0}, {"sparsity": 0}, {"sparsity": 1}, {"keep": 1}, {"rank_ratio": 1}, {"seed": -3},
+     {"rank_ratio": 1, "sparsity": 1}, {"pattern": "2:4", "sparsity": 0.5}, {"pattern": "1:16", "rank": 8},
+     {"pattern": "2:4", "keep": 0.6}],
+)  # fmt: skip
+def test_a_recipe_at_the_edge_of_what_may_be(fields: dict[str, Any]) -> None:
+    recipe = Recipe(**fields)
+    assert all(getattr(recipe, name) == value for name, value in fields.items())
+
+
+def test_overrides_apply_where_their_glob_matches_and_later_ones_win(tmp_path: Path) -> None:
+    recipe = from_text(
+        "rank: 8\nsparsity: 0.9\n"
+        "layers:\n  '*.mlp.*': {rank: 16}\n  '*.mlp.up_proj': {rank_ratio: 0.5, keep: 0.4}\n"
+        "  '*.q_proj': {pattern: 2:4}\n",
+        tmp_path,
+    )
+    assert recipe.for_layer("model.layers.0.self_attn.k_proj") == Recipe(
+        rank=8, sparsity=0.9, overrides=recipe.overrides
+    )
+    gate = recipe.for_layer("model.layers.0.mlp.gate_proj")
+    assert (gate.rank, gate.sparsity) == (16, 0.9)
+    up = recipe.for_layer("model.layers.0.mlp.up_proj")
+    assert (up.rank, up.rank_ratio, up.sparsity, up.keep) == (None, 0.5, None, 0.4)
+    q = recipe.for_layer("model.layers.0.self_attn.q_proj")
+    assert (q.rank, q.pattern, q.sparsity) == (8, "2:4", None)  # 2:4 says itself how sparse it is
+
+
+def test_a_flag_wins_everywhere(tmp_path: Path) -> None:
+    text = "rank: 8\nsparsity: 0.9\nseed: 3\nlayers:\n  '*.mlp.*': {rank: 16, pattern: rows}\n"
+    recipe = from_text(text, tmp_path, rank_ratio=0.25, keep=0.5)
+    for name in ("model.mlp.x", "model.other"):
+        layer = recipe.for_layer(name)
+        assert (layer.rank, layer.rank_ratio, layer.sparsity, layer.keep) == (None, 0.25, None, 0.5)
+    assert recipe.for_layer("model.mlp.x").pattern == "rows"
+    assert recipe.seed == 3
+
+
+def test_flags_that_were_not_given_change_nothing(tmp_path: Path) -> None:
+    flags = {"rank": None, "targets": (), "exact_svd": None}
+    assert from_text("rank: 8\ntargets: '*.mlp.*'\n", tmp_path, **flags) == Recipe(rank=8, targets=("*.mlp.*",))
+    assert make_recipe(flags) == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        ("", {}),
+        ("# nothing\n", {}),
+        ("pattern: 2:4", {"pattern": "2:4"}),
+        ("pattern: 1:8\nrank: 3", {"pattern": "1:8", "rank": 3}),
+        ("sparsity: 1e-1", {"sparsity": 0.1}),
+        ("sparsity: .5", {"sparsity": 0.5}),
+        ("keep: 1", {"keep": 1}),
+        ("seed: -12", {"seed": -12}),
+        ("exact_svd: true", {"exact_svd": True}),
+        ("targets: '*.mlp.*'", {"targets": ("*.mlp.*",)}),
+        ("targets: [a, b]\nignore: [c]", {"targets": ("a", "b"), "ignore": ("c",)}),
+        ("ignore: []", {"ignore": ()}),
+        ("ignore:", {"ignore": ()}),
+        ("layers:", {}),
+    ],
+)
+def test_what_a_file_says(text: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    assert from_text(text, tmp_path) == Recipe(**fields)
+
+
+@pytest.mark.parametrize("text", ["rank: 010", "seed: 0x10", "rank: 1_000", "rank: 8.0", "rank: '8'", "sparsity: .nan"])
+def test_numbers_that_are_none_are_not_guessed(text: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"recipe\.yaml"):
+        from_text(text, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["!!python/object/apply:os.system ['true']", "rank: !!python/name:os.system", "a: &a [*a]"]
+)
+def test_a_file_can_run_nothing(text: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"recipe\.yaml"):
+        from_text(text, tmp_path)
+
+
+def test_a_contradiction_of_file_and_flag_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: --pattern 2:4 has sparsity 0.5"):
+        from_text("sparsity: 0.9", tmp_path, pattern="2:4", sparsity=0.8)
+    with pytest.raises(RecipeError, match=r"recipe\.yaml, layers: \*\.mlp\.\*: --pattern 2:4"):
+        from_text("layers: {'*.mlp.*': {sparsity: 0.9}}", tmp_path, pattern="2:4")
+
+
+fields = st.fixed_dictionaries(
+    {},
+    optional={
+        "rank": st.integers(0, 64),
+        "sparsity": st.floats(0, 1),
+        "pattern": st.sampled_from(["unstructured", "rows", "columns"]),
+        "iterations": st.integers(1, 9),
+        "seed": st.integers(-(2**63), 2**63),
+        "exact_svd": st.booleans(),
+    },
+)
+
+
+@given(fields)
+def test_a_recipe_survives_its_json_form(given_fields: dict[str, Any]) -> None:
+    recipe = Recipe(**given_fields)
+    content = recipe.to_dict()
+    assert content.keys() == {*Recipe.__dataclass_fields__}
+    content["overrides"] = tuple(content["overrides"].items())
+    content["targets"], content["ignore"] = tuple(content["targets"]), tuple(content["ignore"])
+    assert Recipe(**content) == recipe

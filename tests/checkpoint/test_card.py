@@ -1,0 +1,172 @@
+"""The card: what it claims comes from the report and the base, and its snippets can be pasted."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from losparse_cli.checkpoint.card import (
+    address_card,
+    base_metadata,
+    companion_files,
+    copy_companions,
+    write_card,
+    write_dense_card,
+)
+from losparse_cli.checkpoint.report import LayerReport, Report
+from losparse_cli.errors import CheckpointError
+
+LAYER = LayerReport("a", (10, 20), 2, 30, "unstructured", "gaps4", 400, 200, 100.0, 4.0, (0.2,))
+
+
+def report(commit: str | None = "0" * 40, architecture: str = "LlamaForCausalLM") -> Report:
+    source = {"name": "user/base", "commit": commit, "architecture": architecture}
+    return Report((LAYER,), {}, 1000, 800, 500, source=source, recipe={"rank": 2, "sparsity": 0.85, "seed": 0})
+
+
+def metadata_of(folder: Path) -> dict[str, Any]:
+    return dict(yaml.safe_load((folder / "README.md").read_text().split("---")[1]))
+
+
+def snippets(folder: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+
+
+def test_numbers_are_those_of_the_report(tmp_path: Path) -> None:
+    write_card(tmp_path, report(), {}, place="out")
+    text = (tmp_path / "README.md").read_text()
+    for part in (
+        "400 | 200 | 50.0%",
+        "1,000 | 800 | 80.0%",
+        "200 | 90 | 45.0%",
+        "0.2000",
+        "rank 2, seed 0, sparsity 0.85",
+    ):
+        assert part in text
+
+
+def test_only_a_hub_model_is_a_base(tmp_path: Path) -> None:
+    write_card(tmp_path, report(), {}, place="out")
+    assert metadata_of(tmp_path)["base_model"] == "user/base"
+    write_card(tmp_path, report(commit=None), {"base_model": "somebody/else"}, place="out")
+    assert "base_model" not in metadata_of(tmp_path)
+
+
+def test_the_licence_is_carried_and_none_is_made_up(tmp_path: Path) -> None:
+    base = {"license": "other", "license_name": "llama3", "license_link": "LICENSE", "language": ["en", "no"]}
+    write_card(tmp_path, report(), {**base, "inference": False, "tags": ["x", 5, None]}, place="out")
+    found = metadata_of(tmp_path)
+    assert {key: found[key] for key in base} == base
+    assert found["tags"] == ["losparse", "low-rank", "sparse", "x"]
+    assert "inference" not in found
+    write_card(tmp_path, report(), {}, place="out")
+    assert not [key for key in metadata_of(tmp_path) if key.startswith("license")]
+
+
+@pytest.mark.parametrize("place", ["out", "user/name", 'we"ird', "back\\slash", "it's", "[x](y)", "模型", 'a") or ("b'])
+def test_snippets_are_python_that_names_the_place(place: str, tmp_path: Path) -> None:
+    import ast
+
+    write_card(tmp_path, report(), {}, place="out")
+    address_card(tmp_path, place)
+    first, second = snippets(tmp_path)
+    assert len(snippets(tmp_path)) == 2
+    for text in (first, second):
+        constants = [node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)]
+        assert place in constants
+        assert place == "out" or "out" not in constants
+    assert "trust_remote_code=True" in second
+    address_card(tmp_path, "user/later")
+    assert all('"user/later"' in text for text in snippets(tmp_path))
+
+
+def test_a_card_without_our_snippet_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# Mine\n")
+    address_card(tmp_path, "user/x")
+    assert (tmp_path / "README.md").read_text() == "# Mine\n"
+    address_card(tmp_path / "absent", "user/x")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "auto"),
+    [
+        ("LlamaForCausalLM", "AutoModelForCausalLM"),
+        ("GPT2LMHeadModel", "AutoModelForCausalLM"),
+        ("BertModel", "AutoModel"),
+        ("BartForConditionalGeneration", "AutoModelForSeq2SeqLM"),
+        ("BertForSequenceClassification", "AutoModelForSequenceClassification"),
+    ],
+)
+def test_the_snippet_names_the_auto_class(architecture: str, auto: str, tmp_path: Path) -> None:
+    write_card(tmp_path, report(architecture=architecture), {}, place="out")
+    assert f"import {auto}\n" in snippets(tmp_path)[1]
+    assert f"{auto}.from_pretrained(" in snippets(tmp_path)[1]
+
+
+@pytest.mark.parametrize("text", ["", "# No block\n", "---\n: [\n---\n", "---\n- a list\n---\n", "---\nlicense: mit\n"])
+def test_a_base_card_that_says_nothing(text: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(text)
+    assert base_metadata(tmp_path) == {}
+
+
+def test_a_base_without_a_card(tmp_path: Path) -> None:
+    assert base_metadata(tmp_path) == {}
+
+
+def test_the_card_of_an_export(tmp_path: Path) -> None:
+    base = {
+        "license": "mit",
+        "base_model": "user/base",
+        "base_model_relation": "quantized",
+        "tags": ["losparse", "sparse", "x"],
+        5: 6,
+    }
+    write_dense_card(tmp_path, base, "user/small")
+    found = metadata_of(tmp_path)
+    assert found == {
+        "license": "mit",
+        "base_model": "user/base",
+        "library_name": "transformers",
+        "tags": ["losparse", "x"],
+    }
+
+
+# --- companions -----------------------------------------------------------------------------------
+
+
+def test_a_link_inside_the_folder_or_the_hubs_cache_is_followed(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0"
+    blobs = tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "1").write_text("tokens")
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/1")
+    (snapshot / "copy.json").symlink_to("tokenizer.json")
+    copy_companions(snapshot, tmp_path)
+    assert (tmp_path / "tokenizer.json").read_text() == (tmp_path / "copy.json").read_text() == "tokens"
+    assert not (tmp_path / "tokenizer.json").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "LICENSE", "1_Pooling/config.json"])
+def test_a_link_that_leads_out_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    link = tmp_path / "model" / name
+    link.parent.mkdir(parents=True)
+    (tmp_path / "model" / "modules.json").write_text('[{"path": "1_Pooling"}]')
+    link.symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=rf"{link.name} is a link to .*secret, outside"):
+        companion_files(tmp_path / "model")
+
+
+def test_a_folder_that_is_a_link_leads_out_too(tmp_path: Path) -> None:
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "key.txt").write_text("secret")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "modules.json").write_text('[{"path": "docs"}]')
+    (tmp_path / "model" / "docs").symlink_to(tmp_path / "private")
+    with pytest.raises(CheckpointError, match=r"key\.txt is a link"):
+        companion_files(tmp_path / "model")

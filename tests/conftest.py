@@ -1,0 +1,200 @@
+"""Toy models, matrices of a prescribed spectrum, and compressed checkpoints made once for the whole session.
+
+Nothing here touches a network or the user's own caches: the environment is set before any library reads it.
+"""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+_HOME = tempfile.TemporaryDirectory(prefix="losparse-tests-")
+os.environ |= {
+    "HF_HOME": _HOME.name,
+    "HF_MODULES_CACHE": f"{_HOME.name}/modules",
+    "HF_HUB_OFFLINE": "1",  # a test that serves its own hub unsets this in a subprocess
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # Toys are too small to share out: threads that wait for each other cost minutes on a busy machine.
+    "OMP_NUM_THREADS": "1",
+}
+
+import hypothesis
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+hypothesis.settings.register_profile("losparse", deadline=None, database=None)
+hypothesis.settings.load_profile("losparse")
+transformers.utils.logging.disable_progress_bar()
+
+VOCABULARY = 101
+LENGTH = 48  # tokens, the longest text that a toy takes
+
+_SHARED: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_DECODER: dict[str, Any] = {
+    **_SHARED,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": LENGTH,
+    "num_attention_heads": 2,
+}
+_ENCODER: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 66, "intermediate_size": 131, "num_hidden_layers": 2,
+    "num_attention_heads": 3, "max_position_embeddings": LENGTH, "num_labels": 3,
+}  # fmt: skip
+
+# Widths are no multiple of 8 wherever the architecture permits it, and no two of a model are alike.
+TOYS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {
+        **_DECODER, "hidden_size": 68, "intermediate_size": 131, "num_key_value_heads": 1}),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {
+        **_DECODER, "hidden_size": 68, "intermediate_size": 150, "num_key_value_heads": 2,
+        "tie_word_embeddings": True}),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {
+        **_DECODER, "hidden_size": 70, "intermediate_size": 125, "num_key_value_heads": 1, "head_dim": 34,
+        "sliding_window": 8}),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {
+        **_SHARED, "n_embd": 66, "n_layer": 2, "n_head": 3, "n_positions": LENGTH, "n_inner": 131}),
+    "opt": ("OPTForCausalLM", "OPTConfig", {**_DECODER, "hidden_size": 66, "ffn_dim": 99, "word_embed_proj_dim": 40}),
+    "falcon": ("FalconForCausalLM", "FalconConfig", {**_DECODER, "hidden_size": 68, "ffn_hidden_size": 131}),
+    "mamba": ("MambaForCausalLM", "MambaConfig", {
+        **_SHARED, "hidden_size": 68, "num_hidden_layers": 2, "state_size": 5}),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {
+        **_DECODER, "hidden_size": 72, "intermediate_size": 80, "num_key_value_heads": 1, "num_local_experts": 5,
+        "num_experts_per_tok": 2}),
+    "bert": ("BertForSequenceClassification", "BertConfig", _ENCODER),
+    "bert-qa": ("BertForQuestionAnswering", "BertConfig", {**_ENCODER, "num_labels": 2}),
+    "deberta-v2": ("DebertaV2ForSequenceClassification", "DebertaV2Config", {
+        **_ENCODER, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8,
+        "norm_rel_ebd": "layer_norm"}),
+    "t5": ("T5ForConditionalGeneration", "T5Config", {
+        "vocab_size": VOCABULARY, "d_model": 66, "d_kv": 22, "d_ff": 131, "num_layers": 2, "num_heads": 3,
+        "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}),
+    "bart": ("BartForConditionalGeneration", "BartConfig", {
+        **_SHARED, "d_model": 66, "encoder_ffn_dim": 99, "decoder_ffn_dim": 131, "encoder_layers": 2,
+        "decoder_layers": 2, "encoder_attention_heads": 3, "decoder_attention_heads": 3,
+        "max_position_embeddings": LENGTH, "decoder_start_token_id": 2, "forced_eos_token_id": None}),
+}  # fmt: skip
+"""Name -> (model class, config class, config)."""
+
+
+def toy_model(name: str, *, seed: int = 0, **changes: Any) -> Any:
+    """A toy in evaluation mode; `changes` go to its config.
+
+    Every parameter is random, biases and norms too: a tensor that is read into the wrong place shows.
+    """
+    model_class, config_class, settings = TOYS[name]
+    config = getattr(transformers, config_class)(**{**settings, **changes})
+    model = getattr(transformers, model_class)(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            centre = 1.0 if parameter.dim() == 1 and bool((parameter == 1).all()) else 0.0
+            parameter.normal_(centre, 0.1, generator=generator)
+    return model.eval()
+
+
+def token_batch(model: Any, batch: int = 2, length: int = 11, seed: int = 0) -> dict[str, Tensor]:
+    """Keyword arguments for one forward pass: random tokens, with the last row padded."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, VOCABULARY, (batch, length), generator=generator)
+    mask = torch.ones_like(tokens)
+    mask[-1, length - length // 3 :] = 0
+    inputs = {"input_ids": tokens, "attention_mask": mask}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.randint(3, VOCABULARY, (batch, length // 2 + 1), generator=generator)
+    return inputs
+
+
+@torch.no_grad()
+def answer(model: Any, **batch: Any) -> Tensor:
+    """What the model's head says to `token_batch(model, **batch)`, as one float32 tensor."""
+    output = model(**token_batch(model, **batch))
+    if hasattr(output, "start_logits"):
+        return torch.stack((output.start_logits, output.end_logits)).float()
+    return (output.logits if hasattr(output, "logits") else output.last_hidden_state).float()
+
+
+def spectral_matrix(spectrum: Any, shape: tuple[int, int], seed: int = 0) -> Tensor:
+    """A float64 matrix (m, n) with the given singular values, at most min(m, n) of them; the rest are zero."""
+    values = torch.as_tensor(spectrum, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    U, V = (
+        torch.linalg.qr(torch.randn(size, len(values), dtype=torch.float64, generator=generator)).Q for size in shape
+    )
+    return (U * values) @ V.T
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """toy(name, dtype=..., tokenizer=False, **config changes) -> a folder written by save_pretrained. Read only."""
+    made: dict[str, Path] = {}
+
+    def make(name: str, *, dtype: torch.dtype = torch.float32, tokenizer: bool = False, **changes: Any) -> Path:
+        key = repr((name, dtype, tokenizer, sorted(changes.items())))
+        if key not in made:
+            folder = tmp_path_factory.mktemp(name) / name
+            toy_model(name, **changes).to(dtype).save_pretrained(folder)
+            if tokenizer:
+                character_tokenizer().save_pretrained(folder)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def compressed(toy: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """compressed(name, toy options, rank=..., sparsity=..., ...) -> a compressed folder. Read only.
+
+    Keywords that Recipe knows make the recipe (rank 4 and sparsity 0.5 if there are none); others go to `toy`.
+    """
+    from losparse_cli.budget.recipe import Recipe
+    from losparse_cli.compress import compress
+
+    made: dict[str, Path] = {}
+
+    def make(name: str, **options: Any) -> Path:
+        key = repr((name, sorted(options.items(), key=str)))
+        if key not in made:
+            recipe = {k: options.pop(k) for k in list(options) if k in Recipe.__dataclass_fields__}
+            folder = tmp_path_factory.mktemp(f"{name}-compressed") / name
+            made[key] = compress(
+                toy(name, **options), folder, Recipe(**(recipe or {"rank": 4, "sparsity": 0.5}))
+            ).output
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def matrix() -> Callable[..., Tensor]:
+    """matrix(spectrum, shape, seed=0) -> float64 matrix of those singular values."""
+    return spectral_matrix
+
+
+def character_tokenizer() -> Any:
+    """A tokenizer of printable ASCII, a character a token; ids 0 to 3 are padding, start, end and unknown."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *(chr(c) for c in range(32, 127))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _temporary_home() -> Iterator[None]:
+    yield
+    _HOME.cleanup()
