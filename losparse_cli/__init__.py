@@ -28,7 +28,18 @@ _HOMES = {
     "LosparseError": ".errors",
 }
 
-__all__ = ["__version__", *sorted(_HOMES)]
+__all__ = [
+    "LosparseError",
+    "Recipe",
+    "__version__",
+    "compress",
+    "export",
+    "inspect",
+    "load",
+    "push",
+    "register",
+    "verify",
+]
 
 if TYPE_CHECKING:
     from .budget.recipe import Recipe

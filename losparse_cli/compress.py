@@ -18,7 +18,7 @@ from torch import Tensor
 from . import __version__
 from .budget.recipe import Recipe
 from .checkpoint.card import base_metadata, copy_companions, write_card
-from .checkpoint.config import is_shim, write_config
+from .checkpoint.config import write_config
 from .checkpoint.journal import Journal
 from .checkpoint.report import LayerReport, Report
 from .checkpoint.source import REPORT, TIMING, Checkpoint
@@ -36,6 +36,7 @@ from .errors import OutputError, ResumeError, UsageError
 from .job.prepare import Job, digest, fingerprint, prepare
 from .job.solve import solve_layer
 from .shim.layouts import LayerSpec
+from .shim.loader import is_loader
 
 
 class Progress(Protocol):
@@ -85,19 +86,17 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
         raise UsageError(f"--resume is auto, required or never, not {resume!r}.")
     started = time.monotonic()
     expected = fingerprint(job)
-    finished = _already_done(job, expected)
-    if finished is not None and not overwrite:
-        return Result(job.output, finished, 0.0, len(job.units), not _ships_loader(job.source.config))
-    check_output(job.output, overwrite=overwrite)
-    work = working_folder(job.output)
-    with write_errors(work):
-        if resume == "never" and work.is_dir():
-            shutil.rmtree(work)
+    with write_errors(job.output):
+        finished = _already_done(job, expected)
+        if finished is not None and not overwrite:
+            return Result(job.output, finished, 0.0, len(job.units), not _ships_loader(job.source.config))
+        check_output(job.output, overwrite=overwrite, source=job.source.folder)
+        work = working_folder(job.output)
         if resume == "required" and not work.is_dir():
             raise ResumeError(f"There is nothing to resume at {work}. Leave out --resume required to start anew.")
         job.output.parent.mkdir(parents=True, exist_ok=True)
         work.mkdir(exist_ok=True)
-        journal = Journal(work, expected, required=resume == "required")
+        journal = Journal(work, expected, required=resume == "required", discard=resume == "never")
     try:
         writer = ShardWriter(work, job.shards, journal)
         resumed = writer.done
@@ -246,7 +245,7 @@ def _file_hashes(work: Path, weights: set[str]) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file that decides what is loaded, by name."""
     decisive = [
         path for path in sorted(work.rglob("*"))
-        if path.is_file() and (path.name in weights or path.suffix in (".json", ".py") or is_shim(path.name))
+        if path.is_file() and (path.name in weights or path.suffix in (".json", ".py") or is_loader(path.name))
         and path.name not in (REPORT, TIMING)
     ]  # fmt: skip
     return {str(p.relative_to(work)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in decisive}

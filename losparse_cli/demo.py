@@ -94,7 +94,9 @@ def smollm2(on_step: Callable[[str], None] = lambda message: None) -> Path:
 
     options = {"gguf_file": gguf.name}
     # Newer versions keep GGUF weights packed unless told otherwise; older ones always unpack them.
-    unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    unpack = (
+        {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **options, **unpack)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -122,11 +124,8 @@ def news_text() -> str:
 
 def cache_folder() -> Path:
     """Where prepared models are kept: $LOSPARSE_CACHE, else losparse in the user's cache folder."""
-    base = os.environ.get("LOSPARSE_CACHE")
-    if base:
-        folder = Path(base)
-    else:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "losparse"
+    shared = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(os.environ.get("LOSPARSE_CACHE") or shared / "losparse")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

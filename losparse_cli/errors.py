@@ -1,14 +1,14 @@
 """Everything that losparse raises on purpose; each message ends with what to do next.
 
-    LosparseError                      exit code 1
-    ├── UsageError                     exit code 2: the request contradicts itself or the model
-    │   └── RecipeError                a recipe file, or a pattern in it
-    ├── SourceError                    the model to read: not found, gated, no network, unknown class
-    ├── CheckpointError                a file that is there and wrong: header, index, shape, value
-    │   └── FormatVersionError         written by a newer losparse
-    ├── OutputError                    the place to write: exists, read-only, full
-    │   └── ResumeError                a journal of another run, or none where one is required
-    └── MissingExtraError              an optional dependency is not installed
+LosparseError                      exit code 1
+├── UsageError                     exit code 2: the request contradicts itself or the model
+│   └── RecipeError                a recipe file, or a pattern in it
+├── SourceError                    the model to read: not found, gated, no network, unknown class
+├── CheckpointError                a file that is there and wrong: header, index, shape, value
+│   └── FormatVersionError         written by a newer losparse
+├── OutputError                    the place to write: exists, read-only, full
+│   └── ResumeError                a journal of another run, or none where one is required
+└── MissingExtraError              an optional dependency is not installed
 """
 
 from __future__ import annotations
@@ -54,6 +54,4 @@ class MissingExtraError(LosparseError):
     """An optional dependency is missing."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(
-            f"{purpose} needs the package {package!r}. Install it with: pip install 'losparse[{extra}]'"
-        )
+        super().__init__(f"{purpose} needs the package {package!r}. Install it with: pip install 'losparse[{extra}]'")

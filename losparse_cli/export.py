@@ -13,7 +13,7 @@ import torch
 
 from . import __version__
 from .checkpoint.card import base_metadata, companion_files, copy_companions, write_dense_card
-from .checkpoint.config import dense_config, is_shim, layer_specs, layer_tensors
+from .checkpoint.config import dense_config, layer_specs, layer_tensors
 from .checkpoint.journal import Journal
 from .checkpoint.layers import read_layer
 from .checkpoint.reader import TensorEntry
@@ -32,6 +32,7 @@ from .checkpoint.writer import (
 )
 from .linalg.factors import LowRankSparse
 from .shim.layouts import LayerSpec
+from .shim.loader import is_loader
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def export(
         with write_errors(work):
             copy_companions(checkpoint.folder, work)
             for path in work.glob("losparse_*.py"):
-                if is_shim(path.name):
+                if is_loader(path.name):
                     path.unlink()
             write_json(work / "config.json", dense_config(checkpoint.config))
             write_dense_card(work, base_metadata(checkpoint.folder), checkpoint.name)

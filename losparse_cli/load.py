@@ -5,10 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .errors import LosparseError, SourceError
+from .errors import CheckpointError, SourceError
 from .shim.quantizer import register
 
 __all__ = ["load", "register"]
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
+)
+"""One of these stands beside every model that has a tokenizer."""
 
 
 def load(source: str | Path, *, model_class: Any = None, **options: Any) -> tuple[Any, Any]:
@@ -16,31 +28,50 @@ def load(source: str | Path, *, model_class: Any = None, **options: Any) -> tupl
 
     The class is the one that config.json names, unless `model_class` (an AutoModel class or a model class)
     is given. The tokenizer is None if the checkpoint has none. `options` go to from_pretrained: dtype,
-    device_map, revision, trust_remote_code and so on. SourceError if nothing can be loaded from there.
+    device_map, revision, trust_remote_code and so on. SourceError if nothing can be loaded from there,
+    CheckpointError if what is there is damaged.
     """
     import transformers
 
     from .checkpoint.source import hub_errors
 
     register()
-    name = str(Path(source).expanduser()) if Path(source).expanduser().exists() else str(source)
-    shared = {k: options[k] for k in ("revision", "cache_dir", "token", "trust_remote_code") if k in options}
+    folder = Path(source).expanduser()
+    name = str(folder) if folder.exists() else str(source)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise SourceError(f"{folder} has no config.json, so it is no transformers checkpoint.")
+    shared: dict[str, Any] = {
+        k: options[k] for k in ("revision", "cache_dir", "token", "trust_remote_code") if k in options
+    }
     with hub_errors(name):
         try:
             config = transformers.AutoConfig.from_pretrained(name, **shared)
             chosen = model_class or _class_of(config)
             model = chosen.from_pretrained(name, **options)
+        except ValueError as error:  # the shim's own, or transformers' about config.json
+            raise CheckpointError(f"Cannot load {name}: {error}") from error
         except OSError as error:
-            if isinstance(error, LosparseError) or error.__cause__ is None and error.errno is not None:
+            cause = error.__cause__
+            if cause is None and error.errno is not None:
                 raise
-            if error.__cause__ is not None and "huggingface_hub" in type(error.__cause__).__module__:
-                raise error.__cause__ from error
+            if cause is not None and "huggingface_hub" in type(cause).__module__:
+                raise cause from error
             raise SourceError(f"Cannot load {name}: {str(error).splitlines()[0]}") from error
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **shared)
     except (OSError, ValueError, KeyError, ImportError):
         tokenizer = None
-    return model.eval(), tokenizer
+    return model.eval(), tokenizer if _has_tokenizer(name, shared) else None
+
+
+def _has_tokenizer(name: str, shared: dict[str, Any]) -> bool:
+    """Whether any file of a tokenizer is there; without one transformers invents an empty tokenizer."""
+    if Path(name).is_dir():
+        return any((Path(name) / file).is_file() for file in TOKENIZER_FILES)
+    from huggingface_hub import try_to_load_from_cache
+
+    where = {k: shared[k] for k in ("cache_dir", "revision") if shared.get(k) is not None}
+    return any(isinstance(try_to_load_from_cache(name, file, **where), str) for file in TOKENIZER_FILES)
 
 
 def _class_of(config: Any) -> Any:

@@ -77,9 +77,9 @@ class Running:
         self.pid, self._terminal, self._folder = pid, terminal, folder
 
     @property
-    def ended(self) -> bool:
-        """True once it is a zombie, which it stays until `wait`."""
-        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    def state(self) -> str:
+        """As Linux names it: R running, S sleeping, T stopped, Z ended, which it stays until `wait`."""
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
 
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import losparse_cli
-from losparse_cli.shim.layouts import LayerSpec, decode
+from losparse_cli.shim.codec import decode
+from losparse_cli.shim.layouts import LayerSpec
 from losparse_cli.shim.linear import LowRankSparseLinear
 
 AUTO = {

@@ -27,16 +27,14 @@ from losparse_cli.budget.plan import Layer, plan_layer
 from losparse_cli.budget.recipe import make_recipe
 from losparse_cli.checkpoint.report import LayerReport, Report
 from losparse_cli.cli import app, commands  # noqa: F401 - registers the commands
+from losparse_cli.shim.codec import decode, encode, smallest
 from losparse_cli.shim.layouts import (
     FORMAT_VERSION,
     INDEX_TENSORS,
     LayerSpec,
     bound_index_bytes,
     candidates,
-    decode,
-    encode,
     group_rows,
-    smallest,
 )
 
 ROOT = Path(__file__).parent.parent

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -35,38 +36,70 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
     return found
 
 
-def wait_for(running: Running, journal: Path, lines: int) -> None:
-    """Return as soon as the journal has that many lines."""
-    while not (journal.is_file() and journal.read_bytes().count(b"\n") >= lines):
-        assert not running.ended, running.wait()
+STOP = """
+import os, signal
+from losparse_cli.checkpoint import journal, writer
+left = {count}
+def stop():
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+append, write_all = journal.Journal._append, writer._write_all
+"""
+PLACES = {
+    "after a line": """
+def whole_line(self, line):
+    append(self, line)
+    stop()
+journal.Journal._append = whole_line
+""",
+    "inside a line": """
+def torn_line(self, line):
+    if left == 1:
+        self._file.write(b'{"number":1,"sha')
+    stop()
+    append(self, line)
+journal.Journal._append = torn_line
+""",
+    "inside a tensor": """
+def half_a_tensor(file, piece):
+    write_all(file, bytes(piece)[: len(piece) // 2])
+    stop()
+    file.seek(-(len(piece) // 2), os.SEEK_CUR)
+    write_all(file, piece)
+writer._write_all = half_a_tensor
+""",
+}
+
+
+def started(place: Path, count: int, *arguments: object, where: str = "after a line") -> Running:
+    """A command in `place` that has stopped itself at that line, or tensor, of its own run, and waits for a signal."""
+    running = shared().start(*arguments, cwd=place, before=STOP.format(count=count) + PLACES[where])
+    while running.state != "T":
+        assert running.state != "Z", running.wait()
         time.sleep(0.001)
+    return running
 
 
-def kill_after(running: Running, journal: Path, lines: int) -> None:
-    """SIGKILL the run as soon as its journal has that many lines."""
-    wait_for(running, journal, lines)
+def killed(model: Path, place: Path, count: int, where: str = "after a line") -> Path:
+    """The working folder of a run that was killed there."""
+    running = started(place, count, "compress", model, "-o", "out", *OPTIONS, where=where)
     running.kill()
-
-
-def killed(model: Path, place: Path, lines: int) -> Path:
-    """A working folder with some `lines` of journal, left by a run that was killed."""
-    running = shared().start("compress", model, "-o", "out", *OPTIONS, cwd=place)
-    kill_after(running, place / "out.partial" / JOURNAL, lines)
     assert running.wait().code == -signal.SIGKILL
     assert not (place / "out").exists()
     return place / "out.partial"
 
 
 def test_ten_kills_change_nothing(model: Path, whole: dict[str, str], tmp_path: Path) -> None:
-    units = 8 * 9 + 2
-    stops = sorted(random.Random(0).sample(range(2, units), 9))
+    """At random places: after a line of the journal, inside one, and inside a tensor."""
+    chance = random.Random(0)
     reached = []
-    for lines in stops:
-        work = killed(model, tmp_path, lines)
+    for kill in range(10):
+        work = killed(model, tmp_path, chance.randint(3, 9), [*PLACES][kill % 3])
         reached.append((work / JOURNAL).read_bytes().count(b"\n"))
     assert reached == sorted(reached)  # each went on where the last one was
-    assert len(set(reached)) == len(reached)
-    assert reached[-1] <= units
+    assert 10 < reached[-1] < 8 * 9 + 2
     ended = done("compress", model, "-o", "out", *OPTIONS, "--resume", "required", cwd=tmp_path)
     assert "Going on after layer" in ended.err
     assert toys.digests(tmp_path / "out") == whole
@@ -100,6 +133,8 @@ def test_a_kill_while_the_result_is_finished(window: str, model: Path, whole: di
     assert (tmp_path / "out").exists() == (window == "after the rename")
     again = losparse("compress", model, "-o", "out", *OPTIONS, cwd=tmp_path)
     assert again.code == 0, again.err
+    assert ("Going on after layer 56 of 56." in again.err) == (window != "after the rename")
+    assert not re.search(r"^layer \d", again.err, re.MULTILINE)  # nothing was solved again
     assert toys.digests(tmp_path / "out") == whole
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
@@ -249,9 +284,7 @@ def test_resume_never_starts_anew(model: Path, whole: dict[str, str], tmp_path: 
 
 @pytest.mark.parametrize("resume", ["auto", "required", "never"])
 def test_two_runs_at_once(resume: str, model: Path, whole: dict[str, str], tmp_path: Path) -> None:
-    first = shared().start("compress", model, "-o", "out", *OPTIONS, cwd=tmp_path)
-    wait_for(first, tmp_path / "out.partial" / JOURNAL, 2)
-    os.kill(first.pid, signal.SIGSTOP)
+    first = started(tmp_path, 5, "compress", model, "-o", "out", *OPTIONS)
     second = losparse("compress", model, "-o", "out", *OPTIONS, "--resume", resume, cwd=tmp_path)
     os.kill(first.pid, signal.SIGCONT)
     assert "Another losparse is writing" in second.complaint
@@ -276,9 +309,9 @@ def test_a_killed_export_goes_on(compressed: Path, tmp_path: Path) -> None:
     done(*export, cwd=tmp_path)
     undisturbed = toys.digests(tmp_path / "dense")
     shutil.rmtree(tmp_path / "dense")
-    for lines in (5, 20, 40):
-        running = shared().start(*export, cwd=tmp_path)
-        kill_after(running, tmp_path / "dense.partial" / JOURNAL, lines)
+    for where in PLACES:
+        running = started(tmp_path, 15, *export, where=where)
+        running.kill()
         assert running.wait().code == -signal.SIGKILL
     done(*export, cwd=tmp_path)
     assert toys.digests(tmp_path / "dense") == undisturbed
@@ -293,8 +326,8 @@ def test_an_export_does_not_go_on_from_a_compression(compressed: Path, model: Pa
 
 def test_an_export_notices_another_config(compressed: Path, tmp_path: Path) -> None:
     source = shutil.copytree(compressed, tmp_path / "source")
-    running = shared().start("export", source, "--dense", "-o", "dense", cwd=tmp_path)
-    kill_after(running, tmp_path / "dense.partial" / JOURNAL, 5)
+    running = started(tmp_path, 5, "export", source, "--dense", "-o", "dense")
+    running.kill()
     assert running.wait().code == -signal.SIGKILL
     config: dict[str, Any] = json.loads((source / "config.json").read_text())
     toys.write_json(source / "config.json", config | {"torch_dtype": "float32"})
@@ -303,9 +336,9 @@ def test_an_export_notices_another_config(compressed: Path, tmp_path: Path) -> N
 
 
 def test_an_interrupted_run_goes_on(model: Path, whole: dict[str, str], tmp_path: Path) -> None:
-    running = shared().start("compress", model, "-o", "out", *OPTIONS, cwd=tmp_path)
-    wait_for(running, tmp_path / "out.partial" / JOURNAL, 20)
+    running = started(tmp_path, 20, "compress", model, "-o", "out", *OPTIONS)
     os.kill(running.pid, signal.SIGINT)
+    os.kill(running.pid, signal.SIGCONT)
     ended = running.wait()
     assert ended.code == 130
     assert "goes on where it stopped" in ended.err.splitlines()[-1]

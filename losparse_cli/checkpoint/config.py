@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ import torch
 
 from ..errors import CheckpointError, FormatVersionError, UsageError
 from ..shim.layouts import FORMAT_VERSION, LayerSpec
+from ..shim.loader import write_loader
 from .reader import FLOATING, TORCH_DTYPES, TensorEntry
 from .source import Checkpoint
 from .writer import write_json
 
-SHIM = ("layouts", "linear", "quantizer")
 AUTO_CONFIG = "losparse_quantizer.LosparseConfig"
 
 
@@ -38,7 +37,7 @@ def write_config(
         "skipped": dict(skipped),
     }
     write_json(destination / "config.json", {**config, "auto_map": auto_map, "quantization_config": quantization})
-    write_shim(destination)
+    write_loader(destination)
     return ours
 
 
@@ -47,20 +46,6 @@ def dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     auto_map = {k: v for k, v in (plain.pop("auto_map", None) or {}).items() if v != AUTO_CONFIG}
     return plain | ({"auto_map": auto_map} if auto_map else {})
-
-
-def write_shim(destination: Path) -> None:
-    """Copy the package's own loader as losparse_*.py; only its relative imports are renamed."""
-    shim = Path(__file__).parent.parent / "shim"
-    for name in SHIM:
-        text = (shim / f"{name}.py").read_text(encoding="utf-8")
-        text = re.sub(r"^from \.(\w+) import", r"from .losparse_\1 import", text, flags=re.MULTILINE)
-        (destination / f"losparse_{name}.py").write_text(text, encoding="utf-8")
-
-
-def is_shim(file: str) -> bool:
-    """True for the name of a shim file in a checkpoint's root."""
-    return file in {f"losparse_{name}.py" for name in SHIM}
 
 
 def layer_specs(checkpoint: Checkpoint) -> dict[str, LayerSpec]:

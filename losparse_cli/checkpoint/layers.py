@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..errors import CheckpointError
-from ..shim.layouts import LayerSpec, decode
+from ..shim.codec import decode
+from ..shim.layouts import LayerSpec
 from .reader import TensorEntry
 from .source import Checkpoint
 

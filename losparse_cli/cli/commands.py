@@ -49,7 +49,9 @@ def compress(
     ] = None,
     threshold_scope: Annotated[
         str | None,
-        typer.Option(help="Largest entries of each row, or of the matrix.", rich_help_panel=o.SIZE, show_default="matrix"),
+        typer.Option(
+            help="Largest entries of each row, or of the matrix.", rich_help_panel=o.SIZE, show_default="matrix"
+        ),
     ] = None,
     iterations: Annotated[
         int | None,
@@ -58,7 +60,8 @@ def compress(
         ),
     ] = None,
     exact_svd: Annotated[
-        bool | None, typer.Option("--exact-svd", help="LAPACK's SVD instead of a randomized one.", rich_help_panel=o.SIZE)
+        bool | None,
+        typer.Option("--exact-svd", help="LAPACK's SVD instead of a randomized one.", rich_help_panel=o.SIZE),
     ] = None,
     targets: Annotated[
         list[str] | None,
@@ -66,13 +69,19 @@ def compress(
     ] = None,
     ignore: Annotated[
         list[str] | None,
-        typer.Option(help="Glob of module names to leave dense; repeatable.", rich_help_panel=o.SIZE, show_default=False),
+        typer.Option(
+            help="Glob of module names to leave dense; repeatable.", rich_help_panel=o.SIZE, show_default=False
+        ),
     ] = None,
     recipe: Annotated[
         Path | None,
-        typer.Option(help="YAML file of these settings, also per glob; flags win.", rich_help_panel=o.SIZE, show_default=False),
+        typer.Option(
+            help="YAML file of these settings, also per glob; flags win.", rich_help_panel=o.SIZE, show_default=False
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the randomized SVD.", rich_help_panel=o.RUN, show_default="0")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the randomized SVD.", rich_help_panel=o.RUN, show_default="0")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=o.RUN)] = "auto",
     max_shard_size: o.MaxShardSize = "5GB",
     resume: Annotated[
@@ -86,7 +95,8 @@ def compress(
     cache_dir: o.CacheDir = None,
     trust_remote_code: o.TrustRemoteCode = False,
     push_to_hub: Annotated[
-        str | None, typer.Option(help="Upload the result to this repository.", rich_help_panel=o.HUB, show_default=False)
+        str | None,
+        typer.Option(help="Upload the result to this repository.", rich_help_panel=o.HUB, show_default=False),
     ] = None,
     private: Annotated[
         bool, typer.Option("--private", help="With --push-to-hub: a private repository.", rich_help_panel=o.HUB)
@@ -100,7 +110,10 @@ def compress(
     [dim]losparse compress user/model --rank 8 --sparsity 0.9[/dim]
     """
     from ..budget.recipe import make_recipe
+    from ..errors import UsageError
 
+    if private and not push_to_hub:
+        raise UsageError("--private says how to create a repository: add --push-to-hub REPO, or leave it out.")
     flags = {
         "rank": rank,
         "rank_ratio": rank_ratio,
@@ -153,7 +166,9 @@ def inspect(
     spectrum: Annotated[
         bool, typer.Option("--spectrum", help="Dense folder: energy that rank 8, 16, 32, ... captures.")
     ] = False,
-    csv: Annotated[bool, typer.Option("--csv", help="Print a CSV line for every layer.", rich_help_panel=o.SHOW)] = False,
+    csv: Annotated[
+        bool, typer.Option("--csv", help="Print a CSV line for every layer.", rich_help_panel=o.SHOW)
+    ] = False,
     revision: o.Revision = None,
     cache_dir: o.CacheDir = None,
     trust_remote_code: o.TrustRemoteCode = False,
@@ -281,6 +296,8 @@ def demo(
     rows = show(
         output,
         on_step=lambda message: out.say(f"[bold]{message}[/]"),
-        on_report=lambda report: tables.show_report(out, report, every_layer=False, sort="name", as_csv=False, as_json=False),
+        on_report=lambda report: tables.show_report(
+            out, report, every_layer=False, sort="name", as_csv=False, as_json=False
+        ),
     )
     tables.show_comparison(out, rows)

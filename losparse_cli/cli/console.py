@@ -22,7 +22,6 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
 from rich.table import Table
 
@@ -43,6 +42,10 @@ class Console:
         # A pipe has no width of its own: wide enough that nothing is cut.
         self.out = RichConsole(quiet=self.quiet, highlight=False, width=None if sys.stdout.isatty() else 160)
         self._data: dict[str, Any] = {}
+        if self.quiet or not self.err.is_terminal:
+            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported
+            if "huggingface_hub" in sys.modules:
+                sys.modules["huggingface_hub"].utils.disable_progress_bars()
 
     def say(self, message: str) -> None:
         self.err.print(message)
@@ -65,7 +68,7 @@ class Console:
     @contextmanager
     def status(self, message: str) -> Iterator[Any]:
         if self.err.is_terminal and not self.quiet:
-            with self.err.status(message) as status:
+            with self.err.status(escape(message)) as status:
                 yield status
         else:
             yield _NoStatus()
@@ -95,7 +98,9 @@ class LayerProgress:
                 TextColumn("{task.fields[note]}", style="dim"), console=self._console.err,
             )  # fmt: skip
             self._bars.start()
-            self._layers = self._bars.add_task("Layers", total=self._total, completed=layers_done, note="", unit="layers")
+            self._layers = self._bars.add_task(
+                "Layers", total=self._total, completed=layers_done, note="", unit="layers"
+            )
             self._bytes = self._bars.add_task(
                 "Bytes", total=job.source.nbytes, completed=bytes_done, note="", unit="bytes"
             )
@@ -211,8 +216,10 @@ def show_plan(out: Console, job: Job) -> None:
                        size(sum(p.bound_bytes for p in members)))  # fmt: skip
     out.table(shapes)
     out.say(f"Layers   {len(plan.layers)} compressed, {len(plan.skipped)} left dense")
-    out.say(f"Share    {targeted / job.parameters:.1%} of all parameters are targeted; {kept / targeted:.1%} of those are kept")
-    out.say(f"Result   {size(plan.expected_bytes)} of {size(plan.dense_bytes)} in those layers, at most {size(plan.bound_bytes)}")
+    share = targeted / job.parameters
+    out.say(f"Share    {share:.1%} of all parameters are targeted; {kept / targeted:.1%} of those are kept")
+    about, most = size(plan.expected_bytes), size(plan.bound_bytes)
+    out.say(f"Result   {about} of {size(plan.dense_bytes)} in those layers, at most {most}")
     out.say(f"Disk     at most {size(job.bound_bytes)} in {short(job.output)}; {size(free)} free")
     out.say(f"Memory   about {size(job.peak_memory)} at the peak")
     out.say("Nothing was written.")
@@ -221,7 +228,9 @@ def show_plan(out: Console, job: Job) -> None:
 def show_result(out: Console, result: Result) -> None:
     """The summary after a run."""
     report = result.report
-    out.data({"output": str(result.output), "seconds": result.seconds, "resumed_units": result.resumed} | report.totals())
+    out.data(
+        {"output": str(result.output), "seconds": result.seconds, "resumed_units": result.resumed} | report.totals()
+    )
     table = Table(box=None, show_header=True, pad_edge=False)
     for column in ("", "before", "after", "share"):
         table.add_column(column, justify="left" if not column else "right")
@@ -233,7 +242,9 @@ def show_result(out: Console, result: Result) -> None:
     out.err.print(table)
     error = report.relative_error
     measured = "" if error is None else f", relative Frobenius error {error:.3f}"
-    out.say(f"{len(report.layers)} layers, {report.targeted_share:.1%} of all parameters{measured}, {result.seconds:.1f} s")
+    out.say(
+        f"{len(report.layers)} layers, {report.targeted_share:.1%} of all parameters{measured}, {result.seconds:.1f} s"
+    )
     if report.targeted_share < 0.5:
         out.warn(
             f"only {report.targeted_share:.0%} of the parameters lie in layers that can be compressed; the rest "

@@ -97,7 +97,9 @@ def _show_compressed(out: Console, report: Report, every_layer: bool, sort: str)
     table.add_column("layer" if every_layer else "block", footer=f"{len(report.layers)} layers", overflow="fold")
     shown = [column for column in columns if column[0] not in constant]
     for head, _, footer in shown:
-        table.add_column(head, footer=footer, justify="left" if head in ("pattern", "layout") else "right", no_wrap=True)
+        table.add_column(
+            head, footer=footer, justify="left" if head in ("pattern", "layout") else "right", no_wrap=True
+        )
     table.add_column("share", footer=f"{whole.after / max(1, whole.before):5.1%}", no_wrap=True)
     table.add_column("error", footer="-" if whole.error is None else f"{whole.error:.3f}", no_wrap=True)
     for i, g in enumerate(groups):
@@ -169,7 +171,8 @@ def show_comparison(out: Console, rows: Sequence[Measured]) -> None:
     for row in rows:
         out.out.print(f"[bold]{row.name}[/] says: {escape(row.sentence)}")
     out.out.print(
-        f"\nWithout any data, {rows[1].name} is usable as it is; {rows[2].name} is a start for fine-tuning, not a result."
+        f"\nWithout any data, {rows[1].name} is usable as it is; {rows[2].name} is a start for fine-tuning, not a "
+        "result."
         f"\nGo on with: losparse inspect {rows[1].folder} --layers"
     )
 
@@ -185,14 +188,17 @@ def _write_csv(report: Report | DenseReport) -> None:
         )  # fmt: skip
         for x in report.layers:
             writer.writerow(
-                [x.name, *x.shape, x.rank, x.nnz, f"{x.density:.6g}", x.pattern, x.layout, x.bytes_before, x.bytes_after,
+                [x.name, *x.shape, x.rank, x.nnz, f"{x.density:.6g}", x.pattern, x.layout, x.bytes_before,
+                 x.bytes_after,
                  "" if x.relative_error is None else f"{x.relative_error:.6g}"]
             )  # fmt: skip
         return
     ranks = sorted({r for x in report.layers for r in x.energy})
     writer.writerow(["layer", "out_features", "in_features", "bytes", "reason", *(f"energy_{r}" for r in ranks)])
     for y in report.layers:
-        writer.writerow([y.name, *(y.shape or ("", "")), y.nbytes, y.reason or "", *(y.energy.get(r, "") for r in ranks)])
+        writer.writerow(
+            [y.name, *(y.shape or ("", "")), y.nbytes, y.reason or "", *(y.energy.get(r, "") for r in ranks)]
+        )
 
 
 def _by_block(layers: Sequence[LayerReport]) -> list[Group]:

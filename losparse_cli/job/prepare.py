@@ -21,9 +21,11 @@ from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..checkpoint.writer import Shard, Slot, parse_size, plan_shards
 from ..errors import CheckpointError, UsageError
 from ..models.names import NameMap
-from ..models.skeleton import Skeleton, build_skeleton, choose
+from ..models.skeleton import Skeleton, build_skeleton, choose, require_match
 from ..shim.layouts import INDEX_TENSORS, candidates
+from ..shim.loader import loader_bytes
 
+FRAME_BYTES = 1 << 16  # bytes: report, card and config besides their lines for each layer
 RESIDENT_BASE = 500 << 20  # bytes: the interpreter with torch and transformers, before any weight
 
 
@@ -50,9 +52,15 @@ class Job:
     @property
     def bound_bytes(self) -> int:
         """Most bytes that the result takes on disk."""
-        copied = sum(entry.nbytes for entry, layer in self.units if layer is None)
-        beside = sum((self.source.folder / path).stat().st_size for path in companion_files(self.source.folder))
-        return self.plan.bound_bytes + copied + beside + sum(shard.header for shard in self.shards)
+        weights = self.plan.bound_bytes + sum(entry.nbytes for entry, layer in self.units if layer is None)
+        weights += sum(shard.header for shard in self.shards)
+        folder = self.source.folder
+        beside = sum((folder / path).stat().st_size for path in companion_files(folder))
+        config = (folder / "config.json").stat().st_size
+        # A layer's lines in config.json, report and timing, and a tensor's line in the index, at their longest.
+        names = sum(len(entry.name) + 80 for entry, _ in self.units)
+        lines = sum(12 * len(p.layer.name) + 2000 + 30 * p.iterations for p in self.plan.layers)
+        return weights + beside + 2 * config + names + lines + loader_bytes() + FRAME_BYTES
 
     @property
     def peak_memory(self) -> int:
@@ -85,19 +93,20 @@ def prepare(
     plan = make_plan(layers, skipped, recipe)
     by_tensor = {p.layer.tensor: p for p in plan.layers}
     units = tuple((entry, by_tensor.get(name)) for name, entry in source.entries.items())
-    slots = [Slot(_tensor_names(layer), layer.bound_bytes) if layer else Slot((entry.name,), entry.nbytes) for entry, layer in units]
+    slots = [
+        Slot(_tensor_names(layer), layer.bound_bytes) if layer else Slot((entry.name,), entry.nbytes)
+        for entry, layer in units
+    ]
     output = Path(output) if output is not None else Path(f"{source.name.rpartition('/')[2]}-losparse")
-    output = output.expanduser().absolute()
-    if output == source.folder.resolve() or source.folder.resolve() in output.parents:
-        raise UsageError(f"--output {output} lies inside the model's own folder. Choose a place outside it.")
-    return Job(source, recipe, plan, units, tuple(plan_shards(slots, shard_bytes)), output, _device(device))
+    shards = tuple(plan_shards(slots, shard_bytes))
+    return Job(source, recipe, plan, units, shards, output.expanduser().absolute(), _device(device))
 
 
 def find_layers(source: Checkpoint, skeleton: Skeleton, recipe: Recipe) -> tuple[list[Layer], dict[str, str]]:
     """Targeted layers with their tensors on disk, and every layer left dense with the reason."""
     chosen, skipped = choose(skeleton, recipe.targets, recipe.ignore)
     for glob, _ in recipe.overrides:
-        choose(skeleton, (glob,), ())  # raises if it matches nothing
+        require_match(skeleton, glob, "layers:")
     names = NameMap(skeleton.model, source.entries)
     layers = []
     for linear in chosen:
@@ -120,7 +129,8 @@ def find_layers(source: Checkpoint, skeleton: Skeleton, recipe: Recipe) -> tuple
         on_disk = tuple(reversed(linear.shape)) if linear.transposed else linear.shape
         if entry.shape != on_disk:
             raise CheckpointError(
-                f"{entry.name} in {entry.path} has shape {list(entry.shape)}, but config.json asks for {list(on_disk)}. "
+                f"{entry.name} in {entry.path} has shape {list(entry.shape)}, but config.json asks for "
+                f"{list(on_disk)}. "
                 "config.json and the weights do not belong together."
             )
         disk_module = names.disk_module(linear.name, entry.name)
@@ -156,7 +166,9 @@ def _device(name: str) -> torch.device:
         raise UsageError(f"--device is auto, cpu, cuda or cuda:N, not {name!r}.")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here. Use --device cpu.")
+        raise UsageError(
+            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here. Use --device cpu."
+        )
     return device
 
 
@@ -170,7 +182,9 @@ def fingerprint(job: Job) -> dict[str, Any]:
     return {
         "losparse": __version__,
         "torch": torch.__version__,
-        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} x{torch.get_num_threads()} {job.device}",
+        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "device": str(job.device),
         "source": job.source.commit or files,
         "config": digest(job.source.config),
         "recipe": job.recipe.to_dict(),

@@ -13,7 +13,8 @@ from ..errors import CheckpointError
 from ..linalg.alternating import decompose
 from ..linalg.patterns import parse_pattern
 from ..linalg.svd import seed_of
-from ..shim.layouts import LayerSpec, smallest
+from ..shim.codec import smallest
+from ..shim.layouts import LayerSpec
 from .prepare import Job
 
 

@@ -75,4 +75,3 @@ def decompose(
             target = torch.addmm(residual, U.float(), V.float())  # W − S
     assert best is not None, "a finite weight always yields a first iterate"
     return Decomposition(best, tuple(errors), weight_squared, best_squared)
-

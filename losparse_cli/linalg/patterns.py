@@ -50,7 +50,7 @@ def select(A: Tensor, pattern: Pattern, nnz: int, scope: str = "matrix") -> Tens
     if nnz == m * n:
         return torch.ones(m, n, dtype=torch.bool, device=A.device)
     if pattern.kind in ("rows", "columns"):
-        axis, size, other = (1, m, n) if pattern.kind == "rows" else (0, n, m)
+        axis, other = (1, n) if pattern.kind == "rows" else (0, m)
         if nnz % other:
             raise ValueError(f"nnz {nnz} is no whole number of {pattern.kind} of a {m} x {n} matrix")
         keep = largest(torch.linalg.vector_norm(A, dim=axis), nnz // other)

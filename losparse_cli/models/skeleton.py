@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import SourceError
+from ..errors import SourceError, UsageError
 
 PLAIN = ("Linear", "Conv1D", "FalconLinear")
 """Classes whose output is x Wᵀ + b and nothing else."""
@@ -198,15 +198,11 @@ def choose(
 ) -> tuple[list[Linear], dict[str, str]]:
     """The layers that `targets` and `ignore` (globs on module names) leave, and all skipped with the reason.
 
-    A glob that matches no linear layer raises UsageError with near misses.
+    A glob that matches no layer raises UsageError with near misses.
     """
-    from ..errors import UsageError
-
-    everything = [*skeleton.linears, *skeleton.skipped]
     for option, globs in (("--targets", targets), ("--ignore", ignore)):
         for glob in globs:
-            if not any(fnmatchcase(name, glob) for name in everything):
-                raise UsageError(f"{option} {glob!r} matches no layer. {near_misses(glob, list(skeleton.linears))}")
+            require_match(skeleton, glob, option)
     chosen, skipped = [], dict(skeleton.skipped)
     for name, linear in skeleton.linears.items():
         if targets and not any(fnmatchcase(name, glob) for glob in targets):
@@ -216,6 +212,12 @@ def choose(
         else:
             chosen.append(linear)
     return chosen, skipped
+
+
+def require_match(skeleton: Skeleton, glob: str, option: str) -> None:
+    """UsageError with near misses if `glob`, given by `option`, matches no layer, compressible or not."""
+    if not any(fnmatchcase(name, glob) for name in (*skeleton.linears, *skeleton.skipped)):
+        raise UsageError(f"{option} {glob!r} matches no layer. {near_misses(glob, list(skeleton.linears))}")
 
 
 def near_misses(glob: str, names: list[str]) -> str:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layouts import LayerSpec, decode, pack_bits, unpack_bits
+from .codec import decode, pack_bits, unpack_bits
+from .layouts import LayerSpec
 
 
 class LowRankSparseLinear(nn.Module):

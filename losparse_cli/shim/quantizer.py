@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .layouts import FORMAT_VERSION, LayerSpec
 from .linear import LowRankSparseLinear
+from .loader import write_loader
 
 METHOD = "losparse"
 
@@ -136,17 +137,6 @@ def save_pretrained(model: Any, save_directory: Any, *args: Any, push_to_hub: bo
     if push_to_hub:  # transformers would upload before the loader is there
         repository = hub.pop("repo_id", Path(save_directory).name)
         model.push_to_hub(repository, token=options.get("token"), **hub)
-
-
-def write_loader(folder: Path) -> None:
-    """Copy the loader into a checkpoint's folder as losparse_*.py, from the package or from a shipped copy."""
-    for name in ("layouts", "linear", "quantizer"):
-        source = Path(__file__).with_name(f"{name}.py")
-        if not source.is_file():
-            source = source.with_name(f"losparse_{name}.py")
-        text = source.read_text(encoding="utf-8")
-        text = re.sub(r"^from \.(?!losparse_)(\w+) import", r"from .losparse_\1 import", text, flags=re.MULTILINE)
-        (folder / f"losparse_{name}.py").write_text(text, encoding="utf-8")
 
 
 def install_layers(model: Any, specs: dict[str, LayerSpec]) -> dict[str, str]:

@@ -63,7 +63,9 @@ def decomposition(size: int = 4096, runs: int = 5) -> None:
         median = sorted(ours)[len(ours) // 2]
         error = decompose(W, RANK, nnz, UNSTRUCTURED).errors[-1]
         exact = float((W - L - S).norm() / W.norm())
-        print(f"| {name} | {theirs:.1f} | {median:.3f} | {theirs / median:.0f}x | {exact:.5f} | {error:.5f} |", flush=True)
+        print(
+            f"| {name} | {theirs:.1f} | {median:.3f} | {theirs / median:.0f}x | {exact:.5f} | {error:.5f} |", flush=True
+        )
 
 
 def _real_layers() -> Iterator[tuple[str, Tensor]]:

@@ -13,7 +13,7 @@ from losparse_cli.budget.plan import Layer, count_nnz, make_plan, plan_layer
 from losparse_cli.budget.recipe import Recipe
 from losparse_cli.errors import UsageError
 from losparse_cli.linalg.patterns import parse_pattern, select
-from losparse_cli.shim.layouts import smallest
+from losparse_cli.shim.codec import smallest
 
 
 def layer(m: int, n: int, name: str = "model.layers.0.mlp.up_proj", itemsize: int = 2) -> Layer:

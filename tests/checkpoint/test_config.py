@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from losparse_cli.checkpoint import config as module
-from losparse_cli.checkpoint.config import dense_config, is_shim, layer_specs, layer_tensors, write_config
+from losparse_cli.checkpoint.config import dense_config, layer_specs, layer_tensors, write_config
 from losparse_cli.checkpoint.reader import TensorEntry
 from losparse_cli.checkpoint.source import Checkpoint
 from losparse_cli.errors import CheckpointError, FormatVersionError, UsageError
 from losparse_cli.shim.layouts import LayerSpec
+from losparse_cli.shim.loader import is_loader
 
 SPEC = LayerSpec((6, 8), 2, 5, "unstructured", "csr")
 DENSE: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "odd": {"kept": 1}}
@@ -52,17 +53,23 @@ def test_the_loader_is_the_packages_own_code(tmp_path: Path) -> None:
     """Equal but for the names in its relative imports, which must lead to files that are there."""
     written(tmp_path, DENSE)
     files = sorted(tmp_path.glob("*.py"))
-    assert [path.name for path in files] == ["losparse_layouts.py", "losparse_linear.py", "losparse_quantizer.py"]
+    assert [path.name for path in files] == [
+        "losparse_codec.py",
+        "losparse_layouts.py",
+        "losparse_linear.py",
+        "losparse_loader.py",
+        "losparse_quantizer.py",
+    ]
     for path in files:
-        assert is_shim(path.name)
+        assert is_loader(path.name)
         own = (Path(module.__file__).parent.parent / "shim" / path.name.removeprefix("losparse_")).read_text()
         assert re.sub(r"^from \.losparse_", "from .", path.read_text(), flags=re.MULTILINE) == own
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level:
                 assert (tmp_path / f"{node.module}.py").is_file()
                 assert node.level == 1
-    assert not is_shim("losparse_report.json")
-    assert not is_shim("modeling_own.py")
+    assert not is_loader("losparse_report.json")
+    assert not is_loader("modeling_own.py")
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {

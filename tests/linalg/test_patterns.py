@@ -99,7 +99,7 @@ def test_impossible_counts_and_patterns_are_refused() -> None:
         (Pattern("columns"), 7, "matrix"),
         (Pattern("n:m", 2, 4), 7, "matrix"),
     ):
-        with pytest.raises(ValueError, match="nnz|pattern"):
+        with pytest.raises(ValueError, match=r"nnz|pattern"):
             select(A, pattern, nnz, scope)
     for text in ("blocks", "4:2", "2:2", "0:4", "2:32", "2:", ""):
         with pytest.raises(ValueError, match="unknown pattern"):

@@ -11,20 +11,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from losparse_cli.shim.codec import decode, encode, pack_bits, smallest, unpack_bits
 from losparse_cli.shim.layouts import (
     INDEX_TENSORS,
     LayerSpec,
     bound_index_bytes,
     candidates,
     column_dtype,
-    decode,
-    encode,
     expected_index_bytes,
     group_rows,
     n_of_m,
-    pack_bits,
-    smallest,
-    unpack_bits,
 )
 
 UNSTRUCTURED = ("bitmask", "csr", "gaps4", "gaps8")

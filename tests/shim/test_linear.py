@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losparse_cli.shim.layouts import candidates, decode, encode, smallest
+from losparse_cli.shim.codec import decode, encode, smallest
+from losparse_cli.shim.layouts import candidates
 from losparse_cli.shim.linear import LowRankSparseLinear
 
 PATTERNS = ("bitmask", "csr", "gaps4", "gaps8", "rows", "columns", "n:m")
