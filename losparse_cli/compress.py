@@ -25,6 +25,7 @@ from .checkpoint.source import REPORT, TIMING, Checkpoint
 from .checkpoint.writer import (
     ShardWriter,
     check_output,
+    clear_away,
     publish,
     sha256,
     tensor_part,
@@ -89,6 +90,7 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
     with write_errors(job.output):
         finished = _already_done(job, expected)
         if finished is not None and not overwrite:
+            clear_away(job.output)
             return Result(job.output, finished, 0.0, len(job.units), not _ships_loader(job.source.config))
         check_output(job.output, overwrite=overwrite, source=job.source.folder)
         work = working_folder(job.output)

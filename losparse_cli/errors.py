@@ -8,7 +8,8 @@ LosparseError                      exit code 1
 │   └── FormatVersionError         written by a newer losparse
 ├── OutputError                    the place to write: exists, read-only, full
 │   └── ResumeError                a journal of another run, or none where one is required
-└── MissingExtraError              an optional dependency is not installed
+├── MissingExtraError              an optional dependency is not installed
+└── Interrupted                    exit code 130: Ctrl-C, with what was finished kept
 """
 
 from __future__ import annotations
@@ -55,3 +56,9 @@ class MissingExtraError(LosparseError):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs the package {package!r}. Install it with: pip install 'losparse[{extra}]'")
+
+
+class Interrupted(LosparseError):
+    """Stopped by the user; what is finished is kept."""
+
+    exit_code = 130

@@ -458,6 +458,16 @@ def test_an_output_that_is_there(model: Path, tmp_path: Path) -> None:
     refused(tmp_path, "compress", model, "-o", "out", *SMALL, says=says, code=2)
 
 
+@pytest.mark.parametrize("report", ["{", "[]", "{}", '{"layers": [5]}', "\udcff"])
+def test_an_output_with_a_report_that_cannot_be_read(report: str, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    (tmp_path / "out" / "losparse_report.json").write_bytes(report.encode(errors="surrogateescape"))
+    refused(tmp_path, "compress", model, "-o", "out", *SMALL, says=("out exists already", "--overwrite"), code=2)
+    done("compress", model, "-o", "out", *SMALL, "--overwrite", cwd=tmp_path)
+    done("verify", "out", cwd=tmp_path)
+
+
 def test_overwrite_spares_what_is_no_checkpoint(model: Path, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "mine.txt").write_text("mine")
@@ -615,8 +625,8 @@ def compressed(made_once: Path, tmp_path: Path) -> Path:
 
 
 def test_a_compressed_model_is_not_compressed_again(compressed: Path, tmp_path: Path) -> None:
-    says = ("compressed by losparse already", "losparse export compressed --dense")
-    refused(tmp_path, "compress", "compressed", says=says, code=2)
+    says = ("compressed by losparse already", f"losparse export {compressed} --dense")
+    refused(tmp_path, "compress", compressed, says=says, code=2)
 
 
 @pytest.mark.parametrize("command", ["verify", "push", "export"])

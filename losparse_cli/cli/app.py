@@ -46,9 +46,6 @@ def main() -> None:
             raise
         _complain(str(error))
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        _complain("Interrupted. What is finished is kept: the same command goes on where it stopped.")
-        sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has left; there is nobody to tell
         sys.exit(1)

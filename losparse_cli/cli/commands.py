@@ -148,7 +148,7 @@ def compress(
     if dry_run:
         c.show_plan(out, job)
         return
-    with c.LayerProgress(out) as progress:
+    with c.interruptible(), c.LayerProgress(out) as progress:
         result = run(job, resume=resume, overwrite=overwrite, progress=progress)
     c.show_result(out, result)
     if push_to_hub:
@@ -216,7 +216,7 @@ def export(
     from . import console as c
 
     out = c.Console(quiet=quiet)
-    with c.CountProgress(out, "Exporting") as progress:
+    with c.interruptible(), c.CountProgress(out, "Exporting") as progress:
         folder = write(
             source,
             output,

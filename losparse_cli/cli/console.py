@@ -25,6 +25,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from ..errors import Interrupted
+
 if TYPE_CHECKING:
     from ..checkpoint.report import LayerReport, Report
     from ..compress import Result
@@ -72,6 +74,17 @@ class Console:
                 yield status
         else:
             yield _NoStatus()
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Turns Ctrl-C during work that is journalled into a sentence; Typer would end without one."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            "Interrupted. What is finished is kept: the same command goes on where it stopped."
+        ) from error
 
 
 class _NoStatus:
