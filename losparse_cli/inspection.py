@@ -80,8 +80,10 @@ def compressed_report(checkpoint: Checkpoint) -> Report:
         base = Report.from_dict(recorded, str(checkpoint.folder / REPORT))
         known = {layer.name: layer for layer in base.layers}
     layers = []
+    inside = 0  # elements of the compressed layers' tensors
     for name, spec in layer_specs(checkpoint).items():
         entries = layer_tensors(checkpoint, name, spec)
+        inside += sum(entry.nbytes * 8 // BITS[entry.dtype] for entry in entries.values())
         m, n = spec.shape
         before = known.get(name)
         layers.append(
@@ -102,7 +104,6 @@ def compressed_report(checkpoint: Checkpoint) -> Report:
     stored = checkpoint.nbytes
     saved = sum(layer.bytes_before - layer.bytes_after for layer in layers)
     elements = sum(entry.nbytes * 8 // BITS[entry.dtype] for entry in checkpoint.entries.values())
-    inside = sum(e.nbytes * 8 // BITS[e.dtype] for layer in layers for e in _tensors_of(checkpoint, layer.name))
     return Report(
         layers=tuple(layers),
         skipped=dict((checkpoint.quantization or {}).get("skipped") or {}),
@@ -115,11 +116,6 @@ def compressed_report(checkpoint: Checkpoint) -> Report:
         files=base.files if base else {},
         fingerprint=base.fingerprint if base else "",
     )
-
-
-def _tensors_of(checkpoint: Checkpoint, name: str) -> list[Any]:
-    spec = layer_specs(checkpoint)[name]
-    return list(layer_tensors(checkpoint, name, spec).values())
 
 
 def _dense_report(
@@ -138,7 +134,7 @@ def _dense_report(
     tensors = {layer.name: layer.tensor for layer in targeted}
     disk = NameMap(skeleton.model, checkpoint.entries).disk
     layers = []
-    for number, name in enumerate((*tensors, *skipped)):
+    for name in (*tensors, *skipped):
         entry = checkpoint.entries.get(tensors.get(name) or next(iter(disk.get(f"{name}.weight", ())), ""))
         energy: dict[int, float] = {}
         if spectrum and name in tensors and entry is not None:
@@ -149,7 +145,6 @@ def _dense_report(
         if shape is None and entry is not None and len(entry.shape) == 2:
             shape = (entry.shape[0], entry.shape[1])
         layers.append(DenseLayer(name, shape, entry.nbytes if entry else 0, skipped.get(name), energy))
-        del number
     return DenseReport(
         checkpoint.name,
         tuple(layers),

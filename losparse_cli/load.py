@@ -59,7 +59,10 @@ def load(source: str | Path, *, model_class: Any = None, **options: Any) -> tupl
             raise SourceError(f"Cannot load {name}: {str(error).splitlines()[0]}") from error
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **shared)
-    except (OSError, ValueError, KeyError, ImportError):
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if _has_tokenizer(name, shared):
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise SourceError(f"The tokenizer of {name} cannot be loaded: {reason}") from error
         tokenizer = None
     return model.eval(), tokenizer if _has_tokenizer(name, shared) else None
 

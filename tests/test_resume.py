@@ -37,14 +37,16 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
 
 
 STOP = """
-import os, signal
+import os, signal, threading
 from losparse_cli.checkpoint import journal, writer
 left = {count}
-def stop():
+def stop(for_good=False):
     global left
     left -= 1
     if left == 0:
         os.kill(os.getpid(), signal.SIGSTOP)
+        if for_good:  # the signal may reach another thread first, and this one would finish what it tears
+            threading.Event().wait()
 append, write_all = journal.Journal._append, writer._write_all
 """
 PLACES = {
@@ -58,14 +60,14 @@ journal.Journal._append = whole_line
 def torn_line(self, line):
     if left == 1:
         self._file.write(b'{"number":1,"sha')
-    stop()
+    stop(for_good=True)
     append(self, line)
 journal.Journal._append = torn_line
 """,
     "inside a tensor": """
 def half_a_tensor(file, piece):
     write_all(file, bytes(piece)[: len(piece) // 2])
-    stop()
+    stop(for_good=True)
     file.seek(-(len(piece) // 2), os.SEEK_CUR)
     write_all(file, piece)
 writer._write_all = half_a_tensor

@@ -216,6 +216,14 @@ def _check_pattern(recipe: Recipe) -> None:
             "--keep or --keep-parameters to decide. Leave one of them out."
         )
 
+    if recipe.rank_ratio is not None and (
+        recipe.keep is not None or recipe.keep_parameters is not None or recipe.rank_ratio == 1
+    ):
+        raise UsageError(
+            f"--pattern {recipe.pattern} fixes S, so --rank-ratio alone settles the rank, and must be below 1. "
+            "Leave out --keep and --keep-parameters, or --rank-ratio."
+        )
+
 
 def _at_most_one(recipe: Recipe, names: tuple[str, ...]) -> None:
     given = [_flag(name) for name in names if getattr(recipe, name) is not None]

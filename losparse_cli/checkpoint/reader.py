@@ -95,23 +95,8 @@ class PickleFile:
 
     def __init__(self, path: Path, *, drop_shared: bool = True) -> None:
         self.path = path
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # torch.load raises many kinds for a bad or an old file
-            raise CheckpointError(
-                f"{path} cannot be read safely ({type(error).__name__}): it is corrupt, in torch's format from "
-                "before 1.6, or holds more than tensors. Load it in transformers yourself, if you trust it, and save "
-                "it as safetensors with save_pretrained."
-            ) from error
-        if not isinstance(content, dict) or not all(
-            isinstance(k, str) and isinstance(t, Tensor) for k, t in content.items()
-        ):
-            raise CheckpointError(
-                f"{path} does not hold a mapping from names to tensors. Load the model in transformers and save it "
-                "with save_pretrained."
-            )
+        content = _load_pickle(path)
         names = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-        self._tensors: dict[str, Tensor] = {}
         self.entries: dict[str, TensorEntry] = {}
         seen: set[tuple[Any, ...]] = set()
         for name, tensor in content.items():
@@ -124,20 +109,40 @@ class PickleFile:
             if place in seen and drop_shared and tensor.numel():
                 continue
             seen.add(place)
-            self._tensors[name] = tensor
             self.entries[name] = TensorEntry(
                 name, names[tensor.dtype], tuple(tensor.shape), path, 0, tensor.numel() * tensor.itemsize
             )
 
     def read(self, entry: TensorEntry) -> Tensor:
         """The tensor, in memory of its own."""
-        return self._tensors[entry.name].clone(memory_format=torch.contiguous_format)
+        # Opened anew for each tensor: pages of a mapping that stays open count as resident memory.
+        return _load_pickle(self.path)[entry.name].clone(memory_format=torch.contiguous_format)
 
     def chunks(self, entry: TensorEntry, size: int = 16 << 20) -> Iterator[bytes]:
         """The tensor's bytes, `size` at a time."""
-        raw = self._tensors[entry.name].contiguous().view(-1).view(torch.uint8).numpy()
+        raw = _load_pickle(self.path)[entry.name].contiguous().view(-1).view(torch.uint8).numpy()
         for start in range(0, entry.nbytes, size):
             yield raw[start : start + size].tobytes()
+
+
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    """Name -> tensor, mapped from the file; CheckpointError if it holds anything else."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch.load raises many kinds for a bad or an old file
+        raise CheckpointError(
+            f"{path} cannot be read safely ({type(error).__name__}): it is corrupt, in torch's format from "
+            "before 1.6, or holds more than tensors. Load it in transformers yourself, if you trust it, and save "
+            "it as safetensors with save_pretrained."
+        ) from error
+    if not isinstance(content, dict) or not all(
+        isinstance(k, str) and isinstance(t, Tensor) for k, t in content.items()
+    ):
+        raise CheckpointError(
+            f"{path} does not hold a mapping from names to tensors. Load the model in transformers and save it "
+            "with save_pretrained."
+        )
+    return content
 
 
 def _fill(file: Any, view: memoryview, entry: TensorEntry) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, SourceError
+from ..errors import CheckpointError, NoHeadersError, SourceError
 from .reader import BITS, PickleFile, SafetensorsFile, TensorEntry
 
 WEIGHTS = "model.safetensors"
@@ -251,7 +251,7 @@ def hub_errors(repository: str) -> Iterator[None]:
 def _download(repository: str, revision: str | None, cache_dir: Path | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    ignore = [*OTHER_WEIGHTS, *OTHER_FOLDERS]
+    ignore = [*OTHER_WEIGHTS, *OTHER_FOLDERS, "consolidated*"]  # the last: a second copy of the same weights
     with hub_errors(repository):
         options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
         local = Path(snapshot_download(repository, ignore_patterns=[*ignore, "*.bin"], **options))
@@ -270,7 +270,7 @@ def _open_remote_headers(repository: str, revision: str | None, cache_dir: Path 
         try:
             metadata = HfApi().get_safetensors_metadata(repository, revision=local.name)
         except NotASafetensorsRepoError as error:
-            raise SourceError(
+            raise NoHeadersError(
                 f"{repository} has no safetensors weights, so its headers cannot be read alone. Download it with "
                 f"`hf download {repository} --local-dir FOLDER`, and give the folder."
             ) from error

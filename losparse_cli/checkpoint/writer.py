@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from torch import Tensor
@@ -152,6 +153,8 @@ class ShardWriter:
                     if unit.shard != k:
                         continue
                     for name, dtype, shape, begin, end in unit.tensors:
+                        if name in weight_map:
+                            raise AssertionError(f"{name} was written twice")
                         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
                         weight_map[name] = shard.file
                         total += end - begin
@@ -185,15 +188,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in pieces; CheckpointError if it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(
-            f"Cannot read {path}: {error.strerror}. Put the file back, and repeat the command."
-        ) from error
+def sha256(path: Path, stop: Event | None = None) -> str:
+    """Hexadecimal SHA-256 of a file, read in pieces; of its beginning only, once `stop` is set."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while (piece := file.read(8 << 20)) and not (stop is not None and stop.is_set()):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 # --- the output folder ----------------------------------------------------------------------------
@@ -221,6 +222,11 @@ def write_errors(place: Path) -> Iterator[None]:
         ) from error
 
 
+def output_path(output: str | Path) -> Path:
+    """Absolute path of a result, `~` expanded; unlike Path.expanduser, an unknown ~user is left as it is."""
+    return Path(os.path.abspath(os.path.expanduser(output)))
+
+
 def working_folder(output: Path) -> Path:
     """Where the result grows until it is whole: beside the output, so that a rename moves it."""
     return output.with_name(output.name + ".partial")
@@ -246,7 +252,7 @@ def check_output(output: Path, *, overwrite: bool, source: Path | None = None) -
         if output.is_dir() and any(output.iterdir()):
             if not overwrite:
                 raise UsageError(f"{output} exists already. Add --overwrite to replace it, or choose another --output.")
-            if not (output / "config.json").is_file():
+            if not (output / "config.json").is_file() or (output / ".git").exists():
                 raise UsageError(
                     f"{output} holds no checkpoint, so --overwrite leaves it alone. Choose another --output."
                 )

@@ -144,6 +144,7 @@ def compress(
             cache_dir=cache_dir,
             trust_remote_code=trust_remote_code,
             max_shard_size=max_shard_size,
+            plan_only=dry_run,
         )
     if dry_run:
         c.show_plan(out, job)
@@ -247,7 +248,7 @@ def verify(
         found = check(source, on_layer=progress.advance)
     out.data(asdict(found) | {"sound": found.sound})
     for problem in found.problems:
-        out.warn(problem)
+        out.complain(problem)
     if found.sound:
         hashes = f"{found.hashed} files by SHA-256" if found.hashed else "no hashes recorded"
         out.say(f"[bold green]Sound.[/] {found.layers} layers, {found.tensors} tensors, {hashes}.")

@@ -18,8 +18,8 @@ from ..budget.recipe import Recipe
 from ..checkpoint.card import companion_files
 from ..checkpoint.reader import BITS, FLOATING, TensorEntry
 from ..checkpoint.source import Checkpoint, open_checkpoint
-from ..checkpoint.writer import Shard, Slot, parse_size, plan_shards
-from ..errors import CheckpointError, UsageError
+from ..checkpoint.writer import Shard, Slot, output_path, parse_size, plan_shards
+from ..errors import CheckpointError, NoHeadersError, UsageError
 from ..models.names import NameMap
 from ..models.skeleton import Skeleton, build_skeleton, choose, require_match
 from ..shim.layouts import INDEX_TENSORS, candidates
@@ -78,28 +78,47 @@ def prepare(
     cache_dir: Path | None = None,
     trust_remote_code: bool = False,
     max_shard_size: str = "5GB",
+    plan_only: bool = False,
 ) -> Job:
     """The plan of a compression: source checked, layers chosen, rank and nnz of each, shards cut.
 
-    Reads headers and config only (a Hub model is downloaded first). Raises UsageError on a request that
+    A Hub model is planned from its headers, so that a request it cannot meet is refused before it is
+    downloaded; with `plan_only` it never is, and the Job cannot be run. Raises UsageError on a request that
     cannot be met, SourceError and CheckpointError on a source that cannot be read.
     """
     recipe = recipe or Recipe()
-    shard_bytes = parse_size(max_shard_size)
-    source = open_checkpoint(model, revision=revision, cache_dir=cache_dir)
-    _refuse_quantized(source)
-    skeleton = build_skeleton(source.folder, source.config, trust_remote_code=trust_remote_code)
-    layers, skipped = find_layers(source, skeleton, recipe)
-    plan = make_plan(layers, skipped, recipe)
+    shard_bytes, where = parse_size(max_shard_size), _device(device)
+    source = _open(model, revision, cache_dir, plan_only)
+    plan = _plan(source, recipe, trust_remote_code)
+    if not source.files and not plan_only:
+        source = open_checkpoint(model, revision=source.commit or revision, cache_dir=cache_dir)
+        plan = _plan(source, recipe, trust_remote_code)
     by_tensor = {p.layer.tensor: p for p in plan.layers}
     units = tuple((entry, by_tensor.get(name)) for name, entry in source.entries.items())
     slots = [
         Slot(_tensor_names(layer), layer.bound_bytes) if layer else Slot((entry.name,), entry.nbytes)
         for entry, layer in units
     ]
-    output = Path(output) if output is not None else Path(f"{source.name.rpartition('/')[2]}-losparse")
+    output = output_path(output or f"{source.name.rpartition('/')[2]}-losparse")
     shards = tuple(plan_shards(slots, shard_bytes))
-    return Job(source, recipe, plan, units, shards, output.expanduser().absolute(), _device(device))
+    return Job(source, recipe, plan, units, shards, output, where)
+
+
+def _open(model: str | Path, revision: str | None, cache_dir: Path | None, plan_only: bool) -> Checkpoint:
+    """The source, of a Hub model only its headers where they can be had alone."""
+    try:
+        return open_checkpoint(model, revision=revision, cache_dir=cache_dir, headers_only=True)
+    except NoHeadersError:
+        if plan_only:
+            raise
+        return open_checkpoint(model, revision=revision, cache_dir=cache_dir)
+
+
+def _plan(source: Checkpoint, recipe: Recipe, trust_remote_code: bool) -> Plan:
+    _refuse_quantized(source)
+    skeleton = build_skeleton(source.folder, source.config, trust_remote_code=trust_remote_code)
+    layers, skipped = find_layers(source, skeleton, recipe)
+    return make_plan(layers, skipped, recipe)
 
 
 def find_layers(source: Checkpoint, skeleton: Skeleton, recipe: Recipe) -> tuple[list[Layer], dict[str, str]]:
@@ -146,7 +165,7 @@ def _refuse_quantized(source: Checkpoint) -> None:
     if source.is_compressed:
         raise UsageError(
             f"{source.name} is compressed by losparse already. Give the dense model, or make one with: "
-            f"losparse export {source.name} --dense -o DENSE"
+            f"losparse export {source.folder if source.commit is None else source.name} --dense -o DENSE"
         )
     if source.quantization is not None:
         method = source.quantization.get("quant_method", "an unknown method")
@@ -174,17 +193,27 @@ def _device(name: str) -> torch.device:
 
 def fingerprint(job: Job) -> dict[str, Any]:
     """What must be equal for a journal to be continued; JSON."""
+    import safetensors
+    import transformers
+
     files = {}
     for file in job.source.files:
         status = file.path.stat()
         files[file.path.name] = [status.st_size, status.st_mtime_ns]
+    folder = job.source.folder
+    companions = [
+        [str(p), (folder / p).stat().st_size, (folder / p).stat().st_mtime_ns] for p in companion_files(folder)
+    ]
     plan = [[e.name, e.dtype, e.shape, p and [p.rank, p.nnz, p.pattern, p.scope, p.iterations]] for e, p in job.units]
     return {
         "losparse": __version__,
         "torch": torch.__version__,
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
-        "device": str(job.device),
+        "device": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "cpu",
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "companions": digest(companions),
         "source": job.source.commit or files,
         "config": digest(job.source.config),
         "recipe": job.recipe.to_dict(),

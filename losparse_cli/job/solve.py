@@ -59,7 +59,7 @@ def solve_layer(plan: LayerPlan, stored: Tensor, job: Job) -> tuple[LayerReport,
 
 
 def _require_finite(W: Tensor, layer: Layer) -> None:
-    if torch.isfinite(W.sum()):  # NaN and infinity survive a sum
+    if torch.isfinite(torch.linalg.vector_norm(W)):  # NaN and infinity survive a norm
         return
     wrong = torch.nonzero(~torch.isfinite(W))
     if len(wrong):
@@ -68,3 +68,7 @@ def _require_finite(W: Tensor, layer: Layer) -> None:
             f"{layer.tensor} holds {W[row, column].item()} at row {row}, column {column} ({len(wrong)} such values). "
             f"Repair the checkpoint, or leave the layer out with --ignore '{layer.name}'."
         )
+    raise CheckpointError(
+        f"{layer.tensor} holds values as large as {float(W.abs().max()):.3g}, whose squares overflow float32. Repair "
+        f"the checkpoint, or leave the layer out with --ignore '{layer.name}'."
+    )

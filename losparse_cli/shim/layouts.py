@@ -143,6 +143,8 @@ def candidates(pattern: str, shape: tuple[int, int], nnz: int) -> tuple[str, ...
         return ("rows",)  # no rows: an index of no bytes
     if pattern in ("rows", "columns"):
         return (pattern,)
+    if nnz >= 1 << 30:
+        return ("bitmask",)  # the others keep 32-bit offsets
     choices = ("bitmask", "gaps4", "gaps8", "csr")
     if ":" in pattern and shape[1] % n_of_m(pattern)[1] == 0:
         return ("n:m", *choices)
