@@ -28,12 +28,9 @@ def push(folder: str | Path, repository: str, *, private: bool = False, message:
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise UsageError(f"There is no folder {path}. Give the folder that `losparse compress` wrote.")
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi
 
-    if not HUB_ID.fullmatch(repository):
-        raise UsageError(f"{repository!r} is no Hub id. Write it as user/name.")
-    if get_token() is None:
-        raise UsageError(f"Uploading to {repository} needs a Hub token. Log in with: hf auth login")
+    check_repository(repository)
     require_sound(path)
     name = open_checkpoint(path).name
     with write_errors(path):
@@ -54,3 +51,13 @@ def push(folder: str | Path, repository: str, *, private: bool = False, message:
             ignore_patterns=[".*", "*/.*", "*.partial/*", JOURNAL],
         )
     return str(created)
+
+
+def check_repository(repository: str) -> None:
+    """UsageError if nothing can be uploaded under this name: it is no Hub id, or there is no token."""
+    from huggingface_hub import get_token
+
+    if not HUB_ID.fullmatch(repository):
+        raise UsageError(f"{repository!r} is no Hub id. Write it as user/name.")
+    if get_token() is None:
+        raise UsageError(f"Uploading to {repository} needs a Hub token. Log in with: hf auth login")

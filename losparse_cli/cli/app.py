@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -37,6 +38,8 @@ def root(
 
 def main() -> None:
     """Entry point of the `losparse` command. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    # OpenMP's threads spin while they wait: on a machine whose cores are busy that costs up to ten times the time.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from . import commands  # noqa: F401 - registers the commands
 
     try:
@@ -48,6 +51,11 @@ def main() -> None:
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has left; there is nobody to tell
+        sys.exit(1)
+    except OSError as error:
+        if "--debug" in sys.argv:
+            raise
+        _complain(f"{error.filename or 'A file'} cannot be used: {error.strerror or error}. Check it and repeat.")
         sys.exit(1)
     except Exception as error:
         if "--debug" in sys.argv:
@@ -61,4 +69,6 @@ def _complain(message: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True, soft_wrap=not sys.stderr.isatty()).print(Text.assemble(("error: ", "bold red"), message))
+    Console(stderr=True, soft_wrap=not sys.stderr.isatty()).print(
+        Text.assemble(("error: ", "bold red"), " ".join(message.split("\n")))
+    )

@@ -129,6 +129,10 @@ def compress(
         "ignore": tuple(ignore or ()),
     }
     resolved = make_recipe(flags, recipe)  # contradictions are reported before anything heavy is imported
+    if push_to_hub:
+        from ..push import check_repository
+
+        check_repository(push_to_hub)
     from ..compress import run
     from ..job.prepare import prepare
     from . import console as c

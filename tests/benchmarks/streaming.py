@@ -1,4 +1,4 @@
-"""A whole run on a generated 2-billion-parameter checkpoint: parameters a second, and peak memory."""
+"""A whole run on a generated 2-billion-parameter checkpoint in one shard: speed, and peak memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 28, 2048, 8192, 32000
 
 
 def generate(folder: Path, layers: int = LAYERS) -> int:
-    """Write a Llama-shaped bfloat16 checkpoint of random weights, a shard a layer; returns its parameters."""
+    """Write a Llama-shaped bfloat16 checkpoint of random weights as one shard; returns its parameters."""
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "dtype": "bfloat16",
         "intermediate_size": INTERMEDIATE, "num_hidden_layers": layers, "num_attention_heads": 16,
@@ -25,30 +25,25 @@ def generate(folder: Path, layers: int = LAYERS) -> int:
     }  # fmt: skip
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
-    attention, wide = (HIDDEN, HIDDEN), (INTERMEDIATE, HIDDEN)
-    shards: list[dict[str, tuple[int, ...]]] = [
-        {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)},
-        {"lm_head.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,)},
-    ]
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("model.embed_tokens", "lm_head"), (VOCABULARY, HIDDEN))
+    shapes["model.norm"] = (HIDDEN,)
     for k in range(layers):
-        shapes = {f"self_attn.{p}_proj": attention for p in "qkvo"}
-        shapes |= {"mlp.gate_proj": wide, "mlp.up_proj": wide, "mlp.down_proj": (HIDDEN, INTERMEDIATE)}
-        shapes |= {"input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,)}
-        shards.append({f"model.layers.{k}.{name}.weight": shape for name, shape in shapes.items()})
+        inside = {f"self_attn.{p}_proj": (HIDDEN, HIDDEN) for p in "qkvo"}
+        inside |= dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), (INTERMEDIATE, HIDDEN))
+        inside["mlp.down_proj"] = (HIDDEN, INTERMEDIATE)
+        shapes |= {f"model.layers.{k}.{name}": shape for name, shape in inside.items()}
+        shapes |= dict.fromkeys((f"model.layers.{k}.{n}_layernorm" for n in ("input", "post_attention")), (HIDDEN,))
     generator = torch.Generator().manual_seed(0)
-    weight_map, parameters = {}, 0
-    for k, shapes_of in enumerate(shards):
-        file = f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {n: torch.randn(s, generator=generator).mul_(0.02).bfloat16() for n, s in shapes_of.items()}
-        save_file(tensors, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        parameters += sum(t.numel() for t in tensors.values())
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return parameters
+    tensors = {
+        f"{name}.weight": torch.randn(shape, generator=generator).mul_(0.02).bfloat16()
+        for name, shape in shapes.items()
+    }
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
 CHILD = """
-import json, resource, sys, time
+import json, re, sys, time
 from pathlib import Path
 from losparse_cli.budget.recipe import Recipe
 from losparse_cli.compress import run
@@ -59,7 +54,8 @@ planned = time.monotonic() - start
 result = run(job)
 seconds = json.loads((result.output / "losparse_timing.json").read_text())["seconds"]
 print(json.dumps({"plan": planned, "run": result.seconds, "solve": sum(seconds.values()),
-    "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "estimate": job.peak_memory,
+    "peak": 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]),
+    "estimate": job.peak_memory,
     "after": result.report.model_bytes_after}))
 """
 
@@ -84,7 +80,8 @@ def streaming() -> None:
                 file.write(piece)
             os.fsync(file.fileno())
         writing = time.perf_counter() - start
-    print(f"{parameters:,} parameters, {nbytes / 1e9:.2f} GB in bfloat16, rank 8, sparsity 0.9, one iteration\n")
+    print(f"{parameters:,} parameters, {nbytes / 1e9:.2f} GB of bfloat16 in one shard; rank 8, sparsity 0.9,")
+    print("one iteration\n")
     print("| | |")
     print("|---|---|")
     print(f"| whole run | {measured['run']:.1f} s |")
