@@ -340,6 +340,19 @@ def test_inspect_fetches_headers_only(
     assert len([layer for layer in json.loads(ended.out)["layers"] if not layer.get("reason")]) == 28
 
 
+@pytest.mark.parametrize("request_", [("--dry-run",), ("--targets", "*.nothing"), ("--rank", "5000")])
+def test_a_plan_downloads_no_weights(
+    request_: tuple[str, ...], from_hub: Path, hub: LocalHub, online: Terminal, tmp_path: Path
+) -> None:
+    asked = len(hub.requests)
+    ended = online.run("compress", "user/toy", *request_, "--cache-dir", tmp_path / "cache", cwd=tmp_path)
+    assert ended.code == (0 if request_ == ("--dry-run",) else 2)
+    assert not [
+        path for m, path, extent in hub.requests[asked:] if m == "GET" and path.endswith(".safetensors") and not extent
+    ]
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
 def test_inspect_says_the_same_of_hub_and_folder(from_hub: Path, online: Terminal) -> None:
     remote = json.loads(run(online, "inspect", "user/toy-small", "--json").out)
     local = json.loads(run(online, "inspect", from_hub, "--json").out)
