@@ -285,6 +285,8 @@ def show_result(out: Console, result: Result) -> None:
         )
     if result.needs_package:
         out.warn("the model brings its own AutoConfig, so this checkpoint loads only where losparse is installed.")
+    if not result.seconds:
+        out.say("This very run had finished before: nothing was left to do.")
     where = short(result.output)
     out.say(f"[bold green]Done.[/] The result is in {where}. To load it:")
     out.say(f'  import losparse_cli\n  model, tokenizer = losparse_cli.load("{where}")')
