@@ -138,8 +138,7 @@ def _already_done(job: Job, expected: dict[str, Any]) -> Report | None:
 
 
 def _check_space(job: Job, work: Path, written: int) -> None:
-    copied = sum(entry.nbytes for entry, layer in job.units if layer is None)
-    need = job.plan.expected_bytes + copied - written
+    need = job.plan.expected_bytes + job.copied_bytes - written
     free = shutil.disk_usage(work).free
     if need > free:
         raise OutputError(

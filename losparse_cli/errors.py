@@ -4,7 +4,6 @@ LosparseError                      exit code 1
 ├── UsageError                     exit code 2: the request contradicts itself or the model
 │   └── RecipeError                a recipe file, or a pattern in it
 ├── SourceError                    the model to read: not found, gated, no network, unknown class
-│   └── NoHeadersError             on the Hub without safetensors: nothing can be said before the download
 ├── CheckpointError                a file that is there and wrong: header, index, shape, value
 │   └── FormatVersionError         written by a newer losparse
 ├── OutputError                    the place to write: exists, read-only, full
@@ -34,10 +33,6 @@ class RecipeError(UsageError):
 
 class SourceError(LosparseError):
     """The model to read could not be found, reached or understood."""
-
-
-class NoHeadersError(SourceError):
-    """A Hub model without safetensors files, whose headers could be read alone."""
 
 
 class CheckpointError(LosparseError):

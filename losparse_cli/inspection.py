@@ -83,7 +83,7 @@ def compressed_report(checkpoint: Checkpoint) -> Report:
     inside = 0  # elements of the compressed layers' tensors
     for name, spec in layer_specs(checkpoint).items():
         entries = layer_tensors(checkpoint, name, spec)
-        inside += sum(entry.nbytes * 8 // BITS[entry.dtype] for entry in entries.values())
+        inside += sum(entry.elements for entry in entries.values())
         m, n = spec.shape
         before = known.get(name)
         layers.append(
@@ -103,13 +103,14 @@ def compressed_report(checkpoint: Checkpoint) -> Report:
         )
     stored = checkpoint.nbytes
     saved = sum(layer.bytes_before - layer.bytes_after for layer in layers)
-    elements = sum(entry.nbytes * 8 // BITS[entry.dtype] for entry in checkpoint.entries.values())
     return Report(
         layers=tuple(layers),
         skipped=dict((checkpoint.quantization or {}).get("skipped") or {}),
         model_bytes_before=stored + saved,
         model_bytes_after=stored,
-        parameters=base.parameters if base else elements - inside + sum(layer.parameters for layer in layers),
+        parameters=base.parameters
+        if base
+        else checkpoint.elements - inside + sum(layer.parameters for layer in layers),
         source=base.source if base else {},
         recipe=base.recipe if base else {},
         versions=base.versions if base else {},
@@ -149,7 +150,7 @@ def _dense_report(
         checkpoint.name,
         tuple(layers),
         checkpoint.nbytes,
-        sum(entry.nbytes * 8 // BITS[entry.dtype] for entry in checkpoint.entries.values()),
+        checkpoint.elements,
         sum(layer.shape[0] * layer.shape[1] for layer in targeted),
     )
 

@@ -353,6 +353,14 @@ def test_a_plan_downloads_no_weights(
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
+def test_a_cached_model_is_compressed_offline(from_hub: Path, online: Terminal, tmp_path: Path) -> None:
+    offline = "import huggingface_hub.constants as constants\nconstants.HF_HUB_OFFLINE = True\n"
+    ended = online.run("compress", "user/toy", "--rank", "4", "--sparsity", "0.8", cwd=tmp_path, before=offline)
+    assert ended.code == 0, ended.err
+    refused = online.run("compress", "user/never-seen", cwd=tmp_path, before=offline)
+    assert "the Hub cannot be reached to fetch it" in refused.complaint
+
+
 def test_inspect_says_the_same_of_hub_and_folder(from_hub: Path, online: Terminal) -> None:
     remote = json.loads(run(online, "inspect", "user/toy-small", "--json").out)
     local = json.loads(run(online, "inspect", from_hub, "--json").out)

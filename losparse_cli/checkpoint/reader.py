@@ -54,6 +54,10 @@ class TensorEntry:
     offset: int
     nbytes: int
 
+    @property
+    def elements(self) -> int:
+        return self.nbytes * 8 // BITS[self.dtype]
+
 
 class SafetensorsFile:
     """One weight file with its header checked; CheckpointError says what is wrong with it."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, NoHeadersError, SourceError
+from ..errors import CheckpointError, SourceError
 from .reader import BITS, PickleFile, SafetensorsFile, TensorEntry
 
 WEIGHTS = "model.safetensors"
@@ -52,6 +52,11 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.entries.values())
+
+    @property
+    def elements(self) -> int:
+        """Elements of all tensors."""
+        return sum(entry.elements for entry in self.entries.values())
 
     @property
     def quantization(self) -> dict[str, Any] | None:
@@ -270,7 +275,7 @@ def _open_remote_headers(repository: str, revision: str | None, cache_dir: Path 
         try:
             metadata = HfApi().get_safetensors_metadata(repository, revision=local.name)
         except NotASafetensorsRepoError as error:
-            raise NoHeadersError(
+            raise SourceError(
                 f"{repository} has no safetensors weights, so its headers cannot be read alone. Download it with "
                 f"`hf download {repository} --local-dir FOLDER`, and give the folder."
             ) from error

@@ -19,7 +19,7 @@ from ..checkpoint.card import companion_files
 from ..checkpoint.reader import BITS, FLOATING, TensorEntry
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..checkpoint.writer import Shard, Slot, output_path, parse_size, plan_shards
-from ..errors import CheckpointError, NoHeadersError, UsageError
+from ..errors import CheckpointError, SourceError, UsageError
 from ..models.names import NameMap
 from ..models.skeleton import Skeleton, build_skeleton, choose, require_match
 from ..shim.layouts import INDEX_TENSORS, candidates
@@ -47,12 +47,17 @@ class Job:
     @property
     def parameters(self) -> int:
         """Elements of all tensors of the source."""
-        return sum(entry.nbytes * 8 // BITS[entry.dtype] for entry in self.source.entries.values())
+        return self.source.elements
+
+    @property
+    def copied_bytes(self) -> int:
+        """Of the tensors that stay as they are."""
+        return sum(entry.nbytes for entry, layer in self.units if layer is None)
 
     @property
     def bound_bytes(self) -> int:
         """Most bytes that the result takes on disk."""
-        weights = self.plan.bound_bytes + sum(entry.nbytes for entry, layer in self.units if layer is None)
+        weights = self.plan.bound_bytes + self.copied_bytes
         weights += sum(shard.header for shard in self.shards)
         folder = self.source.folder
         beside = sum((folder / path).stat().st_size for path in companion_files(folder))
@@ -91,8 +96,7 @@ def prepare(
     source = _open(model, revision, cache_dir, plan_only)
     plan = _plan(source, recipe, trust_remote_code)
     if not source.files and not plan_only:
-        source = open_checkpoint(model, revision=source.commit or revision, cache_dir=cache_dir)
-        plan = _plan(source, recipe, trust_remote_code)
+        source = open_checkpoint(model, revision=source.commit, cache_dir=cache_dir)  # of the very headers planned from
     by_tensor = {p.layer.tensor: p for p in plan.layers}
     units = tuple((entry, by_tensor.get(name)) for name, entry in source.entries.items())
     slots = [
@@ -108,7 +112,7 @@ def _open(model: str | Path, revision: str | None, cache_dir: Path | None, plan_
     """The source, of a Hub model only its headers where they can be had alone."""
     try:
         return open_checkpoint(model, revision=revision, cache_dir=cache_dir, headers_only=True)
-    except NoHeadersError:
+    except SourceError:  # no safetensors, or no network: then what is in the cache will do, or the reason is told
         if plan_only:
             raise
         return open_checkpoint(model, revision=revision, cache_dir=cache_dir)
@@ -165,7 +169,7 @@ def _refuse_quantized(source: Checkpoint) -> None:
     if source.is_compressed:
         raise UsageError(
             f"{source.name} is compressed by losparse already. Give the dense model, or make one with: "
-            f"losparse export {source.folder if source.commit is None else source.name} --dense -o DENSE"
+            f"losparse export {source.address} --dense -o DENSE"
         )
     if source.quantization is not None:
         method = source.quantization.get("quant_method", "an unknown method")
