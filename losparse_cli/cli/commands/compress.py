@@ -1,0 +1,163 @@
+"""`losparse compress`: its signature, then one call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import options as o
+from ..app import app
+
+
+@app.command()
+def compress(
+    model: o.Source,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write.", show_default="./<name>-losparse")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Columns of U, rows of V.", rich_help_panel=o.SIZE, show_default=False)
+    ] = None,
+    rank_ratio: Annotated[
+        float | None,
+        typer.Option(help="Share of the kept parameters in U and V.", rich_help_panel=o.SIZE, show_default="0"),
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Share of S that is zero.", rich_help_panel=o.SIZE, show_default=False)
+    ] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            help="Stored bytes of the compressed layers over their dense bytes, every index counted.",
+            rich_help_panel=o.SIZE,
+            show_default="0.85",
+        ),
+    ] = None,
+    keep_parameters: Annotated[
+        float | None,
+        typer.Option(help="(r(m+n) + nnz) / mn, as papers count.", rich_help_panel=o.SIZE, show_default=False),
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            help="Where S may be non-zero: unstructured, rows, columns, or N:M (N non-zeros in every M).",
+            rich_help_panel=o.SIZE,
+            show_default="unstructured",
+        ),
+    ] = None,
+    threshold_scope: Annotated[
+        str | None,
+        typer.Option(
+            help="Largest entries of each row, or of the matrix.", rich_help_panel=o.SIZE, show_default="matrix"
+        ),
+    ] = None,
+    iterations: Annotated[
+        int | None,
+        typer.Option(
+            help="Alternations between U V and S; 1 is the paper's one pass.", rich_help_panel=o.SIZE, show_default="4"
+        ),
+    ] = None,
+    exact_svd: Annotated[
+        bool | None,
+        typer.Option("--exact-svd", help="LAPACK's SVD instead of a randomized one.", rich_help_panel=o.SIZE),
+    ] = None,
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(help="Glob of module names to compress; repeatable.", rich_help_panel=o.SIZE, show_default="all"),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Glob of module names to leave dense; repeatable.", rich_help_panel=o.SIZE, show_default=False
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file of these settings, also per glob; flags win.", rich_help_panel=o.SIZE, show_default=False
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the randomized SVD.", rich_help_panel=o.RUN, show_default="0")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=o.RUN)] = "auto",
+    max_shard_size: o.MaxShardSize = "5GB",
+    resume: Annotated[
+        str, typer.Option(help="Go on with a killed run: auto, required or never.", rich_help_panel=o.RUN)
+    ] = "auto",
+    overwrite: o.Overwrite = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan and what it needs; write nothing.", rich_help_panel=o.RUN)
+    ] = False,
+    revision: o.Revision = None,
+    cache_dir: o.CacheDir = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(help="Upload the result to this repository.", rich_help_panel=o.HUB, show_default=False),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push-to-hub: a private repository.", rich_help_panel=o.HUB)
+    ] = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Compress a model: each targeted weight becomes U V + S.
+
+    [dim]losparse compress user/model --rank 8 --sparsity 0.9[/dim]
+    """
+    from ...budget.recipe import make_recipe
+    from ...errors import UsageError
+
+    if private and not push_to_hub:
+        raise UsageError("--private says how to create a repository: add --push-to-hub REPO, or leave it out.")
+    flags = {
+        "rank": rank,
+        "rank_ratio": rank_ratio,
+        "sparsity": sparsity,
+        "keep": keep,
+        "keep_parameters": keep_parameters,
+        "pattern": pattern,
+        "threshold_scope": threshold_scope,
+        "iterations": iterations,
+        "exact_svd": exact_svd or None,
+        "seed": seed,
+        "targets": tuple(targets or ()),
+        "ignore": tuple(ignore or ()),
+    }
+    resolved = make_recipe(flags, recipe)  # contradictions are reported before anything heavy is imported
+    if push_to_hub:
+        from ...push import check_repository
+
+        check_repository(push_to_hub)
+    from ...compress import run
+    from ...job.prepare import prepare
+    from .. import console as c
+
+    out = c.Console(json=json, quiet=quiet)
+    with out.status(f"Reading {model}"):
+        job = prepare(
+            model,
+            output,
+            resolved,
+            device=device,
+            revision=revision,
+            cache_dir=cache_dir,
+            trust_remote_code=trust_remote_code,
+            max_shard_size=max_shard_size,
+            plan_only=dry_run,
+        )
+    if dry_run:
+        c.show_plan(out, job)
+        return
+    with c.interruptible(), c.LayerProgress(out) as progress:
+        result = run(job, resume=resume, overwrite=overwrite, progress=progress)
+    c.show_result(out, result)
+    if push_to_hub:
+        from .push import upload
+
+        upload(out, result.output, push_to_hub, private)
+    out.flush()

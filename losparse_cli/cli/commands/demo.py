@@ -1,0 +1,33 @@
+"""`losparse demo`: its signature, then one call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import options as o
+from ..app import app
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the two results.")] = Path("losparse-demo"),
+    debug: o.Debug = False,
+) -> None:
+    """Compress a small real model two ways, and compare bytes, perplexity and a sentence with dense."""
+    from ...demo import demo as show
+    from .. import console as c
+    from .. import tables
+
+    out = c.Console()
+    c.calm_libraries()
+    rows = show(
+        output,
+        on_step=lambda message: out.say(f"[bold]{message}[/]"),
+        on_report=lambda report: tables.show_report(
+            out, report, every_layer=False, sort="name", as_csv=False, as_json=False
+        ),
+    )
+    tables.show_comparison(out, rows)

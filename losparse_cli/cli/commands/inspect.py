@@ -1,0 +1,49 @@
+"""`losparse inspect`: its signature, then one call."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .. import options as o
+from ..app import app
+
+
+@app.command()
+def inspect(
+    source: o.Source,
+    layers: Annotated[bool, typer.Option("--layers", help="A line for every layer, not every block.")] = False,
+    sort: Annotated[
+        str, typer.Option(help="Order of the lines: name, error, bytes, share, rank, nnz or density.")
+    ] = "name",
+    spectrum: Annotated[
+        bool, typer.Option("--spectrum", help="Dense folder: energy that rank 8, 16, 32, ... captures.")
+    ] = False,
+    csv: Annotated[
+        bool, typer.Option("--csv", help="Print a CSV line for every layer.", rich_help_panel=o.SHOW)
+    ] = False,
+    revision: o.Revision = None,
+    cache_dir: o.CacheDir = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Show what a compressed checkpoint holds, or what compress would do to a dense one."""
+    from ...inspection import inspect as look
+    from .. import console as c
+    from .. import tables
+
+    out = c.Console(json=json or csv)
+    tables.check_sort(sort)
+    with out.status(f"Reading {source}") as status:
+        report = look(
+            source,
+            spectrum=spectrum,
+            revision=revision,
+            cache_dir=cache_dir,
+            trust_remote_code=trust_remote_code,
+            on_layer=lambda name, count: status.update(f"Spectrum of {name} (of {count} layers)"),
+        )
+    tables.show_report(out, report, every_layer=layers, sort=sort, as_csv=csv, as_json=json)
+    out.flush()

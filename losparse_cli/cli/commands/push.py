@@ -1,0 +1,36 @@
+"""`losparse push`: its signature, then one call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import options as o
+from ..app import app
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A compressed checkpoint.", show_default=False)],
+    repository: Annotated[str, typer.Argument(help="Hub id, such as user/name.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Verify a compressed checkpoint and upload it to the Hub in one commit."""
+    from .. import console as c
+
+    upload(c.Console(quiet=quiet), folder, repository, private)
+
+
+def upload(out: object, folder: Path, repository: str, private: bool) -> None:
+    from ...push import push as send
+    from .. import console as c
+
+    assert isinstance(out, c.Console)
+    with out.status(f"Uploading to {repository}"):
+        address = send(folder, repository, private=private)
+    out.data({"repository": address})
+    out.say(f"[bold green]Pushed.[/] {address}")

@@ -1,0 +1,35 @@
+"""`losparse verify`: its signature, then one call."""
+
+from __future__ import annotations
+
+import typer
+
+from .. import options as o
+from ..app import app
+
+
+@app.command()
+def verify(
+    source: o.Source,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Check hashes, headers, index, config and every index range, without loading a model."""
+    from dataclasses import asdict
+
+    from ...verify import verify as check
+    from .. import console as c
+
+    out = c.Console(json=json, quiet=quiet)
+    with c.CountProgress(out, "Checking") as progress:
+        found = check(source, on_layer=progress.advance)
+    out.data(asdict(found) | {"sound": found.sound})
+    for problem in found.problems:
+        out.complain(problem)
+    if found.sound:
+        hashes = f"{found.hashed} files by SHA-256" if found.hashed else "no hashes recorded"
+        out.say(f"[bold green]Sound.[/] {found.layers} layers, {found.tensors} tensors, {hashes}.")
+    out.flush()
+    if not found.sound:
+        raise typer.Exit(1)
