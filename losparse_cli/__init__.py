@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "compress": ".compress",
     "Recipe": ".budget.recipe",
+    "evaluate": ".evaluate",
     "export": ".export",
     "inspect": ".inspection",
     "load": ".load",
@@ -33,6 +34,7 @@ __all__ = [
     "Recipe",
     "__version__",
     "compress",
+    "evaluate",
     "export",
     "inspect",
     "load",
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from .budget.recipe import Recipe
     from .compress import compress
     from .errors import LosparseError
+    from .evaluate import evaluate
     from .export import export
     from .inspection import inspect
     from .load import load, register

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any, Protocol
@@ -35,8 +35,9 @@ from .checkpoint.writer import (
     write_json,
 )
 from .errors import CheckpointError, OutputError, ResumeError, UsageError
+from .job.calibrated import CalibratedRun
 from .job.prepare import Job, digest, fingerprint, prepare
-from .job.solve import solve_layer
+from .job.solve import encode_layer, solve_layer
 from .shim.layouts import LayerSpec
 
 
@@ -44,6 +45,7 @@ class Progress(Protocol):
     """What a caller may watch. Bytes are of the dense model."""
 
     def start(self, job: Job, layers_done: int, bytes_done: int) -> None: ...
+    def phase(self, text: str) -> None: ...
     def layer(self, report: LayerReport) -> None: ...
     def advance(self, nbytes: int) -> None: ...
 
@@ -100,7 +102,7 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
         work.mkdir(exist_ok=True)
         journal = Journal(work, expected, required=resume == "required", discard=resume == "never")
     try:
-        writer = ShardWriter(work, job.shards, journal)
+        writer = ShardWriter(work, job.shards, journal, job.blocks.values())
         resumed = writer.done
         _check_space(job, work, sum(u.end - u.begin for u in journal.units))
         if progress is not None:
@@ -110,7 +112,10 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
         with ThreadPoolExecutor(1, "hash") as hasher:
             try:
                 hashes = hasher.submit(_source_hashes, job.source, stop)
-                _compress_units(job, writer, progress)
+                if job.calibration is None:
+                    _compress_units(job, writer, progress)
+                else:
+                    CalibratedRun(job, writer, progress).run()
                 writer.finish()
                 report = _finish(job, work, journal, hashes.result(), digest(expected))
             finally:
@@ -174,7 +179,8 @@ def _compress_units(job: Job, writer: ShardWriter, progress: Progress | None) ->
                 assert ahead is not None, "one read is submitted for each layer"
                 begun = time.monotonic()
                 stored, ahead = ahead.result(), read_next()
-                report, spec, tensors = solve_layer(plan, stored, job)
+                solved = solve_layer(plan, stored, job.recipe, job.device)
+                report, spec, tensors = encode_layer(plan, solved, stored.dtype)
                 parts = [tensor_part(f"{plan.layer.disk_module}.{suffix}", t) for suffix, t in tensors.items()]
                 stats, seconds = {"spec": spec.to_dict(), **report.to_dict()}, time.monotonic() - begun
                 if progress is not None:
@@ -243,6 +249,7 @@ def _finish(job: Job, work: Path, journal: Journal, hashes: dict[str, Any], run_
                 "safetensors": safetensors.__version__,
             },
             fingerprint=run_digest,
+            calibration=_calibration(job),
         )
         report = replace(report, files=_file_hashes(work))
         write_json(work / REPORT, report.to_dict())
@@ -251,6 +258,14 @@ def _finish(job: Job, work: Path, journal: Journal, hashes: dict[str, Any], run_
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         write_json(work / TIMING, {"finished": now, "threads": torch.get_num_threads(), "seconds": seconds})
     return report
+
+
+def _calibration(job: Job) -> dict[str, Any]:
+    """What text was used, for the report."""
+    if job.calibration is None or job.windows is None:
+        return {}
+    counted = {"tokens_used": job.windows.tokens, "windows": len(job.windows.ids), "sha256": job.windows.digest()}
+    return asdict(job.calibration) | counted
 
 
 def _file_hashes(work: Path) -> dict[str, dict[str, Any]]:

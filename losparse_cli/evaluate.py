@@ -1,15 +1,30 @@
-"""Perplexity of a causal language model, by a stated protocol."""
+"""A model and a text -> how well it does, and how far it is from the dense model, with standard errors."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import gc
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from .errors import UsageError
+from .checkpoint.source import Checkpoint, open_checkpoint
+from .errors import OutputError, SourceError, UsageError
+from .load import TOKENIZER_FILES, load
+from .models.device import find_device
+from .quality.evaluation import Evaluation, Protocol, with_figures
+from .quality.memory import fit_together
+from .quality.scores import Estimate, Scores, Sums, Vector, compare, embed, exponential, score
+from .quality.windows import Cut, Line, Window, cut, lines
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+MEMORY = ("auto", "together", "apart")
+
+__all__ = ["Evaluation", "Perplexity", "evaluate", "perplexity", "read_text"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +36,67 @@ class Perplexity:
     length: int
 
 
+def evaluate(
+    source: str | Path,
+    text: str,
+    *,
+    against: str | Path | None = None,
+    length: int = 512,
+    stride: int | None = None,
+    windows: int = 32,
+    device: str = "auto",
+    dtype: str = "auto",
+    memory: str = "auto",
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    trust_remote_code: bool = False,
+    on_window: Callable[[str, int], None] | None = None,
+) -> Evaluation:
+    """Perplexity of a language model on `text`; with `against`, its distance from that dense model too.
+
+    Windows of `length` tokens are cut as `losparse_cli.quality.windows.cut` says: `windows` of them (0: all), `stride`
+    new tokens each (default: disjoint). A model with an encoder and a decoder reads a window and predicts it again. A
+    model that predicts no next token is compared by its vectors of the first `windows` lines, and needs `against`.
+
+    Standard errors count windows, or lines, as independent, not tokens; with a single one they are None. `memory`
+    says whether both models are held at once ("together"), or the dense one runs first and leaves its predictions in
+    a temporary folder, two bytes for each token and vocabulary entry ("apart"); "auto" asks whether they fit. `dtype`
+    is auto (as stored), float32 or bfloat16. `revision` is that of `source`. `on_window` hears the model's name and
+    the number of calls to come in all.
+
+    UsageError on a text shorter than a window, options that contradict the model, or models of different
+    vocabularies; SourceError if a checkpoint has no tokenizer, or cannot be read; OutputError if the temporary folder
+    is too small.
+    """
+    _check("--dtype", dtype, DTYPES)
+    _check("--memory", memory, MEMORY)
+    if memory != "auto" and against is None:
+        raise UsageError(f"--memory {memory} is about two models. Add --against DENSE, or leave it out.")
+    place = find_device(device)
+    ours = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
+    dense = None if against is None else open_checkpoint(against, cache_dir=cache_dir)
+    both = (ours,) if dense is None else (dense, ours)
+    for checkpoint in both:
+        _check_tokenizer(checkpoint)
+    if dense is None:
+        memory = "alone"
+    else:
+        _check_vocabularies(ours, dense)
+        if memory == "auto":
+            logits = length * (_vocabulary(ours) or 0)
+            memory = "together" if fit_together(both, DTYPES[dtype], logits, place) else "apart"
+    request = _Request(text, length, stride, windows, place, DTYPES[dtype], trust_remote_code)
+    subject, sums = _run(request, ours, dense, memory, on_window or (lambda name, count: None))
+    protocol = Protocol(
+        subject.length, subject.cut.stride, len(sums), sum(s.tokens for s in sums), subject.cut.before, str(place),
+        subject.dtype, memory,
+    )  # fmt: skip
+    base = Evaluation(ours.address, subject.kind, ours.nbytes, protocol)
+    if dense is not None:
+        base = replace(base, dense=dense.address, dense_nbytes=dense.nbytes)
+    return with_figures(base, sums)
+
+
 def perplexity(
     model: Any,
     tokenizer: Any,
@@ -30,22 +106,187 @@ def perplexity(
     windows: int = 8,
     on_window: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
-    """Perplexity on the first `windows` disjoint windows of `length` tokens of `text`.
+    """Perplexity of a causal language model on the first `windows` disjoint windows of `length` tokens of `text`.
 
-    Every window starts without context, and its first token is not predicted; no token is added. UsageError
-    if the text is shorter than one window.
+    Every window starts with the special tokens that the tokenizer begins a text with, which are not predicted; if
+    there are none, its first token is not. UsageError if the text is shorter than one window.
     """
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
-    count = min(windows, ids.numel() // length)
-    if count == 0:
-        raise UsageError(f"The text has {ids.numel()} tokens, fewer than one window of {length}. Give a longer text.")
-    total = 0.0
-    for k in range(count):
-        window = ids[k * length : (k + 1) * length].unsqueeze(0).to(model.device)
-        with torch.inference_mode():
-            logits = model(input_ids=window, use_cache=False).logits[0, :-1].float()
-        total += float(torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum"))
+    total, predicted = 0.0, 0
+    units = cut(tokenizer, text, length=length, count=windows).units
+    for k, window in enumerate(units):
+        assert isinstance(window, Window)
+        total -= float(score(model, window).likelihood.double().sum())
+        predicted += window.scored
         if on_window is not None:
-            on_window(k + 1, count)
-    predicted = count * (length - 1)
-    return Perplexity(math.exp(total / predicted) if total / predicted < 700 else math.inf, predicted, length)
+            on_window(k + 1, len(units))
+    return Perplexity(exponential(Estimate(total / predicted, None)).value, predicted, length)
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file, with line ends as \\n; UsageError if there is none to read."""
+    place = Path(path).expanduser()
+    if not place.is_file():
+        kind = "is a folder, not a file" if place.is_dir() else "is not there"
+        raise UsageError(f"The text {place} {kind}. Give a text file.")
+    raw = place.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{place} is not UTF-8 text (at byte {error.start}). Convert it, or give another.") from error
+    if "\0" in text:
+        raise UsageError(f"{place} holds NUL bytes, so it is not text. Give a UTF-8 text file.")
+    if not text.strip():
+        raise UsageError(f"{place} is empty. Give a file with text.")
+    return text.replace("\r\n", "\n")
+
+
+# --- one run --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Request:
+    text: str
+    length: int
+    stride: int | None
+    count: int
+    device: torch.device
+    dtype: torch.dtype | None
+    trust_remote_code: bool
+
+    def subject(self, checkpoint: Checkpoint, comparing: bool) -> _Subject:
+        """The loaded model, with the text cut for it."""
+        options = {"trust_remote_code": True} if self.trust_remote_code else {}
+        model, tokenizer = load(checkpoint.folder, dtype=self.dtype or "auto", **options)
+        kind, name = _kind(model, checkpoint.address), checkpoint.address
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or self.length
+        if kind == "encoder":
+            if not comparing:
+                raise UsageError(
+                    f"{name} predicts no next token, so it has no perplexity. Add --against DENSE to compare the two."
+                )
+            if self.stride is not None:
+                raise UsageError(f"{name} reads whole lines, which have no --stride. Leave it out.")
+            length = min(self.length, limit, tokenizer.model_max_length)
+            found = lines(tokenizer, self.text, length=length, count=self.count)
+        else:
+            length = self.length
+            if length > limit:
+                raise UsageError(f"{name} takes at most {limit} tokens. Give --length {limit} or less.")
+            found = cut(
+                tokenizer, self.text, length=length, stride=self.stride, count=self.count, seq2seq=kind == "seq2seq"
+            )
+        # Before it runs: on a GPU an index out of range ends the process.
+        known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+        largest = max(int(unit.ids.max()) for unit in found.units)
+        if known is not None and largest >= known:
+            raise UsageError(
+                f"The tokenizer of {name} yields token {largest}, and the model knows {known}. Give a checkpoint with "
+                "its own tokenizer."
+            )
+        dtype = str(model.dtype).removeprefix("torch.")
+        return _Subject(checkpoint.name, kind, model.to(self.device), found, length, dtype)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    name: str
+    kind: str
+    model: Any
+    cut: Cut
+    length: int
+    dtype: str
+
+    def predict(self, unit: Window | Line) -> Scores | Vector:
+        return score(self.model, unit) if isinstance(unit, Window) else embed(self.model, unit)
+
+
+def _run(
+    request: _Request, ours: Checkpoint, dense: Checkpoint | None, memory: str, hear: Callable[[str, int], None]
+) -> tuple[_Subject, list[Sums]]:
+    """Our model, loaded, and the sums of every unit."""
+    with tempfile.TemporaryDirectory(prefix="losparse-eval-") as name:
+        folder = Path(name)
+        reference = None if dense is None else request.subject(dense, True)
+        kind, shared = (reference.kind, reference.cut) if reference is not None else (None, None)
+        if reference is not None and memory == "apart":
+            _keep(reference, folder, hear)
+            reference = None
+            gc.collect()
+            if request.device.type == "cuda":
+                torch.cuda.empty_cache()
+        subject = request.subject(ours, dense is not None)
+        if dense is not None and shared is not None and (kind != subject.kind or not subject.cut.same(shared)):
+            what = "are models of two kinds" if kind != subject.kind else "cut the text into different tokens"
+            raise UsageError(
+                f"{ours.address} and {dense.address} {what}. Give the dense model that the first was made from."
+            )
+        sums: list[Sums] = []
+        units = subject.cut.units
+        for k, unit in enumerate(units):
+            mine = subject.predict(unit)
+            theirs: Scores | Vector | None = None
+            if reference is not None:
+                theirs = reference.predict(unit)
+            elif dense is not None:
+                theirs = type(mine).read(folder / str(k), request.device)
+                (folder / str(k)).unlink()
+            sums.append(compare(mine, theirs))
+            hear(subject.name, len(units) * (2 if memory == "apart" else 1))
+    return subject, sums
+
+
+def _keep(subject: _Subject, folder: Path, hear: Callable[[str, int], None]) -> None:
+    """The model's predictions for every unit, in a file each."""
+    units = subject.cut.units
+    for k, unit in enumerate(units):
+        subject.predict(unit).save(folder / str(k))
+        if k == 0:
+            needed, free = (len(units) - 1) * (folder / "0").stat().st_size, shutil.disk_usage(folder).free
+            if needed > free:
+                raise OutputError(
+                    f"The dense model's predictions take {needed / 1e9:.1f} GB more in {folder.parent}, where "
+                    f"{free / 1e9:.1f} GB are free. Set TMPDIR to a larger place, or give fewer --windows."
+                )
+        hear(subject.name, 2 * len(units))
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def _check(option: str, given: str, known: Iterable[str]) -> None:
+    if given not in known:
+        raise UsageError(f"{option} is one of {', '.join(known)}, not {given!r}.")
+
+
+def _check_tokenizer(checkpoint: Checkpoint) -> None:
+    if not any((checkpoint.folder / file).is_file() for file in TOKENIZER_FILES):
+        raise SourceError(
+            f"{checkpoint.address} has no tokenizer. Copy the tokenizer files of the original model into its folder."
+        )
+
+
+def _check_vocabularies(ours: Checkpoint, dense: Checkpoint) -> None:
+    """Before either is loaded, which may take minutes."""
+    sizes = _vocabulary(ours), _vocabulary(dense)
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise UsageError(
+            f"{ours.address} has a vocabulary of {sizes[0]}, {dense.address} of {sizes[1]}. Give the dense model that "
+            "the first was made from."
+        )
+
+
+def _vocabulary(checkpoint: Checkpoint) -> int | None:
+    inner = checkpoint.config.get("text_config")
+    for part in (checkpoint.config, inner if isinstance(inner, dict) else {}):
+        if isinstance(part.get("vocab_size"), int):
+            return int(part["vocab_size"])
+    return None
+
+
+def _kind(model: Any, name: str) -> str:
+    """causal, seq2seq or encoder; UsageError if the model reads no text."""
+    if model.main_input_name != "input_ids":
+        raise UsageError(f"{name} reads {model.main_input_name}, not text. Give a language model or a text encoder.")
+    if not model.can_generate():
+        return "encoder"
+    return "seq2seq" if model.config.is_encoder_decoder else "causal"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ class DenseLayer:
     """One linear layer of a dense checkpoint. reason: why it would stay dense, or None.
 
     energy: rank -> share of ‖W‖²_F that the best matrix of that rank captures; {} if not asked for.
+    curve: the same at closely spaced ranks up to the full one, for a plot; left out of `to_dict`.
     """
 
     name: str
@@ -28,6 +29,10 @@ class DenseLayer:
     nbytes: int
     reason: str | None
     energy: dict[int, float]
+    curve: dict[int, float] = field(default_factory=dict, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "curve"}
 
 
 @dataclass(frozen=True)
@@ -41,13 +46,13 @@ class DenseReport:
     targeted_parameters: int
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"layers": [layer.to_dict() for layer in self.layers]}
 
 
 def inspect(
     source: str | Path,
     *,
-    spectrum: bool = False,
+    spectrum: bool | None = False,
     revision: str | None = None,
     cache_dir: Path | None = None,
     trust_remote_code: bool = False,
@@ -56,19 +61,20 @@ def inspect(
     """A Report of a compressed checkpoint, a DenseReport of a dense one.
 
     Of a Hub id only headers, config and report are fetched; `spectrum` needs the weights, so it needs a
-    dense folder (UsageError otherwise). `on_layer` hears each layer's name and the number of layers.
+    dense folder (UsageError otherwise), and None asks for it of whatever is dense. `on_layer` hears each
+    layer's name and the number of layers.
     """
     checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir, headers_only=True)
     if checkpoint.is_compressed:
         if spectrum:
             raise UsageError("--spectrum is for dense checkpoints; a compressed one shows its errors without it.")
         return compressed_report(checkpoint)
-    if spectrum and not checkpoint.files:
+    if spectrum is not False and not checkpoint.files:
         raise UsageError(
             f"--spectrum reads the weights, and {source} is on the Hub. Download it first with: hf download {source} "
             "--local-dir FOLDER"
         )
-    return _dense_report(checkpoint, spectrum, trust_remote_code, on_layer)
+    return _dense_report(checkpoint, spectrum is not False, trust_remote_code, on_layer)
 
 
 def compressed_report(checkpoint: Checkpoint) -> Report:
@@ -99,6 +105,7 @@ def compressed_report(checkpoint: Checkpoint) -> Report:
                 before.weight_squared if before else None,
                 before.residual_squared if before else None,
                 before.errors if before else (),
+                before.output_errors if before else (),
             )
         )
     stored = checkpoint.nbytes
@@ -116,6 +123,8 @@ def compressed_report(checkpoint: Checkpoint) -> Report:
         versions=base.versions if base else {},
         files=base.files if base else {},
         fingerprint=base.fingerprint if base else "",
+        calibration=base.calibration if base else {},
+        blocks=base.blocks if base else (),
     )
 
 
@@ -137,15 +146,16 @@ def _dense_report(
     layers = []
     for name in (*tensors, *skipped):
         entry = checkpoint.entries.get(tensors.get(name) or next(iter(disk.get(f"{name}.weight", ())), ""))
-        energy: dict[int, float] = {}
+        curve: dict[int, float] = {}
         if spectrum and name in tensors and entry is not None:
-            energy = _energy(checkpoint, entry)
+            curve = _energy(checkpoint, entry)
             if on_layer is not None:
                 on_layer(name, len(tensors))
         shape = skeleton.linears[name].shape if name in skeleton.linears else None
         if shape is None and entry is not None and len(entry.shape) == 2:
             shape = (entry.shape[0], entry.shape[1])
-        layers.append(DenseLayer(name, shape, entry.nbytes if entry else 0, skipped.get(name), energy))
+        energy = {r: curve[r] for r in SPECTRUM_RANKS if r in curve}
+        layers.append(DenseLayer(name, shape, entry.nbytes if entry else 0, skipped.get(name), energy, curve))
     return DenseReport(
         checkpoint.name,
         tuple(layers),
@@ -156,10 +166,16 @@ def _dense_report(
 
 
 def _energy(checkpoint: Checkpoint, entry: Any) -> dict[int, float]:
-    """Rank -> share of the squared Frobenius norm captured, from all singular values."""
+    """Rank -> share of the squared Frobenius norm captured, from all singular values.
+
+    The ranks are SPECTRUM_RANKS and others, at most 3 % apart beyond 32, up to the full rank.
+    """
     import torch
 
     file = next(file for file in checkpoint.files if file.path == entry.path)
-    squares = torch.linalg.svdvals(file.read(entry).float()).double().square()
-    total = float(squares.sum()) or 1.0
-    return {r: float(squares[:r].sum()) / total for r in SPECTRUM_RANKS if r <= squares.numel()}
+    captured = torch.linalg.svdvals(file.read(entry).float()).double().square().cumsum(0).tolist()
+    ranks, r = {*SPECTRUM_RANKS, len(captured)}, 1
+    while r < len(captured):
+        ranks.add(r)
+        r += max(1, r * 3 // 100)
+    return {r: captured[r - 1] / (captured[-1] or 1.0) for r in sorted(ranks) if r <= len(captured)}

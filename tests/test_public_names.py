@@ -22,7 +22,9 @@ assert callable(losparse_cli.compress) and callable(losparse_cli.verify)
 """
 
 
-@pytest.mark.parametrize("order", [["inspect", "push", "compress"], ["verify", "export", "load"], ["compress"], []])
+@pytest.mark.parametrize(
+    "order", [["inspect", "push", "compress"], ["verify", "export", "load"], ["evaluate", "load"], ["compress"], []]
+)
 def test_public_functions_stay_functions(order: list[str]) -> None:
     subprocess.run([sys.executable, "-c", SCRIPT.format(order=order)], check=True)
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from ..errors import UsageError
 from ..shim.layouts import bound_index_bytes, candidates, expected_index_bytes, n_of_m
-from .recipe import DEFAULT_KEEP, Recipe
+from .recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,9 @@ def make_plan(layers: Iterable[Layer], skipped: dict[str, str], recipe: Recipe) 
 
 def plan_layer(layer: Layer, recipe: Recipe) -> LayerPlan:
     """Rank and nnz of one layer. UsageError if the budget cannot hold the factors asked for."""
+    recipe = recipe.settled()
+    assert recipe.threshold_scope is not None
+    assert recipe.iterations is not None
     rank, nnz = _rank_and_nnz(layer.shape, layer.itemsize, recipe)
     if rank is None:
         raise UsageError(
@@ -161,7 +164,7 @@ def count_nnz(shape: tuple[int, int], density: float, pattern: str, scope: str) 
 def _rank_and_nnz(shape: tuple[int, int], itemsize: int, recipe: Recipe) -> tuple[int | None, int]:
     m, n = shape
     ratio = recipe.rank_ratio or 0.0
-    pattern, scope = recipe.pattern, recipe.threshold_scope
+    pattern, scope = recipe.pattern, recipe.threshold_scope or "matrix"
 
     def rank_for(nnz: int) -> int:
         if recipe.rank is not None:
@@ -184,7 +187,8 @@ def _rank_and_nnz(shape: tuple[int, int], itemsize: int, recipe: Recipe) -> tupl
         def cost(rank: int, nnz: int) -> float:
             return _bytes(shape, itemsize, rank, nnz, pattern, bound=False)
 
-        budget = (DEFAULT_KEEP if recipe.keep is None else recipe.keep) * m * n * itemsize
+        assert recipe.keep is not None, "a settled recipe has a size, unless the pattern is one"
+        budget = recipe.keep * m * n * itemsize
 
     if fixed_pattern or ratio == 1:
         # S is settled, and the rank takes what is left.

@@ -14,10 +14,15 @@ from ..errors import RecipeError, UsageError
 RANK_CHOICES = ("rank", "rank_ratio")
 SIZE_CHOICES = ("sparsity", "keep", "keep_parameters")
 PER_LAYER = (*RANK_CHOICES, *SIZE_CHOICES, "pattern", "threshold_scope", "iterations")
-WHOLE_RUN = ("targets", "ignore", "exact_svd", "seed")
+WHOLE_RUN = ("targets", "ignore", "solver", "allocate", "exact_svd", "seed")
+SOLVERS = ("magnitude", "oats", "admm")
+ALLOCATIONS = ("uniform", "error")
 
-DEFAULT_KEEP = 0.85
-DEFAULT_ITERATIONS = 4
+DEFAULT_KEEP, CALIBRATED_KEEP = 0.85, 0.6
+"""Share of the bytes kept without and with calibration text."""
+CALIBRATED_RANK_RATIO = 0.2
+DEFAULT_ITERATIONS = {"magnitude": 4, "oats": 80, "admm": 120}
+"""Solver -> passes over one weight."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,8 @@ class Recipe:
 
     At most one of rank (columns of U) and rank_ratio (share of the kept parameters in U and V), and at
     most one of sparsity (share of S that is zero), keep (stored bytes over dense bytes) and
-    keep_parameters ((r(m+n) + nnz) / mn). UsageError on contradictions and values out of range.
+    keep_parameters ((r(m+n) + nnz) / mn). What is None depends on whether there is calibration text: see `settled`.
+    UsageError on contradictions and values out of range.
     """
 
     rank: int | None = None
@@ -35,8 +41,10 @@ class Recipe:
     keep: float | None = None
     keep_parameters: float | None = None
     pattern: str = "unstructured"
-    threshold_scope: str = "matrix"
-    iterations: int = DEFAULT_ITERATIONS
+    threshold_scope: str | None = None
+    iterations: int | None = None
+    solver: str | None = None
+    allocate: str = "uniform"
     exact_svd: bool = False
     seed: int = 0
     targets: tuple[str, ...] = ()
@@ -56,9 +64,13 @@ class Recipe:
             raise UsageError(
                 "--rank-ratio 1 leaves no parameters for S, but --sparsity asks for some: lower one of them."
             )
-        if self.threshold_scope not in ("row", "matrix"):
+        if self.threshold_scope not in (None, "row", "matrix"):
             raise UsageError(f"--threshold-scope is row or matrix, not {self.threshold_scope!r}.")
-        if not _is_int(self.iterations) or self.iterations < 1:
+        if self.solver not in (None, *SOLVERS):
+            raise UsageError(f"--solver is magnitude, oats or admm, not {self.solver!r}.")
+        if self.allocate not in ALLOCATIONS:
+            raise UsageError(f"--allocate is uniform or error, not {self.allocate!r}.")
+        if self.iterations is not None and (not _is_int(self.iterations) or self.iterations < 1):
             raise UsageError(f"--iterations must be a whole number >= 1, not {self.iterations!r}.")
         if not _is_int(self.seed):
             raise UsageError(f"--seed must be a whole number, not {self.seed!r}.")
@@ -76,6 +88,24 @@ class Recipe:
             if fnmatchcase(name, glob):
                 recipe = _override(recipe, dict(fields))
         return recipe
+
+    def settled(self, *, calibrated: bool = False) -> Recipe:
+        """This recipe with every choice made that was left open; without calibration text unless told otherwise.
+
+        Without data all of the budget is best spent on S; with it, a fifth on U and V (docs/performance.md).
+        """
+        solver = self.solver or ("admm" if calibrated else "magnitude")
+        changes: dict[str, Any] = {
+            "solver": solver,
+            "iterations": self.iterations or DEFAULT_ITERATIONS[solver],
+            "threshold_scope": self.threshold_scope or ("row" if calibrated else "matrix"),
+        }
+        fixed = ":" in self.pattern
+        if self.sparsity is None and self.keep is None and self.keep_parameters is None and not fixed:
+            changes["keep"] = CALIBRATED_KEEP if calibrated else DEFAULT_KEEP
+        if self.rank is None and self.rank_ratio is None and self.sparsity is None and not fixed:
+            changes["rank_ratio"] = CALIBRATED_RANK_RATIO if calibrated else 0.0
+        return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, complete: defaults included."""

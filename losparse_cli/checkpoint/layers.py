@@ -21,12 +21,19 @@ def read_layer(
     files = {file.path: file for file in checkpoint.files}
     tensors = {suffix: files[entry.path].read(entry) for suffix, entry in entries.items()}
     try:
-        support = decode(spec, {k: t for k, t in tensors.items() if k.startswith("S_")})
+        return unpack_layer(spec, tensors)
     except ValueError as error:
         path = entries["weight"].path
         raise CheckpointError(
             f"{path}: layer {name} has a damaged index ({error}). Download or compress it again."
         ) from error
+
+
+def unpack_layer(
+    spec: LayerSpec, tensors: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(U, V, values, support) from the stored tensors by suffix; ValueError if an index leaves its range."""
+    support = decode(spec, {k: t for k, t in tensors.items() if k.startswith("S_")})
     m, n = spec.shape
     values = tensors["weight"]
     U = tensors.get("U", values.new_zeros(m, 0))

@@ -14,7 +14,8 @@ class LayerReport:
     """One compressed layer. Bytes count U, V, S and every index, not the bias.
 
     weight_squared and residual_squared: squared Frobenius norms of W and of W − U V − S, None if unknown.
-    errors: relative Frobenius error after each iteration.
+    errors: relative Frobenius error after each iteration. output_errors: relative error of the layer's output on
+    the calibration text, after each stage of the solver; () without one.
     """
 
     name: str
@@ -28,6 +29,12 @@ class LayerReport:
     weight_squared: float | None = None
     residual_squared: float | None = None
     errors: tuple[float, ...] = ()
+    output_errors: tuple[float, ...] = ()
+
+    @property
+    def output_error(self) -> float | None:
+        """sqrt(tr(E H Eᵀ) / tr(W H Wᵀ)) as stored, None without calibration text."""
+        return self.output_errors[-1] if self.output_errors else None
 
     @property
     def parameters(self) -> int:
@@ -55,7 +62,8 @@ class LayerReport:
     def from_dict(cls, fields: dict[str, Any]) -> LayerReport:
         known = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
         known["shape"] = tuple(known["shape"])
-        known["errors"] = tuple(known.get("errors", ()))
+        for stages in ("errors", "output_errors"):
+            known[stages] = tuple(known.get(stages, ()))
         return cls(**known)
 
 
@@ -64,7 +72,8 @@ class Report:
     """A compressed checkpoint in numbers.
 
     model_bytes_before and after: all tensors. parameters: of the whole dense model. source: name, commit
-    and files of the dense model. recipe: the resolved request. files: name -> {size, sha256}.
+    and files of the dense model. recipe: the resolved request. files: name -> {size, sha256}. calibration: what text
+    was used, {} without any. blocks: per block of the model, what calibration and refinement did to its output.
     """
 
     layers: tuple[LayerReport, ...]
@@ -77,6 +86,8 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     fingerprint: str = ""
+    calibration: dict[str, Any] = field(default_factory=dict)
+    blocks: tuple[dict[str, Any], ...] = ()
 
     @property
     def bytes_before(self) -> int:
@@ -123,8 +134,9 @@ class Report:
         try:
             known = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
             known["layers"] = tuple(LayerReport.from_dict(layer) for layer in fields["layers"])
-            for name in ("skipped", "source", "recipe", "versions", "files"):
+            for name in ("skipped", "source", "recipe", "versions", "files", "calibration"):
                 known[name] = dict(known.get(name, {}))
+            known["blocks"] = tuple(dict(block) for block in fields.get("blocks", ()))
             known["files"] = {file: dict(expected) for file, expected in known["files"].items()}
             return cls(**known)
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -80,11 +80,12 @@ class ShardWriter:
     """Appends finished units to their shards and to the journal.
 
     folder: the working folder. Units must come in order; those that the journal already holds, and whose
-    bytes are still what they were, are found in `done`.
+    bytes are still what they were, are found in `done`. together: runs of units of which a part counts for nothing.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[Shard], journal: Journal) -> None:
+    def __init__(self, folder: Path, shards: Sequence[Shard], journal: Journal, together: Iterable[range] = ()) -> None:
         self._folder, self._shards, self._journal = folder, shards, journal
+        self._together = tuple(together)
         self._shard_of = {number: k for k, shard in enumerate(shards) for number in shard.slots}
         self._recover()
 
@@ -102,6 +103,7 @@ class ShardWriter:
                 if crc_of(path, self._start(unit.shard) + unit.begin, self._start(unit.shard) + unit.end) != unit.crc:
                     break
                 whole = number + 1
+            whole = next((run.start for run in self._together if run.start < whole < run.stop), whole)
             if whole < self.done:
                 self._journal.keep(whole)
             for k in range(len(self._shards)):
@@ -116,6 +118,24 @@ class ShardWriter:
 
     def _start(self, shard: int) -> int:
         return 8 + self._shards[shard].header
+
+    def read(self, number: int) -> dict[str, Tensor]:
+        """The tensors of a finished unit, by name."""
+        import torch
+
+        unit = self._journal.units[number]
+        found = {}
+        with open(self._path(unit.shard), "rb", buffering=0) as file:
+            for name, dtype, shape, begin, end in unit.tensors:
+                file.seek(self._start(unit.shard) + begin)
+                raw = torch.frombuffer(bytearray(file.read(end - begin)), dtype=torch.uint8) if end > begin else None
+                kind = TORCH_DTYPES[dtype]
+                found[name] = torch.empty(shape, dtype=kind) if raw is None else raw.view(kind).view(shape)
+        return found
+
+    def stats(self, number: int) -> dict[str, Any]:
+        """What was recorded with a finished unit; {} if nothing was."""
+        return self._journal.units[number].stats or {}
 
     def append(
         self,

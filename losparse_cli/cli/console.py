@@ -125,9 +125,14 @@ class LayerProgress:
                 "Bytes", total=job.source.nbytes, completed=bytes_done, note="", unit="bytes"
             )
 
+    def phase(self, text: str) -> None:
+        """What goes on between two layers."""
+        if self._bars is not None:
+            self._bars.update(self._layers, note=escape(text))
+
     def layer(self, report: LayerReport) -> None:
         self._done += 1
-        error = report.relative_error
+        error = report.relative_error if report.output_error is None else report.output_error
         note = report.name if error is None else f"{report.name}  error {error:.3f}"
         if self._bars is not None:
             self._bars.update(self._layers, advance=1, note=escape(note))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-SIZE, RUN, HUB, SHOW = "Size", "Run", "Hub", "Output"
+SIZE, TEXT, RUN, HUB, SHOW = "Size", "Calibration", "Run", "Hub", "Output"
 
 Source = Annotated[str, typer.Argument(help="A folder, or a Hub id such as user/name.", show_default=False)]
 Revision = Annotated[

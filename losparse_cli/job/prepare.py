@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,14 @@ import torch
 from .. import __version__
 from ..budget.plan import Layer, LayerPlan, Plan, make_plan
 from ..budget.recipe import Recipe
+from ..calibration.text import Calibration, Windows, read_windows
 from ..checkpoint.card import companion_files
 from ..checkpoint.reader import BITS, FLOATING, TensorEntry
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..checkpoint.writer import Shard, Slot, output_path, parse_size, plan_shards
 from ..errors import CheckpointError, SourceError, UsageError
+from ..models.blocks import block_of, find_blocks
+from ..models.device import find_device
 from ..models.names import NameMap
 from ..models.skeleton import Skeleton, build_skeleton, choose, require_match
 from ..shim.layouts import INDEX_TENSORS, candidates
@@ -33,7 +35,9 @@ RESIDENT_BASE = 500 << 20  # bytes: the interpreter with torch and transformers,
 class Job:
     """Everything that is fixed before a weight is read.
 
-    units: per tensor of the source, in reading order, the layer it is the weight of, or None if copied.
+    units: per tensor of the source, in the order of writing, the layer it is the weight of, or None if copied.
+    recipe: settled. calibration: what text was asked for, None without any; windows: its tokens, None if they are yet
+    to be generated. blocks: block of the model -> its units, in the order of the forward pass; {} without calibration.
     """
 
     source: Checkpoint
@@ -43,6 +47,10 @@ class Job:
     shards: tuple[Shard, ...]
     output: Path
     device: torch.device
+    trust_remote_code: bool = False
+    calibration: Calibration | None = None
+    windows: Windows | None = None
+    blocks: dict[str, range] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -83,6 +91,7 @@ def prepare(
     cache_dir: Path | None = None,
     trust_remote_code: bool = False,
     max_shard_size: str = "5GB",
+    calibration: Calibration | None = None,
     plan_only: bool = False,
 ) -> Job:
     """The plan of a compression: source checked, layers chosen, rank and nnz of each, shards cut.
@@ -91,21 +100,32 @@ def prepare(
     downloaded; with `plan_only` it never is, and the Job cannot be run. Raises UsageError on a request that
     cannot be met, SourceError and CheckpointError on a source that cannot be read.
     """
-    recipe = recipe or Recipe()
-    shard_bytes, where = parse_size(max_shard_size), _device(device)
+    recipe = (recipe or Recipe()).settled(calibrated=calibration is not None)
+    if calibration is None and recipe.solver != "magnitude":
+        raise UsageError(f"--solver {recipe.solver} needs text to calibrate with: add --calibration FILE, or `self`.")
+    shard_bytes, where = parse_size(max_shard_size), find_device(device)
     source = _open(model, revision, cache_dir, plan_only)
-    plan = _plan(source, recipe, trust_remote_code)
+    _refuse_quantized(source)
+    skeleton = build_skeleton(source.folder, source.config, trust_remote_code=trust_remote_code)
+    layers, skipped = find_layers(source, skeleton, recipe)
+    plan = make_plan(layers, skipped, recipe)
     if not source.files and not plan_only:
         source = open_checkpoint(model, revision=source.commit, cache_dir=cache_dir)  # of the very headers planned from
     by_tensor = {p.layer.tensor: p for p in plan.layers}
     units = tuple((entry, by_tensor.get(name)) for name, entry in source.entries.items())
+    windows: Windows | None = None
+    blocks: dict[str, range] = {}
+    if calibration is not None:
+        units, blocks = _by_block(units, source, skeleton, plan)
+        if source.files:
+            windows = read_windows(calibration, skeleton.model, source.folder, recipe.seed)
     slots = [
         Slot(_tensor_names(layer), layer.bound_bytes) if layer else Slot((entry.name,), entry.nbytes)
         for entry, layer in units
     ]
     output = output_path(output or f"{source.name.rpartition('/')[2]}-losparse")
     shards = tuple(plan_shards(slots, shard_bytes))
-    return Job(source, recipe, plan, units, shards, output, where)
+    return Job(source, recipe, plan, units, shards, output, where, trust_remote_code, calibration, windows, blocks)
 
 
 def _open(model: str | Path, revision: str | None, cache_dir: Path | None, plan_only: bool) -> Checkpoint:
@@ -118,11 +138,23 @@ def _open(model: str | Path, revision: str | None, cache_dir: Path | None, plan_
         return open_checkpoint(model, revision=revision, cache_dir=cache_dir)
 
 
-def _plan(source: Checkpoint, recipe: Recipe, trust_remote_code: bool) -> Plan:
-    _refuse_quantized(source)
-    skeleton = build_skeleton(source.folder, source.config, trust_remote_code=trust_remote_code)
-    layers, skipped = find_layers(source, skeleton, recipe)
-    return make_plan(layers, skipped, recipe)
+Units = tuple[tuple[TensorEntry, LayerPlan | None], ...]
+
+
+def _by_block(units: Units, source: Checkpoint, skeleton: Skeleton, plan: Plan) -> tuple[Units, dict[str, range]]:
+    """Units in the order of the forward pass, what lies outside the blocks first; and where each block's lie."""
+    names = NameMap(skeleton.model, source.entries)
+    blocks = find_blocks(skeleton.model, [p.layer.name for p in plan.layers]) or ("",)
+    parameter = {tensor: name for name, tensors in names.disk.items() for tensor in tensors}
+    parameter |= names.converted_from
+    of = [block_of(parameter.get(entry.name, ""), blocks) for entry, _ in units]
+    ordered = [unit for unit, block in zip(units, of, strict=True) if block is None]
+    where = {}
+    for block in blocks:
+        start = len(ordered)
+        ordered += [unit for unit, other in zip(units, of, strict=True) if other == block]
+        where[block] = range(start, len(ordered))
+    return tuple(ordered), where
 
 
 def find_layers(source: Checkpoint, skeleton: Skeleton, recipe: Recipe) -> tuple[list[Layer], dict[str, str]]:
@@ -182,19 +214,6 @@ def _tensor_names(plan: LayerPlan) -> tuple[str, ...]:
     return tuple(f"{plan.layer.disk_module}.{suffix}" for suffix in ("U", "V", "weight", *index))
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UsageError(f"--device is auto, cpu, cuda or cuda:N, not {name!r}.")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here. Use --device cpu."
-        )
-    return device
-
-
 def fingerprint(job: Job) -> dict[str, Any]:
     """What must be equal for a journal to be continued; JSON."""
     import safetensors
@@ -221,6 +240,8 @@ def fingerprint(job: Job) -> dict[str, Any]:
         "source": job.source.commit or files,
         "config": digest(job.source.config),
         "recipe": job.recipe.to_dict(),
+        "calibration": job.calibration and asdict(job.calibration),
+        "text": job.windows and job.windows.digest(),
         "plan": digest([plan, [[s.file, s.header] for s in job.shards]]),
     }
 

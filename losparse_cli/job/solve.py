@@ -1,42 +1,95 @@
-"""One layer: the weight as it is stored -> U, V and S as they will be stored."""
+"""Weights as they are stored -> U, V and S as they will be stored."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..budget.plan import Layer, LayerPlan
+from ..budget.recipe import Recipe
 from ..checkpoint.report import LayerReport
 from ..errors import CheckpointError
-from ..linalg.alternating import decompose
+from ..linalg.admm import Budget, solve
+from ..linalg.alternating import decompose, decompose_scaled
+from ..linalg.factors import Decomposition
 from ..linalg.patterns import parse_pattern
 from ..linalg.svd import seed_of
 from ..shim.codec import smallest
 from ..shim.layouts import LayerSpec
-from .prepare import Job
 
 
-def solve_layer(plan: LayerPlan, stored: Tensor, job: Job) -> tuple[LayerReport, LayerSpec, dict[str, Tensor]]:
-    """U, V, S of one layer, and its tensors as they are stored, by suffix."""
-    layer = plan.layer
-    W = stored.to(job.device).float()
+def as_matrix(stored: Tensor, layer: Layer, device: torch.device) -> Tensor:
+    """The weight, (out, in), in float32 on `device`; CheckpointError if a value is not finite."""
+    W = stored.to(device).float()
     if layer.transposed:
         W = W.T.contiguous()
     _require_finite(W, layer)
-    solved = decompose(
-        W,
+    return W
+
+
+def solve_layer(plan: LayerPlan, stored: Tensor, recipe: Recipe, device: torch.device) -> Decomposition:
+    """U, V and S of one layer without data."""
+    return decompose(
+        as_matrix(stored, plan.layer, device),
         plan.rank,
         plan.nnz,
         parse_pattern(plan.pattern),
         scope=plan.scope,
         iterations=plan.iterations,
-        exact_svd=job.recipe.exact_svd,
-        seed=seed_of(job.recipe.seed, layer.name),
+        exact_svd=recipe.exact_svd,
+        seed=seed_of(recipe.seed, plan.layer.name),
         dtype=stored.dtype,
     )
-    factors = solved.factors
+
+
+def solve_layers(
+    plans: Sequence[LayerPlan], stored: Sequence[Tensor], H: Tensor, recipe: Recipe, device: torch.device
+) -> list[Decomposition]:
+    """U, V and S of layers that are fed the same inputs, of second moment H (in, in), by the recipe's solver."""
+    if recipe.solver == "magnitude":
+        return [solve_layer(plan, W, recipe, device) for plan, W in zip(plans, stored, strict=True)]
+    weights = [as_matrix(W, plan.layer, device) for plan, W in zip(plans, stored, strict=True)]
+    if recipe.solver == "oats":
+        return [
+            decompose_scaled(
+                W,
+                H,
+                plan.rank,
+                plan.nnz,
+                parse_pattern(plan.pattern),
+                scope=plan.scope,
+                iterations=plan.iterations,
+                dtype=as_stored.dtype,
+            )
+            for plan, W, as_stored in zip(plans, weights, stored, strict=True)
+        ]
+    found: list[Decomposition | None] = [None] * len(plans)
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for k, (plan, as_stored) in enumerate(zip(plans, stored, strict=True)):
+        alike.setdefault((plan.pattern, plan.scope, plan.iterations, as_stored.dtype), []).append(k)
+    for (pattern, scope, steps, dtype), members in alike.items():
+        solved = solve(
+            [weights[k] for k in members],
+            H,
+            [Budget(plans[k].rank, plans[k].nnz) for k in members],
+            parse_pattern(str(pattern)),
+            scope=str(scope),
+            steps=steps,  # type: ignore[arg-type]
+            dtype=dtype,  # type: ignore[arg-type]
+        )
+        for k, one in zip(members, solved, strict=True):
+            found[k] = one
+    return [one for one in found if one is not None]
+
+
+def encode_layer(
+    plan: LayerPlan, solved: Decomposition, dtype: torch.dtype
+) -> tuple[LayerReport, LayerSpec, dict[str, Tensor]]:
+    """The layer's line of the report, its entry in config.json, and its tensors as stored, by suffix."""
+    layer, factors = plan.layer, solved.factors
     spec, index = smallest(factors.support, factors.rank, plan.pattern)
     disk = layer.disk_module if layer.disk_module != layer.name else ""
     spec = replace(spec, transposed=layer.transposed, tensor=disk)
@@ -50,10 +103,11 @@ def solve_layer(plan: LayerPlan, stored: Tensor, job: Job) -> tuple[LayerReport,
         plan.pattern,
         spec.layout,
         layer.dense_bytes,
-        spec.nbytes(stored.dtype),
+        spec.nbytes(dtype),
         solved.weight_squared,
         solved.residual_squared,
         solved.errors,
+        solved.output_errors,
     )
     return report, spec, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 

@@ -12,6 +12,11 @@ def squared_norm(A: Tensor) -> float:
     return float(torch.linalg.vector_norm(A, dim=-1).double().square().sum())
 
 
+def output_squared(E: Tensor, H: Tensor) -> float:
+    """tr(E H Eᵀ): the mean over tokens of ‖E x‖², for the second moment H of the inputs x. E: (m, n), H: (n, n)."""
+    return max(0.0, float(torch.linalg.vecdot(E @ H, E).double().sum()))
+
+
 def relative_error(residual_squared: float, weight_squared: float) -> float:
     """‖W − U V − S‖_F / ‖W‖_F from the two squared norms; 0 for a zero weight."""
     return (max(0.0, residual_squared) / weight_squared) ** 0.5 if weight_squared > 0 else 0.0

@@ -1,4 +1,4 @@
-"""LowRankSparse: the value that every solver returns."""
+"""LowRankSparse and Decomposition: the values that every solver returns."""
 
 from __future__ import annotations
 
@@ -44,3 +44,20 @@ class LowRankSparse:
     def dense(self) -> Tensor:
         """U V + S in float32, (out_features, in_features)."""
         return torch.addmm(self.sparse(), self.U.float(), self.V.float())
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """What a solver found for one weight, and what it measured on the way.
+
+    errors: relative Frobenius error, ‖W − U V − S‖_F / ‖W‖_F, after each iteration, with factors as they are
+    stored. weight_squared, residual_squared: the squared norms in it, at the end. output_errors: relative error of
+    the layer's output, sqrt(tr(E H Eᵀ) / tr(W H Wᵀ)), after each stage of a solver that knows H; never rising but
+    for the last, which is that of the factors as they are stored.
+    """
+
+    factors: LowRankSparse
+    errors: tuple[float, ...]
+    weight_squared: float
+    residual_squared: float
+    output_errors: tuple[float, ...] = ()

@@ -64,3 +64,9 @@ def balanced_factors(U: Tensor, s: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
     """U √s and √s Vh: the singular values split evenly (LoSparse, section 3.1)."""
     root = s.clamp_min(0).sqrt()
     return U * root, root[:, None] * Vh
+
+
+def balanced_product(Q: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
+    """Q P, each column of Q and row of P brought to the same norm; Q: (m, rank) of unit columns, P: (rank, n)."""
+    root = torch.linalg.vector_norm(P, dim=1).sqrt()
+    return Q * root, P * torch.where(root > 0, 1 / root, 0.0)[:, None]

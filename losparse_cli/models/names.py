@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from copy import deepcopy
 from typing import Any
+
+from torch import Tensor
 
 
 class NameMap:
@@ -16,18 +19,26 @@ class NameMap:
         mapping = get_model_conversion_mapping(model) or []
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self._model = model
         self._prefix = model.base_model_prefix
         self._state: dict[str, Any] = dict(model.state_dict())
         self.disk: dict[str, list[str]] = {}
         """Parameter in memory -> tensors on disk that it is read from as it stands."""
         self.converted: set[str] = set()
         """Parameters that are assembled from, or split off, other tensors at load."""
+        self._conversions: dict[str, str] = {}  # converted parameter -> a name for its conversion
+        self._sources: dict[str, list[tuple[str, str]]] = {}  # conversion -> (tensor on disk, its pattern)
+        self.converted_from: dict[str, str] = {}
+        """Tensor on disk -> one of the parameters that it is a part of."""
         for name in tensors:
             renamed, converter = self._rename(name)
             if converter is None:
                 self.disk.setdefault(renamed, []).append(name)
             else:
-                self.converted |= set(self._targets(renamed, converter))
+                self._sources.setdefault(renamed, []).append((name, converter))
+                self.converted_from[name] = renamed
+                self._conversions |= dict.fromkeys(self._targets(renamed, converter), renamed)
+        self.converted |= set(self._conversions)
 
     def _rename(self, name: str, state: dict[str, Any] | None = None) -> tuple[str, str | None]:
         from transformers.core_model_loading import rename_source_key
@@ -43,6 +54,19 @@ class NameMap:
             if pattern in converter.source_patterns:
                 first = converter.target_patterns[0]
                 yield from (renamed.replace(first, target) for target in converter.target_patterns)
+
+    def convert(self, parameter: str, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """The value of a converted `parameter`, and of those made with it, from the tensors that `read` returns."""
+        from transformers.core_model_loading import dot_natural_key
+
+        renamed = self._conversions[parameter]
+        sources = sorted(self._sources[renamed], key=lambda source: dot_natural_key(source[0]))
+        pattern = sources[0][1]
+        converter = deepcopy(next(c for c in self._converters if pattern in c.source_patterns))
+        for tensor, source_pattern in sources:
+            converter.add_tensor(renamed, tensor, source_pattern, read(tensor))
+        made = converter.convert(renamed, model=self._model, config=self._model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
     def disk_module(self, module: str, tensor: str) -> str | None:
         """What `module`'s new tensors must be called on disk so that the loader finds them again.

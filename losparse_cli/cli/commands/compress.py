@@ -73,6 +73,24 @@ def compress(
             help="Glob of module names to leave dense; repeatable.", rich_help_panel=o.SIZE, show_default=False
         ),
     ] = None,
+    solver: Annotated[
+        str | None,
+        typer.Option(
+            help="admm, oats or magnitude.",
+            rich_help_panel=o.TEXT,
+            show_default="by --calibration",
+        ),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Text to calibrate with: a file.",
+            rich_help_panel=o.TEXT,
+            show_default=False,
+        ),
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(help="About how many tokens.", rich_help_panel=o.TEXT)] = 32768,
+    calibration_length: Annotated[int, typer.Option(help="Tokens of a window.", rich_help_panel=o.TEXT)] = 512,
     recipe: Annotated[
         Path | None,
         typer.Option(
@@ -123,6 +141,7 @@ def compress(
         "pattern": pattern,
         "threshold_scope": threshold_scope,
         "iterations": iterations,
+        "solver": solver,
         "exact_svd": exact_svd or None,
         "seed": seed,
         "targets": tuple(targets or ()),
@@ -133,10 +152,12 @@ def compress(
         from ...push import check_repository
 
         check_repository(push_to_hub)
+    from ...calibration.text import Calibration
     from ...compress import run
     from ...job.prepare import prepare
     from .. import console as c
 
+    text = Calibration(calibration, calibration_tokens, calibration_length) if calibration else None
     out = c.Console(json=json, quiet=quiet)
     with out.status(f"Reading {model}"):
         job = prepare(
@@ -148,6 +169,7 @@ def compress(
             cache_dir=cache_dir,
             trust_remote_code=trust_remote_code,
             max_shard_size=max_shard_size,
+            calibration=text,
             plan_only=dry_run,
         )
     if dry_run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,6 +21,14 @@ def inspect(
     spectrum: Annotated[
         bool, typer.Option("--spectrum", help="Dense folder: energy that rank 8, 16, 32, ... captures.")
     ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw errors and bytes, or the spectra of a dense folder, into a .png, .svg or .html file.",
+            rich_help_panel=o.SHOW,
+            show_default=False,
+        ),
+    ] = None,
     csv: Annotated[
         bool, typer.Option("--csv", help="Print a CSV line for every layer.", rich_help_panel=o.SHOW)
     ] = False,
@@ -33,13 +42,16 @@ def inspect(
     from ...inspection import inspect as look
     from .. import console as c
     from .. import tables
+    from ..plot import check_plot, save_plot
 
     out = c.Console(json=json or csv)
     tables.check_sort(sort)
+    if plot is not None:
+        check_plot(plot)
     with out.status(f"Reading {source}") as status:
         report = look(
             source,
-            spectrum=spectrum,
+            spectrum=None if plot is not None and not spectrum else spectrum,
             revision=revision,
             cache_dir=cache_dir,
             trust_remote_code=trust_remote_code,
@@ -47,3 +59,6 @@ def inspect(
         )
     tables.show_report(out, report, every_layer=layers, sort=sort, as_csv=csv, as_json=json)
     out.flush()
+    if plot is not None:
+        save_plot(report, plot)
+        out.say(f"The picture is in {c.short(plot)}.")

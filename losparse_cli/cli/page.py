@@ -1,0 +1,144 @@
+"""One HTML file: a picture, and the figures of every layer in a table that can be sorted. Nothing is fetched."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING
+
+from ..checkpoint.report import Report
+from .figures import clean, headline, layer_errors
+
+if TYPE_CHECKING:
+    from ..inspection import DenseReport
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 1.5rem auto; max-width: 72rem;
+  padding: 0 1rem; }
+h1 { font-size: 1.4rem; margin: 0; overflow-wrap: anywhere; }
+figure { margin: 1rem 0; }
+svg { width: 100%; height: auto; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+caption { text-align: left; padding: .3rem 0; }
+th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th[scope=row], .text { text-align: left; font-weight: normal; }
+button { font: inherit; font-weight: 600; border: 0; padding: 0; background: none; color: inherit; cursor: pointer; }
+[aria-sort=ascending] button::after { content: " ▲"; }
+[aria-sort=descending] button::after { content: " ▼"; }
+"""
+
+SCRIPT = """
+for (const button of document.querySelectorAll("th button")) button.addEventListener("click", () => {
+  const head = button.closest("th"), body = head.closest("table").tBodies[0];
+  const down = head.getAttribute("aria-sort") === "ascending";
+  const key = row => row.cells[head.cellIndex].dataset.value;
+  const compare = (a, b) => a === "" || b === "" ? (a === "") - (b === "")
+    : (isNaN(a) || isNaN(b) ? a.localeCompare(b, "en", {numeric: true}) : a - b) * (down ? -1 : 1);
+  for (const other of head.parentNode.cells) other.removeAttribute("aria-sort");
+  head.setAttribute("aria-sort", down ? "descending" : "ascending");
+  body.append(...[...body.rows].sort((a, b) => compare(key(a), key(b))));
+});
+"""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """shown: as read. value: as sorted, "" for what is unknown, which stays at the end."""
+
+    shown: str
+    value: str
+    is_text: bool = False
+
+
+def page(report: Report | DenseReport, svg: str) -> str:
+    """The file's text, with `svg` (an SVG file) in it and a row for every layer."""
+    name, totals = headline(report)
+    heads, rows = _compressed_rows(report) if isinstance(report, Report) else _dense_rows(report)
+    # Only this one script may run, and nothing may be loaded, even if a name should slip through unescaped.
+    allowed = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'"
+    columns = "".join(f'<th scope="col"><button type="button">{escape(head)}</button></th>' for head in heads)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(name)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<h1>{escape(name)}</h1>
+<p>{escape(totals)}</p>
+<figure role="img" aria-label="The figures of the table below, drawn">
+{svg[svg.index("<svg") :].strip()}
+</figure>
+<div class="wide">
+<table>
+<caption>Every layer. A click on a heading sorts by it.</caption>
+<thead><tr>{columns}</tr></thead>
+<tbody>
+{"".join(_row(cells) for cells in rows)}</tbody>
+</table>
+</div>
+<script>{SCRIPT}</script>
+</body>
+</html>
+"""
+
+
+def _row(cells: Sequence[Cell]) -> str:
+    first, *others = cells
+    text = f'<tr><th scope="row" data-value="{escape(first.value)}">{escape(first.shown)}</th>'
+    for cell in others:
+        kind = ' class="text"' if cell.is_text else ""
+        text += f'<td{kind} data-value="{escape(cell.value)}">{escape(cell.shown)}</td>'
+    return f"{text}</tr>\n"
+
+
+def _compressed_rows(report: Report) -> tuple[list[str], Iterator[list[Cell]]]:
+    caption, errors = layer_errors(report.layers)
+    heads = ["layer", "shape", "rank", "non-zeros", "density", "pattern", "layout", "bytes before", "bytes after"]
+    rows = (
+        [
+            _text(layer.name), _shape(layer.shape), _count(layer.rank), _count(layer.nnz),
+            _share(layer.density), _text(layer.pattern), _text(layer.layout), _count(layer.bytes_before),
+            _count(layer.bytes_after), _share(layer.bytes_after / max(1, layer.bytes_before)),
+            Cell("unknown", "") if error is None else Cell(f"{error:.4f}", repr(error)),
+        ]
+        for layer, error in zip(report.layers, errors, strict=True)
+    )  # fmt: skip
+    return [*heads, "share", caption], rows
+
+
+def _dense_rows(report: DenseReport) -> tuple[list[str], Iterator[list[Cell]]]:
+    ranks = sorted({rank for layer in report.layers for rank in layer.energy})
+    rows = (
+        [
+            _text(layer.name), _shape(layer.shape), _count(layer.nbytes),
+            _text("yes" if layer.reason is None else f"no: {layer.reason}"),
+            *(_share(layer.energy[rank]) if rank in layer.energy else Cell("", "") for rank in ranks),
+        ]
+        for layer in report.layers
+    )  # fmt: skip
+    return ["layer", "shape", "bytes", "compress?", *(f"rank {rank}" for rank in ranks)], rows
+
+
+def _text(text: str) -> Cell:
+    return Cell(clean(text, 200), clean(text, 200), is_text=True)
+
+
+def _shape(shape: tuple[int, int] | None) -> Cell:
+    return Cell("-", "") if shape is None else Cell(f"{shape[0]} × {shape[1]}", str(shape[0] * shape[1]))
+
+
+def _count(value: int) -> Cell:
+    return Cell(f"{value:,}", str(value))
+
+
+def _share(value: float) -> Cell:
+    return Cell(f"{value:.1%}", repr(value))

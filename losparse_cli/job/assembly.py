@@ -1,0 +1,88 @@
+"""The skeleton filled with weights, one part at a time: from the checkpoint, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint.source import Checkpoint
+from ..errors import CheckpointError
+from ..models.names import NameMap
+
+
+class Assembly:
+    """A model of which only the parts in use have weights; the rest stays on the meta device.
+
+    Buffers that no file holds are computed as transformers computes them at load.
+    """
+
+    def __init__(self, model: Any, checkpoint: Checkpoint, device: torch.device) -> None:
+        self.model = model.float()
+        self._checkpoint, self._device = checkpoint, device
+        self._names = NameMap(model, checkpoint.entries)
+        self._files = {file.path: file for file in checkpoint.files}
+        self._meta: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        self._twins: dict[int, list[str]] = {}
+        for name, parameter in self._meta.items():
+            self._twins.setdefault(id(parameter), []).append(name)
+        self._make_buffers()
+
+    def _make_buffers(self) -> None:
+        from transformers import PreTrainedModel
+
+        owner = self.model
+        for name, module in self.model.named_modules():
+            if isinstance(module, PreTrainedModel):
+                owner = module
+            meta = {key: buffer for key, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+            if not meta:
+                continue
+            for key, buffer in meta.items():
+                setattr(module, key, torch.empty_like(buffer, device=self._device))
+            with torch.no_grad():
+                owner._init_weights(module)
+            for key in meta:
+                stored = self._names.disk.get(f"{name}.{key}" if name else key, [])
+                if stored:
+                    setattr(module, key, self.read(stored[0]).to(self._device))
+
+    def read(self, tensor: str) -> Tensor:
+        """A tensor of the checkpoint as it is stored."""
+        entry = self._checkpoint.entries[tensor]
+        return self._files[entry.path].read(entry)
+
+    def load(self, names: Collection[str]) -> None:
+        """Give the parameters `names` their weights, in float32. CheckpointError names one that no file holds."""
+        ready: dict[str, Tensor] = {}
+        for name in names:
+            if self.model.get_parameter(name).is_meta:
+                twins = self._twins[id(self._meta[name])]
+                value = ready.get(name)
+                if value is None:
+                    ready |= self._find(twins)
+                    value = next(ready[twin] for twin in twins if twin in ready)
+                self._set(twins, nn.Parameter(value.to(self._device, torch.float32), requires_grad=False))
+
+    def _find(self, twins: list[str]) -> dict[str, Tensor]:
+        for name in twins:
+            stored = self._names.disk.get(name)
+            if stored:
+                return {name: self.read(stored[0])}
+            if name in self._names.converted:
+                return self._names.convert(name, self.read)
+        raise CheckpointError(
+            f"The tensor {twins[0]} is missing from {self._checkpoint.folder}. Download the checkpoint again."
+        )
+
+    def drop(self, names: Collection[str]) -> None:
+        """Take the weights of the parameters `names` away again."""
+        for name in names:
+            self._set([name], self._meta[name])
+
+    def _set(self, names: list[str], parameter: Tensor) -> None:
+        for name in names:
+            module, _, key = name.rpartition(".")
+            setattr(self.model.get_submodule(module), key, parameter)

@@ -1,0 +1,168 @@
+"""Compression with calibration text: one block of the model at a time, each fed what the ones before it now give."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..budget.plan import LayerPlan
+from ..calibration.moments import gather_moments
+from ..checkpoint.layers import unpack_layer
+from ..checkpoint.report import LayerReport
+from ..checkpoint.writer import ShardWriter, tensor_part
+from ..linalg.factors import Decomposition, LowRankSparse
+from ..models.blocks import Call, Relay, block_of, run_block
+from ..models.skeleton import empty_model
+from ..shim.layouts import LayerSpec
+from .assembly import Assembly
+from .prepare import Job
+from .solve import encode_layer, solve_layer, solve_layers
+
+
+class Progress(Protocol):
+    """What a caller may watch. Bytes are of the dense model."""
+
+    def phase(self, text: str) -> None: ...
+    def layer(self, report: LayerReport) -> None: ...
+    def advance(self, nbytes: int) -> None: ...
+
+
+class CalibratedRun:
+    """The blocks of one job, solved and written in turn; those that `writer` holds already are only run."""
+
+    def __init__(self, job: Job, writer: ShardWriter, progress: Progress | None) -> None:
+        assert job.calibration is not None
+        assert job.windows is not None
+        self.job, self.writer, self.progress = job, writer, progress
+        model = empty_model(job.source.folder, job.source.config, trust_remote_code=job.trust_remote_code)
+        self.assembly = Assembly(model, job.source, job.device)
+        self.model = self.assembly.model
+        self._files = {file.path: file for file in job.source.files}
+        for module in self.model.modules():
+            if hasattr(module, "config"):
+                module.config.use_cache = False  # a cache would let every batch attend to the ones before it
+
+    def run(self) -> None:
+        job = self.job
+        assert job.calibration is not None
+        assert job.windows is not None
+        outside = [n for n, _ in self.model.named_parameters() if block_of(n, job.blocks) is None]
+        first = min(units.start for units in job.blocks.values())
+        for number in range(self.writer.done, first):
+            self._copy(number)
+        self.assembly.load(self._needed(outside))
+        batches = [
+            {name: ids.to(job.device) for name, ids in batch.items()}
+            for batch in job.windows.batches(job.calibration.batch)
+        ]
+        with Relay(self.model, list(job.blocks), batches) as relay:
+            for name, calls in relay:
+                self._block(name, calls)
+
+    def _needed(self, outside: Sequence[str]) -> list[str]:
+        """Parameters outside the blocks that run before the last block: all but the output head's own."""
+        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+        own = {id(p) for p in head.parameters()} if head is not None else set()
+        inputs = self.model.get_input_embeddings()
+        own -= {id(p) for p in inputs.parameters()}
+        return [n for n in outside if id(self.model.get_parameter(n)) not in own]
+
+    def _block(self, name: str, calls: list[Call]) -> None:
+        units = self.job.blocks[name]
+        block = self.model.get_submodule(name)
+        parameters = [f"{name}.{n}" if name else n for n, _ in block.named_parameters()]
+        self.assembly.load(parameters)
+        if self.writer.done < units.stop:
+            self._solve(name, block, calls)
+        else:
+            self._restore(name, block)
+        last = name == list(self.job.blocks)[-1]
+        with torch.no_grad():
+            for call in calls if not last else ():
+                call.output = run_block(block, call)
+        self.assembly.drop(parameters)
+
+    def _plans(self, name: str) -> dict[str, LayerPlan]:
+        """Layer's name inside the block -> its plan."""
+        prefix = f"{name}." if name else ""
+        plans = (plan for _, plan in self.job.units[slice(*_bounds(self.job.blocks[name]))] if plan is not None)
+        return {plan.layer.name.removeprefix(prefix): plan for plan in plans}
+
+    def _solve(self, name: str, block: nn.Module, calls: list[Call]) -> None:
+        job, recipe = self.job, self.job.recipe
+        plans = self._plans(name)
+        self._say(f"{name or 'model'}: calibrating")
+        begun = time.monotonic()
+        moments = gather_moments(block, list(plans), calls)
+        solved: dict[str, Decomposition] = {}
+        encoded: dict[str, tuple[Any, Any, Any]] = {}
+
+        def keep(inside: str, one: Decomposition) -> None:
+            solved[inside] = one
+            encoded[inside] = encode_layer(plans[inside], one, stored[inside].dtype)
+            if self.progress is not None:
+                self.progress.layer(encoded[inside][0])
+
+        stored = {inside: self.assembly.read(plan.layer.tensor) for inside, plan in plans.items()}
+        while moments:
+            group = moments.pop()
+            self._say(f"{name or 'model'}: solving {', '.join(n.rpartition('.')[2] for n in group.layers)}")
+            members = [plans[inside] for inside in group.layers]
+            found = solve_layers(members, [stored[n] for n in group.layers], group.H, recipe, job.device)
+            for inside, one in zip(group.layers, found, strict=True):
+                keep(inside, one)
+        for inside, plan in plans.items():
+            if inside not in solved:  # the text never reached it
+                keep(inside, solve_layer(plan, stored[inside], recipe, job.device))
+        seconds = time.monotonic() - begun
+        for inside, one in solved.items():
+            _set_weight(block.get_submodule(inside), one.factors.dense(), plans[inside])
+        by_plan = {plan.layer.tensor: inside for inside, plan in plans.items()}
+        for number in job.blocks[name]:
+            entry, layer_plan = job.units[number]
+            if layer_plan is None:
+                self._copy(number)
+                continue
+            report, spec, tensors = encoded[by_plan[entry.name]]
+            parts = [tensor_part(f"{layer_plan.layer.disk_module}.{suffix}", t) for suffix, t in tensors.items()]
+            self.writer.append(parts, {"spec": spec.to_dict(), **report.to_dict()}, seconds / len(plans))
+            self._advance(entry.nbytes)
+
+    def _restore(self, name: str, block: nn.Module) -> None:
+        """Give the block the weights that were written for it in an earlier run."""
+        plans = self._plans(name)
+        by_tensor = {plan.layer.tensor: inside for inside, plan in plans.items()}
+        for number in self.job.blocks[name]:
+            entry, plan = self.job.units[number]
+            if plan is None:
+                continue
+            spec = LayerSpec.from_dict(self.writer.stats(number)["spec"])
+            tensors = {name.rpartition(".")[2]: t.to(self.job.device) for name, t in self.writer.read(number).items()}
+            factors = LowRankSparse(*unpack_layer(spec, tensors))
+            _set_weight(block.get_submodule(by_tensor[entry.name]), factors.dense(), plan)
+
+    def _copy(self, number: int) -> None:
+        entry, _ = self.job.units[number]
+        self.writer.append([(entry.name, entry.dtype, entry.shape, self._files[entry.path].chunks(entry))])
+        self._advance(entry.nbytes)
+
+    def _say(self, text: str) -> None:
+        if self.progress is not None:
+            self.progress.phase(text)
+
+    def _advance(self, nbytes: int) -> None:
+        if self.progress is not None:
+            self.progress.advance(nbytes)
+
+
+def _bounds(numbers: range) -> tuple[int, int]:
+    return numbers.start, numbers.stop
+
+
+def _set_weight(linear: Any, W: Tensor, plan: LayerPlan) -> None:
+    with torch.no_grad():
+        linear.weight.copy_(W.T if plan.layer.transposed else W)

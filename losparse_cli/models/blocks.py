@@ -1,0 +1,169 @@
+"""The repeated blocks of a model, and what each is called with: captured from the model's own forward pass.
+
+Nothing is assumed about how blocks follow each other. Every batch runs the model's own code in a thread of its
+own, halted at each block; whoever consumes the `Relay` answers for the block, and the model goes on from there to
+whatever it does next: another block, the step from encoder to decoder, masks and position tables of its own. Only
+one thread ever runs at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from threading import Semaphore, Thread
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+
+
+def find_blocks(model: nn.Module, layers: Collection[str]) -> tuple[str, ...]:
+    """Names of the repeated blocks that hold the linear layers `layers`, in the order of the modules.
+
+    Blocks are the entries of the outermost `ModuleList`s. () if a layer lies outside all of them.
+    """
+    lists: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
+            lists.append(name)
+    blocks = [f"{name}.{child}" for name in lists for child, _ in model.get_submodule(name).named_children()]
+    inside = [block for block in blocks if any(layer.startswith(f"{block}.") for layer in layers)]
+    return tuple(inside) if all(block_of(layer, inside) is not None for layer in layers) else ()
+
+
+def block_of(name: str, blocks: Collection[str]) -> str | None:
+    """The block that the module or parameter `name` lies in, None if in none; the block "" is the whole model."""
+    return next((block for block in blocks if not block or name.startswith(f"{block}.")), None)
+
+
+@dataclass
+class Call:
+    """One block's call for one batch. `output` is what the model will be told the block returned."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any = None
+
+
+class _Stopped(BaseException):
+    """Raised inside the model's code when nobody needs what it would compute next."""
+
+
+class _Runner:
+    """The forward pass of one batch, in a thread that runs only while `advance` waits for it."""
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self._run = run
+        self._go, self._halted = Semaphore(0), Semaphore(0)
+        self._stop = False
+        self.block: str | None = None
+        self.call: Call | None = None
+        self.error: BaseException | None = None
+        self._thread = Thread(target=self._main, daemon=True)
+        self._thread.start()
+
+    def _main(self) -> None:
+        self._go.acquire()
+        try:
+            if not self._stop:
+                with torch.no_grad():  # of this thread: autograd's switch is not shared
+                    self._run()
+        except _Stopped:
+            pass
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.block = self.call = None
+            self._halted.release()
+
+    def halt(self, block: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Called by the model's code in place of the block."""
+        self.block, self.call = block, Call(args, kwargs)
+        self._halted.release()
+        self._go.acquire()
+        if self._stop:
+            raise _Stopped
+        call, self.call = self.call, None
+        return call.output
+
+    def advance(self) -> None:
+        """Let the model's code run until it reaches a block, or its end."""
+        self._go.release()
+        self._halted.acquire()
+        if self.error is not None:
+            raise self.error
+
+    def stop(self) -> None:
+        if self._thread.is_alive():
+            self._stop = True
+            self._go.release()
+            self._thread.join()
+
+
+class Relay:
+    """Runs `model` on every batch, block by block in lockstep; a context manager.
+
+    blocks: names, in the order in which the model is expected to call them. batches: keyword arguments of
+    `model`. Iterating yields (block, its calls, one a batch); set each call's `output` before going on. The passes
+    end after the last block, so that whatever follows it (an output head, say) may be without weights.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[str], batches: Sequence[dict[str, Tensor]]) -> None:
+        self._model, self._blocks = model, tuple(blocks)
+        self._batches = batches
+        self._runners: list[_Runner] = []
+        self._current: _Runner | None = None
+
+    def __enter__(self) -> Relay:
+        for name in self._blocks:
+            self._model.get_submodule(name).forward = self._stub(name)  # hides the class's own method
+        self._runners = [_Runner(lambda batch=batch: self._model(**batch)) for batch in self._batches]  # type: ignore[misc]
+        return self
+
+    def _stub(self, name: str) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            assert self._current is not None
+            return self._current.halt(name, args, kwargs)
+
+        return forward
+
+    def __iter__(self) -> Iterator[tuple[str, list[Call]]]:
+        """UsageError if the blocks come in another order, or differ between batches."""
+        for expected in self._blocks:
+            calls = []
+            for runner in self._runners:
+                self._current = runner
+                runner.advance()
+                if runner.block != expected or runner.call is None:
+                    raise UsageError(
+                        f"{type(self._model).__name__} calls {runner.block or 'nothing more'} where {expected} was "
+                        "expected, so it cannot be calibrated block by block. Compress it without --calibration."
+                    )
+                calls.append(runner.call)
+            yield expected, calls
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for runner in self._runners:
+            runner.stop()
+        for name in self._blocks:
+            vars(self._model.get_submodule(name)).pop("forward", None)
+
+
+def run_block(block: nn.Module, call: Call) -> Any:
+    """What `block` itself returns for the call; the block may be under a `Relay`."""
+    forward = vars(block).pop("forward", None)
+    try:
+        return block(*call.args, **call.kwargs)
+    finally:
+        if forward is not None:
+            block.forward = forward
+
+
+def hidden_states(output: Any) -> Tensor:
+    """The activations in what a block returned: itself, or the first of a tuple."""
+    found = output if isinstance(output, Tensor) else output[0]
+    assert isinstance(found, Tensor)
+    return found

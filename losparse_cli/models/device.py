@@ -1,0 +1,54 @@
+"""Where models run, and how much memory is free there."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from ..errors import UsageError
+
+MEMINFO = Path("/proc/meminfo")
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+
+
+def find_device(name: str) -> torch.device:
+    """The device that auto, cpu, cuda or cuda:N names; UsageError if there is none such."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UsageError(f"--device is auto, cpu, cuda or cuda:N, not {name!r}.")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here. Use --device cpu."
+        )
+    return device
+
+
+def available(device: torch.device) -> int:
+    """Bytes that can be allocated on the device without pushing anything out."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = _available_in_host()
+    limit, used = (_number(CONTROL_GROUP / name) for name in ("memory.max", "memory.current"))
+    return free if limit is None else min(free, max(0, limit - (used or 0)))
+
+
+def _available_in_host() -> int:
+    if MEMINFO.is_file():
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", MEMINFO.read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
+    # Where the system does not say what is free, half of what there is.
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _number(path: Path) -> int | None:
+    """A control group's limit or use; None where there is no such file, or no limit."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None

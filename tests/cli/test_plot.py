@@ -1,0 +1,362 @@
+"""What a picture shows, counted in the SVG; the page's table; and that a failure leaves nothing behind."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from terminal import done, losparse
+
+from losparse_cli.checkpoint.report import LayerReport, Report
+from losparse_cli.cli.figures import MOST_KINDS, places, styles
+from losparse_cli.cli.plot import render, save_plot
+from losparse_cli.errors import MissingExtraError, OutputError, UsageError
+from losparse_cli.inspection import DenseReport, inspect
+
+pytest.importorskip("matplotlib")
+
+NASTY = '<script>alert("x")</script>&$\\frac$'
+LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def report_of(*names: str, model: str = "some model") -> Report:
+    """Layers of growing error, 1000 bytes before and 600 after."""
+    layers = tuple(
+        LayerReport(name, (20, 25), 2, 100, "unstructured", "csr", 1000, 600, 1.0, (0.01 * (i + 1)) ** 2)
+        for i, name in enumerate(names)
+    )
+    return Report(layers, {}, 10_000, 5_000, 1000 * len(names), source={"name": model})
+
+
+def texts(svg: bytes) -> list[str]:
+    return [node.text or "" for node in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def marked(svg: bytes, prefix: str) -> dict[str, ET.Element]:
+    """Groups of the SVG whose id begins with prefix."""
+    nodes = ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}g")
+    return {node.get("id", ""): node for node in nodes if node.get("id", "").startswith(prefix)}
+
+
+def corners(node: ET.Element) -> list[tuple[float, float]]:
+    """The points of the first path in a group."""
+    path = next(node.iter("{http://www.w3.org/2000/svg}path")).get("d", "")
+    return [(float(x), float(y)) for x, y in re.findall(r"[ML] ([\d.-]+) ([\d.-]+)", path)]
+
+
+def height(node: ET.Element) -> float:
+    ys = [y for _, y in corners(node)]
+    return max(ys) - min(ys)
+
+
+# --- places --------------------------------------------------------------------------------------------
+
+
+def test_a_kind_is_the_shortest_end_that_tells_it_apart() -> None:
+    bert = ["attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense"]
+    found = places([f"bert.encoder.layer.{k}.{name}" for k in (0, 1) for name in bert] + ["bert.pooler.dense"])
+    assert [place.kind for place in found[:4]] == ["query", "attention.output.dense", "intermediate.dense",
+                                                   "output.dense"]  # fmt: skip
+    assert [place.block for place in found] == [0] * 4 + [1] * 4 + [None]
+    assert found[-1].kind == "pooler.dense"
+    t5 = places(
+        ["encoder.block.1.layer.0.SelfAttention.q", "decoder.block.1.layer.0.SelfAttention.q",
+         "decoder.block.1.layer.1.EncDecAttention.q", "decoder.block.1.layer.2.DenseReluDense.wo"]
+    )  # fmt: skip
+    assert [place.kind for place in t5] == ["SelfAttention.q", "SelfAttention.q", "EncDecAttention.q", "wo"]
+    assert [place.stack for place in t5] == ["encoder.block"] + ["decoder.block"] * 3
+    experts = places([f"model.layers.3.experts.{k}.w1" for k in range(4)])
+    assert len(set(experts)) == 1
+    assert [place.block for place in places(["0.linear", "7", "a\n.12.b", f"h.{'9' * 5000}.fc"])] == [0, None, 12, None]
+
+
+def test_the_smallest_of_too_many_kinds_share_a_style() -> None:
+    few = styles({f"kind{i}": 10 for i in range(MOST_KINDS)})
+    assert len(set(few.values())) == MOST_KINDS
+    many = styles({f"kind{i}": i for i in range(MOST_KINDS + 3)})
+    assert len(set(many.values())) == MOST_KINDS
+    assert {kind for kind, style in many.items() if style.label == "4 other kinds"} == {f"kind{i}" for i in range(4)}
+
+
+# --- a compressed checkpoint ---------------------------------------------------------------------------
+
+
+def test_every_kind_and_every_block_is_drawn(compressed: Callable[..., Path]) -> None:
+    report = inspect(compressed("llama", rank=4, sparsity=0.5))
+    assert isinstance(report, Report)
+    svg = render(report, "svg")
+    said = texts(svg)
+    assert [said.count(kind) for kind in LLAMA] == [1] * 7
+    assert "relative error of weight" in said
+    share = report.bytes_after / report.bytes_before
+    assert any(f"{share:.1%} of their bytes" in text and f"{report.targeted_share:.1%}" in text for text in said)
+    assert report.source["name"] in said
+    assert {len(corners(node)) for node in marked(svg, "error-").values()} == {2}  # blocks
+    assert len(marked(svg, "error-")) == 7
+    assert len(marked(svg, "bytes-before-")) == len(marked(svg, "bytes-after-")) == 14
+    assert svg == render(report, "svg")
+
+
+def test_heights_are_the_figures() -> None:
+    report = report_of("h.0.mlp.fc", "h.1.mlp.fc", "h.2.mlp.fc", "h.0.mlp.proj", "h.1.mlp.proj", "h.2.mlp.proj")
+    svg = render(report, "svg")
+    bars = {side: [height(node) for node in marked(svg, f"bytes-{side}-").values()] for side in ("before", "after")}
+    for before, after in zip(bars["before"], bars["after"], strict=True):
+        assert after / before == pytest.approx(0.6, rel=1e-3)
+    ys = [y for kind in (0, 1) for _, y in corners(marked(svg, f"error-{kind}")[f"error-{kind}"])]
+    steps = [b - a for a, b in itertools.pairwise(ys)]
+    assert steps == pytest.approx([steps[0]] * 5, rel=1e-3)  # errors are 0.01, 0.02, ...
+    assert steps[0] < 0  # upwards
+
+
+def test_layers_of_one_kind_in_a_block_make_one_mark() -> None:
+    report = report_of(*(f"layers.{k}.experts.{e}.w1" for k in range(3) for e in range(4)))
+    svg = render(report, "svg")
+    assert len(marked(svg, "bytes-after-")) == 3
+    assert len(corners(marked(svg, "error-")["error-0"])) == 3
+
+
+def test_errors_of_outputs_are_drawn_if_all_are_known() -> None:
+    @dataclass(frozen=True)
+    class Measured(LayerReport):
+        output_error: float | None = None
+
+    report = report_of("h.0.fc", "h.1.fc")
+
+    def measured(*errors: float | None) -> Report:
+        pairs = zip(report.layers, errors, strict=True)
+        return replace(report, layers=tuple(Measured(**vars(layer) | {"output_error": e}) for layer, e in pairs))
+
+    both = render(measured(0.5, 0.25), "svg")
+    assert "relative error of output" in texts(both)
+    (_, first), (_, second) = corners(marked(both, "error-")["error-0"])
+    assert second > first  # lower on the page
+    assert "relative error of weight" in texts(render(measured(0.5, None), "svg"))
+
+
+def test_unknown_errors_are_said_to_be_unknown(tmp_path: Path) -> None:
+    report = report_of("h.0.fc")
+    bare = replace(report, layers=(replace(report.layers[0], weight_squared=None, residual_squared=None),))
+    assert "No errors were recorded." in texts(render(bare, "svg"))
+    save_plot(bare, tmp_path / "bare.html")
+    assert Table((tmp_path / "bare.html").read_text()).rows[1][-1] == "unknown"
+    assert "No errors were recorded." not in texts(render(report, "svg"))
+    endless = replace(report, layers=(replace(report.layers[0], residual_squared=float("inf")),))
+    assert "No errors were recorded." in texts(render(endless, "svg"))
+
+
+@pytest.mark.parametrize("name", ["t5", "gpt2", "mixtral", "bert"])
+def test_other_architectures(name: str, compressed: Callable[..., Path]) -> None:
+    report = inspect(compressed(name, rank=4, sparsity=0.5))
+    assert isinstance(report, Report)
+    said = texts(render(report, "svg"))
+    assert {place.kind for place in places([layer.name for layer in report.layers])} <= set(said)
+    assert ({"encoder.block", "decoder.block"} <= set(said)) is (name == "t5")
+
+
+def test_a_hundred_blocks_and_a_layer_outside() -> None:
+    report = report_of(*(f"model.layers.{k}.{kind}" for k in range(100) for kind in LLAMA), "lm_head")
+    svg = render(report, "svg")
+    assert len(marked(svg, "bytes-after-")) == 701
+    assert {"0", "95", "outside", "lm_head"} <= set(texts(svg)), texts(svg)
+    assert "96" not in texts(svg)
+
+
+def test_names_are_not_read_as_markup() -> None:
+    report = report_of(f"_h.0.{NASTY}", "_h.0._hidden", "_h.0.a\x00\x1b\n\ud800b", model=NASTY)
+    said = texts(render(report, "svg"))  # which parses as XML
+    assert {NASTY, "_hidden", "a\ufffd\ufffd\ufffd\ufffdb"} <= set(said)
+    assert render(report, "png")
+
+
+# --- a dense folder ------------------------------------------------------------------------------------
+
+
+def test_spectra_of_every_kind(toy: Callable[..., Path]) -> None:
+    report = inspect(toy("llama"), spectrum=None)
+    assert isinstance(report, DenseReport)
+    svg = render(report, "svg")
+    assert [texts(svg).count(kind) for kind in LLAMA] == [1] * 7
+    lines = marked(svg, "energy-")
+    assert len(lines) == len(marked(svg, "band-")) == 7
+    for node in lines.values():
+        ys = [y for _, y in corners(node)]
+        assert len(ys) > 20
+        assert ys == sorted(ys, reverse=True)  # energy grows with rank
+    assert report.to_dict()["layers"][0].keys() == {"name", "shape", "nbytes", "reason", "energy"}
+
+
+def test_the_curve_is_the_energy_at_more_ranks(toy: Callable[..., Path]) -> None:
+    report = inspect(toy("bert"), spectrum=True)
+    assert isinstance(report, DenseReport)
+    for layer in report.layers:
+        assert layer.energy.items() <= layer.curve.items()
+        if layer.reason is None:
+            assert layer.shape is not None
+            assert (min(layer.curve), max(layer.curve)) == (1, min(layer.shape))
+            assert layer.curve[min(layer.shape)] == 1.0
+
+
+def test_without_spectra_there_is_nothing_to_draw(toy: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="nothing to draw"):
+        save_plot(inspect(toy("llama")), tmp_path / "x.svg")
+    with pytest.raises(UsageError, match="nothing to draw"):
+        save_plot(report_of(), tmp_path / "x.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- files ---------------------------------------------------------------------------------------------
+
+
+class Table(HTMLParser):
+    """The cells of every row, the tags, and all text outside scripts and styles."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.inside = False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.inside = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = self.inside and tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.rows[-1][-1] += data
+
+
+def test_the_page_has_a_row_for_every_layer(tmp_path: Path) -> None:
+    report = report_of("h.0.fc", f"h.1.{NASTY}", model=NASTY)
+    save_plot(report, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    table = Table(text)
+    assert [len(row) for row in table.rows] == [11] * 3
+    assert table.rows[0][-1] == "relative error of weight"
+    assert table.rows[1] == ["h.0.fc", "20 × 25", "2", "100", "20.0%", "unstructured", "csr", "1,000", "600",
+                             "60.0%", "0.0100"]  # fmt: skip
+    assert table.rows[2][0] == f"h.1.{NASTY}"
+    assert table.rows[2][-1] == "0.0200"
+    names = [name for name, _ in table.tags]
+    assert names.count("script") == 1
+    assert names.count("svg") == names.count("table") == names.count("figure") == 1
+    for name, values in table.tags:
+        assert name not in ("link", "img", "iframe", "object", "image")
+        assert all(value is None or value.startswith("#") for key, value in values.items() if key.endswith("href"))
+        assert not {key for key in values if key.startswith("on") or key == "src"}
+    assert not re.search(r"url\((?!#)|@import", text)
+
+
+def test_the_page_of_a_dense_model(toy: Callable[..., Path], tmp_path: Path) -> None:
+    report = inspect(toy("bert"), spectrum=None)
+    assert isinstance(report, DenseReport)
+    save_plot(report, tmp_path / "page.HTML")
+    head, *rows = Table((tmp_path / "page.HTML").read_text(encoding="utf-8")).rows
+    assert len(rows) == len(report.layers)
+    for row, layer in zip(rows, report.layers, strict=True):
+        assert row[head.index("layer")] == layer.name
+        assert row[head.index("bytes")] == f"{layer.nbytes:,}"
+        assert row[head.index("rank 8")] == (f"{layer.energy[8]:.1%}" if layer.energy else "")
+
+
+def test_a_png_is_large_and_not_blank(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    save_plot(report_of("h.0.fc", "h.1.fc"), tmp_path / "x.png")
+    picture = image.open(tmp_path / "x.png").convert("RGB")
+    assert 900 < picture.width < 1800
+    assert 600 < picture.height < 1200
+    counts = {colour: count for count, colour in picture.getcolors(1 << 20)}
+    assert counts[0, 0x72, 0xB2] > 10_000  # the bars of the only kind
+    assert counts[255, 255, 255] > 100_000
+
+
+def test_the_command_draws_beside_every_form(
+    compressed: Callable[..., Path], toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    small = compressed("llama", rank=4, sparsity=0.5)
+    ended = done("inspect", small, "--plot", "x.svg", cwd=tmp_path)
+    assert "The picture is in x.svg." in ended.err
+    assert "q_proj" in texts((tmp_path / "x.svg").read_bytes())
+    for form in ("--json", "--csv"):
+        (tmp_path / "x.svg").unlink()
+        beside = done("inspect", small, form, "--plot", "x.svg", cwd=tmp_path)
+        assert beside.out == done("inspect", small, form).out
+        assert (tmp_path / "x.svg").is_file()
+    dense = done("inspect", toy("llama"), "--plot", "x.svg", "--csv", cwd=tmp_path)
+    assert "energy_64" in dense.out
+    assert marked((tmp_path / "x.svg").read_bytes(), "energy-")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.svg"]
+
+
+# --- failures ------------------------------------------------------------------------------------------
+
+
+def test_another_suffix_is_wrong_usage_before_any_work(tmp_path: Path) -> None:
+    for name in ("x.pdf", "x", "png", "x.svg.gz"):
+        ended = losparse("inspect", "no-such-model", "--plot", name, cwd=tmp_path)
+        assert ended.code == 2
+        assert ".png, .svg and .html" in ended.complaint
+    assert "no-such-model" in losparse("inspect", "./no-such-model", "--plot", "x.png", cwd=tmp_path).complaint
+
+
+def test_a_missing_package_is_named_with_its_extra(tmp_path: Path) -> None:
+    gone = "import sys; sys.modules['matplotlib'] = None"
+    ended = losparse("inspect", "no-such-model", "--plot", "x.png", cwd=tmp_path, before=gone)
+    assert ended.code == 1
+    assert ended.complaint.endswith("pip install 'losparse[plot]'")
+
+
+def test_a_broken_package_is_a_missing_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtraError, match="matplotlib"):
+        render(report_of("h.0.fc"), "png")
+
+
+def test_places_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = report_of("h.0.fc")
+    with pytest.raises(OutputError, match=r"absent does not exist\. Make it"):
+        save_plot(report, tmp_path / "absent" / "x.svg")
+    (tmp_path / "folder.svg").mkdir()
+    (tmp_path / "link.svg").symlink_to("elsewhere")
+    for name in ("folder.svg", "link.svg"):
+        with pytest.raises(OutputError, match=r"no regular file\. Choose another name"):
+            save_plot(report, tmp_path / name)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(OutputError, match=r"not writable\. Choose another place"):
+        save_plot(report, tmp_path / "x.svg")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.svg", "link.svg"]
+
+
+def test_a_failure_leaves_the_old_picture_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.svg"
+    path.write_text("old")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(OutputError, match=r"No space left on device\. Choose another place"):
+            save_plot(report_of("h.0.fc"), path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+    save_plot(report_of("h.0.fc"), path)
+    assert "fc" in texts(path.read_bytes())
+    assert list(tmp_path.iterdir()) == [path]
