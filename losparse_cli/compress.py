@@ -17,6 +17,8 @@ from torch import Tensor
 
 from . import __version__
 from .budget.recipe import Recipe
+from .calibration.generated import generate_text, kept_windows, write_windows
+from .calibration.text import Windows
 from .checkpoint.card import base_metadata, copy_companions, write_card
 from .checkpoint.config import write_config
 from .checkpoint.journal import FILE as JOURNAL
@@ -24,6 +26,7 @@ from .checkpoint.journal import Journal, Unit
 from .checkpoint.report import LayerReport, Report
 from .checkpoint.source import REPORT, TIMING, Checkpoint, read_json
 from .checkpoint.writer import (
+    GENERATED,
     ShardWriter,
     check_output,
     clear_away,
@@ -102,12 +105,15 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
         work.mkdir(exist_ok=True)
         journal = Journal(work, expected, required=resume == "required", discard=resume == "never")
     try:
+        kept = _kept_text(job, work, journal)
         writer = ShardWriter(work, job.shards, journal, job.blocks.values())
         resumed = writer.done
         _check_space(job, work, sum(u.end - u.begin for u in journal.units))
         if progress is not None:
             done = job.units[:resumed]
             progress.start(job, sum(p is not None for _, p in done), sum(e.nbytes for e, _ in done))
+        if job.calibration is not None and job.windows is None:
+            job = replace(job, windows=kept or _own_text(job, work, progress))
         stop = Event()
         with ThreadPoolExecutor(1, "hash") as hasher:
             try:
@@ -150,6 +156,38 @@ def _check_space(job: Job, work: Path, written: int) -> None:
             f"{work.parent} has {free:,} bytes free, and the result needs about {need:,} more. Free some space, or "
             "choose another disk with --output."
         )
+
+
+def _kept_text(job: Job, work: Path, journal: Journal) -> Windows | None:
+    """The text that the model wrote for itself before this run was killed; without it nothing that was done counts."""
+    if job.calibration is None or job.windows is not None:
+        return None
+    kept = kept_windows(job.calibration, work / GENERATED)
+    if kept is None:
+        with write_errors(work):
+            journal.keep(0)
+    return kept
+
+
+def _own_text(job: Job, work: Path, progress: Progress | None) -> Windows:
+    """Text that the model writes for itself, kept so that a run that goes on sees the same; see `generate_text`."""
+    assert job.calibration is not None
+
+    def say(done: int, total: int) -> None:
+        if progress is not None:
+            progress.phase(f"generating text: {done:,} of {total:,} tokens")
+
+    windows = generate_text(
+        job.calibration,
+        job.source.folder,
+        seed=job.recipe.seed,
+        device=job.device,
+        trust_remote_code=job.trust_remote_code,
+        on_tokens=say,
+    )
+    with write_errors(work):
+        write_windows(windows, work / GENERATED)
+    return windows
 
 
 # --- the work ---------------------------------------------------------------------------------------
@@ -250,6 +288,7 @@ def _finish(job: Job, work: Path, journal: Journal, hashes: dict[str, Any], run_
             },
             fingerprint=run_digest,
             calibration=_calibration(job),
+            blocks=tuple(line["block"] for line in stats if "block" in line),
         )
         report = replace(report, files=_file_hashes(work))
         write_json(work / REPORT, report.to_dict())
@@ -270,6 +309,6 @@ def _calibration(job: Job) -> dict[str, Any]:
 
 def _file_hashes(work: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file but the card, which its owner may edit, and what is written after this."""
-    after = ("README.md", REPORT, TIMING, JOURNAL)
+    after = ("README.md", REPORT, TIMING, JOURNAL, GENERATED)
     paths = [p for p in sorted(work.rglob("*")) if p.is_file() and str(p.relative_to(work)) not in after]
     return {str(p.relative_to(work)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in paths}

@@ -25,6 +25,7 @@ from .journal import Journal, Unit, crc_of
 from .reader import TORCH_DTYPES
 from .source import INDEX, WEIGHTS
 
+GENERATED = "losparse_generated.safetensors"  # text that the model wrote for its own calibration; of a run under way
 ENTRY_CHARACTERS = 140  # of a header entry besides its name: dtype, shape and offsets at their longest
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
@@ -300,8 +301,9 @@ def publish(work: Path, output: Path) -> None:
 
 
 def clear_away(output: Path) -> None:
-    """Remove what a published result no longer needs: the journal, and the folder that it replaced."""
+    """Remove what a published result no longer needs: text, the journal, and the folder that it replaced."""
     with write_errors(output):
+        (output / GENERATED).unlink(missing_ok=True)
         (output / JOURNAL).unlink(missing_ok=True)
         shutil.rmtree(_replaced(output), ignore_errors=True)  # another process may be at it, too
 

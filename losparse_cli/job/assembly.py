@@ -28,6 +28,7 @@ class Assembly:
         self._twins: dict[int, list[str]] = {}
         for name, parameter in self._meta.items():
             self._twins.setdefault(id(parameter), []).append(name)
+        self._parameters = {stored[0]: name for name, stored in self._names.disk.items() if name in self._meta}
         self._make_buffers()
 
     def _make_buffers(self) -> None:
@@ -48,6 +49,10 @@ class Assembly:
                 stored = self._names.disk.get(f"{name}.{key}" if name else key, [])
                 if stored:
                     setattr(module, key, self.read(stored[0]).to(self._device))
+
+    def parameter(self, tensor: str) -> str | None:
+        """The parameter that the tensor on disk becomes as it stands, None if there is none."""
+        return self._parameters.get(tensor)
 
     def read(self, tensor: str) -> Tensor:
         """A tensor of the checkpoint as it is stored."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -12,15 +13,20 @@ from torch import Tensor, nn
 from ..budget.plan import LayerPlan
 from ..calibration.moments import gather_moments
 from ..checkpoint.layers import unpack_layer
+from ..checkpoint.reader import FLOATING, TORCH_DTYPES
 from ..checkpoint.report import LayerReport
 from ..checkpoint.writer import ShardWriter, tensor_part
+from ..linalg.error import relative_error, squared_norm
 from ..linalg.factors import Decomposition, LowRankSparse
-from ..models.blocks import Call, Relay, block_of, run_block
+from ..linalg.precision import fast_float32
+from ..linalg.svd import seed_of
+from ..models.blocks import Call, Relay, block_of, hidden_states, run_block
 from ..models.skeleton import empty_model
 from ..shim.layouts import LayerSpec
+from ..training.reconstruction import match_block
 from .assembly import Assembly
 from .prepare import Job
-from .solve import encode_layer, solve_layer, solve_layers
+from .solve import as_matrix, encode_layer, solve_layer, solve_layers
 
 
 class Progress(Protocol):
@@ -59,7 +65,7 @@ class CalibratedRun:
             {name: ids.to(job.device) for name, ids in batch.items()}
             for batch in job.windows.batches(job.calibration.batch)
         ]
-        with Relay(self.model, list(job.blocks), batches) as relay:
+        with fast_float32(), Relay(self.model, list(job.blocks), batches) as relay:
             for name, calls in relay:
                 self._block(name, calls)
 
@@ -98,6 +104,9 @@ class CalibratedRun:
         self._say(f"{name or 'model'}: calibrating")
         begun = time.monotonic()
         moments = gather_moments(block, list(plans), calls)
+        targets = [hidden_states(call.output) for call in calls] if job.refinement is not None else []
+        for call in calls:
+            call.output = None
         solved: dict[str, Decomposition] = {}
         encoded: dict[str, tuple[Any, Any, Any]] = {}
 
@@ -118,19 +127,85 @@ class CalibratedRun:
         for inside, plan in plans.items():
             if inside not in solved:  # the text never reached it
                 keep(inside, solve_layer(plan, stored[inside], recipe, job.device))
-        seconds = time.monotonic() - begun
         for inside, one in solved.items():
             _set_weight(block.get_submodule(inside), one.factors.dense(), plans[inside])
+        norms = self._norms(name, block) if job.refinement is not None else {}
+        summary: dict[str, Any] = {}
+        if job.refinement is not None:
+            summary = self._match(name, block, calls, targets, solved, encoded, plans, stored, norms)
+        seconds = time.monotonic() - begun
         by_plan = {plan.layer.tensor: inside for inside, plan in plans.items()}
         for number in job.blocks[name]:
             entry, layer_plan = job.units[number]
             if layer_plan is None:
-                self._copy(number)
+                if entry.name in norms:
+                    value = self.model.get_parameter(norms[entry.name]).to(TORCH_DTYPES[entry.dtype])
+                    self.writer.append([tensor_part(entry.name, value.cpu().contiguous())])
+                    self._advance(entry.nbytes)
+                else:
+                    self._copy(number)
                 continue
             report, spec, tensors = encoded[by_plan[entry.name]]
             parts = [tensor_part(f"{layer_plan.layer.disk_module}.{suffix}", t) for suffix, t in tensors.items()]
-            self.writer.append(parts, {"spec": spec.to_dict(), **report.to_dict()}, seconds / len(plans))
+            stats = {"spec": spec.to_dict(), **report.to_dict()}
+            if summary:
+                stats, summary = stats | {"block": summary}, {}  # once a block, with its first layer
+            self.writer.append(parts, stats, seconds / len(plans))
             self._advance(entry.nbytes)
+
+    def _norms(self, name: str, block: nn.Module) -> dict[str, str]:
+        """Tensor on disk -> the one-dimensional parameter of the block that it is, by its name in the model."""
+        found = {}
+        for number in self.job.blocks[name]:
+            entry, _ = self.job.units[number]
+            parameter = self.assembly.parameter(entry.name)
+            if parameter is not None and len(entry.shape) == 1 and entry.dtype in FLOATING:
+                found[entry.name] = parameter
+        return found
+
+    def _match(
+        self,
+        name: str,
+        block: nn.Module,
+        calls: list[Call],
+        targets: list[Tensor],
+        solved: dict[str, Decomposition],
+        encoded: dict[str, tuple[Any, Any, Any]],
+        plans: dict[str, LayerPlan],
+        stored: dict[str, Tensor],
+        norms: dict[str, str],
+    ) -> dict[str, Any]:
+        refinement = self.job.refinement
+        assert refinement is not None
+        prefix = f"{name}." if name else ""
+        matched = match_block(
+            block,
+            calls,
+            targets,
+            {inside: one.factors for inside, one in solved.items()},
+            {
+                parameter.removeprefix(prefix): TORCH_DTYPES[self.job.source.entries[tensor].dtype]
+                for tensor, parameter in norms.items()
+            },
+            refinement,
+            transposed={inside: plan.layer.transposed for inside, plan in plans.items()},
+            seed=seed_of(self.job.recipe.seed, name),
+            on_step=lambda step, loss: self._say(f"{name}: matching {step}/{refinement.steps}, loss {loss:.4f}"),
+        )
+        self._say(f"{name}: matched, {matched.loss_before:.4f} -> {matched.loss_after:.4f}")
+        for inside, factors in matched.factors.items():
+            W = as_matrix(stored[inside], plans[inside].layer, self.job.device)
+            E = W - factors.dense()
+            residual = squared_norm(E)
+            one = replace(
+                solved[inside],
+                factors=factors,
+                residual_squared=residual,
+                errors=(*solved[inside].errors, relative_error(residual, solved[inside].weight_squared)),
+            )
+            encoded[inside] = encode_layer(plans[inside], one, stored[inside].dtype)
+            _set_weight(block.get_submodule(inside), factors.dense(), plans[inside])
+        return {"block": name, "loss_before": matched.loss_before, "loss_after": matched.loss_after}
 
     def _restore(self, name: str, block: nn.Module) -> None:
         """Give the block the weights that were written for it in an earlier run."""
@@ -139,6 +214,10 @@ class CalibratedRun:
         for number in self.job.blocks[name]:
             entry, plan = self.job.units[number]
             if plan is None:
+                parameter = self.assembly.parameter(entry.name)
+                if parameter is not None and self.job.refinement is not None:
+                    value = self.writer.read(number)[entry.name]
+                    self.model.get_parameter(parameter).data.copy_(value)
                 continue
             spec = LayerSpec.from_dict(self.writer.stats(number)["spec"])
             tensors = {name.rpartition(".")[2]: t.to(self.job.device) for name, t in self.writer.read(number).items()}

@@ -14,7 +14,7 @@ import torch
 from .. import __version__
 from ..budget.plan import Layer, LayerPlan, Plan, make_plan
 from ..budget.recipe import Recipe
-from ..calibration.text import Calibration, Windows, read_windows
+from ..calibration.text import Calibration, Windows, read_windows, settle
 from ..checkpoint.card import companion_files
 from ..checkpoint.reader import BITS, FLOATING, TensorEntry
 from ..checkpoint.source import Checkpoint, open_checkpoint
@@ -26,6 +26,7 @@ from ..models.names import NameMap
 from ..models.skeleton import Skeleton, build_skeleton, choose, require_match
 from ..shim.layouts import INDEX_TENSORS, candidates
 from ..shim.loader import loader_bytes
+from ..training.reconstruction import Refinement
 
 FRAME_BYTES = 1 << 16  # bytes: report, card and config besides their lines for each layer
 RESIDENT_BASE = 500 << 20  # bytes: the interpreter with torch and transformers, before any weight
@@ -51,6 +52,7 @@ class Job:
     calibration: Calibration | None = None
     windows: Windows | None = None
     blocks: dict[str, range] = field(default_factory=dict)
+    refinement: Refinement | None = None
 
     @property
     def parameters(self) -> int:
@@ -92,6 +94,7 @@ def prepare(
     trust_remote_code: bool = False,
     max_shard_size: str = "5GB",
     calibration: Calibration | None = None,
+    refinement: Refinement | None = None,
     plan_only: bool = False,
 ) -> Job:
     """The plan of a compression: source checked, layers chosen, rank and nnz of each, shards cut.
@@ -101,6 +104,8 @@ def prepare(
     cannot be met, SourceError and CheckpointError on a source that cannot be read.
     """
     recipe = (recipe or Recipe()).settled(calibrated=calibration is not None)
+    if calibration is None and refinement is not None:
+        raise UsageError("--refine blocks needs text to calibrate with: add --calibration FILE, or `self`.")
     if calibration is None and recipe.solver != "magnitude":
         raise UsageError(f"--solver {recipe.solver} needs text to calibrate with: add --calibration FILE, or `self`.")
     shard_bytes, where = parse_size(max_shard_size), find_device(device)
@@ -109,8 +114,11 @@ def prepare(
     skeleton = build_skeleton(source.folder, source.config, trust_remote_code=trust_remote_code)
     layers, skipped = find_layers(source, skeleton, recipe)
     plan = make_plan(layers, skipped, recipe)
+    asked = calibration
+    calibration = asked and settle(asked, skeleton.model, source.folder)
     if not source.files and not plan_only:
         source = open_checkpoint(model, revision=source.commit, cache_dir=cache_dir)  # of the very headers planned from
+        calibration = asked and settle(asked, skeleton.model, source.folder)  # with what its tokenizer says
     by_tensor = {p.layer.tensor: p for p in plan.layers}
     units = tuple((entry, by_tensor.get(name)) for name, entry in source.entries.items())
     windows: Windows | None = None
@@ -118,14 +126,18 @@ def prepare(
     if calibration is not None:
         units, blocks = _by_block(units, source, skeleton, plan)
         if source.files:
-            windows = read_windows(calibration, skeleton.model, source.folder, recipe.seed)
+            windows = read_windows(
+                calibration, skeleton.model, source.folder, recipe.seed, trust_remote_code=trust_remote_code
+            )
     slots = [
         Slot(_tensor_names(layer), layer.bound_bytes) if layer else Slot((entry.name,), entry.nbytes)
         for entry, layer in units
     ]
     output = output_path(output or f"{source.name.rpartition('/')[2]}-losparse")
     shards = tuple(plan_shards(slots, shard_bytes))
-    return Job(source, recipe, plan, units, shards, output, where, trust_remote_code, calibration, windows, blocks)
+    return Job(
+        source, recipe, plan, units, shards, output, where, trust_remote_code, calibration, windows, blocks, refinement
+    )
 
 
 def _open(model: str | Path, revision: str | None, cache_dir: Path | None, plan_only: bool) -> Checkpoint:
@@ -241,6 +253,7 @@ def fingerprint(job: Job) -> dict[str, Any]:
         "config": digest(job.source.config),
         "recipe": job.recipe.to_dict(),
         "calibration": job.calibration and asdict(job.calibration),
+        "refinement": job.refinement and asdict(job.refinement),
         "text": job.windows and job.windows.digest(),
         "plan": digest([plan, [[s.file, s.header] for s in job.shards]]),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -84,13 +84,39 @@ def compress(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Text to calibrate with: a file.",
+            help="Text to calibrate with: a file (plain text, .jsonl, .parquet), a Hub dataset (user/name or "
+            "user/name:config), or the word self: a language model writes its own.",
             rich_help_panel=o.TEXT,
             show_default=False,
         ),
     ] = None,
-    calibration_tokens: Annotated[int, typer.Option(help="About how many tokens.", rich_help_panel=o.TEXT)] = 32768,
-    calibration_length: Annotated[int, typer.Option(help="Tokens of a window.", rich_help_panel=o.TEXT)] = 512,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help="About how many tokens.", rich_help_panel=o.TEXT, show_default="32768")
+    ] = None,
+    calibration_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a window.", rich_help_panel=o.TEXT, show_default="512, or what the model takes"),
+    ] = None,
+    calibration_field: Annotated[
+        str | None,
+        typer.Option(help="Field or column with the text.", rich_help_panel=o.TEXT, show_default="text"),
+    ] = None,
+    calibration_target_field: Annotated[
+        str | None,
+        typer.Option(
+            help="Of an encoder-decoder model: field with what it is to say.",
+            rich_help_panel=o.TEXT,
+            show_default="the text itself",
+        ),
+    ] = None,
+    calibration_split: Annotated[
+        str | None, typer.Option(help="Split of a Hub dataset.", rich_help_panel=o.TEXT, show_default="train")
+    ] = None,
+    refine: Annotated[
+        str, typer.Option(help="blocks: train U, V and S to match each dense block; off.", rich_help_panel=o.TEXT)
+    ] = "off",
+    refine_steps: Annotated[int, typer.Option(help="Batches of windows a block.", rich_help_panel=o.TEXT)] = 96,
+    refine_lr: Annotated[float, typer.Option(help="Learning rate at its peak.", rich_help_panel=o.TEXT)] = 5e-4,
     recipe: Annotated[
         Path | None,
         typer.Option(
@@ -155,9 +181,21 @@ def compress(
     from ...calibration.text import Calibration
     from ...compress import run
     from ...job.prepare import prepare
+    from ...training.reconstruction import Refinement
     from .. import console as c
 
-    text = Calibration(calibration, calibration_tokens, calibration_length) if calibration else None
+    settings = {
+        "tokens": calibration_tokens,
+        "length": calibration_length,
+        "field": calibration_field,
+        "target_field": calibration_target_field,
+        "split": calibration_split,
+    }
+    given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+    if calibration is None and given:
+        option = f"--calibration-{next(iter(given)).replace('_', '-')}"
+        raise UsageError(f"{option} says how to use calibration text: add --calibration SOURCE, or leave it out.")
+    text = Calibration(calibration, **given) if calibration is not None else None
     out = c.Console(json=json, quiet=quiet)
     with out.status(f"Reading {model}"):
         job = prepare(
@@ -170,6 +208,7 @@ def compress(
             trust_remote_code=trust_remote_code,
             max_shard_size=max_shard_size,
             calibration=text,
+            refinement=Refinement(refine_steps, refine_lr) if refine == "blocks" else None,
             plan_only=dry_run,
         )
     if dry_run:

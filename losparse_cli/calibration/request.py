@@ -1,0 +1,111 @@
+"""What text was asked for, and whether the model can do with it; no text is read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import UsageError
+from .documents import SELF, kind_of
+
+LENGTH = 512  # tokens of a window, if nothing else is asked for and the model takes as many
+SHORTEST = 8  # tokens of a window in which there is anything to attend to
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What text was asked for; UsageError for numbers that no text can meet.
+
+    source: a file, a Hub dataset, or `self`. tokens: about how many to use. length: tokens of a window, None for 512
+    or as many as the model takes. batch: windows at a time. split: of a Hub dataset, None for `train`. field: with the
+    text, None for `text`. target_field: with what an encoder-decoder model is to say, None for the text itself.
+    """
+
+    source: str
+    tokens: int = 32768
+    length: int | None = None
+    batch: int = 8
+    split: str | None = None
+    field: str | None = None
+    target_field: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens <= 0:
+            raise UsageError(f"--calibration-tokens is a positive number, not {self.tokens}.")
+        if self.length is not None and self.length < SHORTEST:
+            raise UsageError(f"--calibration-length is {SHORTEST} or more, not {self.length}.")
+
+    @property
+    def windows(self) -> int:
+        """How many windows are wanted; only of a settled one."""
+        assert self.length is not None
+        return max(1, round(self.tokens / self.length))
+
+
+def settle(calibration: Calibration, model: Any, folder: Path) -> Calibration:
+    """The request with length, split and field decided, for a `model` without weights; no text is read.
+
+    A length that was left open becomes 512, or what the model and the tokenizer in `folder` take if that is less.
+    UsageError if model and text do not go together, or if the source is neither file nor dataset.
+    """
+    name = type(model).__name__
+    if model.main_input_name != "input_ids":
+        raise UsageError(
+            f"{name} reads {model.main_input_name}, and calibration needs a model that reads text. Compress it without "
+            "--calibration."
+        )
+    kind = kind_of(calibration.source)
+    seq2seq = bool(model.config.is_encoder_decoder)
+    if kind == SELF and (seq2seq or not model.can_generate()):
+        raise UsageError(
+            f"{name} writes no text of its own, so --calibration self has nothing to offer. Give a file or a Hub "
+            "dataset."
+        )
+    _check_options(calibration, kind, name, seq2seq)
+    limit = length_limit(model, folder)
+    if limit is not None and calibration.length is not None and calibration.length > limit:
+        raise UsageError(
+            f"{name} takes at most {limit} tokens, fewer than --calibration-length {calibration.length}. Give {limit} "
+            "or less."
+        )
+    return replace(
+        calibration,
+        length=calibration.length or min(LENGTH, limit or LENGTH),
+        split=(calibration.split or "train") if kind == "hub" else None,
+        field=(calibration.field or "text") if kind in ("hub", "lines", "parquet") else None,
+    )
+
+
+def _check_options(calibration: Calibration, kind: str, name: str, seq2seq: bool) -> None:
+    what = {"text": "a text file", "lines": "a file of JSON lines", "parquet": "a Parquet file", SELF: "no source"}
+    for option, given, has in (
+        ("--calibration-split", calibration.split, ("hub",)),
+        ("--calibration-field", calibration.field, ("hub", "lines", "parquet")),
+        ("--calibration-target-field", calibration.target_field, ("hub", "lines", "parquet")),
+    ):
+        if given is not None and kind not in has:
+            part = "splits" if option == "--calibration-split" else "fields"
+            raise UsageError(f"{calibration.source} is {what[kind]} with {part}. Leave out {option} {given}.")
+    if calibration.target_field is not None and not seq2seq:
+        raise UsageError(f"{name} has no decoder beside an encoder. Leave out --calibration-target-field.")
+
+
+def length_limit(model: Any, folder: Path) -> int | None:
+    """The longest text, in tokens, that both the model and the tokenizer in `folder` name; None if neither does."""
+    settings = model.config.get_text_config()
+    positions = [getattr(settings, name, None) for name in ("max_position_embeddings", "n_positions")]
+    for module in model.modules():  # RoBERTa's first position comes after the one of padding
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None and module.num_embeddings in positions:
+            positions.append(module.num_embeddings - module.padding_idx - 1)
+    try:
+        written = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        positions.append(written.get("model_max_length"))
+    except (OSError, ValueError, AttributeError):  # then the tokenizer itself cannot be loaded either, and says so
+        pass
+    # A tokenizer that knows no limit writes 10^30.
+    sane = [int(n) for n in positions if isinstance(n, int | float) and SHORTEST <= n < 1 << 30]
+    return min(sane, default=None)

@@ -1,0 +1,1 @@
+"""Training of U, V and S."""
