@@ -26,6 +26,7 @@ from .checkpoint.journal import Journal, Unit
 from .checkpoint.report import LayerReport, Report
 from .checkpoint.source import REPORT, TIMING, Checkpoint, read_json
 from .checkpoint.writer import (
+    ALLOCATION,
     GENERATED,
     ShardWriter,
     check_output,
@@ -38,8 +39,9 @@ from .checkpoint.writer import (
     write_json,
 )
 from .errors import CheckpointError, OutputError, ResumeError, UsageError
+from .job.allocation import Allocation, allocate_by_error
 from .job.calibrated import CalibratedRun
-from .job.prepare import Job, digest, fingerprint, prepare
+from .job.prepare import Job, digest, fingerprint, prepare, replan
 from .job.solve import encode_layer, solve_layer
 from .shim.layouts import LayerSpec
 
@@ -49,6 +51,7 @@ class Progress(Protocol):
 
     def start(self, job: Job, layers_done: int, bytes_done: int) -> None: ...
     def phase(self, text: str) -> None: ...
+    def allocated(self, decided: Allocation) -> None: ...
     def layer(self, report: LayerReport) -> None: ...
     def advance(self, nbytes: int) -> None: ...
 
@@ -106,6 +109,12 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
         journal = Journal(work, expected, required=resume == "required", discard=resume == "never")
     try:
         kept = _kept_text(job, work, journal)
+        if job.recipe.allocate == "error":
+            if progress is not None:
+                progress.start(job, 0, 0)
+            if job.windows is None:
+                job = replace(job, windows=kept or _own_text(job, work, progress))
+            job = _allocated(job, work, progress)
         writer = ShardWriter(work, job.shards, journal, job.blocks.values())
         resumed = writer.done
         _check_space(job, work, sum(u.end - u.begin for u in journal.units))
@@ -188,6 +197,22 @@ def _own_text(job: Job, work: Path, progress: Progress | None) -> Windows:
     with write_errors(work):
         write_windows(windows, work / GENERATED)
     return windows
+
+
+def _allocated(job: Job, work: Path, progress: Progress | None) -> Job:
+    """The job with its budget allocated by error; what was decided is kept for a run that goes on with this one."""
+    path = work / ALLOCATION
+    if path.is_file():
+        try:
+            return replan(job, job.recipe.with_overrides(read_json(path)["layers"]))
+        except (CheckpointError, KeyError, TypeError, ValueError):
+            path.unlink()  # torn by a crash
+    decided = allocate_by_error(job, progress.phase if progress is not None else lambda text: None)
+    with write_errors(work):
+        write_json(path, {"layers": decided.layers, "gain": decided.gain})
+    if progress is not None:
+        progress.allocated(decided)
+    return replan(job, job.recipe.with_overrides(decided.layers))
 
 
 # --- the work ---------------------------------------------------------------------------------------
@@ -309,6 +334,6 @@ def _calibration(job: Job) -> dict[str, Any]:
 
 def _file_hashes(work: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file but the card, which its owner may edit, and what is written after this."""
-    after = ("README.md", REPORT, TIMING, JOURNAL, GENERATED)
+    after = ("README.md", REPORT, TIMING, JOURNAL, GENERATED, ALLOCATION)
     paths = [p for p in sorted(work.rglob("*")) if p.is_file() and str(p.relative_to(work)) not in after]
     return {str(p.relative_to(work)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in paths}

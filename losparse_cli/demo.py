@@ -6,8 +6,11 @@ cached as a plain checkpoint), the text from the test data of `gensim`: no hub i
 
 from __future__ import annotations
 
+import bz2
+import html
 import importlib.util
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -121,6 +124,65 @@ def news_text() -> str:
     """300 news articles (the Lee corpus) from gensim's test data."""
     path = _package_folder("gensim", "gensim") / "test" / "test_data" / "lee_background.cor"
     return path.read_text(encoding="utf-8")
+
+
+def encyclopedia_text() -> tuple[str, str]:
+    """(calibration, held out): prose of the slice of English Wikipedia in gensim's test data, paragraphs a blank line
+    apart; every fifth article is held out."""
+    from xml.etree import ElementTree
+
+    folder = _package_folder("gensim", "gensim") / "test" / "test_data"
+    path = next(folder.glob("enwiki-latest-pages-articles1*.bz2"), None)
+    if path is None:
+        raise SourceError("The package gensim holds no slice of Wikipedia. Install version 4.3 or newer.")
+    articles = []
+    with bz2.open(path) as file:
+        for _, element in ElementTree.iterparse(file):
+            if element.tag.endswith("}text"):
+                prose = _without_markup(element.text or "")
+                if len(prose) >= 500:  # shorter ones are redirects and lists
+                    articles.append(prose)
+            if element.tag.endswith("}page"):
+                element.clear()
+    held_out = articles[4::5]
+    del articles[4::5]
+    return "\n\n".join(articles), "\n\n".join(held_out)
+
+
+def _without_markup(text: str) -> str:
+    """The prose of a wiki page: no tables, lists, headings, formulas, notes or captions."""
+
+    def expand(match: re.Match[str]) -> str:
+        name, *rest = (part.strip() for part in match[1].split("|"))
+        values = [part for part in rest if not re.match(r"\w+\s*=", part)]
+        kind = name.lower()
+        if kind in ("lang", "nowrap", "nobr", "transl", "transliteration", "chem", "chem2", "sic") and values:
+            return "".join(values) if kind == "chem" else values[-1]
+        if kind in ("convert", "cvt") and len(values) > 1:
+            return f"{values[0]} {values[1]}"
+        return "–" if kind in ("ndash", "snd", "spnd", "spaced ndash", "endash") else ""
+
+    text = html.unescape(html.unescape(text)).replace("\xa0", " ")
+    text = re.sub(r"<!--.*?-->|<ref[^<>]*/>|__[A-Z]+__", "", text, flags=re.S)
+    text = re.sub(r"<(ref|math|gallery|timeline|table|score|code|source|pre)\b.*?</\1\s*>", "", text, flags=re.S)
+    for pattern, put in (
+        (re.compile(r"\{\{([^{}]*)\}\}"), expand),
+        (re.compile(r"\{\|(?:(?!\{\||\|\}).)*\|\}", re.S), ""),
+        (re.compile(r"\[\[(?:File|Image|Category):(?:[^\[\]]|\[(?!\[)[^\[\]]*\]|\[\[[^\[\]]*\]\])*\]\]", re.I), ""),
+    ):
+        count = 1
+        while count:  # from the innermost outwards
+            text, count = pattern.subn(put, text)
+    text = re.sub(r"\[\[(?:[^|\[\]]*\|)?([^\[\]]*)\]\]", r"\1", text)
+    text = re.sub(r"\[(?:https?:)?//\S+ ?([^\]]*)\]|<[^<>]+>|'{2,}", r"\1", text)
+    # Whatever is left of a broken table, link or formula makes its line worthless; so are lists and headings.
+    text = re.sub(r"^(?:[=*#:;|!{}]|File:|Image:|.*(?:\{\{|\}\}|\[\[|\]\]|\{\||\\\w|thumb\|)).*$", "", text, flags=re.M)
+    # What stood in foreign scripts and phonetics leaves its commas behind.
+    text = re.sub(r"\((?:[\s,;:]|\bor\b)*\)", "", text)
+    text = re.sub(r"\([\s,;:]+", "(", text)
+    text = re.sub(r"[ \t]+(?=[,.;:)])|(?<=[ \t])[ \t]+|[ \t]+$", "", text, flags=re.M)
+    text = re.sub(r",(?=[,;])|^.{0,39}$", "", text, flags=re.M)  # the remains of lists
+    return re.sub(r"\n\s*\n+", "\n\n", text).strip()
 
 
 def cache_folder() -> Path:

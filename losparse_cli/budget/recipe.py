@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,11 @@ class Recipe:
             if fnmatchcase(name, glob):
                 recipe = _override(recipe, dict(fields))
         return recipe
+
+    def with_overrides(self, layers: Mapping[str, Mapping[str, Any]]) -> Recipe:
+        """This recipe with further fields for the layers of these names, which win over what was there."""
+        added = tuple((escape(name), tuple(sorted(fields.items()))) for name, fields in layers.items())
+        return replace(self, overrides=(*self.overrides, *added))
 
     def settled(self, *, calibrated: bool = False) -> Recipe:
         """This recipe with every choice made that was left open; without calibration text unless told otherwise.

@@ -193,7 +193,7 @@ def _hub_rows(source: str, fields: list[str], split: str, seed: int) -> Rows:
         # Shards in an order of their own, so that it is not always the beginning that is read; no rows are held back.
         stream = stream.shuffle(seed=seed, buffer_size=1)
         for row in stream:
-            yield f"The dataset {source}", row
+            yield source, row
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,14 @@ class Moments:
     tokens: int
 
 
-def gather_moments(block: nn.Module, layers: Sequence[str], calls: Iterable[Call]) -> list[Moments]:
-    """Run the dense `block` on every call, set each call's output, and return the moments of its layers.
+def gather_moments(
+    block: nn.Module,
+    layers: Sequence[str],
+    calls: Iterable[Call],
+    *,
+    on_output: Callable[[Any], None] = lambda output: None,
+) -> list[Moments]:
+    """Run the dense `block` on every call, hand its output to `on_output`, and return the moments of its layers.
 
     layers: names of linear modules inside `block`. Layers that are fed the very same tensor (q, k, v; gate, up)
     share one Moments. Layers that were never called are left out. CheckpointError names a layer whose inputs are
@@ -58,7 +65,7 @@ def gather_moments(block: nn.Module, layers: Sequence[str], calls: Iterable[Call
     try:
         with torch.no_grad():
             for call in calls:
-                call.output = run_block(block, call)
+                on_output(run_block(block, call))
                 fed.clear()
     finally:
         for hook in hooks:

@@ -98,8 +98,10 @@ def length_limit(model: Any, folder: Path) -> int | None:
     """The longest text, in tokens, that both the model and the tokenizer in `folder` name; None if neither does."""
     settings = model.config.get_text_config()
     positions = [getattr(settings, name, None) for name in ("max_position_embeddings", "n_positions")]
-    for module in model.modules():  # RoBERTa's first position comes after the one of padding
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None and module.num_embeddings in positions:
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    for module in tables:  # RoBERTa's first position comes after the one of padding
+        own = module is not model.get_input_embeddings() and module.num_embeddings in positions
+        if own and module.padding_idx is not None:
             positions.append(module.num_embeddings - module.padding_idx - 1)
     try:
         written = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))

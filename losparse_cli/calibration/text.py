@@ -38,7 +38,13 @@ class Windows:
     target_ids: Tensor | None = None
 
     @property
+    def length(self) -> int:
+        """Tokens of a window."""
+        return self.ids.shape[1]
+
+    @property
     def tokens(self) -> int:
+        """All of them, those that a decoder reads too."""
         return self.ids.numel() + (0 if self.target_ids is None else self.target_ids.numel())
 
     def digest(self) -> str:

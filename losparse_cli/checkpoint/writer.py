@@ -25,6 +25,7 @@ from .journal import Journal, Unit, crc_of
 from .reader import TORCH_DTYPES
 from .source import INDEX, WEIGHTS
 
+ALLOCATION = "losparse_allocation.json"  # what --allocate error decided; of a run under way
 GENERATED = "losparse_generated.safetensors"  # text that the model wrote for its own calibration; of a run under way
 ENTRY_CHARACTERS = 140  # of a header entry besides its name: dtype, shape and offsets at their longest
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -93,6 +94,10 @@ class ShardWriter:
     @property
     def done(self) -> int:
         return len(self._journal.units)
+
+    @property
+    def folder(self) -> Path:
+        return self._folder
 
     def _recover(self) -> None:
         with write_errors(self._folder):
@@ -303,7 +308,8 @@ def publish(work: Path, output: Path) -> None:
 def clear_away(output: Path) -> None:
     """Remove what a published result no longer needs: text, the journal, and the folder that it replaced."""
     with write_errors(output):
-        (output / GENERATED).unlink(missing_ok=True)
+        for name in (GENERATED, ALLOCATION):
+            (output / name).unlink(missing_ok=True)
         (output / JOURNAL).unlink(missing_ok=True)
         shutil.rmtree(_replaced(output), ignore_errors=True)  # another process may be at it, too
 
@@ -320,10 +326,10 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, option: str = "--max-shard-size") -> int:
     """Bytes of a size such as 5GB, 500MB or 2GiB; UsageError otherwise."""
     match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,9})?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     size = float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ") if match else 0
     if size < 1:
-        raise UsageError(f"--max-shard-size {text!r} is no size; write 5GB, 500MB or 2GiB.")
+        raise UsageError(f"{option} {text!r} is no size; write 5GB, 500MB or 2GiB.")
     return int(size)

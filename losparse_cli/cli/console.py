@@ -30,6 +30,7 @@ from ..errors import Interrupted
 if TYPE_CHECKING:
     from ..checkpoint.report import LayerReport, Report
     from ..compress import Result
+    from ..job.allocation import Allocation
     from ..job.prepare import Job
 
 # Shares of the parameters below which a data-free result is told from the dense model, and no longer useful:
@@ -129,6 +130,19 @@ class LayerProgress:
         """What goes on between two layers."""
         if self._bars is not None:
             self._bars.update(self._layers, note=escape(text))
+
+    def allocated(self, decided: Allocation) -> None:
+        """What --allocate error decided."""
+        shares = sorted(
+            max(fields.get("keep", 0), fields.get("keep_parameters", 0)) for fields in decided.layers.values()
+        )
+        if not shares:
+            self._console.say("The uniform plan stays: sizes by error gave no smaller divergence from the dense model.")
+            return
+        checked = "not checked, since the model does not fit in memory whole"
+        if decided.gain is not None:
+            checked = f"{decided.gain:.0%} of the uniform plan's divergence from the dense model, solved coarsely"
+        self._console.say(f"Sizes by error: {shares[0]:.0%} to {shares[-1]:.0%} of a layer; {checked}.")
 
     def layer(self, report: LayerReport) -> None:
         self._done += 1

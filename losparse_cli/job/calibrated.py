@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..budget.plan import LayerPlan
+from ..calibration.activations import Activations
 from ..calibration.moments import gather_moments
 from ..checkpoint.layers import unpack_layer
 from ..checkpoint.reader import FLOATING, TORCH_DTYPES
@@ -20,11 +21,13 @@ from ..linalg.error import relative_error, squared_norm
 from ..linalg.factors import Decomposition, LowRankSparse
 from ..linalg.precision import fast_float32
 from ..linalg.svd import seed_of
-from ..models.blocks import Call, Relay, block_of, hidden_states, run_block
+from ..models.blocks import Call, Relay, block_of, hidden_states, run_block, with_hidden_states
+from ..models.device import available
 from ..models.skeleton import empty_model
 from ..shim.layouts import LayerSpec
 from ..training.reconstruction import match_block
 from .assembly import Assembly
+from .estimate import estimate
 from .prepare import Job
 from .solve import as_matrix, encode_layer, solve_layer, solve_layers
 
@@ -48,6 +51,9 @@ class CalibratedRun:
         self.assembly = Assembly(model, job.source, job.device)
         self.model = self.assembly.model
         self._files = {file.path: file for file in job.source.files}
+        need = estimate(job)
+        limit = job.memory_limit if job.memory_limit is not None else available(job.device) * 3 // 4
+        self._activations = Activations(writer.folder, max(0, limit - need.fixed_bytes))
         for module in self.model.modules():
             if hasattr(module, "config"):
                 module.config.use_cache = False  # a cache would let every batch attend to the ones before it
@@ -89,7 +95,9 @@ class CalibratedRun:
         last = name == list(self.job.blocks)[-1]
         with torch.no_grad():
             for call in calls if not last else ():
-                call.output = run_block(block, call)
+                output = run_block(block, call)
+                call.output = with_hidden_states(output, self._activations.keep(hidden_states(output)))
+                self._activations.release()
         self.assembly.drop(parameters)
 
     def _plans(self, name: str) -> dict[str, LayerPlan]:
@@ -103,10 +111,14 @@ class CalibratedRun:
         plans = self._plans(name)
         self._say(f"{name or 'model'}: calibrating")
         begun = time.monotonic()
-        moments = gather_moments(block, list(plans), calls)
-        targets = [hidden_states(call.output) for call in calls] if job.refinement is not None else []
-        for call in calls:
-            call.output = None
+        targets: list[Tensor] = []
+
+        def keep_target(output: Any) -> None:
+            if job.refinement is not None:
+                targets.append(self._activations.keep(hidden_states(output)))
+            self._activations.release()
+
+        moments = gather_moments(block, list(plans), calls, on_output=keep_target)
         solved: dict[str, Decomposition] = {}
         encoded: dict[str, tuple[Any, Any, Any]] = {}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..checkpoint.reader import BITS, FLOATING, TensorEntry
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..checkpoint.writer import Shard, Slot, output_path, parse_size, plan_shards
 from ..errors import CheckpointError, SourceError, UsageError
-from ..models.blocks import block_of, find_blocks
+from ..models.blocks import block_of, find_blocks, hidden_size
 from ..models.device import find_device
 from ..models.names import NameMap
 from ..models.skeleton import Skeleton, build_skeleton, choose, require_match
@@ -39,6 +39,7 @@ class Job:
     units: per tensor of the source, in the order of writing, the layer it is the weight of, or None if copied.
     recipe: settled. calibration: what text was asked for, None without any; windows: its tokens, None if they are yet
     to be generated. blocks: block of the model -> its units, in the order of the forward pass; {} without calibration.
+    memory_limit: bytes, None for three quarters of what is free. hidden_size: width of what flows between blocks.
     """
 
     source: Checkpoint
@@ -53,6 +54,9 @@ class Job:
     windows: Windows | None = None
     blocks: dict[str, range] = field(default_factory=dict)
     refinement: Refinement | None = None
+    memory_limit: int | None = None
+    hidden_size: int = 0
+    max_shard_bytes: int = 0
 
     @property
     def parameters(self) -> int:
@@ -95,6 +99,7 @@ def prepare(
     max_shard_size: str = "5GB",
     calibration: Calibration | None = None,
     refinement: Refinement | None = None,
+    memory_limit: str | None = None,
     plan_only: bool = False,
 ) -> Job:
     """The plan of a compression: source checked, layers chosen, rank and nnz of each, shards cut.
@@ -129,14 +134,24 @@ def prepare(
             windows = read_windows(
                 calibration, skeleton.model, source.folder, recipe.seed, trust_remote_code=trust_remote_code
             )
-    slots = [
-        Slot(_tensor_names(layer), layer.bound_bytes) if layer else Slot((entry.name,), entry.nbytes)
-        for entry, layer in units
-    ]
     output = output_path(output or f"{source.name.rpartition('/')[2]}-losparse")
-    shards = tuple(plan_shards(slots, shard_bytes))
+    shards = _shards(units, shard_bytes)
     return Job(
-        source, recipe, plan, units, shards, output, where, trust_remote_code, calibration, windows, blocks, refinement
+        source,
+        recipe,
+        plan,
+        units,
+        shards,
+        output,
+        where,
+        trust_remote_code,
+        calibration,
+        windows,
+        blocks,
+        refinement,
+        None if memory_limit is None else parse_size(memory_limit, "--memory-limit"),
+        hidden_size(skeleton.model),
+        shard_bytes,
     )
 
 
@@ -148,6 +163,24 @@ def _open(model: str | Path, revision: str | None, cache_dir: Path | None, plan_
         if plan_only:
             raise
         return open_checkpoint(model, revision=revision, cache_dir=cache_dir)
+
+
+def replan(job: Job, recipe: Recipe) -> Job:
+    """The job with the plan that `recipe` gives its layers; everything else stays, the order of the units too."""
+    if recipe == job.recipe:
+        return job
+    plan = make_plan([p.layer for p in job.plan.layers], job.plan.skipped, recipe)
+    by_tensor = {p.layer.tensor: p for p in plan.layers}
+    units = tuple((entry, by_tensor.get(entry.name)) for entry, _ in job.units)
+    return replace(job, recipe=recipe, plan=plan, units=units, shards=_shards(units, job.max_shard_bytes))
+
+
+def _shards(units: Units, max_bytes: int) -> tuple[Shard, ...]:
+    slots = [
+        Slot(_tensor_names(layer), layer.bound_bytes) if layer else Slot((entry.name,), entry.nbytes)
+        for entry, layer in units
+    ]
+    return tuple(plan_shards(slots, max_bytes))
 
 
 Units = tuple[tuple[TensorEntry, LayerPlan | None], ...]

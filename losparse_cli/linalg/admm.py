@@ -24,6 +24,8 @@ DAMPING = 0.03
 
 RHO_START, RHO_END = 0.1, 1.0
 POLISH_ROUNDS, POLISH_STEPS = 3, 10
+ROUGH = 20
+"""Iterations below which a solve only estimates an error, and one round of polish is enough."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def solve(
         for run in runs:
             run.step(inverse, rho)
     for run in runs:
-        run.close()
+        run.close(POLISH_ROUNDS if steps > ROUGH else 1)
     return [run.finish(dtype) for run in runs]
 
 
@@ -176,11 +178,11 @@ class _Run:
         else:
             self.errors.append(self.errors[-1])
 
-    def close(self) -> None:
+    def close(self, rounds: int) -> None:
         """The polish: S by conjugate gradients on its support, L by power steps, in turn; never worse."""
         self._keep_better()
         _, self.U, self.P, self.S = self.best
-        for _ in range(POLISH_ROUNDS):
+        for _ in range(rounds):
             support = self.S != 0
             L = self.U @ self.P
             self.S = _conjugate_gradients(self.A - L, self.S, support, self.metric.H, POLISH_STEPS)

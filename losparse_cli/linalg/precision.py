@@ -35,7 +35,7 @@ def _products() -> Any:
 
 @cache
 def _onednn_is_exact() -> bool:
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     generator = torch.Generator().manual_seed(0)
     A, B = (torch.randn(512, 512, generator=generator) for _ in range(2))

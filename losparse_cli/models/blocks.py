@@ -39,6 +39,13 @@ def block_of(name: str, blocks: Collection[str]) -> str | None:
     return next((block for block in blocks if not block or name.startswith(f"{block}.")), None)
 
 
+def hidden_size(model: Any) -> int:
+    """Width of what flows between the blocks: that of the input embeddings where the config does not say."""
+    settings = model.config.get_text_config()
+    named = getattr(settings, "hidden_size", None) or getattr(settings, "d_model", None)
+    return int(named or model.get_input_embeddings().weight.shape[1])
+
+
 @dataclass
 class Call:
     """One block's call for one batch. `output` is what the model will be told the block returned."""
@@ -167,3 +174,8 @@ def hidden_states(output: Any) -> Tensor:
     found = output if isinstance(output, Tensor) else output[0]
     assert isinstance(found, Tensor)
     return found
+
+
+def with_hidden_states(output: Any, states: Tensor) -> Any:
+    """`output` of a block with its activations replaced by `states`."""
+    return states if isinstance(output, Tensor) else type(output)((states, *output[1:]))

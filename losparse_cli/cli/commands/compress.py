@@ -112,6 +112,22 @@ def compress(
     calibration_split: Annotated[
         str | None, typer.Option(help="Split of a Hub dataset.", rich_help_panel=o.TEXT, show_default="train")
     ] = None,
+    allocate: Annotated[
+        str | None,
+        typer.Option(
+            help="uniform, or error: sizes by what each layer's error does to the model's output.",
+            rich_help_panel=o.TEXT,
+            show_default="uniform",
+        ),
+    ] = None,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(
+            help="Such as 8GB: activations beyond it go to files.",
+            rich_help_panel=o.RUN,
+            show_default="3/4 of what is free",
+        ),
+    ] = None,
     refine: Annotated[
         str, typer.Option(help="blocks: train U, V and S to match each dense block; off.", rich_help_panel=o.TEXT)
     ] = "off",
@@ -168,6 +184,7 @@ def compress(
         "threshold_scope": threshold_scope,
         "iterations": iterations,
         "solver": solver,
+        "allocate": allocate,
         "exact_svd": exact_svd or None,
         "seed": seed,
         "targets": tuple(targets or ()),
@@ -197,6 +214,8 @@ def compress(
         raise UsageError(f"{option} says how to use calibration text: add --calibration SOURCE, or leave it out.")
     text = Calibration(calibration, **given) if calibration is not None else None
     out = c.Console(json=json, quiet=quiet)
+    if text is not None:
+        c.calm_libraries()
     with out.status(f"Reading {model}"):
         job = prepare(
             model,
@@ -208,6 +227,7 @@ def compress(
             trust_remote_code=trust_remote_code,
             max_shard_size=max_shard_size,
             calibration=text,
+            memory_limit=memory_limit,
             refinement=Refinement(refine_steps, refine_lr) if refine == "blocks" else None,
             plan_only=dry_run,
         )

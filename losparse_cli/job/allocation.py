@@ -1,0 +1,230 @@
+"""`--allocate error`: each layer's size and split from coarse solves, checked against the uniform plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..budget.allocate import REACH, Curve, allocate
+from ..budget.plan import Layer, plan_layer
+from ..budget.recipe import Recipe
+from ..calibration.moments import gather_moments
+from ..errors import UsageError
+from ..linalg.factors import Decomposition
+from ..linalg.precision import fast_float32
+from ..models.blocks import Relay, block_of
+from ..models.device import available
+from ..models.skeleton import empty_model
+from .assembly import Assembly
+from .prepare import Job
+from .solve import solve_layers
+
+COARSE_STEPS = 15
+SPLITS = (0.05, 0.2)
+"""Shares of the low-rank part that are tried at the uniform size."""
+WINDOWS, JUDGES = 16, 4
+"""Windows whose moments the curves are measured on, and further ones on which the model's output is judged."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What was decided.
+
+    layers: name -> fields of the recipe, {} where the uniform plan stays. gain: KL divergence from the dense model of
+    the allocated plan over that of the uniform one, both solved coarsely, on windows that no error was measured on; the
+    uniform plan stays if it is not below 1. None if the model does not fit in memory whole: then nothing was checked,
+    and all blocks weigh alike.
+    """
+
+    layers: dict[str, dict[str, float]]
+    gain: float | None
+
+
+def allocate_by_error(job: Job, on_phase: Callable[[str], None] = lambda text: None) -> Allocation:
+    """Size and split of each layer by measured errors, or nothing where the uniform plan is as good.
+
+    UsageError if the recipe leaves nothing to allocate.
+    """
+    recipe = job.recipe
+    field = "keep" if recipe.keep is not None else "keep_parameters"
+    keep = getattr(recipe, field)
+    if keep is None or ":" in recipe.pattern or recipe.rank is not None:
+        raise UsageError("--allocate error decides rank and size of each layer: give --keep alone, and no N:M pattern.")
+    assert job.windows is not None
+    assert job.calibration is not None
+    survey = _Survey(job, field, keep, on_phase)
+    survey.run()
+    shares = allocate(survey.curves, keep)
+    layers = {name: {field: round(share, 4), "rank_ratio": survey.split[name]} for name, share in shares.items()}
+    if survey.whole is None:
+        return Allocation(layers, None)
+    gain = survey.compare(shares)
+    return Allocation(layers if gain < 1 else {}, gain)
+
+
+class _Survey:
+    """One pass over the dense blocks: error curves of their layers, and what each block's error does to the output."""
+
+    def __init__(self, job: Job, field: str, keep: float, on_phase: Callable[[str], None]) -> None:
+        self.job, self.field, self.keep, self._say = job, field, keep, on_phase
+        assert job.windows is not None
+        ids = job.windows.ids
+        count = max(1, min(WINDOWS, len(ids) - JUDGES)) if len(ids) > JUDGES else 1
+        self._measured = replace(job.windows, ids=ids[:count], target_ids=_part(job.windows.target_ids, 0, count))
+        last = max(0, len(ids) - JUDGES)
+        self._judged = replace(job.windows, ids=ids[last:], target_ids=_part(job.windows.target_ids, last, len(ids)))
+        self.curves: dict[str, Curve] = {}
+        self.split: dict[str, float] = {}
+        self._coarse: dict[str, Tensor] = {}  # layer -> its weight at the uniform size, coarsely solved
+        self._moments: dict[str, Tensor] = {}
+        self.whole = self._whole_model()
+
+    def _model(self) -> Assembly:
+        model = empty_model(
+            self.job.source.folder, self.job.source.config, trust_remote_code=self.job.trust_remote_code
+        )
+        for module in model.modules():
+            if hasattr(module, "config"):
+                module.config.use_cache = False
+        return Assembly(model, self.job.source, self.job.device)
+
+    def _whole_model(self) -> Assembly | None:
+        """The model with all its weights, if it fits beside what else is needed."""
+        if 3 * 4 * self.job.parameters > available(self.job.device):
+            return None
+        assembly = self._model()
+        assembly.load([name for name, _ in assembly.model.named_parameters()])
+        return assembly
+
+    def _recipe(self, share: float, split: float) -> Recipe:
+        size: dict[str, Any] = {self.field: share}
+        return replace(self.job.recipe, **size, rank_ratio=split, iterations=COARSE_STEPS, overrides=())
+
+    def run(self) -> None:
+        job = self.job
+        assembly = self.whole or self._model()
+        dense = self._outputs() if self.whole is not None else None
+        blocks = list(job.blocks)
+        model = assembly.model
+        plans = {plan.layer.name: plan for plan in job.plan.layers}
+        if self.whole is None:
+            assembly.load([n for n, _ in model.named_parameters() if block_of(n, blocks) is None])
+        batches = [{name: ids.to(job.device) for name, ids in batch.items()} for batch in self._measured.batches(4)]
+        with fast_float32(), Relay(model, blocks, batches) as relay:
+            for number, (name, calls) in enumerate(relay):
+                self._say(f"allocating: measuring block {number + 1} of {len(blocks)}")
+                block = model.get_submodule(name)
+                prefix = f"{name}." if name else ""
+                parameters = [f"{prefix}{n}" for n, _ in block.named_parameters()]
+                assembly.load(parameters)
+                inside = [n.removeprefix(prefix) for n in plans if block_of(n, [name]) == name]
+                outputs: list[Any] = []
+                for group in gather_moments(block, inside, calls, on_output=outputs.append):
+                    layers = [plans[prefix + n].layer for n in group.layers]
+                    self._measure(layers, group.H, assembly)
+                for call, output in zip(calls, outputs, strict=True):
+                    call.output = output
+                if self.whole is None:
+                    assembly.drop(parameters)
+        if dense is not None:
+            self._weigh(dense)
+
+    def _measure(self, layers: Sequence[Layer], H: Tensor, assembly: Assembly) -> None:
+        stored = [assembly.read(layer.tensor) for layer in layers]
+        given = self.job.recipe.rank_ratio
+        splits = SPLITS if given in SPLITS else (given or 0.0,)
+
+        def solved(share: float, split: Sequence[float]) -> list[Decomposition]:
+            plans = [plan_layer(layer, self._recipe(share, s)) for layer, s in zip(layers, split, strict=True)]
+            return solve_layers(plans, stored, H, self.job.recipe, self.job.device)
+
+        tried = [solved(self.keep, [split] * len(layers)) for split in splits]
+        best = [min(range(len(splits)), key=lambda s: _error(tried[s][k])) for k in range(len(layers))]
+        split = [splits[s] for s in best]
+        low, high = max(0.02, self.keep - REACH), min(1.0, self.keep + REACH)
+        ends = solved(low, split), solved(high, split)
+        for k, layer in enumerate(layers):
+            middle = tried[best[k]][k]
+            errors = (_error(ends[0][k]), _error(middle), _error(ends[1][k]))
+            size = layer.dense_bytes if self.field == "keep" else layer.shape[0] * layer.shape[1]
+            self.curves[layer.name] = Curve(size, (low, self.keep, high), errors, 1.0)
+            self.split[layer.name] = split[k]
+            if self.whole is not None:
+                self._coarse[layer.name] = middle.factors.dense().to(torch.bfloat16)
+                self._moments[layer.name] = H
+
+    def _outputs(self) -> list[Tensor]:
+        """What the whole model gives on the judging windows now: log-probabilities, or hidden states without a head."""
+        assert self.whole is not None
+        found = []
+        with torch.no_grad(), fast_float32():
+            for batch in self._judged.batches(1):
+                output = self.whole.model(**{name: ids.to(self.job.device) for name, ids in batch.items()})
+                logits = getattr(output, "logits", None)
+                if logits is not None and logits.dim() == 3:
+                    found.append(torch.log_softmax(logits[0].float(), dim=-1))
+                else:
+                    found.append(output[0].float())
+        return found
+
+    def _distance(self, dense: Sequence[Tensor]) -> float:
+        """Mean KL divergence a token to the dense model, or the mean squared distance of hidden states."""
+        total = 0.0
+        for a, b in zip(dense, self._outputs(), strict=True):
+            if a.dim() == 2:
+                total += float((a.exp() * (a - b)).sum(-1).mean())
+            else:
+                total += float((a - b).square().mean())
+        return total / len(dense)
+
+    def _set(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Put these weights into the whole model; returns those that were there."""
+        assert self.whole is not None
+        transposed = {plan.layer.name: plan.layer.transposed for plan in self.job.plan.layers}
+        before = {}
+        for name, W in weights.items():
+            parameter = self.whole.model.get_submodule(name).weight
+            before[name] = parameter.data.T.clone() if transposed[name] else parameter.data.clone()
+            parameter.data.copy_(W.T if transposed[name] else W)
+        return before
+
+    def _weigh(self, dense: Sequence[Tensor]) -> None:
+        """Give every block's layers the weight: divergence with that block alone compressed, over its errors."""
+        names = {block: [n for n in self.curves if block_of(n, [block]) == block] for block in self.job.blocks}
+        for number, (_, members) in enumerate(names.items()):
+            self._say(f"allocating: weighing block {number + 1} of {len(names)}")
+            before = self._set({name: self._coarse[name] for name in members})
+            divergence = self._distance(dense)
+            self._set(before)
+            error = sum(self.curves[name].error[1] for name in members)
+            for name in members:
+                self.curves[name] = replace(self.curves[name], weight=max(divergence, 1e-9) / max(error, 1e-12))
+
+    def compare(self, shares: dict[str, float]) -> float:
+        """Divergence of the allocated plan over that of the uniform one, both solved coarsely."""
+        assert self.whole is not None
+        self._say("allocating: checking against the uniform plan")
+        dense = self._outputs()
+        kept = self._set(self._coarse)
+        uniform = self._distance(dense)
+        layers = {plan.layer.name: plan.layer for plan in self.job.plan.layers}
+        for name, share in shares.items():
+            plan = plan_layer(layers[name], self._recipe(share, self.split[name]))
+            stored = self.whole.read(layers[name].tensor)
+            (one,) = solve_layers([plan], [stored], self._moments[name], self.job.recipe, self.job.device)
+            self._set({name: one.factors.dense()})
+        allocated = self._distance(dense)
+        self._set(kept)
+        return allocated / max(uniform, 1e-12)
+
+
+def _error(solved: Decomposition) -> float:
+    return solved.output_errors[-1] ** 2 if solved.output_errors else solved.residual_squared / solved.weight_squared
+
+
+def _part(ids: Tensor | None, start: int, stop: int) -> Tensor | None:
+    return None if ids is None else ids[start:stop]
