@@ -17,8 +17,6 @@ from torch import Tensor
 
 from . import __version__
 from .budget.recipe import Recipe
-from .calibration.generated import generate_text, kept_windows, write_windows
-from .calibration.text import Windows
 from .checkpoint.card import base_metadata, copy_companions, write_card
 from .checkpoint.config import write_config
 from .checkpoint.journal import FILE as JOURNAL
@@ -39,10 +37,13 @@ from .checkpoint.writer import (
     write_json,
 )
 from .errors import CheckpointError, OutputError, ResumeError, UsageError
-from .job.allocation import Allocation, allocate_by_error
+from .job.allocation import Allocation
 from .job.calibrated import CalibratedRun
-from .job.prepare import Job, digest, fingerprint, prepare, replan
+from .job.decisions import allocated, kept_text, own_text
+from .job.estimate import Estimate, estimate
+from .job.prepare import Job, digest, fingerprint, prepare
 from .job.solve import encode_layer, solve_layer
+from .models.device import peak_memory
 from .shim.layouts import LayerSpec
 
 
@@ -57,17 +58,30 @@ class Progress(Protocol):
 
 
 @dataclass(frozen=True)
+class Took:
+    """seconds of this run alone; peak_bytes: of the whole process, ever; predicted: for a calibrated run."""
+
+    seconds: float
+    peak_bytes: int
+    predicted: Estimate | None
+
+
+@dataclass(frozen=True)
 class Result:
-    """output: the finished folder. seconds: of this run alone. resumed: units found finished.
+    """output: the finished folder. took: time and memory. resumed: units found finished.
 
     needs_package: True if only a machine with losparse installed can load it (see `write_config`).
     """
 
     output: Path
     report: Report
-    seconds: float
+    took: Took
     resumed: int
     needs_package: bool
+
+    @property
+    def seconds(self) -> float:
+        return self.took.seconds
 
 
 def compress(
@@ -99,7 +113,8 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
         finished = _already_done(job, expected) if not overwrite else None
         if finished is not None:
             clear_away(job.output)
-            return Result(job.output, finished, 0.0, len(job.units), not _ships_loader(job.source.config))
+            took = Took(0.0, 0, None)
+            return Result(job.output, finished, took, len(job.units), not _ships_loader(job.source.config))
         check_output(job.output, overwrite=overwrite, source=job.source.folder)
         work = working_folder(job.output)
         if resume == "required" and not work.is_dir():
@@ -108,13 +123,13 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
         work.mkdir(exist_ok=True)
         journal = Journal(work, expected, required=resume == "required", discard=resume == "never")
     try:
-        kept = _kept_text(job, work, journal)
+        kept = kept_text(job, work, journal)
         if job.recipe.allocate == "error":
             if progress is not None:
                 progress.start(job, 0, 0)
             if job.windows is None:
-                job = replace(job, windows=kept or _own_text(job, work, progress))
-            job = _allocated(job, work, progress)
+                job = replace(job, windows=kept or own_text(job, work, progress))
+            job = allocated(job, work, progress)
         writer = ShardWriter(work, job.shards, journal, job.blocks.values())
         resumed = writer.done
         _check_space(job, work, sum(u.end - u.begin for u in journal.units))
@@ -122,23 +137,26 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
             done = job.units[:resumed]
             progress.start(job, sum(p is not None for _, p in done), sum(e.nbytes for e, _ in done))
         if job.calibration is not None and job.windows is None:
-            job = replace(job, windows=kept or _own_text(job, work, progress))
-        stop = Event()
+            job = replace(job, windows=kept or own_text(job, work, progress))
+        stop, need = Event(), None
         with ThreadPoolExecutor(1, "hash") as hasher:
             try:
                 hashes = hasher.submit(_source_hashes, job.source, stop)
                 if job.calibration is None:
                     _compress_units(job, writer, progress)
                 else:
-                    CalibratedRun(job, writer, progress).run()
+                    need = estimate(job)
+                    CalibratedRun(job, writer, progress, need).run()
                 writer.finish()
                 report = _finish(job, work, journal, hashes.result(), digest(expected))
+                took = Took(time.monotonic() - started, peak_memory(), need)
+                _write_timing(work, job, journal, took)
             finally:
                 stop.set()  # an error is told at once, not after the rest of the source has been read
         publish(work, job.output)
     finally:
         journal.close()
-    return Result(job.output, report, time.monotonic() - started, resumed, not _ships_loader(job.source.config))
+    return Result(job.output, report, took, resumed, not _ships_loader(job.source.config))
 
 
 # --- before -----------------------------------------------------------------------------------------
@@ -165,54 +183,6 @@ def _check_space(job: Job, work: Path, written: int) -> None:
             f"{work.parent} has {free:,} bytes free, and the result needs about {need:,} more. Free some space, or "
             "choose another disk with --output."
         )
-
-
-def _kept_text(job: Job, work: Path, journal: Journal) -> Windows | None:
-    """The text that the model wrote for itself before this run was killed; without it nothing that was done counts."""
-    if job.calibration is None or job.windows is not None:
-        return None
-    kept = kept_windows(job.calibration, work / GENERATED)
-    if kept is None:
-        with write_errors(work):
-            journal.keep(0)
-    return kept
-
-
-def _own_text(job: Job, work: Path, progress: Progress | None) -> Windows:
-    """Text that the model writes for itself, kept so that a run that goes on sees the same; see `generate_text`."""
-    assert job.calibration is not None
-
-    def say(done: int, total: int) -> None:
-        if progress is not None:
-            progress.phase(f"generating text: {done:,} of {total:,} tokens")
-
-    windows = generate_text(
-        job.calibration,
-        job.source.folder,
-        seed=job.recipe.seed,
-        device=job.device,
-        trust_remote_code=job.trust_remote_code,
-        on_tokens=say,
-    )
-    with write_errors(work):
-        write_windows(windows, work / GENERATED)
-    return windows
-
-
-def _allocated(job: Job, work: Path, progress: Progress | None) -> Job:
-    """The job with its budget allocated by error; what was decided is kept for a run that goes on with this one."""
-    path = work / ALLOCATION
-    if path.is_file():
-        try:
-            return replan(job, job.recipe.with_overrides(read_json(path)["layers"]))
-        except (CheckpointError, KeyError, TypeError, ValueError):
-            path.unlink()  # torn by a crash
-    decided = allocate_by_error(job, progress.phase if progress is not None else lambda text: None)
-    with write_errors(work):
-        write_json(path, {"layers": decided.layers, "gain": decided.gain})
-    if progress is not None:
-        progress.allocated(decided)
-    return replan(job, job.recipe.with_overrides(decided.layers))
 
 
 # --- the work ---------------------------------------------------------------------------------------
@@ -318,10 +288,23 @@ def _finish(job: Job, work: Path, journal: Journal, hashes: dict[str, Any], run_
         report = replace(report, files=_file_hashes(work))
         write_json(work / REPORT, report.to_dict())
         write_card(work, report, base_metadata(job.source.folder), place=job.output.name)
-        seconds = {job.units[unit.number][0].name: unit.seconds for unit in journal.units if unit.stats is not None}
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        write_json(work / TIMING, {"finished": now, "threads": torch.get_num_threads(), "seconds": seconds})
     return report
+
+
+def _write_timing(work: Path, job: Job, journal: Journal, took: Took) -> None:
+    """losparse_timing.json, which alone differs between two equal runs."""
+    content: dict[str, Any] = {
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "threads": torch.get_num_threads(),
+        "run": {"seconds": took.seconds, "peak_memory_bytes": took.peak_bytes},
+    }
+    if took.predicted is not None:
+        content["predicted"] = {"seconds": took.predicted.seconds, "peak_memory_bytes": took.predicted.peak_bytes}
+    content["seconds"] = {
+        job.units[unit.number][0].name: unit.seconds for unit in journal.units if unit.stats is not None
+    }
+    with write_errors(work):
+        write_json(work / TIMING, content)
 
 
 def _calibration(job: Job) -> dict[str, Any]:

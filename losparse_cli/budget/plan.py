@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 from ..errors import UsageError
-from ..shim.layouts import bound_index_bytes, candidates, expected_index_bytes, n_of_m
+from ..shim.layouts import LayerSpec, bound_index_bytes, candidates, expected_index_bytes, n_of_m
 from .recipe import Recipe
 
 
@@ -141,6 +141,26 @@ def plan_layer(layer: Layer, recipe: Recipe) -> LayerPlan:
         bound_bytes=int(_bytes(layer.shape, layer.itemsize, rank, nnz, recipe.pattern, bound=True)),
         expected_bytes=round(_bytes(layer.shape, layer.itemsize, rank, nnz, recipe.pattern, bound=False)),
     )
+
+
+def plan_as_stored(layers: Iterable[Layer], skipped: dict[str, str], specs: Mapping[str, LayerSpec]) -> Plan:
+    """The plan that a compressed checkpoint of these layers, with these specs, was made by.
+
+    UsageError if it compresses a layer that is not among them, or one of another shape.
+    """
+    known = {layer.name: layer for layer in layers}
+    plans = []
+    for name, spec in specs.items():
+        layer = known.pop(name, None)
+        if layer is None or layer.shape != tuple(spec.shape):
+            raise UsageError(
+                f"The compressed checkpoint has a layer {name} of {spec.shape[0]} x {spec.shape[1]}, which the dense "
+                "model has not. Give the dense model that it was made from with --against."
+            )
+        size = layer.shape, layer.itemsize, spec.rank, spec.nnz, spec.pattern
+        bound, expected = int(_bytes(*size, bound=True)), round(_bytes(*size, bound=False))
+        plans.append(LayerPlan(layer, spec.rank, spec.nnz, spec.pattern, "matrix", 0, bound, expected))
+    return Plan(tuple(plans), skipped | dict.fromkeys(known, "dense in the checkpoint that is refined"))
 
 
 def count_nnz(shape: tuple[int, int], density: float, pattern: str, scope: str) -> int:

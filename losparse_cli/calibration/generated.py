@@ -83,7 +83,15 @@ def generate_windows(
     # after the end of one it begins the next by itself, as its own format wants it; to forbid the end would make it
     # ramble, and to force a start would break chat formats, where a line end comes before it.
     settings = transformers.GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - 1, pad_token_id=start
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=length - 1,
+        pad_token_id=start,
+        # Else the keys and values of all tokens are copied for each new one, which comes to take most of the time.
+        cache_implementation="static" if getattr(model, "_can_compile_fullgraph", False) else None,
+        disable_compile=True,  # compiling takes longer than the few thousand steps here
     )
     own, model.generation_config = model.generation_config, settings  # what it leaves open would be taken from there
     found: list[Tensor] = []

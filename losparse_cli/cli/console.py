@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 # Shares of the parameters below which a data-free result is told from the dense model, and no longer useful:
 # on SmolLM2-135M perplexity goes from 33 to 61 at 0.69 and to 247 at 0.54 (docs/performance.md).
 NOTICED, RUINED = 0.75, 0.6
+CALIBRATED_RUINED = 0.4
+NO_BLOCKS = (
+    "the repeated blocks of this model cannot be told apart, so it is calibrated as a whole: all of its weights are in "
+    "memory at once."
+)
 
 
 class Console:
@@ -215,8 +220,12 @@ def short(path: Path) -> str:
 def show_plan(out: Console, job: Job) -> None:
     """What a run would do and need (--dry-run)."""
     import shutil
+    from dataclasses import asdict
+
+    from ..job.estimate import estimate
 
     plan = job.plan
+    need = estimate(job) if job.calibration is not None else None
     kept = sum(p.parameters for p in plan.layers)
     targeted = sum(p.layer.shape[0] * p.layer.shape[1] for p in plan.layers)
     existing = next(p for p in job.output.parents if p.exists())
@@ -231,7 +240,10 @@ def show_plan(out: Console, job: Job) -> None:
             "model_bytes": job.source.nbytes,
             "disk_bytes": job.bound_bytes,
             "free_bytes": free,
-            "peak_memory_bytes": job.peak_memory,
+            "peak_memory_bytes": need.peak_bytes if need else job.peak_memory,
+            "seconds": need.seconds if need else None,
+            "calibration": asdict(job.calibration) if job.calibration else None,
+            "blocks": list(job.blocks),
             "shards": [shard.file for shard in job.shards],
             "layers": [
                 {"name": p.layer.name, "shape": p.layer.shape, "rank": p.rank, "nnz": p.nnz, "pattern": p.pattern,
@@ -262,8 +274,33 @@ def show_plan(out: Console, job: Job) -> None:
     out.say(f"Disk     at most {size(job.bound_bytes)} in {short(job.output)}; {size(free)} free")
     if not job.source.files:
         out.say(f"Download {size(job.source.nbytes)} from the Hub, kept in its cache")
-    out.say(f"Memory   about {size(job.peak_memory)} at the peak")
+    if need is None:
+        out.say(f"Memory   about {size(job.peak_memory)} at the peak")
+    else:
+        out.say(f"Text     {_text(job)}")
+        if tuple(job.blocks) == ("",):
+            out.warn(NO_BLOCKS)
+        held = size(need.activation_bytes)
+        out.say(f"Memory   about {size(need.peak_bytes)} at the peak, {held} of it activations, which can lie in files")
+        out.say(f"Time     about {_minutes(need.seconds)} on this machine")
+        if job.recipe.allocate == "error":
+            out.say("Sizes    --allocate error measures them at the start of the run; the table shows the uniform plan")
     out.say("Nothing was written.")
+
+
+def _text(job: Job) -> str:
+    """What a calibrated job reads, in words."""
+    assert job.calibration is not None
+    if job.windows is None:
+        return f"about {job.calibration.tokens:,} tokens that the model writes itself"
+    count, length = job.windows.ids.shape
+    return f"{job.windows.tokens:,} tokens in {count} windows of {length}, from {escape(job.calibration.source)}"
+
+
+def _minutes(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def show_result(out: Console, result: Result) -> None:
@@ -283,24 +320,44 @@ def show_result(out: Console, result: Result) -> None:
     out.err.print(table)
     error = report.relative_error
     measured = "" if error is None else f", relative Frobenius error {error:.3f}"
+    outputs = [x.output_error for x in report.layers if x.output_error is not None]
+    if outputs:  # what calibration minimises; the other one is then no measure of quality
+        measured = f", mean relative output error {sum(outputs) / len(outputs):.3f} on {_used(report)}"
     out.say(
         f"{len(report.layers)} layers, {report.targeted_share:.1%} of all parameters{measured}, {result.seconds:.1f} s"
     )
+    if result.took.predicted is not None and not result.resumed:
+        need = result.took.predicted
+        out.say(
+            f"Predicted {_minutes(need.seconds)} and {size(need.peak_bytes)}, took {_minutes(result.seconds)} and "
+            f"{size(result.took.peak_bytes)} of memory"
+        )
+    if report.blocks:
+        before, after = (sum(block[name] for block in report.blocks) for name in ("loss_before", "loss_after"))
+        out.say(
+            f"Matching took {1 - after / before:.0%} off the blocks' distance from the dense ones" if before else ""
+        )
     if report.targeted_share < 0.5:
         out.warn(
             f"only {report.targeted_share:.0%} of the parameters lie in layers that can be compressed; the rest "
             "(embeddings, heads, fused experts) stays as it is. `losparse inspect` on the dense model lists why."
         )
-    if report.kept_parameters < RUINED:
+    if report.calibration:
+        if report.kept_parameters < CALIBRATED_RUINED:
+            out.warn(
+                f"keeping {report.kept_parameters:.0%} of the parameters costs a language model much of its quality, "
+                "calibrated or not. Measure it with `losparse eval`; it is a start for fine-tuning."
+            )
+    elif report.kept_parameters < RUINED:
         out.warn(
             f"keeping {report.kept_parameters:.0%} of the parameters without any data damages a model badly: expect "
             "a language model to lose its language. It is a start for fine-tuning, not a result. For use as it is, "
-            "keep more: --keep 0.85 or above."
+            "keep more (--keep 0.85 or above), or give text: --calibration FILE."
         )
     elif report.kept_parameters < NOTICED:
         out.warn(
             f"keeping {report.kept_parameters:.0%} of the parameters without any data costs a language model "
-            "noticeably. Measure it on your text, or keep more: --keep 0.85 or above."
+            "noticeably. Measure it on your text, keep more (--keep 0.85 or above), or calibrate: --calibration FILE."
         )
     if result.needs_package:
         out.warn("the model brings its own AutoConfig, so this checkpoint loads only where losparse is installed.")
@@ -309,6 +366,10 @@ def show_result(out: Console, result: Result) -> None:
     where = short(result.output)
     out.say(f"[bold green]Done.[/] The result is in {where}. To load it:")
     out.say(f'  import losparse_cli\n  model, tokenizer = losparse_cli.load("{where}")')
+
+
+def _used(report: Report) -> str:
+    return f"{report.calibration.get('tokens_used', 0):,} tokens"
 
 
 def _share(report: Report) -> str:

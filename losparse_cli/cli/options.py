@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from ..calibration.request import Calibration
+    from ..training.reconstruction import Refinement
 
 SIZE, TEXT, RUN, HUB, SHOW = "Size", "Calibration", "Run", "Hub", "Output"
 
@@ -24,3 +30,78 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.", rich_help_panel=SHOW)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.", rich_help_panel=SHOW)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=SHOW)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=RUN)]
+Resume = Annotated[str, typer.Option(help="Go on with a killed run: auto, required or never.", rich_help_panel=RUN)]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(
+        help="Such as 8GB: calibration keeps its activations in files beyond it.",
+        rich_help_panel=RUN,
+        show_default="3/4 of what is free",
+    ),
+]
+
+CalibrationSource = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        help="Text to calibrate with: a file (plain text, .jsonl, .parquet), a Hub dataset (user/name or "
+        "user/name:config), or the word self: a language model writes its own.",
+        rich_help_panel=TEXT,
+        show_default=False,
+    ),
+]
+CalibrationTokens = Annotated[
+    int | None, typer.Option(help="About how many tokens.", rich_help_panel=TEXT, show_default="32768")
+]
+CalibrationLength = Annotated[
+    int | None,
+    typer.Option(help="Tokens of a window.", rich_help_panel=TEXT, show_default="512, or what the model takes"),
+]
+CalibrationField = Annotated[
+    str | None, typer.Option(help="Field or column with the text.", rich_help_panel=TEXT, show_default="text")
+]
+CalibrationTargetField = Annotated[
+    str | None,
+    typer.Option(
+        help="Of an encoder-decoder model: field with what it is to say.",
+        rich_help_panel=TEXT,
+        show_default="the text itself",
+    ),
+]
+CalibrationSplit = Annotated[
+    str | None, typer.Option(help="Split of a Hub dataset.", rich_help_panel=TEXT, show_default="train")
+]
+RefineSteps = Annotated[
+    int | None, typer.Option(help="Batches that a block is trained on.", rich_help_panel=TEXT, show_default="96")
+]
+RefineRate = Annotated[
+    float | None, typer.Option(help="Learning rate at its peak.", rich_help_panel=TEXT, show_default="5e-4")
+]
+
+
+def calibration_request(source: str | None, **settings: Any) -> Calibration | None:
+    """What --calibration and its kin ask for; UsageError if they do so without --calibration."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    if source is None:
+        if given:
+            option = f"--calibration-{next(iter(given)).replace('_', '-')}"
+            raise UsageError(f"{option} says how to use calibration text: add --calibration SOURCE, or leave it out.")
+        return None
+    from ..calibration.request import Calibration
+
+    return Calibration(source, **given)
+
+
+def refinement_request(refine: str | None, **settings: Any) -> Refinement | None:
+    """What --refine and its kin ask for; UsageError if they contradict one another."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    if refine not in (None, "off", "blocks"):
+        raise UsageError(f"--refine is blocks or off, not {refine!r}.")
+    if refine != "blocks":
+        if given:
+            raise UsageError(f"--refine-{next(iter(given))} says how to refine: add --refine blocks, or leave it out.")
+        return None
+    from ..training.reconstruction import Refinement
+
+    return Refinement(**given)

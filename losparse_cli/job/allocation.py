@@ -18,8 +18,8 @@ from ..linalg.factors import Decomposition
 from ..linalg.precision import fast_float32
 from ..models.blocks import Relay, block_of
 from ..models.device import available
-from ..models.skeleton import empty_model
 from .assembly import Assembly
+from .calibrated import calibration_model
 from .prepare import Job
 from .solve import solve_layers
 
@@ -83,20 +83,11 @@ class _Survey:
         self._moments: dict[str, Tensor] = {}
         self.whole = self._whole_model()
 
-    def _model(self) -> Assembly:
-        model = empty_model(
-            self.job.source.folder, self.job.source.config, trust_remote_code=self.job.trust_remote_code
-        )
-        for module in model.modules():
-            if hasattr(module, "config"):
-                module.config.use_cache = False
-        return Assembly(model, self.job.source, self.job.device)
-
     def _whole_model(self) -> Assembly | None:
         """The model with all its weights, if it fits beside what else is needed."""
         if 3 * 4 * self.job.parameters > available(self.job.device):
             return None
-        assembly = self._model()
+        assembly = calibration_model(self.job)
         assembly.load([name for name, _ in assembly.model.named_parameters()])
         return assembly
 
@@ -106,7 +97,7 @@ class _Survey:
 
     def run(self) -> None:
         job = self.job
-        assembly = self.whole or self._model()
+        assembly = self.whole or calibration_model(self.job)
         dense = self._outputs() if self.whole is not None else None
         blocks = list(job.blocks)
         model = assembly.model

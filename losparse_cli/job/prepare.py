@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..budget.plan import Layer, LayerPlan, Plan, make_plan
+from ..budget.plan import Layer, LayerPlan, Plan, make_plan, plan_as_stored
 from ..budget.recipe import Recipe
 from ..calibration.text import Calibration, Windows, read_windows, settle
 from ..checkpoint.card import companion_files
+from ..checkpoint.config import layer_specs
 from ..checkpoint.reader import BITS, FLOATING, TensorEntry
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..checkpoint.writer import Shard, Slot, output_path, parse_size, plan_shards
@@ -40,6 +41,7 @@ class Job:
     recipe: settled. calibration: what text was asked for, None without any; windows: its tokens, None if they are yet
     to be generated. blocks: block of the model -> its units, in the order of the forward pass; {} without calibration.
     memory_limit: bytes, None for three quarters of what is free. hidden_size: width of what flows between blocks.
+    start: the compressed checkpoint whose layers are refined, None if they are solved anew.
     """
 
     source: Checkpoint
@@ -57,6 +59,7 @@ class Job:
     memory_limit: int | None = None
     hidden_size: int = 0
     max_shard_bytes: int = 0
+    start: Checkpoint | None = None
 
     @property
     def parameters(self) -> int:
@@ -100,12 +103,14 @@ def prepare(
     calibration: Calibration | None = None,
     refinement: Refinement | None = None,
     memory_limit: str | None = None,
+    start: Checkpoint | None = None,
     plan_only: bool = False,
 ) -> Job:
     """The plan of a compression: source checked, layers chosen, rank and nnz of each, shards cut.
 
     A Hub model is planned from its headers, so that a request it cannot meet is refused before it is
-    downloaded; with `plan_only` it never is, and the Job cannot be run. Raises UsageError on a request that
+    downloaded; with `plan_only` it never is, and the Job cannot be run. With `start`, a compressed checkpoint of the
+    model, the plan is to refine what it holds. Raises UsageError on a request that
     cannot be met, SourceError and CheckpointError on a source that cannot be read.
     """
     recipe = (recipe or Recipe()).settled(calibrated=calibration is not None)
@@ -118,7 +123,7 @@ def prepare(
     _refuse_quantized(source)
     skeleton = build_skeleton(source.folder, source.config, trust_remote_code=trust_remote_code)
     layers, skipped = find_layers(source, skeleton, recipe)
-    plan = make_plan(layers, skipped, recipe)
+    plan = make_plan(layers, skipped, recipe) if start is None else plan_as_stored(layers, skipped, layer_specs(start))
     asked = calibration
     calibration = asked and settle(asked, skeleton.model, source.folder)
     if not source.files and not plan_only:
@@ -152,6 +157,7 @@ def prepare(
         None if memory_limit is None else parse_size(memory_limit, "--memory-limit"),
         hidden_size(skeleton.model),
         shard_bytes,
+        start,
     )
 
 
@@ -264,10 +270,7 @@ def fingerprint(job: Job) -> dict[str, Any]:
     import safetensors
     import transformers
 
-    files = {}
-    for file in job.source.files:
-        status = file.path.stat()
-        files[file.path.name] = [status.st_size, status.st_mtime_ns]
+    files = _states(job.source)
     folder = job.source.folder
     companions = [
         [str(p), (folder / p).stat().st_size, (folder / p).stat().st_mtime_ns] for p in companion_files(folder)
@@ -283,6 +286,7 @@ def fingerprint(job: Job) -> dict[str, Any]:
         "safetensors": safetensors.__version__,
         "companions": digest(companions),
         "source": job.source.commit or files,
+        "start": job.start and _states(job.start),
         "config": digest(job.source.config),
         "recipe": job.recipe.to_dict(),
         "calibration": job.calibration and asdict(job.calibration),
@@ -290,6 +294,12 @@ def fingerprint(job: Job) -> dict[str, Any]:
         "text": job.windows and job.windows.digest(),
         "plan": digest([plan, [[s.file, s.header] for s in job.shards]]),
     }
+
+
+def _states(checkpoint: Checkpoint) -> dict[str, list[int]]:
+    """Weight file -> size and time of its last change, in ns."""
+    status = {file.path.name: file.path.stat() for file in checkpoint.files}
+    return {name: [found.st_size, found.st_mtime_ns] for name, found in status.items()}
 
 
 def digest(content: Any) -> str:

@@ -1,13 +1,16 @@
-"""Run the benchmarks named on the command line, or all; each prints a table in Markdown."""
+"""Run the benchmarks named on the command line, or all short ones; each prints a table in Markdown.
+
+Those of LONG take options, and words after their name are rows: calibrated admm@0.5 oats@0.5 --small."""
 
 from __future__ import annotations
 
+import argparse
 import platform
-import sys
+from pathlib import Path
 
 import torch
 
-from . import quality, sizes, speed, streaming
+from . import calibrated, quality, sizes, speed, streaming
 
 BENCHMARKS = {
     "startup": streaming.startup,
@@ -18,18 +21,39 @@ BENCHMARKS = {
     "quality": quality.quality,
     "iterations": quality.iterations,
 }
+LONG = {
+    "layer-errors": calibrated.layer_errors,
+    "calibrated": calibrated.calibrated,
+    "quantization": calibrated.quantization,
+    "embedding": calibrated.embedding,
+    "picture": calibrated.picture,
+}
 
 
 def main() -> None:
-    names = sys.argv[1:] or list(BENCHMARKS)
-    unknown = [name for name in names if name not in BENCHMARKS]
-    if unknown:
-        sys.exit(f"unknown benchmark {unknown[0]!r}; choose from {', '.join(BENCHMARKS)}")
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", help=f"{', '.join((*BENCHMARKS, *LONG))}, or a row of the one before")
+    parser.add_argument("--small", action="store_true", help="two blocks and a few windows, to see that it works")
+    parser.add_argument("--every", type=int, default=1, help="layer-errors: every n-th block")
+    parser.add_argument("--results", type=Path, help="file that results are appended to, and tables are made from")
+    given = parser.parse_intermixed_args()
+    options = calibrated.Options(given.small, given.every, given.results)
+    chosen: list[tuple[str, list[str]]] = []
+    for word in given.names or list(BENCHMARKS):
+        if word in BENCHMARKS or word in LONG:
+            chosen.append((word, []))
+        elif chosen and chosen[-1][0] in LONG:
+            chosen[-1][1].append(word)
+        else:
+            parser.error(f"unknown benchmark {word!r}; choose from {', '.join((*BENCHMARKS, *LONG))}")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}", end=" ")
     print(f"{torch.backends.cpu.get_cpu_capability()}\n")
-    for name in names:
+    for name, rows in chosen:
         print(f"### {name}\n", flush=True)
-        BENCHMARKS[name]()
+        if name in LONG:
+            LONG[name](options, rows)
+        else:
+            BENCHMARKS[name]()
         print(flush=True)
 
 

@@ -2,6 +2,7 @@
 
 # In the order in which `losparse --help` lists them.
 from . import compress  # isort: skip
+from . import refine  # isort: skip
 from . import inspect  # isort: skip
 from . import eval  # isort: skip
 from . import export  # isort: skip
@@ -9,4 +10,4 @@ from . import verify  # isort: skip
 from . import push  # isort: skip
 from . import demo  # isort: skip
 
-__all__ = ["compress", "demo", "eval", "export", "inspect", "push", "verify"]
+__all__ = ["compress", "demo", "eval", "export", "inspect", "push", "refine", "verify"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -81,37 +81,12 @@ def compress(
             show_default="by --calibration",
         ),
     ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="Text to calibrate with: a file (plain text, .jsonl, .parquet), a Hub dataset (user/name or "
-            "user/name:config), or the word self: a language model writes its own.",
-            rich_help_panel=o.TEXT,
-            show_default=False,
-        ),
-    ] = None,
-    calibration_tokens: Annotated[
-        int | None, typer.Option(help="About how many tokens.", rich_help_panel=o.TEXT, show_default="32768")
-    ] = None,
-    calibration_length: Annotated[
-        int | None,
-        typer.Option(help="Tokens of a window.", rich_help_panel=o.TEXT, show_default="512, or what the model takes"),
-    ] = None,
-    calibration_field: Annotated[
-        str | None,
-        typer.Option(help="Field or column with the text.", rich_help_panel=o.TEXT, show_default="text"),
-    ] = None,
-    calibration_target_field: Annotated[
-        str | None,
-        typer.Option(
-            help="Of an encoder-decoder model: field with what it is to say.",
-            rich_help_panel=o.TEXT,
-            show_default="the text itself",
-        ),
-    ] = None,
-    calibration_split: Annotated[
-        str | None, typer.Option(help="Split of a Hub dataset.", rich_help_panel=o.TEXT, show_default="train")
-    ] = None,
+    calibration: o.CalibrationSource = None,
+    calibration_tokens: o.CalibrationTokens = None,
+    calibration_length: o.CalibrationLength = None,
+    calibration_field: o.CalibrationField = None,
+    calibration_target_field: o.CalibrationTargetField = None,
+    calibration_split: o.CalibrationSplit = None,
     allocate: Annotated[
         str | None,
         typer.Option(
@@ -120,19 +95,16 @@ def compress(
             show_default="uniform",
         ),
     ] = None,
-    memory_limit: Annotated[
+    refine: Annotated[
         str | None,
         typer.Option(
-            help="Such as 8GB: activations beyond it go to files.",
-            rich_help_panel=o.RUN,
-            show_default="3/4 of what is free",
+            help="blocks: train U, V and S to match each dense block; off.",
+            rich_help_panel=o.TEXT,
+            show_default="off",
         ),
     ] = None,
-    refine: Annotated[
-        str, typer.Option(help="blocks: train U, V and S to match each dense block; off.", rich_help_panel=o.TEXT)
-    ] = "off",
-    refine_steps: Annotated[int, typer.Option(help="Batches of windows a block.", rich_help_panel=o.TEXT)] = 96,
-    refine_lr: Annotated[float, typer.Option(help="Learning rate at its peak.", rich_help_panel=o.TEXT)] = 5e-4,
+    refine_steps: o.RefineSteps = None,
+    refine_lr: o.RefineRate = None,
     recipe: Annotated[
         Path | None,
         typer.Option(
@@ -142,11 +114,10 @@ def compress(
     seed: Annotated[
         int | None, typer.Option(help="Of the randomized SVD.", rich_help_panel=o.RUN, show_default="0")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=o.RUN)] = "auto",
+    device: o.Device = "auto",
     max_shard_size: o.MaxShardSize = "5GB",
-    resume: Annotated[
-        str, typer.Option(help="Go on with a killed run: auto, required or never.", rich_help_panel=o.RUN)
-    ] = "auto",
+    memory_limit: o.MemoryLimit = None,
+    resume: o.Resume = "auto",
     overwrite: o.Overwrite = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and what it needs; write nothing.", rich_help_panel=o.RUN)
@@ -195,24 +166,19 @@ def compress(
         from ...push import check_repository
 
         check_repository(push_to_hub)
-    from ...calibration.text import Calibration
+    text = o.calibration_request(
+        calibration,
+        tokens=calibration_tokens,
+        length=calibration_length,
+        field=calibration_field,
+        target_field=calibration_target_field,
+        split=calibration_split,
+    )
+    refinement = o.refinement_request(refine, steps=refine_steps, lr=refine_lr)
     from ...compress import run
     from ...job.prepare import prepare
-    from ...training.reconstruction import Refinement
     from .. import console as c
 
-    settings = {
-        "tokens": calibration_tokens,
-        "length": calibration_length,
-        "field": calibration_field,
-        "target_field": calibration_target_field,
-        "split": calibration_split,
-    }
-    given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
-    if calibration is None and given:
-        option = f"--calibration-{next(iter(given)).replace('_', '-')}"
-        raise UsageError(f"{option} says how to use calibration text: add --calibration SOURCE, or leave it out.")
-    text = Calibration(calibration, **given) if calibration is not None else None
     out = c.Console(json=json, quiet=quiet)
     if text is not None:
         c.calm_libraries()
@@ -228,7 +194,7 @@ def compress(
             max_shard_size=max_shard_size,
             calibration=text,
             memory_limit=memory_limit,
-            refinement=Refinement(refine_steps, refine_lr) if refine == "blocks" else None,
+            refinement=refinement,
             plan_only=dry_run,
         )
     if dry_run:

@@ -1,0 +1,82 @@
+"""`losparse refine`: its signature, then one call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import options as o
+from ..app import app
+
+
+@app.command()
+def refine(
+    source: o.Source,
+    against: Annotated[
+        str | None,
+        typer.Option(help="The dense model, a folder or Hub id.", show_default="the Hub model it was made from"),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write.", show_default="./<name>-refined")
+    ] = None,
+    calibration: o.CalibrationSource = None,
+    calibration_tokens: o.CalibrationTokens = None,
+    calibration_length: o.CalibrationLength = None,
+    calibration_field: o.CalibrationField = None,
+    calibration_target_field: o.CalibrationTargetField = None,
+    calibration_split: o.CalibrationSplit = None,
+    refine_steps: o.RefineSteps = None,
+    refine_lr: o.RefineRate = None,
+    device: o.Device = "auto",
+    max_shard_size: o.MaxShardSize = "5GB",
+    memory_limit: o.MemoryLimit = None,
+    resume: o.Resume = "auto",
+    overwrite: o.Overwrite = False,
+    revision: o.Revision = None,
+    cache_dir: o.CacheDir = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Train a compressed model to match its dense one, block by block; its size stays."""
+    from ...errors import UsageError
+
+    text = o.calibration_request(
+        calibration,
+        tokens=calibration_tokens,
+        length=calibration_length,
+        field=calibration_field,
+        target_field=calibration_target_field,
+        split=calibration_split,
+    )
+    if text is None:
+        raise UsageError("losparse refine trains on text: add --calibration FILE, or --calibration self.")
+    refinement = o.refinement_request("blocks", steps=refine_steps, lr=refine_lr)
+    from ...compress import run
+    from ...refine import prepare_refinement
+    from .. import console as c
+
+    out = c.Console(json=json, quiet=quiet)
+    c.calm_libraries()
+    with out.status(f"Reading {source}"):
+        job = prepare_refinement(
+            source,
+            output,
+            calibration=text,
+            refinement=refinement,
+            against=against,
+            overwrite=overwrite,
+            device=device,
+            revision=revision,
+            cache_dir=cache_dir,
+            trust_remote_code=trust_remote_code,
+            max_shard_size=max_shard_size,
+            memory_limit=memory_limit,
+        )
+    with c.interruptible(), c.LayerProgress(out) as progress:
+        result = run(job, resume=resume, overwrite=overwrite, progress=progress)
+    c.show_result(out, result)
+    out.flush()

@@ -1,0 +1,70 @@
+"""What a calibrated run decides before its first layer, and keeps for a run that goes on with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from ..calibration.generated import generate_text, kept_windows, write_windows
+from ..calibration.text import Windows
+from ..checkpoint.journal import Journal
+from ..checkpoint.source import read_json
+from ..checkpoint.writer import ALLOCATION, GENERATED, write_errors, write_json
+from ..errors import CheckpointError
+from .allocation import Allocation, allocate_by_error
+from .prepare import Job, replan
+
+
+class Progress(Protocol):
+    """What a caller may watch."""
+
+    def phase(self, text: str) -> None: ...
+    def allocated(self, decided: Allocation) -> None: ...
+
+
+def kept_text(job: Job, work: Path, journal: Journal) -> Windows | None:
+    """The text that the model wrote for itself before this run was killed; without it nothing that was done counts."""
+    if job.calibration is None or job.windows is not None:
+        return None
+    kept = kept_windows(job.calibration, work / GENERATED)
+    if kept is None:
+        with write_errors(work):
+            journal.keep(0)
+    return kept
+
+
+def own_text(job: Job, work: Path, progress: Progress | None) -> Windows:
+    """Text that the model writes for itself, kept so that a run that goes on sees the same; see `generate_text`."""
+    assert job.calibration is not None
+
+    def say(done: int, total: int) -> None:
+        if progress is not None:
+            progress.phase(f"generating text: {done:,} of {total:,} tokens")
+
+    windows = generate_text(
+        job.calibration,
+        job.source.folder,
+        seed=job.recipe.seed,
+        device=job.device,
+        trust_remote_code=job.trust_remote_code,
+        on_tokens=say,
+    )
+    with write_errors(work):
+        write_windows(windows, work / GENERATED)
+    return windows
+
+
+def allocated(job: Job, work: Path, progress: Progress | None) -> Job:
+    """The job with its budget allocated by error; what was decided is kept for a run that goes on with this one."""
+    path = work / ALLOCATION
+    if path.is_file():
+        try:
+            return replan(job, job.recipe.with_overrides(read_json(path)["layers"]))
+        except (CheckpointError, KeyError, TypeError, ValueError):
+            path.unlink()  # torn by a crash
+    decided = allocate_by_error(job, progress.phase if progress is not None else lambda text: None)
+    with write_errors(work):
+        write_json(path, {"layers": decided.layers, "gain": decided.gain})
+    if progress is not None:
+        progress.allocated(decided)
+    return replan(job, job.recipe.with_overrides(decided.layers))

@@ -1,0 +1,386 @@
+"""Compression with calibration text: closer to the dense model, the same bytes every time, killed or not."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toys
+from conftest import TOYS, character_tokenizer, toy_model
+from torch import Tensor
+
+import losparse_cli
+from losparse_cli.budget.recipe import Recipe
+from losparse_cli.calibration.text import Calibration
+from losparse_cli.checkpoint.writer import ALLOCATION, ShardWriter
+from losparse_cli.compress import Result, compress
+from losparse_cli.errors import UsageError
+from losparse_cli.job import calibrated, prepare
+from losparse_cli.job.estimate import estimate
+from losparse_cli.training.reconstruction import Refinement
+
+RECIPE = Recipe(keep=0.6, rank_ratio=0.2, iterations=8)
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Words of a small vocabulary, so that what is measured on one part of it holds on another."""
+    chance = random.Random(0)
+    words = ["".join(chance.choice("abcdefghijklmnop") for _ in range(chance.randint(2, 7))) for _ in range(60)]
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(chance.choice(words) for _ in range(900)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def asked(text: Path) -> Calibration:
+    return Calibration(source=str(text), tokens=512, length=LENGTH)
+
+
+def held_out(text: Path, rows: int = 8) -> Tensor:
+    """Other text of the same words, as windows."""
+    words = text.read_text(encoding="utf-8").split()
+    random.Random(1).shuffle(words)
+    ids = character_tokenizer()(" ".join(words), return_tensors="pt").input_ids[0]
+    return ids[: rows * LENGTH].view(rows, LENGTH)
+
+
+@torch.no_grad()
+def logits(model: Any, ids: Tensor) -> Tensor:
+    extra = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    return model(input_ids=ids, **extra).logits.float()
+
+
+def far(folder: Path, dense: Path, ids: Tensor) -> float:
+    """How far what the checkpoint says is from what the dense one says, relative to how that varies."""
+    model, expected = (logits(losparse_cli.load(place)[0], ids) for place in (folder, dense))
+    return float((model - expected).norm() / (expected - expected.mean(dim=tuple(range(expected.dim() - 1)))).norm())
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Let a run die when so many units are finished and it is about to write the next."""
+    append = ShardWriter.append
+
+    def dying(self: ShardWriter, *args: Any, **options: Any) -> Any:
+        if self.done == number:
+            raise Killed
+        return append(self, *args, **options)
+
+    monkeypatch.setattr(ShardWriter, "append", dying)
+
+
+def killed_then_resumed(
+    monkeypatch: pytest.MonkeyPatch, number: int, again: Callable[[], Result], *, stops: range | None = None
+) -> Result:
+    """The result of a run that died at each of `stops`, or only at unit `number`, and then went on."""
+    for stop in stops or (number,):
+        with monkeypatch.context() as patched:
+            kill_at(patched, stop)
+            with pytest.raises(Killed):
+                again()
+        assert [thread for thread in threading.enumerate() if thread is not threading.main_thread()] == []
+    return again()
+
+
+# --- what comes out ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "mixtral", "bert", "t5", "bart", "opt"])
+def test_the_result_is_sound_loads_and_is_the_same_when_activations_are_in_files(
+    name: str, toy: Any, asked: Calibration, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = toy(name, tokenizer=True)
+    first = compress(source, tmp_path / "a" / "out", RECIPE, calibration=asked)
+    assert losparse_cli.verify(first.output).sound
+    assert not list(first.output.glob("*.jsonl"))
+    model, tokenizer = losparse_cli.load(first.output)
+    assert type(model).__name__ == TOYS[name][0]
+    assert tokenizer is not None
+    assert far(first.output, source, held_out(text)) < 1
+    assert all(layer.output_errors for layer in first.report.layers)  # every layer was reached by the text
+    kept: list[calibrated.Activations] = []
+
+    class Watched(calibrated.Activations):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            kept.append(self)
+
+    monkeypatch.setattr(calibrated, "Activations", Watched)
+    second = compress(source, tmp_path / "b" / "out", RECIPE, calibration=asked, memory_limit="1MB")
+    assert kept[0].spilled > 0
+    assert toys.digests(second.output) == toys.digests(first.output)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("pattern", ["unstructured", "columns", "2:4"])
+def test_it_is_closer_to_the_dense_model_than_without_data(
+    name: str, pattern: str, toy: Any, asked: Calibration, text: Path, tmp_path: Path
+) -> None:
+    source = toy(name, tokenizer=True)
+    recipe = replace(RECIPE, pattern=pattern, threshold_scope="row", iterations=30)
+    if pattern == "2:4":
+        recipe = replace(recipe, keep=None)
+    free = compress(source, tmp_path / "free", recipe)
+    told = compress(source, tmp_path / "told", recipe, calibration=asked)
+    assert [(p.rank, p.nnz) for p in free.report.layers] == [(p.rank, p.nnz) for p in told.report.layers]
+    ids = held_out(text)
+    assert far(told.output, source, ids) < 0.8 * far(free.output, source, ids)
+
+
+def test_matching_blocks_comes_closer_still(toy: Any, asked: Calibration, text: Path, tmp_path: Path) -> None:
+    source = toy("llama", tokenizer=True)
+    recipe = replace(RECIPE, keep=0.4)
+    plain = compress(source, tmp_path / "plain", recipe, calibration=asked)
+    matched = compress(source, tmp_path / "matched", recipe, calibration=asked, refinement=Refinement(steps=60))
+    assert [block["block"] for block in matched.report.blocks] == ["model.layers.0", "model.layers.1"]
+    assert all(block["loss_after"] < block["loss_before"] for block in matched.report.blocks)
+    ids = held_out(text)
+    assert far(matched.output, source, ids) < far(plain.output, source, ids)
+
+
+def test_the_magnitude_solver_finds_what_it_finds_without_text(toy: Any, asked: Calibration, tmp_path: Path) -> None:
+    source = toy("llama", tokenizer=True)
+    recipe = replace(RECIPE, solver="magnitude", threshold_scope="row", iterations=3)
+    with_text = compress(source, tmp_path / "with", recipe, calibration=asked)
+    without = compress(source, tmp_path / "without", recipe)
+    assert toys.tensor_bytes(with_text.output) == toys.tensor_bytes(without.output)
+
+
+def test_the_solvers_rank_as_they_should(toy: Any, asked: Calibration, text: Path, tmp_path: Path) -> None:
+    source, ids = toy("llama", tokenizer=True), held_out(text)
+    distance = {}
+    for solver in ("magnitude", "oats", "admm"):
+        recipe = replace(RECIPE, solver=solver, iterations=40, threshold_scope="row")
+        result = compress(source, tmp_path / solver, recipe, calibration=asked)
+        assert losparse_cli.verify(result.output).sound
+        distance[solver] = far(result.output, source, ids)
+    assert distance["admm"] < distance["oats"] < distance["magnitude"]
+
+
+def test_bfloat16_stays_bfloat16(toy: Any, asked: Calibration, tmp_path: Path) -> None:
+    source = toy("llama", tokenizer=True, dtype=torch.bfloat16)
+    result = compress(source, tmp_path / "out", RECIPE, calibration=asked, refinement=Refinement(steps=3))
+    floats = {kind for kind, _, _ in toys.tensor_bytes(result.output).values() if "F" in kind}
+    assert floats == {"BF16"}
+
+
+def test_a_model_without_repeated_blocks_is_one_block(
+    toy: Any, asked: Calibration, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = toy("llama", tokenizer=True)
+    recipe = replace(RECIPE, threshold_scope="row", iterations=30)
+    free = compress(source, tmp_path / "free", recipe)
+    monkeypatch.setattr(prepare, "find_blocks", lambda *_: ())
+    whole = compress(source, tmp_path / "whole", recipe, calibration=asked)
+    assert losparse_cli.verify(whole.output).sound
+    assert far(whole.output, source, held_out(text)) < 0.8 * far(free.output, source, held_out(text))
+
+
+def test_matching_a_model_that_is_one_block(
+    toy: Any, asked: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "find_blocks", lambda *_: ())
+    options: dict[str, Any] = {"calibration": asked, "refinement": Refinement(steps=6)}
+    result = compress(toy("llama", tokenizer=True), tmp_path / "out", RECIPE, **options)
+    assert losparse_cli.verify(result.output).sound
+    assert result.report.blocks[0]["loss_after"] <= result.report.blocks[0]["loss_before"]
+
+
+def test_a_layer_that_is_fed_nothing_but_zeros(asked: Calibration, tmp_path: Path) -> None:
+    """A norm of weight zero, as some models initialise the last one of a branch: no input tells one entry from another."""
+    model = toy_model("llama")
+    torch.nn.init.zeros_(model.model.layers[0].post_attention_layernorm.weight)
+    model.save_pretrained(tmp_path / "model")
+    character_tokenizer().save_pretrained(tmp_path / "model")
+    for solver in ("admm", "oats"):
+        result = compress(tmp_path / "model", tmp_path / solver, replace(RECIPE, solver=solver), calibration=asked)
+        assert losparse_cli.verify(result.output).sound
+        assert far(result.output, tmp_path / "model", torch.arange(4, 68).view(2, 32)) < 1
+
+
+# --- killed, and resumed ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_killed_after_every_number_of_units(
+    dtype: torch.dtype, toy: Any, asked: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = toy("llama", tokenizer=True, dtype=dtype)
+    options: dict[str, Any] = {"calibration": replace(asked, tokens=256), "refinement": Refinement(steps=4)}
+    recipe = replace(RECIPE, iterations=2)
+    whole = compress(source, tmp_path / "a" / "out", recipe, **options)
+    written, read = toys.tensor_bytes(whole.output), toys.tensor_bytes(source)
+    norm = "model.layers.0.input_layernorm.weight"
+    assert written[norm][:2] == read[norm][:2]
+    assert written[norm] != read[norm]  # matched along: to go on, a run must read it back from its own files
+    job = prepare.prepare(source, tmp_path / "b" / "out", recipe, **options)
+
+    def again() -> Result:
+        return compress(source, tmp_path / "b" / "out", recipe, **options)
+
+    stops = range(0, len(job.units), 2 if dtype == torch.bfloat16 else 1)
+    last = killed_then_resumed(monkeypatch, 0, again, stops=stops)
+    assert last.resumed in {units.start for units in job.blocks.values()}
+    assert toys.digests(last.output) == toys.digests(whole.output)
+
+
+@pytest.mark.parametrize("refined", [False, True], ids=["solved", "matched"])
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "t5"])
+def test_killed_in_the_last_block(
+    name: str, refined: bool, toy: Any, asked: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All blocks before it are run with what was written for them; GPT-2's weights lie transposed."""
+    source = toy(name, tokenizer=True)
+    options: dict[str, Any] = {"calibration": replace(asked, tokens=256), "max_shard_size": "200kB"}
+    if refined:
+        options["refinement"] = Refinement(steps=2)
+    recipe = replace(RECIPE, iterations=2)
+    whole = compress(source, tmp_path / "a" / "out", recipe, **options)
+    assert len(list(whole.output.glob("*.safetensors"))) > 1
+    blocks = list(prepare.prepare(source, tmp_path / "b" / "out", recipe, **options).blocks.values())
+
+    def again() -> Result:
+        return compress(source, tmp_path / "b" / "out", recipe, **options)
+
+    last = killed_then_resumed(monkeypatch, blocks[-1].start + 3, again)
+    assert last.resumed == blocks[-1].start
+    assert toys.digests(last.output) == toys.digests(whole.output)
+
+
+def test_killed_after_its_last_unit_nothing_is_solved_again(
+    toy: Any, asked: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = toy("llama", tokenizer=True)
+    whole = compress(source, tmp_path / "a" / "out", RECIPE, calibration=asked)
+    with monkeypatch.context() as patched:
+        patched.setattr(ShardWriter, "finish", lambda self: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            compress(source, tmp_path / "b" / "out", RECIPE, calibration=asked)
+    monkeypatch.setattr(calibrated, "solve_layers", lambda *_: pytest.fail("solved again"))
+    last = compress(source, tmp_path / "b" / "out", RECIPE, calibration=asked, resume="required")
+    assert toys.digests(last.output) == toys.digests(whole.output)
+
+
+def test_other_text_is_another_run(toy: Any, asked: Calibration, text: Path, tmp_path: Path) -> None:
+    source = toy("llama", tokenizer=True)
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text(encoding="utf-8")[::-1], encoding="utf-8")
+    first = compress(source, tmp_path / "a" / "out", RECIPE, calibration=asked)
+    second = compress(source, tmp_path / "b" / "out", RECIPE, calibration=replace(asked, source=str(other)))
+    assert first.report.fingerprint != second.report.fingerprint
+    assert toys.tensor_bytes(first.output) != toys.tensor_bytes(second.output)
+
+
+# --- a budget by measured errors --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("field", ["keep", "keep_parameters"])
+def test_allocation_by_error_and_its_resume(
+    field: str, toy: Any, asked: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = toy("llama", tokenizer=True)
+    size: dict[str, Any] = {field: 0.5}
+    recipe = Recipe(**size, allocate="error", iterations=3)
+    whole = compress(source, tmp_path / "a" / "out", recipe, calibration=asked)
+    uniform = compress(source, tmp_path / "uniform", replace(recipe, allocate="uniform"), calibration=asked)
+    assert losparse_cli.verify(whole.output).sound
+    assert not (whole.output / ALLOCATION).exists()
+    stored = [sum(layer.bytes_after for layer in r.report.layers) for r in (whole, uniform)]
+    assert stored[0] == pytest.approx(stored[1], rel=0.02)
+
+    def again() -> Result:
+        return compress(source, tmp_path / "b" / "out", recipe, calibration=asked)
+
+    with monkeypatch.context() as patched:
+        kill_at(patched, 12)
+        with pytest.raises(Killed):
+            again()
+    assert "layers" in json.loads((tmp_path / "b" / "out.partial" / ALLOCATION).read_text())
+    monkeypatch.setattr("losparse_cli.compress.allocate_by_error", lambda *_: pytest.fail("decided again"))
+    assert toys.digests(again().output) == toys.digests(whole.output)
+
+
+def test_a_torn_allocation_is_decided_anew(
+    toy: Any, asked: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = toy("gpt2", tokenizer=True)
+    recipe = Recipe(keep=0.5, allocate="error", iterations=3)
+    whole = compress(source, tmp_path / "a" / "out", recipe, calibration=asked)
+    with monkeypatch.context() as patched:
+        kill_at(patched, 0)
+        with pytest.raises(Killed):
+            compress(source, tmp_path / "b" / "out", recipe, calibration=asked)
+    kept = tmp_path / "b" / "out.partial" / ALLOCATION
+    kept.write_bytes(kept.read_bytes()[:-9])
+    last = compress(source, tmp_path / "b" / "out", recipe, calibration=asked)
+    assert toys.digests(last.output) == toys.digests(whole.output)
+
+
+# --- what contradicts itself ------------------------------------------------------------------------
+
+
+def test_what_needs_text_says_so(toy: Any, asked: Calibration, tmp_path: Path) -> None:
+    source = toy("llama", tokenizer=True)
+    for recipe, options in (
+        (Recipe(solver="admm"), {}),
+        (Recipe(solver="oats"), {}),
+        (None, {"refinement": Refinement(steps=2)}),
+    ):
+        with pytest.raises(UsageError, match="--calibration"):
+            compress(source, tmp_path / "out", recipe, **options)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"rank": 4, "keep": 0.5},
+        {"rank": 4, "sparsity": 0.5},
+        {"sparsity": 0.5},
+        {"pattern": "2:4"},
+    ],
+    ids=lambda recipe: "-".join(recipe),
+)
+def test_allocation_by_error_needs_something_to_allocate(
+    recipe: dict[str, Any], toy: Any, asked: Calibration, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="--allocate error"):
+        compress(toy("llama", tokenizer=True), tmp_path / "out", Recipe(**recipe, allocate="error"), calibration=asked)
+
+
+def test_allocation_by_error_without_text(toy: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--calibration"):
+        compress(toy("llama"), tmp_path / "out", Recipe(keep=0.5, allocate="error"))
+
+
+# --- estimates --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_the_estimate_grows_with_what_is_asked_for(
+    name: str, toy: Any, asked: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("losparse_cli.job.estimate._speed", lambda _: 1e9)
+
+    def expected(tokens: int, **options: Any) -> Any:
+        calibration = replace(asked, tokens=tokens)
+        job = prepare.prepare(toy(name, tokenizer=True), tmp_path / "out", RECIPE, calibration=calibration, **options)
+        return estimate(job)
+
+    few, many, matched = expected(128), expected(1024), expected(1024, refinement=Refinement(steps=50))
+    assert few.fixed_bytes > 0
+    assert few.activation_bytes > 0
+    assert 0 < few.seconds < many.seconds < matched.seconds
+    assert few.activation_bytes < many.activation_bytes < matched.activation_bytes
+    assert few.peak_bytes < many.peak_bytes < matched.peak_bytes
