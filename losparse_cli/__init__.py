@@ -19,6 +19,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "compress": ".compress",
     "Recipe": ".budget.recipe",
+    "Calibration": ".calibration.request",
+    "Refinement": ".training.reconstruction",
+    "refine": ".refine",
     "evaluate": ".evaluate",
     "export": ".export",
     "inspect": ".inspection",
@@ -30,8 +33,10 @@ _HOMES = {
 }
 
 __all__ = [
+    "Calibration",
     "LosparseError",
     "Recipe",
+    "Refinement",
     "__version__",
     "compress",
     "evaluate",
@@ -39,12 +44,14 @@ __all__ = [
     "inspect",
     "load",
     "push",
+    "refine",
     "register",
     "verify",
 ]
 
 if TYPE_CHECKING:
     from .budget.recipe import Recipe
+    from .calibration.request import Calibration
     from .compress import compress
     from .errors import LosparseError
     from .evaluate import evaluate
@@ -52,6 +59,8 @@ if TYPE_CHECKING:
     from .inspection import inspect
     from .load import load, register
     from .push import push
+    from .refine import refine
+    from .training.reconstruction import Refinement
     from .verify import verify
 
 

@@ -50,6 +50,11 @@ def read(name: str) -> str:
     return (ROOT / "docs" / name).read_text(encoding="utf-8")
 
 
+def words(name: str) -> str:
+    """The page on one line, so that a sentence is found wherever it is broken."""
+    return " ".join(read(name).split())
+
+
 def blocks(text: str, *languages: str) -> list[str]:
     """Contents of the fenced blocks of these languages."""
     found = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
@@ -245,11 +250,23 @@ def test_sizes_in_method() -> None:
 
 
 def test_defaults_in_the_text() -> None:
-    from losparse_cli.budget.recipe import DEFAULT_ITERATIONS, DEFAULT_KEEP
+    from losparse_cli.budget.recipe import CALIBRATED_KEEP, CALIBRATED_RANK_RATIO, DEFAULT_ITERATIONS, DEFAULT_KEEP
+    from losparse_cli.job.allocation import COARSE_STEPS
+    from losparse_cli.linalg import admm
 
-    assert f"the budget is `--keep {DEFAULT_KEEP}`" in read("method.md")
-    assert f"`--keep {DEFAULT_KEEP}` and rank 0 are the defaults" in read("quickstart.md")
-    assert f"The default is {DEFAULT_ITERATIONS} passes." in read("method.md")
+    budget = f"the budget is `--keep {DEFAULT_KEEP}` without calibration text and `--keep {CALIBRATED_KEEP}` with it"
+    assert budget in read("method.md")
+    defaults = f"`--keep {DEFAULT_KEEP}` and rank 0 are the defaults; with it, `--keep {CALIBRATED_KEEP}`"
+    assert defaults in words("quickstart.md")
+    assert CALIBRATED_RANK_RATIO == 1 / 5
+    assert f"κ = {CALIBRATED_RANK_RATIO} under a budget" in words("method.md")
+    assert f"The default is {DEFAULT_ITERATIONS['magnitude']} passes without data." in read("method.md")
+    for solver, passes in DEFAULT_ITERATIONS.items():
+        assert re.search(rf"^\| `{solver}` \|.*\| {passes} \|$", read("method.md"), re.MULTILINE), solver
+    assert f"λ = {admm.DAMPING:.0%}".replace("%", " %") in read("method.md")
+    assert f"polish, {admm.POLISH_ROUNDS} rounds:        S by {admm.POLISH_STEPS} steps" in read("method.md")
+    assert f"ρ = {admm.RHO_START}" in read("method.md")
+    assert f"Coarse solves ({COARSE_STEPS} steps)" in read("method.md")
 
 
 def test_reasons_in_method_are_those_of_the_code() -> None:

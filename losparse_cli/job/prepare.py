@@ -116,6 +116,8 @@ def prepare(
     recipe = (recipe or Recipe()).settled(calibrated=calibration is not None)
     if calibration is None and refinement is not None:
         raise UsageError("--refine blocks needs text to calibrate with: add --calibration FILE, or `self`.")
+    if calibration is None and recipe.allocate == "error":
+        raise UsageError("--allocate error needs text to calibrate with: add --calibration FILE, or `self`.")
     if calibration is None and recipe.solver != "magnitude":
         raise UsageError(f"--solver {recipe.solver} needs text to calibrate with: add --calibration FILE, or `self`.")
     shard_bytes, where = parse_size(max_shard_size), find_device(device)

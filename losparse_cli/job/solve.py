@@ -49,7 +49,7 @@ def solve_layers(
     plans: Sequence[LayerPlan], stored: Sequence[Tensor], H: Tensor, recipe: Recipe, device: torch.device
 ) -> list[Decomposition]:
     """U, V and S of layers that are fed the same inputs, of second moment H (in, in), by the recipe's solver."""
-    if recipe.solver == "magnitude":
+    if recipe.solver == "magnitude" or not bool(H.any()):  # inputs that are all zero tell nothing
         return [solve_layer(plan, W, recipe, device) for plan, W in zip(plans, stored, strict=True)]
     weights = [as_matrix(W, plan.layer, device) for plan, W in zip(plans, stored, strict=True)]
     if recipe.solver == "oats":

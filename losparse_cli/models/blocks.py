@@ -178,4 +178,6 @@ def hidden_states(output: Any) -> Tensor:
 
 def with_hidden_states(output: Any, states: Tensor) -> Any:
     """`output` of a block with its activations replaced by `states`."""
+    if isinstance(output, dict):  # transformers' ModelOutput, of a whole model
+        return type(output)(**{**output, next(iter(output)): states})
     return states if isinstance(output, Tensor) else type(output)((states, *output[1:]))
