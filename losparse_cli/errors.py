@@ -8,6 +8,7 @@ LosparseError                      exit code 1
 │   └── FormatVersionError         written by a newer losparse
 ├── OutputError                    the place to write: exists, read-only, full
 │   └── ResumeError                a journal of another run, or none where one is required
+├── ResourceError                  memory that is not there, and what to lower
 ├── MissingExtraError              an optional dependency is not installed
 └── Interrupted                    exit code 130: Ctrl-C, with what was finished kept
 """
@@ -49,6 +50,10 @@ class OutputError(LosparseError):
 
 class ResumeError(OutputError):
     """A partial result that this run may not continue, or none where one is required."""
+
+
+class ResourceError(LosparseError):
+    """Memory that is not there."""
 
 
 class MissingExtraError(LosparseError):

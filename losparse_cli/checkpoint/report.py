@@ -143,6 +143,13 @@ class Report:
             raise CheckpointError(f"{where} is incomplete ({error!r}). Compress the model again.") from error
 
 
+def mean_output_error(layers: Iterable[LayerReport]) -> float | None:
+    """Mean of the layers' output errors, None if one of them has none."""
+    errors = [layer.output_error for layer in layers]
+    known = [error for error in errors if error is not None]
+    return sum(known) / len(known) if known and len(known) == len(errors) else None
+
+
 def total_error(layers: Iterable[LayerReport]) -> float | None:
     """sqrt(Σ ‖residual‖² / Σ ‖weight‖²), None if a layer has no record of it or all weights are zero."""
     weight = residual = 0.0

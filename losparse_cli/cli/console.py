@@ -305,6 +305,8 @@ def _minutes(seconds: float) -> str:
 
 def show_result(out: Console, result: Result) -> None:
     """The summary after a run."""
+    from ..checkpoint.report import mean_output_error
+
     report = result.report
     out.data(
         {"output": str(result.output), "seconds": result.seconds, "resumed_units": result.resumed} | report.totals()
@@ -320,9 +322,9 @@ def show_result(out: Console, result: Result) -> None:
     out.err.print(table)
     error = report.relative_error
     measured = "" if error is None else f", relative Frobenius error {error:.3f}"
-    outputs = [x.output_error for x in report.layers if x.output_error is not None]
-    if outputs:  # what calibration minimises; the other one is then no measure of quality
-        measured = f", mean relative output error {sum(outputs) / len(outputs):.3f} on {_used(report)}"
+    on_text = mean_output_error(report.layers)
+    if on_text is not None:  # what calibration minimises; the other one is then no measure of quality
+        measured = f", mean relative output error {on_text:.3f} on {report.calibration.get('tokens_used', 0):,} tokens"
     out.say(
         f"{len(report.layers)} layers, {report.targeted_share:.1%} of all parameters{measured}, {result.seconds:.1f} s"
     )
@@ -366,10 +368,6 @@ def show_result(out: Console, result: Result) -> None:
     where = short(result.output)
     out.say(f"[bold green]Done.[/] The result is in {where}. To load it:")
     out.say(f'  import losparse_cli\n  model, tokenizer = losparse_cli.load("{where}")')
-
-
-def _used(report: Report) -> str:
-    return f"{report.calibration.get('tokens_used', 0):,} tokens"
 
 
 def _share(report: Report) -> str:

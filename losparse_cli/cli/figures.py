@@ -83,7 +83,7 @@ def headline(report: Report | DenseReport) -> tuple[str, str]:
 
 def layer_errors(layers: Sequence[LayerReport]) -> tuple[str, list[float | None]]:
     """What the errors are, and one for each layer: of the layers' outputs if all are known, else of the weights."""
-    outputs: list[float | None] = [getattr(layer, "output_error", None) for layer in layers]
+    outputs: list[float | None] = [layer.output_error for layer in layers]
     by_output = bool(layers) and None not in outputs
     errors = outputs if by_output else [layer.relative_error for layer in layers]
     # A report may hold anything that JSON does, infinity among it, and no axis reaches there.

@@ -62,7 +62,7 @@ class Block:
     def solve(self, calls: Sequence[Call], on_layer: Callable[[LayerReport], None]) -> None:
         """Solve every layer for what it is fed in `calls`; without data those that the text never reaches."""
         self._say("gathering what its layers are fed")
-        moments = gather_moments(self.module, list(self.plans), calls)
+        moments = gather_moments(self.module, list(self.plans), calls, prefix=self.prefix)
         moments.reverse()
         while moments:
             group = moments.pop()  # each second moment is let go of as soon as it was used

@@ -14,7 +14,7 @@ from ..checkpoint.report import LayerReport
 from ..checkpoint.writer import ShardWriter, tensor_part
 from ..linalg.precision import fast_float32
 from ..models.blocks import Call, Relay, block_of, hidden_states, run_block, with_hidden_states
-from ..models.device import available
+from ..models.device import available, memory_errors
 from ..models.skeleton import empty_model
 from ..shim.layouts import LayerSpec
 from .assembly import Assembly
@@ -57,7 +57,8 @@ class CalibratedRun:
         ]
         # Where blocks are matched, the dense model's own stream runs along: it is what they are matched to.
         streams = 2 if job.refinement is not None else 1
-        with fast_float32(), Relay(self.model, list(job.blocks), batches * streams) as relay:
+        remedy = "Lower --calibration-tokens or --calibration-length, or set --memory-limit; what is finished is kept."
+        with memory_errors(remedy), fast_float32(), Relay(self.model, list(job.blocks), batches * streams) as relay:
             for name, calls in relay:
                 self._block(Block(name, job, self.assembly, self._say), calls[: len(batches)], calls[len(batches) :])
 

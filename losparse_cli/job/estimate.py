@@ -12,6 +12,8 @@ from .prepare import RESIDENT_BASE, Job
 
 # Measured on SmolLM2-135M, two cores: time of the whole over that of its products alone at full speed.
 SOLVER_OVERHEAD, FORWARD_OVERHEAD, TRAINING_OVERHEAD = 2.2, 1.6, 1.6
+GENERATION_OVERHEAD = 8  # a token at a time is bound by memory: measured against the same products for a whole window
+GENERATION_BYTES = 1 << 30  # keys and values of the windows that are written side by side
 POLISH = 45  # products with H besides those of the iterations
 SOLVER_COPIES = 9  # float32 matrices of the weight's shape that the solver holds at once
 TRAINING_COPIES = 8  # of the block: U V + S, S, its mask, gradients, Adam's two moments, and the weights put aside
@@ -61,6 +63,11 @@ def estimate(job: Job) -> Estimate:
     training = TRAINING_COPIES * 4 * widest if job.refinement is not None else 0
     passing = 4 * batch * 16 * hidden  # what one batch leaves behind inside a block
     fixed = RESIDENT_BASE + 4 * (outside + widest) + moments + max(solver, training + passing)
+    if (
+        job.windows is None
+    ):  # the model writes the text itself: all of it in memory, with keys and values, before the rest
+        fixed = max(fixed, RESIDENT_BASE + sum(entry.nbytes for entry, _ in job.units) + GENERATION_BYTES)
+        work += FORWARD_OVERHEAD * GENERATION_OVERHEAD * 2 * job.parameters * tokens
     held = 3 if job.refinement is not None else 2
     return Estimate(fixed, 4 * tokens * hidden * held, work / _speed(job.device))
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UsageError
+from ..errors import LosparseError, UsageError
 
 
 def find_blocks(model: nn.Module, layers: Collection[str]) -> tuple[str, ...]:
@@ -138,12 +138,12 @@ class Relay:
         return forward
 
     def __iter__(self) -> Iterator[tuple[str, list[Call]]]:
-        """UsageError if the blocks come in another order, or differ between batches."""
+        """UsageError if the model cannot be run on the batches, or if its blocks come in another order."""
         for expected in self._blocks:
             calls = []
             for runner in self._runners:
                 self._current = runner
-                runner.advance()
+                self._advance(runner)
                 if runner.block != expected or runner.call is None:
                     raise UsageError(
                         f"{type(self._model).__name__} calls {runner.block or 'nothing more'} where {expected} was "
@@ -151,6 +151,18 @@ class Relay:
                     )
                 calls.append(runner.call)
             yield expected, calls
+
+    def _advance(self, runner: _Runner) -> None:
+        try:
+            runner.advance()
+        except (LosparseError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever the model's own code raises, for want of an image, say
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            name = type(self._model).__name__
+            raise UsageError(
+                f"{name} cannot be run on text alone ({reason}). Compress it without --calibration."
+            ) from error
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for runner in self._runners:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from ..errors import UsageError
+from ..errors import ResourceError, UsageError
 
 MEMINFO = Path("/proc/meminfo")
 CONTROL_GROUP = Path("/sys/fs/cgroup")
@@ -59,3 +61,14 @@ def peak_memory() -> int:
     status = Path("/proc/self/status")
     found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.is_file() else None
     return int(found[1]) * 1024 if found else 0
+
+
+@contextmanager
+def memory_errors(remedy: str) -> Iterator[None]:
+    """Turns what torch raises for want of memory into a ResourceError that ends in `remedy`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise ResourceError(f"Memory ran out. {remedy}") from error

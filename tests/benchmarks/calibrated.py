@@ -438,9 +438,7 @@ def picture(options: Options, arguments: Sequence[str] = ()) -> None:
     axes.set_xlim(0, 100)
     axes.set_xlabel("bytes of the compressed layers, % of bfloat16, every index and scale counted")
     axes.set_ylabel("log-perplexity above dense, nats a token")
-    axes.set_title(
-        "SmolLM2-135M-Instruct on held-out encyclopedia text (lower left is better)", fontsize=10
-    )
+    axes.set_title("SmolLM2-135M-Instruct on held-out encyclopedia text (lower left is better)", fontsize=10)
     axes.grid(True, which="major", alpha=0.3)
     axes.legend(frameon=False, fontsize=9)
     figure.tight_layout()

@@ -8,7 +8,7 @@ import re
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -126,15 +126,12 @@ def test_layers_of_one_kind_in_a_block_make_one_mark() -> None:
 
 
 def test_errors_of_outputs_are_drawn_if_all_are_known() -> None:
-    @dataclass(frozen=True)
-    class Measured(LayerReport):
-        output_error: float | None = None
-
     report = report_of("h.0.fc", "h.1.fc")
 
     def measured(*errors: float | None) -> Report:
         pairs = zip(report.layers, errors, strict=True)
-        return replace(report, layers=tuple(Measured(**vars(layer) | {"output_error": e}) for layer, e in pairs))
+        layers = tuple(replace(layer, output_errors=() if e is None else (e,)) for layer, e in pairs)
+        return replace(report, layers=layers)
 
     both = render(measured(0.5, 0.25), "svg")
     assert "relative error of output" in texts(both)

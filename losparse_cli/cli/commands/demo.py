@@ -13,10 +13,10 @@ from ..app import app
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the two results.")] = Path("losparse-demo"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("losparse-demo"),
     debug: o.Debug = False,
 ) -> None:
-    """Compress a small real model two ways, and compare bytes, perplexity and a sentence with dense."""
+    """Compress a small real model three ways, and compare bytes, perplexity and a sentence with dense."""
     from ...demo import demo as show
     from .. import console as c
     from .. import tables
@@ -26,6 +26,7 @@ def demo(
     rows = show(
         output,
         on_step=lambda message: out.say(f"[bold]{message}[/]"),
+        watch=lambda: c.LayerProgress(out),
         on_report=lambda report: tables.show_report(
             out, report, every_layer=False, sort="name", as_csv=False, as_json=False
         ),
