@@ -28,7 +28,7 @@ class Calibration:
     source: str
     tokens: int = 32768
     length: int | None = None
-    batch: int = 8
+    batch: int = 4
     split: str | None = None
     field: str | None = None
     target_field: str | None = None

@@ -73,7 +73,7 @@ CalibrationSplit = Annotated[
     str | None, typer.Option(help="Split of a Hub dataset.", rich_help_panel=TEXT, show_default="train")
 ]
 RefineSteps = Annotated[
-    int | None, typer.Option(help="Batches that a block is trained on.", rich_help_panel=TEXT, show_default="96")
+    int | None, typer.Option(help="Batches that a block is trained on.", rich_help_panel=TEXT, show_default="192")
 ]
 RefineRate = Annotated[
     float | None, typer.Option(help="Learning rate at its peak.", rich_help_panel=TEXT, show_default="5e-4")

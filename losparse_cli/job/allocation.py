@@ -13,7 +13,6 @@ from ..budget.allocate import REACH, Curve, allocate
 from ..budget.plan import Layer, plan_layer
 from ..budget.recipe import Recipe
 from ..calibration.moments import gather_moments
-from ..errors import UsageError
 from ..linalg.factors import Decomposition
 from ..linalg.precision import fast_float32
 from ..models.blocks import Relay, block_of
@@ -45,15 +44,10 @@ class Allocation:
 
 
 def allocate_by_error(job: Job, on_phase: Callable[[str], None] = lambda text: None) -> Allocation:
-    """Size and split of each layer by measured errors, or nothing where the uniform plan is as good.
-
-    UsageError if the recipe leaves nothing to allocate.
-    """
+    """Size and split of each layer by measured errors, or nothing where the uniform plan is as good."""
     recipe = job.recipe
     field = "keep" if recipe.keep is not None else "keep_parameters"
     keep = getattr(recipe, field)
-    if keep is None or ":" in recipe.pattern or recipe.rank is not None:
-        raise UsageError("--allocate error decides rank and size of each layer: give --keep alone, and no N:M pattern.")
     assert job.windows is not None
     assert job.calibration is not None
     survey = _Survey(job, field, keep, on_phase)
@@ -159,7 +153,7 @@ class _Survey:
                 if logits is not None and logits.dim() == 3:
                     found.append(torch.log_softmax(logits[0].float(), dim=-1))
                 else:
-                    found.append(output[0].float())
+                    found.append(output[0].float()[None])  # never two-dimensional, as log-probabilities are
         return found
 
     def _distance(self, dense: Sequence[Tensor]) -> float:

@@ -48,7 +48,7 @@ class Assembly:
             for key in meta:
                 stored = self._names.disk.get(f"{name}.{key}" if name else key, [])
                 if stored:
-                    setattr(module, key, self.read(stored[0]).to(self._device))
+                    setattr(module, key, self.read(stored[0]).to(self._device, meta[key].dtype))
 
     def parameter(self, tensor: str) -> str | None:
         """The parameter that the tensor on disk becomes as it stands, None if there is none."""

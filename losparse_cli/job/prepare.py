@@ -163,6 +163,21 @@ def prepare(
     )
 
 
+def _check_calibrated(recipe: Recipe, calibration: Calibration | None, refinement: Refinement | None) -> None:
+    """UsageError if the request needs text and has none, or leaves nothing to allocate."""
+    asked = {
+        "--refine blocks": refinement is not None,
+        f"--solver {recipe.solver}": recipe.solver != "magnitude",
+        "--allocate error": recipe.allocate == "error",
+    }
+    for option, given in asked.items():
+        if given and calibration is None:
+            raise UsageError(f"{option} needs text to calibrate with: add --calibration FILE, or --calibration self.")
+    sized = recipe.keep is not None or recipe.keep_parameters is not None
+    if recipe.allocate == "error" and (not sized or ":" in recipe.pattern or recipe.rank is not None):
+        raise UsageError("--allocate error decides rank and size of each layer: give --keep alone, and no N:M pattern.")
+
+
 def _open(model: str | Path, revision: str | None, cache_dir: Path | None, plan_only: bool) -> Checkpoint:
     """The source, of a Hub model only its headers where they can be had alone."""
     try:

@@ -26,7 +26,7 @@ class Refinement:
     steps: of Adam, one batch of windows each. lr: at its peak, cosine decay after it.
     """
 
-    steps: int = 96
+    steps: int = 192
     lr: float = 5e-4
 
     def __post_init__(self) -> None:
@@ -54,8 +54,8 @@ class _LowRankPlusSparse(nn.Module):
 
     def __init__(self, factors: LowRankSparse, transposed: bool) -> None:
         super().__init__()
-        self.U = nn.Parameter(factors.U.float())
-        self.V = nn.Parameter(factors.V.float())
+        self.U = nn.Parameter(factors.U.float().clone())
+        self.V = nn.Parameter(factors.V.float().clone())
         self.S = nn.Parameter(factors.sparse())
         self.register_buffer("mask", factors.support.float())
         self.mask: Tensor

@@ -54,7 +54,7 @@ ROWS = (
     *(f"magnitude@{size}" for size in (0.7, 0.5)),
     *(f"keep@{size}" for size in (0.8, 0.7, 0.6, 0.5)),
 )
-# Bits and entries a group, 0 for one scale a row.
+# Bits, and entries of a group, 0 for whole rows.
 QUANTIZED = {"int8": (8, 0), "int4": (4, 0), "int4, groups of 64": (4, 64), "int4, groups of 32": (4, 32)}
 EMBEDDINGS = ("oats", "admm", "admm+blocks")
 
@@ -294,9 +294,10 @@ def embedding(options: Options, rows: Sequence[str] = ()) -> None:
     print("| method | bytes | seconds | cosine to dense | 1 - cosine, of OATS's |\n|---|---|---|---|---|")
     kept = _kept(options, "embedding")
     for row, line in kept.items():
-        cosine, other = line["cosine"], kept.get("oats", line)["cosine"]["value"]
+        cosine, other = line["cosine"], kept.get("oats")
+        ratio = f"{(1 - cosine['value']) / (1 - other['cosine']['value']):.2f}" if other else "–"
         print(f"| {row} | {line['layer_bytes'] / line['dense_layer_bytes']:.1%} | {line['seconds']:.0f} ", end="")
-        print(f"| {cosine['value']:.5f} ± {cosine['error']:.5f} | {(1 - cosine['value']) / (1 - other):.2f} |")
+        print(f"| {cosine['value']:.5f} ± {cosine['error']:.5f} | {ratio} |")
 
 
 # --- single layers ----------------------------------------------------------------------------------
@@ -427,20 +428,29 @@ def picture(options: Options, arguments: Sequence[str] = ()) -> None:
             continue
         x, y = [p[0] for p in points], [max(floor, p[1]["value"]) for p in points]
         joined = "" if bench == "quantization" else "-"
+        errors = [p[1]["error"] or 0 for p in points]
+        below = [min(error, value - 0.7 * floor) for value, error in zip(y, errors, strict=True)]
         axes.errorbar(
-            x, y, [p[1]["error"] or 0 for p in points], label=label, color=colour, marker=marker, linestyle=joined,
+            x, y, (below, errors), label=label, color=colour, marker=marker, linestyle=joined,
             markersize=6, linewidth=1.5, capsize=2,
         )  # fmt: skip
         if bench == "quantization":
             for place, height, (*_, row) in zip(x, y, points, strict=True):
-                axes.annotate(row, (place, height), (5, 4), textcoords="offset points", fontsize=8)
+                axes.annotate(
+                    row if height > floor else f"{row} (at most)",
+                    (place, height),
+                    (5, 4),
+                    textcoords="offset points",
+                    fontsize=8,
+                )
     axes.set_yscale("log")
     axes.set_xlim(0, 100)
     axes.set_xlabel("bytes of the compressed layers, % of bfloat16, every index and scale counted")
-    axes.set_ylabel("log-perplexity above dense, nats a token")
+    axes.set_ylabel("log-perplexity above dense, nats ± standard error", fontsize=9)
     axes.set_title("SmolLM2-135M-Instruct on held-out encyclopedia text (lower left is better)", fontsize=10)
     axes.grid(True, which="major", alpha=0.3)
-    axes.legend(frameon=False, fontsize=9)
+    axes.set_ylim(bottom=0.7 * floor)
+    axes.legend(frameon=False, fontsize=9, loc="lower left")
     figure.tight_layout()
     path = Path(arguments[0]) if arguments else Path(__file__).parents[2] / "docs" / "quality.svg"
     figure.savefig(path, metadata={"Date": None})

@@ -102,12 +102,13 @@ def test_memory_falls_on_release_and_what_was_kept_comes_back(tmp_path: Path) ->
 @needs_proc
 def test_keeping_takes_no_memory_by_itself(tmp_path: Path) -> None:
     activations = Activations(tmp_path, 0)
+    size = 40 * MIB  # above the 32 MiB up to which glibc may hold on to what is freed
     base = resident()
-    kept = [activations.keep(torch.full((16 * MIB,), k, dtype=torch.uint8)) for k in range(6)]
+    kept = [activations.keep(torch.full((size,), k, dtype=torch.uint8)) for k in range(3)]
     gc.collect()
-    assert resident() - base < 40 * MIB  # of 96
-    assert [int(tensor[-1]) for tensor in kept] == list(range(6))
-    assert activations.spilled == 96 * MIB
+    assert resident() - base < 0.5 * size
+    assert [int(tensor[-1]) for tensor in kept] == list(range(3))
+    assert activations.spilled == 3 * size
 
 
 def mapped(folder: Path) -> int:

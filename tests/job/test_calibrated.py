@@ -22,7 +22,7 @@ from losparse_cli.calibration.text import Calibration
 from losparse_cli.checkpoint.writer import ALLOCATION, ShardWriter
 from losparse_cli.compress import Result, compress
 from losparse_cli.errors import UsageError
-from losparse_cli.job import block, calibrated, prepare
+from losparse_cli.job import allocation, block, calibrated, prepare
 from losparse_cli.job.estimate import estimate
 from losparse_cli.training.reconstruction import Refinement
 
@@ -209,6 +209,39 @@ def test_a_layer_that_is_fed_nothing_but_zeros(asked: Calibration, tmp_path: Pat
         assert far(result.output, tmp_path / "model", torch.arange(4, 68).view(2, 32)) < 1
 
 
+def test_layers_that_share_inputs_need_not_share_a_recipe(
+    toy: Any, asked: Calibration, text: Path, tmp_path: Path
+) -> None:
+    """Those solved side by side are alike in pattern, scope and steps; the others are no worse for it."""
+    source = toy("llama", tokenizer=True)
+    overrides = (
+        ("*.k_proj", (("pattern", "columns"),)),
+        ("*.up_proj", (("iterations", 3), ("threshold_scope", "matrix"))),
+        ("*.0.*.v_proj", (("keep", 0.8),)),
+    )
+    mixed = compress(source, tmp_path / "mixed", replace(RECIPE, overrides=overrides), calibration=asked)
+    plain = compress(source, tmp_path / "plain", RECIPE, calibration=asked)
+    assert losparse_cli.verify(mixed.output).sound
+    layers = {layer.name.removeprefix("model.layers.0."): layer for layer in mixed.report.layers}
+    assert layers["self_attn.k_proj"].pattern == "columns"
+    assert layers["self_attn.q_proj"].pattern == "unstructured"
+    before, after = toys.tensor_bytes(plain.output), toys.tensor_bytes(mixed.output)
+    same = {name.split(".")[4] for name in before if ".layers.0." in name and before[name] == after.get(name)}
+    assert same >= {"q_proj", "gate_proj", "o_proj", "down_proj"}  # in the first block, whose inputs are the same
+    assert not same & {"k_proj", "v_proj", "up_proj"}
+
+
+@pytest.mark.parametrize("tokens", [1, 33, 9 * LENGTH])
+def test_little_text_and_a_last_batch_that_is_not_full(
+    tokens: int, toy: Any, asked: Calibration, tmp_path: Path
+) -> None:
+    few = replace(asked, tokens=tokens)
+    for k, recipe in enumerate((RECIPE, Recipe(keep=0.5, iterations=2, allocate="error"))):
+        result = compress(toy("llama", tokenizer=True), tmp_path / str(k), recipe, calibration=few)
+        assert losparse_cli.verify(result.output).sound
+        assert result.report.calibration["windows"] == max(1, round(tokens / LENGTH))
+
+
 # --- killed, and resumed ----------------------------------------------------------------------------
 
 
@@ -217,8 +250,8 @@ def test_killed_after_every_number_of_units(
     dtype: torch.dtype, toy: Any, asked: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = toy("llama", tokenizer=True, dtype=dtype)
-    options: dict[str, Any] = {"calibration": replace(asked, tokens=256), "refinement": Refinement(steps=4, lr=0.01)}
-    recipe = replace(RECIPE, iterations=2)
+    options: dict[str, Any] = {"calibration": replace(asked, tokens=256), "refinement": Refinement(steps=4, lr=1e-3)}
+    recipe = replace(RECIPE, keep=0.3, iterations=2)
     whole = compress(source, tmp_path / "a" / "out", recipe, **options)
     written, read = toys.tensor_bytes(whole.output), toys.tensor_bytes(source)
     norm = "model.layers.0.input_layernorm.weight"
@@ -326,6 +359,31 @@ def test_a_torn_allocation_is_decided_anew(
     kept.write_bytes(kept.read_bytes()[:-9])
     last = compress(source, tmp_path / "b" / "out", recipe, calibration=asked)
     assert toys.digests(last.output) == toys.digests(whole.output)
+
+
+@pytest.mark.parametrize("name", ["bert", "bert-qa", "t5", "mixtral"])
+def test_allocation_without_room_for_the_whole_model(
+    name: str, toy: Any, asked: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room its gain is measured on the model's output, whatever that is; without it all blocks weigh alike."""
+    recipe = Recipe(keep=0.5, allocate="error", iterations=2)
+    job = prepare.prepare(toy(name, tokenizer=True), tmp_path / "out", recipe, calibration=asked)
+    roomy = allocation.allocate_by_error(job)
+    assert roomy.gain is not None
+    assert roomy.gain > 0
+    assert bool(roomy.layers) == (roomy.gain < 1)
+    monkeypatch.setattr(allocation, "available", lambda _: 0)
+    tight = allocation.allocate_by_error(job)
+    assert tight.gain is None
+    assert tight.layers.keys() == {plan.layer.name for plan in job.plan.layers}
+    sizes = {plan.layer.name: plan.layer.dense_bytes for plan in job.plan.layers}
+    kept = sum(sizes[layer] * fields["keep"] for layer, fields in tight.layers.items()) / sum(sizes.values())
+    assert kept == pytest.approx(0.5, abs=0.001)
+    assert all(0.4 - 1e-4 <= fields["keep"] <= 0.6 + 1e-4 for fields in tight.layers.values())
+    assert len({fields["keep"] for fields in tight.layers.values()}) > 1
+    replanned = prepare.replan(job, job.recipe.with_overrides(tight.layers))
+    assert [entry.name for entry, _ in replanned.units] == [entry.name for entry, _ in job.units]
+    assert replanned.plan.expected_bytes == pytest.approx(job.plan.expected_bytes, rel=0.02)
 
 
 # --- what contradicts itself ------------------------------------------------------------------------

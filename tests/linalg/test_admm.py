@@ -254,15 +254,14 @@ def test_the_inputs_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 7, 255, 256, 257, 600])
-def test_the_inverse_is_that_of_lapack(n: int) -> None:
+def test_the_inverse_is_that_of_float64(n: int) -> None:
     H = correlated(n, tokens=2 * n + 8) if n > 16 else normal(n, 4 * n) @ normal(n, 4 * n).T
     d = H.diagonal().rsqrt()
     A = H * d[:, None] * d
     A.diagonal().add_(0.1)
     found, exact = _inverse(A), torch.linalg.inv(A.double())
-    lapack = torch.cholesky_inverse(torch.linalg.cholesky(A))
-    wrong, theirs = (float((inverse - exact).norm() / exact.norm()) for inverse in (found.double(), lapack.double()))
-    assert wrong < 2 * theirs + 1e-6
+    condition = float(torch.linalg.cond(A.double()))
+    assert float((found.double() - exact).norm() / exact.norm()) < 1e-6 * condition
     torch.testing.assert_close(found @ A, torch.eye(n), atol=1e-3, rtol=0)
     torch.testing.assert_close(found, found.T, atol=1e-5, rtol=1e-4)
 

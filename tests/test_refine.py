@@ -1,0 +1,137 @@
+"""`losparse refine`: a compressed checkpoint brought closer to its dense model, at the same size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import answer
+from safetensors.torch import load_file
+from terminal import done
+from toys import digests
+
+from losparse_cli.budget.recipe import Recipe
+from losparse_cli.calibration.request import Calibration
+from losparse_cli.checkpoint.config import layer_specs
+from losparse_cli.checkpoint.source import open_checkpoint
+from losparse_cli.compress import compress
+from losparse_cli.errors import UsageError
+from losparse_cli.load import load
+from losparse_cli.refine import refine
+from losparse_cli.training.reconstruction import Refinement
+from losparse_cli.verify import verify
+
+TEXT = " ".join(f"Sentence {k} of the text says that {k * k % 97} is not {k}." for k in range(200))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Calibration:
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    return Calibration(str(tmp_path / "text.txt"), tokens=768, length=32, batch=4)
+
+
+@pytest.fixture
+def small(toy: Callable[..., Path], tmp_path: Path) -> Path:
+    """A toy Llama, compressed without data."""
+    return compress(toy("llama", tokenizer=True), tmp_path / "small", Recipe(rank=4, sparsity=0.6)).output
+
+
+def test_closer_to_the_dense_model_at_the_same_size(
+    toy: Callable[..., Path], small: Path, text: Calibration, tmp_path: Path
+) -> None:
+    dense = toy("llama", tokenizer=True)
+    result = refine(
+        small, tmp_path / "refined", calibration=text, against=dense, refinement=Refinement(steps=60, lr=3e-3)
+    )
+    assert verify(result.output).sound
+    assert len(result.report.blocks) == 2
+    for block in result.report.blocks:
+        assert block["loss_after"] < 0.9 * block["loss_before"]
+    before, after = (layer_specs(open_checkpoint(folder)) for folder in (small, result.output))
+    assert before == after  # ranks, supports' sizes and layouts
+    models = {name: load(folder)[0] for name, folder in (("dense", dense), ("small", small), ("new", result.output))}
+    answers = {name: answer(model) for name, model in models.items()}
+    distance = {name: float((found - answers["dense"]).square().mean()) for name, found in answers.items()}
+    assert distance["new"] < distance["small"]
+
+
+def test_supports_stay_and_norms_are_trained(
+    toy: Callable[..., Path], small: Path, text: Calibration, tmp_path: Path
+) -> None:
+    out = refine(
+        small, tmp_path / "refined", calibration=text, against=toy("llama", tokenizer=True),
+        refinement=Refinement(steps=10, lr=3e-3),
+    ).output  # fmt: skip
+    old, new = (load_file(folder / "model.safetensors") for folder in (small, out))
+    assert old.keys() == new.keys()
+    for name, tensor in old.items():
+        if ".S_" in name or "embed" in name:
+            assert torch.equal(tensor, new[name]), name
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert "model.layers.0.self_attn.q_proj.U" in changed
+    assert "model.layers.1.input_layernorm.weight" in changed
+
+
+def test_refined_norms_are_where_the_next_refinement_starts(
+    toy: Callable[..., Path], small: Path, text: Calibration, tmp_path: Path
+) -> None:
+    dense, options = toy("llama", tokenizer=True), {"calibration": text, "refinement": Refinement(steps=30, lr=3e-3)}
+    first = refine(small, tmp_path / "first", against=dense, **options)
+    second = refine(first.output, tmp_path / "second", against=dense, **options)
+    # What the first block lost at the end of one refinement it loses at the start of the next.
+    assert second.report.blocks[0]["loss_before"] == pytest.approx(first.report.blocks[0]["loss_after"], rel=1e-4)
+
+
+def test_a_killed_refinement_goes_on(
+    toy: Callable[..., Path], small: Path, text: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from losparse_cli.checkpoint.writer import ShardWriter
+
+    options: dict[str, Any] = {
+        "calibration": text, "against": toy("llama", tokenizer=True), "refinement": Refinement(steps=4, lr=1e-3)
+    }  # fmt: skip
+    whole = digests(refine(small, tmp_path / "whole" / "out", **options).output)
+    append, left = ShardWriter.append, 14  # into the second block
+
+    def dies(self: ShardWriter, *args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise KeyboardInterrupt
+        return append(self, *args, **kwargs)
+
+    monkeypatch.setattr(ShardWriter, "append", dies)
+    with pytest.raises(KeyboardInterrupt):
+        refine(small, tmp_path / "killed" / "out", **options)
+    monkeypatch.setattr(ShardWriter, "append", append)
+    result = refine(small, tmp_path / "killed" / "out", **options)
+    assert result.resumed > 0
+    assert digests(result.output) == whole
+
+
+def test_requests_that_cannot_be_met(toy: Callable[..., Path], small: Path, text: Calibration, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--against"):
+        refine(small, tmp_path / "out", calibration=text)
+    with pytest.raises(UsageError, match="no losparse checkpoint"):
+        refine(toy("llama"), tmp_path / "out", calibration=text, against=toy("llama", tokenizer=True))
+    with pytest.raises(UsageError, match="--against"):
+        refine(small, tmp_path / "out", calibration=text, against=toy("qwen2", tokenizer=True))
+    with pytest.raises(UsageError, match="inside the folder"):
+        refine(small, small / "out", calibration=text, against=toy("llama", tokenizer=True))
+    with pytest.raises(UsageError, match="--refine-lr"):
+        Refinement(lr=0.0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_command(toy: Callable[..., Path], small: Path, text: Calibration, tmp_path: Path) -> None:
+    dense = toy("llama", tokenizer=True)
+    run = done(
+        "refine", small, "--against", dense, "--calibration", text.source, "--calibration-tokens", "256",
+        "--calibration-length", "32", "--refine-steps", "5", "-o", tmp_path / "out", "--json",
+    )  # fmt: skip
+    assert json.loads(run.out)["output"] == str(tmp_path / "out")
+    assert verify(tmp_path / "out").sound
