@@ -114,12 +114,7 @@ def prepare(
     cannot be met, SourceError and CheckpointError on a source that cannot be read.
     """
     recipe = (recipe or Recipe()).settled(calibrated=calibration is not None)
-    if calibration is None and refinement is not None:
-        raise UsageError("--refine blocks needs text to calibrate with: add --calibration FILE, or `self`.")
-    if calibration is None and recipe.allocate == "error":
-        raise UsageError("--allocate error needs text to calibrate with: add --calibration FILE, or `self`.")
-    if calibration is None and recipe.solver != "magnitude":
-        raise UsageError(f"--solver {recipe.solver} needs text to calibrate with: add --calibration FILE, or `self`.")
+    _check_calibrated(recipe, calibration, refinement)
     shard_bytes, where = parse_size(max_shard_size), find_device(device)
     source = _open(model, revision, cache_dir, plan_only)
     _refuse_quantized(source)

@@ -106,7 +106,7 @@ def scales(n: int, seed: int = 6) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("pattern", "scope", "nnz", "near"),
     [
-        ("unstructured", "row", 60 * 30, 0.01),
+        ("unstructured", "row", 60 * 10, 0.01),
         ("unstructured", "matrix", 60 * 30 + 1, 0.01),
         ("rows", "row", 20 * 88, 0.01),
         ("columns", "row", 60 * 30, 0.01),
