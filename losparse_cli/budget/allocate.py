@@ -30,7 +30,7 @@ class Curve:
         k = max(0, min(len(self.keep) - 2, sum(point <= keep for point in self.keep) - 1))
         low, high = self.keep[k], self.keep[k + 1]
         a, b = (math.log(max(error, 1e-12)) for error in self.error[k : k + 2])
-        return self.weight * math.exp(a + (b - a) * (keep - low) / (high - low))
+        return self.weight * math.exp(a + (b - a) * (keep - low) / ((high - low) or 1.0))
 
 
 def allocate(curves: Mapping[str, Curve], keep: float, reach: float = REACH) -> dict[str, float]:

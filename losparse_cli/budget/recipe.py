@@ -225,6 +225,8 @@ def _override(recipe: Recipe, fields: Mapping[str, Any]) -> Recipe:
             changes |= {name: fields.get(name) for name in group}
     if ":" in str(fields.get("pattern", "")) and not any(name in fields for name in SIZE_CHOICES):
         changes["sparsity"] = None  # N:M fixes the density by itself
+        if "rank_ratio" not in fields and (recipe.keep is not None or recipe.keep_parameters is not None):
+            changes["rank_ratio"] = None  # and the budget then fixes the rank
     return replace(recipe, **changes)
 
 

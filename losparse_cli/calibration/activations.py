@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import tempfile
 import weakref
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 class Activations:
@@ -45,6 +48,8 @@ class Activations:
         """Let go of the pages of files that were read since; what they hold stays."""
         for area in list(self._mapped.values()):
             area.madvise(mmap.MADV_DONTNEED)
+        if self.spilled and _TRIM is not None:
+            _TRIM(0)  # glibc keeps freed tensors of up to 32 MiB for itself
 
     def _forget(self, nbytes: int) -> None:
         self._resident -= nbytes

@@ -26,7 +26,7 @@ class Calibration:
     """
 
     source: str
-    tokens: int = 32768
+    tokens: int = 65536
     length: int | None = None
     batch: int = 4
     split: str | None = None

@@ -52,7 +52,7 @@ CalibrationSource = Annotated[
     ),
 ]
 CalibrationTokens = Annotated[
-    int | None, typer.Option(help="About how many tokens.", rich_help_panel=TEXT, show_default="32768")
+    int | None, typer.Option(help="About how many tokens.", rich_help_panel=TEXT, show_default="65536")
 ]
 CalibrationLength = Annotated[
     int | None,

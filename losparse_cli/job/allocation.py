@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..budget.allocate import REACH, Curve, allocate
 from ..budget.plan import Layer, plan_layer
-from ..budget.recipe import Recipe
+from ..budget.recipe import RANK_CHOICES, SIZE_CHOICES, Recipe
 from ..calibration.moments import gather_moments
 from ..linalg.factors import Decomposition
 from ..linalg.precision import fast_float32
@@ -60,6 +61,14 @@ def allocate_by_error(job: Job, on_phase: Callable[[str], None] = lambda text: N
     return Allocation(layers if gain < 1 else {}, gain)
 
 
+def names_size(recipe: Recipe, layer: str) -> bool:
+    """Whether the recipe asks for a size, a rank or a pattern of this layer by name: then it stays as asked."""
+    return any(
+        fnmatchcase(layer, glob) and {*RANK_CHOICES, *SIZE_CHOICES, "pattern"} & dict(fields).keys()
+        for glob, fields in recipe.overrides
+    )
+
+
 class _Survey:
     """One pass over the dense blocks: error curves of their layers, and what each block's error does to the output."""
 
@@ -95,7 +104,7 @@ class _Survey:
         dense = self._outputs() if self.whole is not None else None
         blocks = list(job.blocks)
         model = assembly.model
-        plans = {plan.layer.name: plan for plan in job.plan.layers}
+        plans = {plan.layer.name: plan for plan in job.plan.layers if not names_size(job.recipe, plan.layer.name)}
         if self.whole is None:
             assembly.load([n for n, _ in model.named_parameters() if block_of(n, blocks) is None])
         batches = [{name: ids.to(job.device) for name, ids in batch.items()} for batch in self._measured.batches(4)]
@@ -180,7 +189,7 @@ class _Survey:
     def _weigh(self, dense: Sequence[Tensor]) -> None:
         """Give every block's layers the weight: divergence with that block alone compressed, over its errors."""
         names = {block: [n for n in self.curves if block_of(n, [block]) == block] for block in self.job.blocks}
-        for number, (_, members) in enumerate(names.items()):
+        for number, members in enumerate(filter(None, names.values())):
             self._say(f"allocating: weighing block {number + 1} of {len(names)}")
             before = self._set({name: self._coarse[name] for name in members})
             divergence = self._distance(dense)

@@ -24,6 +24,9 @@ class Assembly:
         self._checkpoint, self._device = checkpoint, device
         self._names = NameMap(model, checkpoint.entries)
         self._files = {file.path: file for file in checkpoint.files}
+        for name, parameter in list(model.named_parameters()):
+            if not parameter.is_meta:  # made by a constructor that knows no meta device, and holding nothing
+                self._set([name], nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
         self._meta: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         self._twins: dict[int, list[str]] = {}
         for name, parameter in self._meta.items():

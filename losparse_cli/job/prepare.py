@@ -21,7 +21,7 @@ from ..checkpoint.reader import BITS, FLOATING, TensorEntry
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..checkpoint.writer import Shard, Slot, output_path, parse_size, plan_shards
 from ..errors import CheckpointError, SourceError, UsageError
-from ..models.blocks import block_of, find_blocks, hidden_size
+from ..models.blocks import block_of, call_order, find_blocks, hidden_size
 from ..models.device import find_device
 from ..models.names import NameMap
 from ..models.skeleton import Skeleton, build_skeleton, choose, require_match
@@ -207,7 +207,12 @@ Units = tuple[tuple[TensorEntry, LayerPlan | None], ...]
 def _by_block(units: Units, source: Checkpoint, skeleton: Skeleton, plan: Plan) -> tuple[Units, dict[str, range]]:
     """Units in the order of the forward pass, what lies outside the blocks first; and where each block's lie."""
     names = NameMap(skeleton.model, source.entries)
-    blocks = find_blocks(skeleton.model, [p.layer.name for p in plan.layers]) or ("",)
+    blocks = find_blocks(skeleton.model, [p.layer.name for p in plan.layers])
+    order = call_order(skeleton.model, blocks)
+    if order is not None and sorted(order) == sorted(blocks):
+        blocks = order
+    elif order is not None or not blocks:
+        blocks = ("",)  # shared by several layers, or never called with text: the whole model is one block
     parameter = {tensor: name for name, tensors in names.disk.items() for tensor in tensors}
     parameter |= names.converted_from
     of = [block_of(parameter.get(entry.name, ""), blocks) for entry, _ in units]

@@ -39,6 +39,30 @@ def block_of(name: str, blocks: Collection[str]) -> str | None:
     return next((block for block in blocks if not block or name.startswith(f"{block}.")), None)
 
 
+def call_order(model: Any, blocks: Collection[str]) -> tuple[str, ...] | None:
+    """The blocks in the order in which a pass of `model`, on the meta device, calls them, each as often as it does.
+
+    None if the model cannot be run there.
+    """
+    called: list[str] = []
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, args: called.append(name)
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in blocks]
+    ids = torch.zeros(1, 8, dtype=torch.long, device="meta")
+    batch = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
+    try:
+        with torch.no_grad():
+            model(**batch)
+    except Exception:  # whatever looks at values, of which there are none
+        return None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return tuple(called)
+
+
 def hidden_size(model: Any) -> int:
     """Width of what flows between the blocks: that of the input embeddings where the config does not say."""
     settings = model.config.get_text_config()
@@ -88,6 +112,8 @@ class _Runner:
 
     def halt(self, block: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Called by the model's code in place of the block."""
+        if self._stop:  # the model catches what stops it, and goes on
+            raise _Stopped
         self.block, self.call = block, Call(args, kwargs)
         self._halted.release()
         self._go.acquire()

@@ -92,7 +92,7 @@ class Options:
 
     def calibration(self, source: str = "") -> Calibration:
         """The encyclopedia's own part for it, or another source."""
-        return Calibration(source or self._written("calibration.txt", 0), 4096 if self.small else 32768, LENGTH)
+        return Calibration(source or self._written("calibration.txt", 0), 4096 if self.small else 65536, LENGTH)
 
     def held_out(self) -> Calibration:
         return Calibration(self._written("held-out.txt", 1), 4096 if self.small else 16384, LENGTH)

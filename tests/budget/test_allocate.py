@@ -111,6 +111,14 @@ def test_shares_stay_shares_at_either_end(keep: float) -> None:
     assert mean(layers, shares) == pytest.approx(max(keep, 0.02), rel=0.005)
 
 
+@pytest.mark.parametrize("keep", [0.05, 0.3, 0.95, 1.0])
+def test_where_the_reach_ends_at_a_whole_layer(keep: float) -> None:
+    layers = {"a": curve(keep=keep, weight=2.0), "b": curve(keep=keep, size=500.0)}
+    shares = allocate(layers, keep)
+    assert all(0.02 <= share <= 1.0 for share in shares.values())
+    assert mean(layers, shares) == pytest.approx(keep, rel=0.005)
+
+
 def test_a_cost_is_interpolated_by_its_logarithm() -> None:
     one = Curve(10.0, (0.5, 0.6, 0.7), (0.4, 0.1, 0.025), 2.0)
     assert [one.cost(share) for share in one.keep] == pytest.approx([0.8, 0.2, 0.05])

@@ -149,3 +149,13 @@ def test_the_parameter_of_a_tensor_and_back(toy: Any) -> None:
     assert {assembly.parameter(name) for name in experts} == {None}  # parts of one, none of them as it stands
     assert assembly.parameter("no.such.tensor") is None
     assert torch.equal(assembly.read(norm), load_file(toy("mixtral") / "model.safetensors")[norm])
+
+
+def test_parameters_made_by_a_constructor_that_knows_no_meta_device(tmp_path: Path) -> None:
+    """XLNet writes nn.Parameter(torch.FloatTensor(...)), which no context moves to the meta device."""
+    settings: dict[str, Any] = {"vocab_size": 101, "d_model": 66, "n_layer": 2, "n_head": 3, "d_inner": 99}
+    model = transformers.XLNetLMHeadModel(transformers.XLNetConfig(**settings))
+    model.save_pretrained(tmp_path)
+    assembly = assembly_of(tmp_path)
+    assembly.load(names_of(assembly))
+    same_tensors(assembly.model, model)

@@ -168,11 +168,15 @@ def test_the_solvers_rank_as_they_should(toy: Any, asked: Calibration, text: Pat
     assert distance["admm"] < distance["oats"] < distance["magnitude"]
 
 
-def test_bfloat16_stays_bfloat16(toy: Any, asked: Calibration, tmp_path: Path) -> None:
-    source = toy("llama", tokenizer=True, dtype=torch.bfloat16)
+@pytest.mark.parametrize(("dtype", "stored"), [(torch.bfloat16, "BF16"), (torch.float16, "F16")])
+def test_half_precision_stays_what_it_is(
+    dtype: torch.dtype, stored: str, toy: Any, asked: Calibration, tmp_path: Path
+) -> None:
+    source = toy("llama", tokenizer=True, dtype=dtype)
     result = compress(source, tmp_path / "out", RECIPE, calibration=asked, refinement=Refinement(steps=3))
     floats = {kind for kind, _, _ in toys.tensor_bytes(result.output).values() if "F" in kind}
-    assert floats == {"BF16"}
+    assert floats == {stored}
+    assert losparse_cli.verify(result.output).sound
 
 
 def test_a_model_without_repeated_blocks_is_one_block(
@@ -384,6 +388,31 @@ def test_allocation_without_room_for_the_whole_model(
     replanned = prepare.replan(job, job.recipe.with_overrides(tight.layers))
     assert [entry.name for entry, _ in replanned.units] == [entry.name for entry, _ in job.units]
     assert replanned.plan.expected_bytes == pytest.approx(job.plan.expected_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"keep": 0.9}, {"rank": 3}, {"sparsity": 0.5}, {"pattern": "2:4"}],
+    ids=lambda fields: "-".join(fields),
+)
+def test_allocation_leaves_layers_that_the_recipe_names(
+    fields: dict[str, Any], toy: Any, asked: Calibration, tmp_path: Path
+) -> None:
+    recipe = Recipe(keep=0.5, iterations=2, overrides=(("*.q_proj", tuple(fields.items())),))
+    source = toy("llama", tokenizer=True)
+    uniform = compress(source, tmp_path / "uniform", recipe, calibration=asked)
+    decided = compress(source, tmp_path / "out", replace(recipe, allocate="error"), calibration=asked)
+    named = [
+        {layer.name: (layer.rank, layer.nnz, layer.pattern) for layer in result.report.layers if "q_proj" in layer.name}
+        for result in (uniform, decided)
+    ]
+    assert named[0] == named[1]
+
+
+def test_allocation_where_everything_is_kept(toy: Any, asked: Calibration, tmp_path: Path) -> None:
+    recipe = Recipe(keep=1.0, allocate="error", iterations=2)
+    result = compress(toy("llama", tokenizer=True), tmp_path / "out", recipe, calibration=asked)
+    assert losparse_cli.verify(result.output).sound
 
 
 # --- what contradicts itself ------------------------------------------------------------------------

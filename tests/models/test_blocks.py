@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import TOYS, token_batch, toy_model
 from torch import Tensor, nn
 
 from losparse_cli.checkpoint.source import open_checkpoint
-from losparse_cli.errors import UsageError
+from losparse_cli.errors import CheckpointError, UsageError
 from losparse_cli.job.assembly import Assembly
 from losparse_cli.models.blocks import (
     Call,
     Relay,
     block_of,
+    call_order,
     find_blocks,
     hidden_size,
     hidden_states,
@@ -139,10 +141,17 @@ class Chain(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(count))
         self.order = order
 
-    def forward(self, x: Tensor, fail_after: int | None = None, order: tuple[int, ...] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        fail_after: int | None = None,
+        error: BaseException | None = None,
+        order: tuple[int, ...] | None = None,
+    ) -> Tensor:
         for place, k in enumerate(order or self.order):
             if place == fail_after:
-                raise ArithmeticError("inside the model")
+                assert error is not None
+                raise error
             x = self.layers[k](x) + 1
         return x
 
@@ -197,13 +206,24 @@ def test_blocks_in_another_order_are_refused(order: tuple[int, ...]) -> None:
     assert is_restored(model)
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2, 2), (0, 1, 2, 0, 1, 2)])
-@pytest.mark.xfail(
-    strict=True, reason="the passes end with the last block, so that nobody sees that it is called again"
-)
-def test_blocks_that_are_called_again_after_the_last_are_refused(order: tuple[int, ...]) -> None:
-    with pytest.raises(UsageError, match="block by block"):
-        drive(Chain(order), [inputs()])
+def test_the_order_of_calls_is_found_without_weights(toy: Any) -> None:
+    for name in ("llama", "t5", "bert"):
+        folder = toy(name)
+        model = build_skeleton(folder, open_checkpoint(folder).config).model
+        blocks = find_blocks(
+            model, [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".0." in n]
+        )
+        assert call_order(model, reversed(blocks)) == blocks, name
+
+
+def test_blocks_that_several_layers_share_are_seen() -> None:
+    settings: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    with torch.device("meta"):
+        model = transformers.AlbertModel(
+            transformers.AlbertConfig(**settings, num_attention_heads=2, embedding_size=16)
+        )
+    shared = "encoder.albert_layer_groups.0"
+    assert call_order(model, [shared]) == (shared,) * 3
 
 
 def test_batches_that_take_different_ways_are_refused() -> None:
@@ -214,10 +234,25 @@ def test_batches_that_take_different_ways_are_refused() -> None:
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_an_error_inside_the_model_reaches_the_caller(place: int) -> None:
+@pytest.mark.parametrize(
+    ("error", "expected", "match"),
+    [
+        (ArithmeticError("no image"), UsageError, "Chain cannot be run on text alone .no image."),
+        (ArithmeticError(), UsageError, "ArithmeticError"),
+        (MemoryError("of ours"), MemoryError, "of ours"),
+        (torch.OutOfMemoryError("of the device"), torch.OutOfMemoryError, "of the device"),
+        (CheckpointError("of a file"), CheckpointError, "of a file"),
+        (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_an_error_inside_the_model_reaches_the_caller(
+    error: BaseException, expected: type[BaseException], match: str, place: int
+) -> None:
     model = Chain()
-    with pytest.raises(ArithmeticError, match="inside the model"):
-        drive(model, [inputs(), inputs(fail_after=place), inputs()])
+    with pytest.raises(expected, match=match) as raised:
+        drive(model, [inputs(), inputs(fail_after=place, error=error), inputs()])
+    assert error in (raised.value, raised.value.__cause__)
     assert is_restored(model)
 
 
