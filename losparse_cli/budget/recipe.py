@@ -223,10 +223,12 @@ def _override(recipe: Recipe, fields: Mapping[str, Any]) -> Recipe:
     for group in (RANK_CHOICES, SIZE_CHOICES):
         if any(name in fields for name in group):
             changes |= {name: fields.get(name) for name in group}
-    if ":" in str(fields.get("pattern", "")) and not any(name in fields for name in SIZE_CHOICES):
-        changes["sparsity"] = None  # N:M fixes the density by itself
-        if "rank_ratio" not in fields and (recipe.keep is not None or recipe.keep_parameters is not None):
-            changes["rank_ratio"] = None  # and the budget then fixes the rank
+    if ":" in str(fields.get("pattern", "")):
+        if not any(name in fields for name in SIZE_CHOICES):
+            changes["sparsity"] = None  # N:M fixes the density by itself
+        budget = any(changes.get(name, getattr(recipe, name)) is not None for name in ("keep", "keep_parameters"))
+        if budget and "rank_ratio" not in fields:
+            changes["rank_ratio"] = None  # and a budget then fixes the rank
     return replace(recipe, **changes)
 
 

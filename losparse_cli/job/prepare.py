@@ -209,7 +209,7 @@ def _by_block(units: Units, source: Checkpoint, skeleton: Skeleton, plan: Plan) 
     names = NameMap(skeleton.model, source.entries)
     blocks = find_blocks(skeleton.model, [p.layer.name for p in plan.layers])
     order = call_order(skeleton.model, blocks)
-    if order is not None and sorted(order) == sorted(blocks):
+    if order is not None and blocks and sorted(order) == sorted(blocks):
         blocks = order
     elif order is not None or not blocks:
         blocks = ("",)  # shared by several layers, or never called with text: the whole model is one block

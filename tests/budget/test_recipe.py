@@ -165,3 +165,11 @@ def test_a_recipe_survives_its_json_form(given_fields: dict[str, Any]) -> None:
     content["overrides"] = tuple(content["overrides"].items())
     content["targets"], content["ignore"] = tuple(content["targets"]), tuple(content["ignore"])
     assert Recipe(**content) == recipe
+
+
+def test_a_pattern_with_its_own_density_takes_the_place_of_a_ratio_that_nobody_asked_for(tmp_path: Path) -> None:
+    """The settled recipe of a run with text has a rank ratio, which N:M under a budget does not leave room for."""
+    for calibrated in (False, True):
+        recipe = Recipe(keep=0.8, overrides=(("*.q_proj", (("pattern", "2:4"),)),)).settled(calibrated=calibrated)
+        assert recipe.for_layer("model.layers.0.self_attn.q_proj").rank_ratio is None
+        assert recipe.for_layer("model.layers.0.self_attn.k_proj").rank_ratio == (0.2 if calibrated else 0.0)

@@ -392,7 +392,7 @@ def test_allocation_without_room_for_the_whole_model(
 
 @pytest.mark.parametrize(
     "fields",
-    [{"keep": 0.9}, {"rank": 3}, {"sparsity": 0.5}, {"pattern": "2:4"}],
+    [{"keep": 0.9}, {"rank": 3}, {"sparsity": 0.5}, {"pattern": "2:4", "keep": 0.8}],
     ids=lambda fields: "-".join(fields),
 )
 def test_allocation_leaves_layers_that_the_recipe_names(
