@@ -21,21 +21,10 @@ from .checkpoint.card import base_metadata, copy_companions, write_card
 from .checkpoint.config import write_config
 from .checkpoint.journal import FILE as JOURNAL
 from .checkpoint.journal import Journal, Unit
+from .checkpoint.output import ALLOCATION, GENERATED, check_output, clear_away, publish, working_folder, write_errors
 from .checkpoint.report import LayerReport, Report
 from .checkpoint.source import REPORT, TIMING, Checkpoint, read_json
-from .checkpoint.writer import (
-    ALLOCATION,
-    GENERATED,
-    ShardWriter,
-    check_output,
-    clear_away,
-    publish,
-    sha256,
-    tensor_part,
-    working_folder,
-    write_errors,
-    write_json,
-)
+from .checkpoint.writer import ShardWriter, sha256, tensor_part, write_json
 from .errors import CheckpointError, OutputError, ResumeError, UsageError
 from .job.allocation import Allocation
 from .job.calibrated import CalibratedRun

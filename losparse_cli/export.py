@@ -16,22 +16,10 @@ from .checkpoint.config import dense_config, layer_specs, layer_tensors
 from .checkpoint.journal import FILE as JOURNAL
 from .checkpoint.journal import Journal
 from .checkpoint.layers import read_layer
+from .checkpoint.output import check_output, clear_away, output_path, parse_size, publish, working_folder, write_errors
 from .checkpoint.reader import TensorEntry
 from .checkpoint.source import Checkpoint, open_checkpoint
-from .checkpoint.writer import (
-    ShardWriter,
-    Slot,
-    check_output,
-    clear_away,
-    output_path,
-    parse_size,
-    plan_shards,
-    publish,
-    tensor_part,
-    working_folder,
-    write_errors,
-    write_json,
-)
+from .checkpoint.writer import ShardWriter, Slot, plan_shards, tensor_part, write_json
 from .linalg.factors import LowRankSparse
 from .shim.layouts import LayerSpec
 from .shim.loader import is_loader

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from .checkpoint.card import address_card
 from .checkpoint.journal import FILE as JOURNAL
+from .checkpoint.output import write_errors
 from .checkpoint.source import HUB_ID, hub_errors, open_checkpoint
-from .checkpoint.writer import write_errors
 from .errors import UsageError
 from .verify import require_sound
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from .calibration.request import Calibration
+from .checkpoint.output import check_output, output_path
 from .checkpoint.source import open_checkpoint
-from .checkpoint.writer import check_output, output_path
 from .compress import Progress, Result, run
 from .errors import UsageError
 from .job.prepare import Job, prepare

@@ -391,8 +391,8 @@ def test_every_field_is_documented() -> None:
 
 def test_benchmarks_in_performance_exist() -> None:
     source = (ROOT / "tests" / "benchmarks" / "__main__.py").read_text(encoding="utf-8")
-    known = set(re.findall(r'^    "(\w+)":', source, flags=re.MULTILINE))
-    named = re.findall(r"-m tests\.benchmarks ([\w ]+)`", read("performance.md"))
+    known = set(re.findall(r'^    "([\w-]+)":', source, flags=re.MULTILINE))
+    named = re.findall(r"-m tests\.benchmarks ([\w -]+)`", read("performance.md"))
     assert {name for line in named for name in line.split()} == known
 
 

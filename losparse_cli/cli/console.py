@@ -1,4 +1,4 @@
-"""What a person sees: sizes, progress bars, the plan and the summary; or JSON for a script."""
+"""What a person sees while a command runs: messages and progress bars; or JSON for a script."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import (
@@ -28,19 +27,9 @@ from rich.table import Table
 from ..errors import Interrupted
 
 if TYPE_CHECKING:
-    from ..checkpoint.report import LayerReport, Report
-    from ..compress import Result
+    from ..checkpoint.report import LayerReport
     from ..job.allocation import Allocation
     from ..job.prepare import Job
-
-# Shares of the parameters below which a data-free result is told from the dense model, and no longer useful:
-# on SmolLM2-135M perplexity goes from 33 to 61 at 0.69 and to 247 at 0.54 (docs/performance.md).
-NOTICED, RUINED = 0.75, 0.6
-CALIBRATED_RUINED = 0.4
-NO_BLOCKS = (
-    "the repeated blocks of this model cannot be told apart, so it is calibrated as a whole: all of its weights are in "
-    "memory at once."
-)
 
 
 class Console:
@@ -215,163 +204,6 @@ def short(path: Path) -> str:
     """A path as the person would type it: relative where that is shorter."""
     relative = os.path.relpath(path)
     return escape(relative if len(relative) < len(str(path)) else str(path))
-
-
-def show_plan(out: Console, job: Job) -> None:
-    """What a run would do and need (--dry-run)."""
-    import shutil
-    from dataclasses import asdict
-
-    from ..job.estimate import estimate
-
-    plan = job.plan
-    need = estimate(job) if job.calibration is not None else None
-    kept = sum(p.parameters for p in plan.layers)
-    targeted = sum(p.layer.shape[0] * p.layer.shape[1] for p in plan.layers)
-    existing = next(p for p in job.output.parents if p.exists())
-    free = shutil.disk_usage(existing).free
-    out.data(
-        {
-            "output": str(job.output),
-            "recipe": job.recipe.to_dict(),
-            "targeted_bytes": plan.dense_bytes,
-            "expected_bytes": plan.expected_bytes,
-            "bound_bytes": plan.bound_bytes,
-            "model_bytes": job.source.nbytes,
-            "disk_bytes": job.bound_bytes,
-            "free_bytes": free,
-            "peak_memory_bytes": need.peak_bytes if need else job.peak_memory,
-            "seconds": need.seconds if need else None,
-            "calibration": asdict(job.calibration) if job.calibration else None,
-            "blocks": list(job.blocks),
-            "shards": [shard.file for shard in job.shards],
-            "layers": [
-                {"name": p.layer.name, "shape": p.layer.shape, "rank": p.rank, "nnz": p.nnz, "pattern": p.pattern,
-                 "expected_bytes": p.expected_bytes, "bound_bytes": p.bound_bytes}
-                for p in plan.layers
-            ],
-            "skipped": plan.skipped,
-        }
-    )  # fmt: skip
-    out.flush()
-    shapes = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for column, justify in (("layers", "left"), ("shape", "right"), ("rank", "right"), ("nnz", "right"),
-                            ("before", "right"), ("about", "right"), ("at most", "right")):  # fmt: skip
-        shapes.add_column(column, justify=justify)  # type: ignore[arg-type]
-    kinds: dict[tuple[Any, ...], list[Any]] = {}
-    for p in plan.layers:
-        kinds.setdefault((p.layer.name.rpartition(".")[2], p.layer.shape, p.rank, p.nnz), []).append(p)
-    for (name, shape, rank, nnz), members in kinds.items():
-        shapes.add_row(f"{len(members)} x {name}", f"{shape[0]} x {shape[1]}", str(rank), f"{nnz:,}",
-                       size(sum(p.layer.dense_bytes for p in members)), size(sum(p.expected_bytes for p in members)),
-                       size(sum(p.bound_bytes for p in members)))  # fmt: skip
-    out.table(shapes)
-    out.say(f"Layers   {len(plan.layers)} compressed, {len(plan.skipped)} left dense")
-    share = targeted / job.parameters
-    out.say(f"Share    {share:.1%} of all parameters are targeted; {kept / targeted:.1%} of those are kept")
-    about, most = size(plan.expected_bytes), size(plan.bound_bytes)
-    out.say(f"Result   {about} of {size(plan.dense_bytes)} in those layers, at most {most}")
-    out.say(f"Disk     at most {size(job.bound_bytes)} in {short(job.output)}; {size(free)} free")
-    if not job.source.files:
-        out.say(f"Download {size(job.source.nbytes)} from the Hub, kept in its cache")
-    if need is None:
-        out.say(f"Memory   about {size(job.peak_memory)} at the peak")
-    else:
-        out.say(f"Text     {_text(job)}")
-        if tuple(job.blocks) == ("",):
-            out.warn(NO_BLOCKS)
-        held = size(need.activation_bytes)
-        out.say(f"Memory   about {size(need.peak_bytes)} at the peak, {held} of it activations, which can lie in files")
-        out.say(f"Time     about {_minutes(need.seconds)} on this machine")
-        if job.recipe.allocate == "error":
-            out.say("Sizes    --allocate error measures them at the start of the run; the table shows the uniform plan")
-    out.say("Nothing was written.")
-
-
-def _text(job: Job) -> str:
-    """What a calibrated job reads, in words."""
-    assert job.calibration is not None
-    if job.windows is None:
-        return f"about {job.calibration.tokens:,} tokens that the model writes itself"
-    count, length = job.windows.ids.shape
-    return f"{job.windows.tokens:,} tokens in {count} windows of {length}, from {escape(job.calibration.source)}"
-
-
-def _minutes(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def show_result(out: Console, result: Result) -> None:
-    """The summary after a run."""
-    from ..checkpoint.report import mean_output_error
-
-    report = result.report
-    out.data(
-        {"output": str(result.output), "seconds": result.seconds, "resumed_units": result.resumed} | report.totals()
-    )
-    table = Table(box=None, show_header=True, pad_edge=False)
-    for column in ("", "before", "after", "share"):
-        table.add_column(column, justify="left" if not column else "right")
-    table.add_row("compressed layers", size(report.bytes_before), size(report.bytes_after), _share(report))
-    table.add_row("whole model", size(report.model_bytes_before), size(report.model_bytes_after),
-                  f"{report.model_bytes_after / report.model_bytes_before:.1%}")  # fmt: skip
-    table.add_row("parameters kept", f"{report.targeted_parameters:,}", f"{sum(x.kept for x in report.layers):,}",
-                  f"{report.kept_parameters:.1%}")  # fmt: skip
-    out.err.print(table)
-    error = report.relative_error
-    measured = "" if error is None else f", relative Frobenius error {error:.3f}"
-    on_text = mean_output_error(report.layers)
-    if on_text is not None:  # what calibration minimises; the other one is then no measure of quality
-        measured = f", mean relative output error {on_text:.3f} on {report.calibration.get('tokens_used', 0):,} tokens"
-    out.say(
-        f"{len(report.layers)} layers, {report.targeted_share:.1%} of all parameters{measured}, {result.seconds:.1f} s"
-    )
-    if result.took.predicted is not None and not result.resumed:
-        need = result.took.predicted
-        out.say(
-            f"Predicted {_minutes(need.seconds)} and {size(need.peak_bytes)}, took {_minutes(result.seconds)} and "
-            f"{size(result.took.peak_bytes)} of memory"
-        )
-    if report.blocks:
-        before, after = (sum(block[name] for block in report.blocks) for name in ("loss_before", "loss_after"))
-        out.say(
-            f"Matching took {1 - after / before:.0%} off the blocks' distance from the dense ones" if before else ""
-        )
-    if report.targeted_share < 0.5:
-        out.warn(
-            f"only {report.targeted_share:.0%} of the parameters lie in layers that can be compressed; the rest "
-            "(embeddings, heads, fused experts) stays as it is. `losparse inspect` on the dense model lists why."
-        )
-    if report.calibration:
-        if report.kept_parameters < CALIBRATED_RUINED:
-            out.warn(
-                f"keeping {report.kept_parameters:.0%} of the parameters costs a language model much of its quality, "
-                "calibrated or not. Measure it with `losparse eval`; it is a start for fine-tuning."
-            )
-    elif report.kept_parameters < RUINED:
-        out.warn(
-            f"keeping {report.kept_parameters:.0%} of the parameters without any data damages a model badly: expect "
-            "a language model to lose its language. It is a start for fine-tuning, not a result. For use as it is, "
-            "keep more (--keep 0.85 or above), or give text: --calibration FILE."
-        )
-    elif report.kept_parameters < NOTICED:
-        out.warn(
-            f"keeping {report.kept_parameters:.0%} of the parameters without any data costs a language model "
-            "noticeably. Measure it on your text, keep more (--keep 0.85 or above), or calibrate: --calibration FILE."
-        )
-    if result.needs_package:
-        out.warn("the model brings its own AutoConfig, so this checkpoint loads only where losparse is installed.")
-    if not result.seconds:
-        out.say("This very run had finished before: nothing was left to do.")
-    where = short(result.output)
-    out.say(f"[bold green]Done.[/] The result is in {where}. To load it:")
-    out.say(f'  import losparse_cli\n  model, tokenizer = losparse_cli.load("{where}")')
-
-
-def _share(report: Report) -> str:
-    return f"{report.bytes_after / report.bytes_before:.1%}" if report.bytes_before else "-"
 
 
 def calm_libraries() -> None:

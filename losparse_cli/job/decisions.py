@@ -8,8 +8,9 @@ from typing import Protocol
 from ..calibration.generated import generate_text, kept_windows, write_windows
 from ..calibration.text import Windows
 from ..checkpoint.journal import Journal
+from ..checkpoint.output import ALLOCATION, GENERATED, write_errors
 from ..checkpoint.source import read_json
-from ..checkpoint.writer import ALLOCATION, GENERATED, write_errors, write_json
+from ..checkpoint.writer import write_json
 from ..errors import CheckpointError
 from .allocation import Allocation, allocate_by_error
 from .prepare import Job, replan

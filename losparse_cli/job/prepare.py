@@ -17,9 +17,10 @@ from ..budget.recipe import Recipe
 from ..calibration.text import Calibration, Windows, read_windows, settle
 from ..checkpoint.card import companion_files
 from ..checkpoint.config import layer_specs
+from ..checkpoint.output import output_path, parse_size
 from ..checkpoint.reader import BITS, FLOATING, TensorEntry
 from ..checkpoint.source import Checkpoint, open_checkpoint
-from ..checkpoint.writer import Shard, Slot, output_path, parse_size, plan_shards
+from ..checkpoint.writer import Shard, Slot, plan_shards
 from ..errors import CheckpointError, SourceError, UsageError
 from ..models.blocks import block_of, call_order, find_blocks, hidden_size
 from ..models.device import find_device

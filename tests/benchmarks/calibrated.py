@@ -238,7 +238,8 @@ def _print_table(options: Options, lines: Sequence[dict[str, Any]]) -> None:
         size = row.partition("@")[2]
         for name, found in line["texts"].items():
             gap = found["log_difference"]
-            other = by_row.get(f"oats@{size}", {}).get("texts", {}).get(name)
+            peer_row = by_row.get(f"oats@{size}") or by_row.get(f"oats-fast@{size}") or {}
+            other = peer_row.get("texts", {}).get(name)
             ratio = f"{gap['value'] / other['log_difference']['value']:.2f}" if other and size else "–"
             error = f" ± {gap['error']:.4f}" if gap["error"] is not None else ""
             print(f" {gap['value']:.4f}{error} | {ratio} ", end="")

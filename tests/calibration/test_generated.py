@@ -185,7 +185,7 @@ NEVER = """
 import sys
 def never(*arguments, **options):
     raise AssertionError("generated again")
-sys.modules["losparse_cli.compress"].generate_text = never
+sys.modules["losparse_cli.job.decisions"].generate_text = never
 """
 DIE = """
 import os, signal, sys
@@ -318,13 +318,14 @@ def test_interrupted_while_generating(model: Path, whole: dict[str, str], tmp_pa
     before = """
 import os, signal, sys
 compress = sys.modules["losparse_cli.compress"]
-generate = compress.generate_text
+decisions = sys.modules["losparse_cli.job.decisions"]
+generate = decisions.generate_text
 def interrupted(*arguments, **options):
     def hear(done, total):
         if done > 100:
             os.kill(os.getpid(), signal.SIGINT)
     return generate(*arguments, **options | {"on_tokens": hear})
-compress.generate_text = interrupted
+decisions.generate_text = interrupted
 """
     ended = shared().run("compress", model, "-o", "out", *SELF, cwd=tmp_path, before=before)
     assert ended.code == 130

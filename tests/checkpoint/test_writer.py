@@ -12,16 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from losparse_cli.checkpoint.journal import Journal
-from losparse_cli.checkpoint.writer import (
-    ShardWriter,
-    Slot,
-    check_output,
-    parse_size,
-    plan_shards,
-    publish,
-    tensor_part,
-    working_folder,
-)
+from losparse_cli.checkpoint.output import check_output, parse_size, publish, working_folder
+from losparse_cli.checkpoint.writer import ShardWriter, Slot, plan_shards, tensor_part
 from losparse_cli.errors import CheckpointError, UsageError
 
 TENSORS = {f"t{k}": torch.arange(k * 7, dtype=torch.float32) for k in (1, 5, 0, 3, 2)}

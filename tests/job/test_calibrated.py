@@ -19,7 +19,8 @@ from torch import Tensor
 import losparse_cli
 from losparse_cli.budget.recipe import Recipe
 from losparse_cli.calibration.text import Calibration
-from losparse_cli.checkpoint.writer import ALLOCATION, ShardWriter
+from losparse_cli.checkpoint.output import ALLOCATION
+from losparse_cli.checkpoint.writer import ShardWriter
 from losparse_cli.compress import Result, compress
 from losparse_cli.errors import UsageError
 from losparse_cli.job import allocation, block, calibrated, prepare

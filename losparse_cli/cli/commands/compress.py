@@ -178,6 +178,7 @@ def compress(
     from ...compress import run
     from ...job.prepare import prepare
     from .. import console as c
+    from .. import summary as s
 
     out = c.Console(json=json, quiet=quiet)
     if text is not None:
@@ -198,11 +199,11 @@ def compress(
             plan_only=dry_run,
         )
     if dry_run:
-        c.show_plan(out, job)
+        s.show_plan(out, job)
         return
     with c.interruptible(), c.LayerProgress(out) as progress:
         result = run(job, resume=resume, overwrite=overwrite, progress=progress)
-    c.show_result(out, result)
+    s.show_result(out, result)
     if push_to_hub:
         from .push import upload
 

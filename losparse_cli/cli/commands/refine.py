@@ -58,6 +58,7 @@ def refine(
     from ...compress import run
     from ...refine import prepare_refinement
     from .. import console as c
+    from .. import summary as s
 
     out = c.Console(json=json, quiet=quiet)
     c.calm_libraries()
@@ -78,5 +79,5 @@ def refine(
         )
     with c.interruptible(), c.LayerProgress(out) as progress:
         result = run(job, resume=resume, overwrite=overwrite, progress=progress)
-    c.show_result(out, result)
+    s.show_result(out, result)
     out.flush()
