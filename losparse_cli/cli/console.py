@@ -32,6 +32,12 @@ if TYPE_CHECKING:
     from ..job.prepare import Job
 
 
+NO_BLOCKS = (
+    "the blocks of this model cannot be calibrated one after another, so it is calibrated as a whole: all of its "
+    "weights are in memory at once."
+)
+
+
 class Console:
     """Messages and progress go to standard error, results to standard output; JSON replaces both."""
 
@@ -105,6 +111,8 @@ class LayerProgress:
 
     def start(self, job: Job, layers_done: int, bytes_done: int) -> None:
         self._done, self._total = layers_done, len(job.plan.layers)
+        if tuple(job.blocks) == ("",) and not layers_done:
+            self._console.warn(NO_BLOCKS)
         if layers_done:
             self._console.say(f"Going on after layer {layers_done} of {self._total}.")
         if self._console.err.is_terminal and not self._console.quiet:

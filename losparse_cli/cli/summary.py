@@ -8,7 +8,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from .console import Console, short, size
+from .console import NO_BLOCKS, Console, short, size
 
 if TYPE_CHECKING:
     from ..checkpoint.report import Report
@@ -19,10 +19,6 @@ if TYPE_CHECKING:
 # on SmolLM2-135M perplexity goes from 33 to 61 at 0.69 and to 247 at 0.54 (docs/performance.md).
 NOTICED, RUINED = 0.75, 0.6
 CALIBRATED_RUINED = 0.4
-NO_BLOCKS = (
-    "the repeated blocks of this model cannot be told apart, so it is calibrated as a whole: all of its weights are in "
-    "memory at once."
-)
 
 
 def show_plan(out: Console, job: Job) -> None:
