@@ -115,7 +115,10 @@ class LayerProgress:
             self._console.warn(NO_BLOCKS)
         if layers_done:
             self._console.say(f"Going on after layer {layers_done} of {self._total}.")
-        if self._console.err.is_terminal and not self._console.quiet:
+        if self._bars is not None:  # after the sizes were decided, which has a part of the bar to itself
+            self._bars.update(self._layers, completed=layers_done, total=self._total)
+            self._bars.update(self._bytes, completed=bytes_done)
+        elif self._console.err.is_terminal and not self._console.quiet:
             self._bars = Progress(
                 TextColumn("{task.description:<8}"), BarColumn(), _Amount(), TimeRemainingColumn(compact=True),
                 TextColumn("{task.fields[note]}", style="dim"), console=self._console.err,
