@@ -22,6 +22,7 @@ from losparse_cli.errors import OutputError, SourceError, UsageError
 from losparse_cli.evaluate import Evaluation, evaluate, perplexity, read_text
 from losparse_cli.load import load
 from losparse_cli.models import device as room
+from losparse_cli.quality import memory
 from losparse_cli.quality.scores import Estimate, Scores, compare, exponential, mean
 from losparse_cli.quality.windows import Window, cut
 
@@ -279,7 +280,7 @@ def test_auto_holds_models_apart_that_do_not_fit(
 ) -> None:
     source, dense = compressed("llama", tokenizer=True), toy("llama", tokenizer=True)
     for free, way in ((10**12, "together"), (10**4, "apart")):
-        monkeypatch.setattr(room, "available", lambda device, free=free: free)
+        monkeypatch.setattr(memory, "available", lambda device, free=free: free)
         assert evaluate(source, TEXT, against=dense, windows=1, **OPTIONS).protocol.memory == way
 
 

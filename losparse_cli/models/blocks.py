@@ -79,6 +79,10 @@ class Call:
     output: Any = None
 
 
+THREAD = "losparse-pass"
+"""Name of every thread that runs a forward pass."""
+
+
 class _Stopped(BaseException):
     """Raised inside the model's code when nobody needs what it would compute next."""
 
@@ -93,7 +97,7 @@ class _Runner:
         self.block: str | None = None
         self.call: Call | None = None
         self.error: BaseException | None = None
-        self._thread = Thread(target=self._main, daemon=True)
+        self._thread = Thread(target=self._main, name=THREAD, daemon=True)
         self._thread.start()
 
     def _main(self) -> None:

@@ -343,7 +343,7 @@ def test_what_is_recorded(toy: Callable[..., Path], tmp_path: Path) -> None:
     folder = toy("llama", tokenizer=True)
     text = settle(Calibration(__file__, tokens=100), toy_model("llama"), folder)
     assert asdict(text) == {
-        "source": __file__, "tokens": 100, "length": LENGTH, "batch": 8, "split": None, "field": None,
+        "source": __file__, "tokens": 100, "length": LENGTH, "batch": 4, "split": None, "field": None,
         "target_field": None,
     }  # fmt: skip
     lines = settle(Calibration(str(write_lines(tmp_path / "a.jsonl", []))), toy_model("llama"), folder)

@@ -91,7 +91,7 @@ def killed_then_resumed(
             kill_at(patched, stop)
             with pytest.raises(Killed):
                 again()
-        assert [thread for thread in threading.enumerate() if thread is not threading.main_thread()] == []
+        assert [thread for thread in threading.enumerate() if thread.name == THREAD] == []
     return again()
 
 
