@@ -25,6 +25,7 @@ from losparse_cli.compress import Result, compress
 from losparse_cli.errors import UsageError
 from losparse_cli.job import allocation, block, calibrated, prepare
 from losparse_cli.job.estimate import estimate
+from losparse_cli.models.blocks import THREAD
 from losparse_cli.training.reconstruction import Refinement
 
 RECIPE = Recipe(keep=0.6, rank_ratio=0.2, iterations=8)
