@@ -26,8 +26,9 @@ from .checkpoint.report import LayerReport, Report
 from .checkpoint.source import REPORT, TIMING, Checkpoint, read_json
 from .checkpoint.writer import ShardWriter, sha256, tensor_part, write_json
 from .errors import CheckpointError, OutputError, ResumeError, UsageError
-from .job.allocation import Allocation
 from .job.calibrated import CalibratedRun
+from .job.calibrated import Progress as BlockProgress
+from .job.decisions import Progress as DecisionProgress
 from .job.decisions import allocated, kept_text, own_text
 from .job.estimate import Estimate, estimate
 from .job.prepare import Job, digest, fingerprint, prepare
@@ -36,14 +37,10 @@ from .models.device import peak_memory
 from .shim.layouts import LayerSpec
 
 
-class Progress(Protocol):
+class Progress(DecisionProgress, BlockProgress, Protocol):
     """What a caller may watch. Bytes are of the dense model."""
 
     def start(self, job: Job, layers_done: int, bytes_done: int) -> None: ...
-    def phase(self, text: str) -> None: ...
-    def allocated(self, decided: Allocation) -> None: ...
-    def layer(self, report: LayerReport) -> None: ...
-    def advance(self, nbytes: int) -> None: ...
 
 
 @dataclass(frozen=True)

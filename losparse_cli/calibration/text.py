@@ -52,9 +52,9 @@ class Windows:
         parts = [self.ids] if self.target_ids is None else [self.ids, self.target_ids]
         return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
 
-    def batches(self, size: int) -> list[dict[str, Tensor]]:
-        """Keyword arguments for the model, `size` windows at a time."""
-        return list(self._batches(size))
+    def batches(self, size: int, device: torch.device | None = None) -> list[dict[str, Tensor]]:
+        """Keyword arguments for the model, `size` windows at a time, on `device` (None: where they are)."""
+        return [{name: ids.to(device) for name, ids in batch.items()} for batch in self._batches(size)]
 
     def _batches(self, size: int) -> Iterator[dict[str, Tensor]]:
         for start in range(0, len(self.ids), size):

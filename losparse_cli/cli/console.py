@@ -110,9 +110,9 @@ class LayerProgress:
         self._done = self._total = self._said = 0
 
     def start(self, job: Job, layers_done: int, bytes_done: int) -> None:
-        self._done, self._total = layers_done, len(job.plan.layers)
-        if tuple(job.blocks) == ("",) and not layers_done:
+        if tuple(job.blocks) == ("",) and not layers_done and not self._total:  # said once, though started twice
             self._console.warn(NO_BLOCKS)
+        self._done, self._total = layers_done, len(job.plan.layers)
         if layers_done:
             self._console.say(f"Going on after layer {layers_done} of {self._total}.")
         if self._bars is not None:  # after the sizes were decided, which has a part of the bar to itself

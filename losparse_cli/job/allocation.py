@@ -19,7 +19,7 @@ from ..linalg.precision import fast_float32
 from ..models.blocks import Relay, block_of
 from ..models.device import available
 from .assembly import Assembly
-from .calibrated import calibration_model
+from .calibrated import calibration_model, parameters_outside
 from .prepare import Job
 from .solve import solve_layers
 
@@ -106,9 +106,8 @@ class _Survey:
         model = assembly.model
         plans = {plan.layer.name: plan for plan in job.plan.layers if not names_size(job.recipe, plan.layer.name)}
         if self.whole is None:
-            assembly.load([n for n, _ in model.named_parameters() if block_of(n, blocks) is None])
-        batches = [{name: ids.to(job.device) for name, ids in batch.items()} for batch in self._measured.batches(4)]
-        with fast_float32(), Relay(model, blocks, batches) as relay:
+            assembly.load(parameters_outside(model, blocks))
+        with fast_float32(), Relay(model, blocks, self._measured.batches(4, job.device)) as relay:
             for number, (name, calls) in enumerate(relay):
                 self._say(f"allocating: measuring block {number + 1} of {len(blocks)}")
                 block = model.get_submodule(name)
@@ -156,8 +155,8 @@ class _Survey:
         assert self.whole is not None
         found = []
         with torch.no_grad(), fast_float32():
-            for batch in self._judged.batches(1):
-                output = self.whole.model(**{name: ids.to(self.job.device) for name, ids in batch.items()})
+            for batch in self._judged.batches(1, self.job.device):
+                output = self.whole.model(**batch)
                 logits = getattr(output, "logits", None)
                 if logits is not None and logits.dim() == 3:
                     found.append(torch.log_softmax(logits[0].float(), dim=-1))

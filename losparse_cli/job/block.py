@@ -49,6 +49,7 @@ class Block:
             elif parameter is not None and len(entry.shape) == 1 and entry.dtype in FLOATING:
                 self.norms[entry.name] = parameter
         self.solved: dict[str, Decomposition] = {}
+        self._encoded: dict[str, tuple[LayerReport, LayerSpec, dict[str, Tensor]]] = {}
 
     def _say(self, text: str) -> None:
         self._tell(f"{self.name or 'the model'}: {text}")
@@ -128,6 +129,7 @@ class Block:
         for layer, factors in matched.factors.items():
             before = self.solved[layer]
             self.solved[layer] = self._measured(layer, factors, before.errors, before.output_errors)
+        self._encoded.clear()
         self._install()
         return {"name": self.name, "loss_before": matched.loss_before, "loss_after": matched.loss_after}
 
@@ -135,8 +137,10 @@ class Block:
 
     def encode(self, layer: str) -> tuple[LayerReport, LayerSpec, dict[str, Tensor]]:
         """The layer's line of the report, its entry in config.json, its tensors by suffix."""
-        plan, one = self.plans[layer], self.solved[layer]
-        return encode_layer(plan, one, one.factors.values.dtype)
+        if layer not in self._encoded:  # asked for when it is solved, and again when it is written
+            one = self.solved[layer]
+            self._encoded[layer] = encode_layer(self.plans[layer], one, one.factors.values.dtype)
+        return self._encoded[layer]
 
     def norm(self, tensor: str) -> Tensor:
         """The norm that is called `tensor` on disk, as it will be stored."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -50,25 +50,14 @@ class CalibratedRun:
         assert job.windows is not None
         for number in range(self.writer.done, min(units.start for units in job.blocks.values())):
             self._copy(number)
-        self.assembly.load(self._needed())
-        batches = [
-            {name: ids.to(job.device) for name, ids in batch.items()}
-            for batch in job.windows.batches(job.calibration.batch)
-        ]
+        self.assembly.load(parameters_outside(self.model, job.blocks))
+        batches = job.windows.batches(job.calibration.batch, job.device)
         # Where blocks are matched, the dense model's own stream runs along: it is what they are matched to.
         streams = 2 if job.refinement is not None else 1
         remedy = "Lower --calibration-tokens or --calibration-length, or set --memory-limit; what is finished is kept."
         with memory_errors(remedy), fast_float32(), Relay(self.model, list(job.blocks), batches * streams) as relay:
             for name, calls in relay:
                 self._block(Block(name, job, self.assembly, self._say), calls[: len(batches)], calls[len(batches) :])
-
-    def _needed(self) -> list[str]:
-        """Parameters outside the blocks that run before the last block: all but the output head's own."""
-        outside = [name for name, _ in self.model.named_parameters() if block_of(name, self.job.blocks) is None]
-        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
-        own = {id(p) for p in head.parameters()} if head is not None else set()
-        own -= {id(p) for p in self.model.get_input_embeddings().parameters()}
-        return [name for name in outside if id(self.model.get_parameter(name)) not in own]
 
     def _block(self, block: Block, calls: list[Call], dense: list[Call]) -> None:
         """calls: with what the compressed blocks before gave. dense: with what the dense ones gave, or none."""
@@ -137,6 +126,15 @@ class CalibratedRun:
     def _advance(self, nbytes: int) -> None:
         if self.progress is not None:
             self.progress.advance(nbytes)
+
+
+def parameters_outside(model: Any, blocks: Collection[str]) -> list[str]:
+    """Parameters outside the blocks that run before the last block: all but the output head's own."""
+    outside = [name for name, _ in model.named_parameters() if block_of(name, blocks) is None]
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    own = {id(p) for p in head.parameters()} if head is not None else set()
+    own -= {id(p) for p in model.get_input_embeddings().parameters()}
+    return [name for name in outside if id(model.get_parameter(name)) not in own]
 
 
 def calibration_model(job: Job) -> Assembly:

@@ -70,9 +70,8 @@ class Metric:
 
     def output_squared(self, E: Tensor) -> float:
         """tr(E H Eᵀ) without the damping, of E in these coordinates."""
-        damped = torch.linalg.vecdot(E @ self.H, E).double().sum()
         extra = (E.square().double().sum(0) * (1 - self.undamped_diagonal.double())).sum()
-        return max(0.0, float(damped - extra))
+        return max(0.0, float(self.squared(E) - extra))
 
 
 def solve(
