@@ -31,7 +31,8 @@ from .job.calibrated import Progress as BlockProgress
 from .job.decisions import Progress as DecisionProgress
 from .job.decisions import allocated, kept_text, own_text
 from .job.estimate import Estimate, estimate
-from .job.prepare import Job, digest, fingerprint, prepare
+from .job.fingerprint import digest, fingerprint
+from .job.prepare import Job, prepare
 from .job.solve import encode_layer, solve_layer
 from .models.device import peak_memory
 from .shim.layouts import LayerSpec

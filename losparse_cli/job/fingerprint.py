@@ -1,0 +1,58 @@
+"""What decides a result, so that a run goes on with its own work and with no other's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..checkpoint.card import companion_files
+from ..checkpoint.source import Checkpoint
+from .prepare import Job
+
+
+def fingerprint(job: Job) -> dict[str, Any]:
+    """What must be equal for a journal to be continued; JSON."""
+    import safetensors
+    import transformers
+
+    files = _states(job.source)
+    folder = job.source.folder
+    companions = [
+        [str(p), (folder / p).stat().st_size, (folder / p).stat().st_mtime_ns] for p in companion_files(folder)
+    ]
+    plan = [[e.name, e.dtype, e.shape, p and [p.rank, p.nnz, p.pattern, p.scope, p.iterations]] for e, p in job.units]
+    return {
+        "losparse": __version__,
+        "torch": torch.__version__,
+        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "cpu",
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "companions": digest(companions),
+        "source": job.source.commit or files,
+        "start": job.start and _states(job.start),
+        "config": digest(job.source.config),
+        "recipe": job.recipe.to_dict(),
+        "calibration": job.calibration and asdict(job.calibration),
+        "refinement": job.refinement and asdict(job.refinement),
+        "text": job.windows and job.windows.digest(),
+        "plan": digest([plan, [[s.file, s.header] for s in job.shards]]),
+    }
+
+
+def _states(checkpoint: Checkpoint) -> dict[str, list[int]]:
+    """Weight file -> size and time of its last change, in ns."""
+    status = {file.path.name: file.path.stat() for file in checkpoint.files}
+    return {name: [found.st_size, found.st_mtime_ns] for name, found in status.items()}
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
