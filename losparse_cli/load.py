@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from . import kernels
 from .errors import CheckpointError, SourceError
-from .shim.quantizer import register
+from .shim import quantizer
 
 __all__ = ["load", "register"]
 
@@ -21,6 +22,16 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
 )
 """One of these stands beside every model that has a tokenizer."""
+
+
+def register() -> None:
+    """Make transformers load compressed checkpoints, onto fast kernels; safe to call again.
+
+    ValueError if LOSPARSE_KERNEL names none.
+    """
+    # The loader of some checkpoint may have registered itself before; it knows no kernels.
+    quantizer.register(replace=True)
+    kernels.install()
 
 
 def load(source: str | Path, *, model_class: Any = None, **options: Any) -> tuple[Any, Any]:

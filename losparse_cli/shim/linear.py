@@ -5,24 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .codec import decode, pack_bits, unpack_bits
+from .codec import decode, encode, pack_bits
 from .layouts import LayerSpec
+from .operator import kernels, product, sparse, support
+
+AS_STORED = {"bitmask": "S_mask", "rows": "S_rows", "columns": "S_columns"}
+"""Layout -> the stored tensor that serves as index as it is."""
 
 
 class LowRankSparseLinear(nn.Module):
     """A linear layer whose weight is U V + S, with S in one of the layouts of `layouts`.
 
     Parameters: U (out, rank) and V (rank, in), absent at rank 0; weight (nnz,), the entries of S in
-    row-major order; bias (out,) or None. Buffers: the index tensors of the layout. All parameters are
-    trainable; the zeros of S have no parameter and stay zero.
+    row-major order; bias (out,) or None. Buffers: the index tensors of the layout, until `settle` checks them and
+    puts the index that `forward` computes with in their place; state dicts hold the layout's again. All parameters
+    are trainable; the zeros of S have no parameter and stay zero.
     """
 
     weight: Tensor
     U: Tensor | None
     V: Tensor | None
+    bias: Tensor | None
+    _index: Tensor | None
+    _starts: Tensor | None
 
     def __init__(
         self,
@@ -45,61 +52,118 @@ class LowRankSparseLinear(nn.Module):
             else:
                 self.register_buffer(name, empty)
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device)) if bias else None
-        self._index: Tensor | None = None  # what `forward` works from: checked at first use, never saved
+        self.form = spec.layout if spec.layout in ("rows", "columns") else _smaller_form(spec, dtype.itemsize)
+        self.register_buffer("_index", None, persistent=False)
+        self.register_buffer("_starts", None, persistent=False)
+        self._checked = False
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) -> (..., out_features)."""
-        layout = self.spec.layout
-        if self.spec.nnz == 0:
-            y = x.new_zeros(*x.shape[:-1], self.out_features)
-        elif layout == "columns":
-            block = self.weight.view(self.out_features, -1)
-            y = F.linear(x.index_select(-1, self._checked_index()), block)
-        elif layout == "rows":
-            part = F.linear(x, self.weight.view(-1, self.in_features))
-            y = part.new_zeros(*x.shape[:-1], self.out_features).index_copy(-1, self._checked_index().long(), part)
-        else:
-            y = F.linear(x, self.sparse())
-        if self.U is not None and self.V is not None:
-            y = y + F.linear(F.linear(x, self.V), self.U)
-        return y if self.bias is None else y + self.bias
+        if x.is_meta:
+            return x.new_empty(*x.shape[:-1], self.out_features)
+        index, starts = self._index_and_starts()
+        values: Tensor = self.weight
+        U, V, bias = self.U, self.V, self.bias
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            x, values = x.to(dtype), values.to(dtype)
+            U, V, bias = (t if t is None else t.to(dtype) for t in (U, V, bias))
+        return product(x, values, index, starts, U, V, bias, self.out_features, self.form)
 
     def sparse(self) -> Tensor:
-        """S as a dense (out, in) matrix; gradients flow to the stored entries alone."""
-        support = self.support()
-        return torch.zeros_like(support, dtype=self.weight.dtype).masked_scatter(support, self.weight)
+        """S as a dense (out, in) matrix, without gradients."""
+        index, starts = self._index_and_starts()
+        return sparse(self.weight.detach(), index, starts, self.spec.shape, self.form)
 
     def dense(self) -> Tensor:
-        """U V + S in float32, (out, in)."""
+        """U V + S in float32, (out, in), without gradients."""
         S = self.sparse().float()
         if self.U is None or self.V is None:
             return S
-        return torch.addmm(S, self.U.float(), self.V.float())
+        return torch.addmm(S, self.U.detach().float(), self.V.detach().float())
 
     def support(self) -> Tensor:
         """Where S holds entries: (out, in), bool. ValueError if the index is damaged."""
-        if self.spec.layout in ("rows", "columns"):
-            return decode(self.spec, dict(self.named_buffers(recurse=False)))
-        return unpack_bits(self._checked_index(), self.in_features)
+        return support(*self._index_and_starts(), self.spec.shape, self.form)
 
-    def _checked_index(self) -> Tensor:
-        """The kept rows or columns for those layouts, the support's bits for all others.
+    # --- the index ------------------------------------------------------------------------------------
 
-        Every index is checked here, once, and again after the layer has moved; ValueError if one is wrong.
+    def settle(self) -> None:
+        """Check the stored index, once, and compute with a faster one from now on, held in its place.
+
+        ValueError if the index is damaged. Nothing happens to a layer whose tensors come and go, as when they are
+        offloaded: it does this work whenever it computes.
         """
-        if self._index is None or self._index.device != self.weight.device:
-            support = decode(self.spec, dict(self.named_buffers(recurse=False)))
-            as_stored = {"bitmask": "S_mask", "rows": "S_rows", "columns": "S_columns"}.get(self.spec.layout)
-            self._index = getattr(self, as_stored) if as_stored else pack_bits(support)
-        return self._index
+        if self._checked or self.weight.is_meta or self._comes_and_goes():
+            return
+        with torch.inference_mode(False):  # or no gradient could flow past what is made here
+            index, starts = self._made()
+        kept = AS_STORED.get(self.spec.layout)
+        if kept is None:
+            for suffix in self._stored():
+                delattr(self, suffix)
+            self._index = index
+        self._starts = starts
+        self._checked = True
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._index = None
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+    def _index_and_starts(self) -> tuple[Tensor, Tensor | None]:
+        if not self._checked:
+            self.settle()
+        if not self._checked:
+            return self._made()
+        kept = AS_STORED.get(self.spec.layout)
+        index = self._index if kept is None else getattr(self, kept)
+        assert index is not None, "a settled layer has its index"
+        return index, self._starts
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._index = None
-        super()._load_from_state_dict(*args, **kwargs)
+    def _made(self) -> tuple[Tensor, Tensor | None]:
+        """The index that `forward` computes with, and where rows start in it, from the tensors as stored."""
+        stored = self._stored()
+        if self.form == "bits":
+            found = kernels().bits(self.spec, stored)
+            if found is not None:
+                return found
+        where = decode(self.spec, stored)
+        if self.form in ("rows", "columns"):
+            return stored[AS_STORED[self.form]], None
+        counts = where.sum(1)
+        starts = torch.cat((counts.new_zeros(1), torch.cumsum(counts, 0))).int()
+        if self.form == "bits":
+            return stored["S_mask"] if self.spec.layout == "bitmask" else pack_bits(where), starts
+        m, n = self.spec.shape
+        gaps = encode(LayerSpec((m, n), 0, self.spec.nnz, "unstructured", "gaps8", group_rows=1), where)
+        return gaps["S_gaps"], torch.stack((starts, gaps["S_offsets"][:, 1]))
+
+    def _stored(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self.named_buffers(recurse=False) if name.startswith("S_")}
+
+    def _comes_and_goes(self) -> bool:
+        """Whether accelerate fetches this layer's tensors for each use."""
+        hook = getattr(self, "_hf_hook", None)
+        return any(getattr(part, "offload", False) for part in (hook, *getattr(hook, "hooks", ())))
+
+    def _unsettle(self) -> None:
+        """Stored index tensors again, with nothing in them yet."""
+        if self._checked and self.spec.layout not in AS_STORED:
+            for name, (shape, kind) in self.spec.tensor_shapes(self.weight.dtype).items():
+                if name.startswith("S_"):
+                    self.register_buffer(name, torch.empty(shape, dtype=kind, device=self.weight.device))
+        self._index = self._starts = None
+        self._checked = False
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._checked and self.spec.layout not in AS_STORED:
+            for suffix, tensor in encode(self.spec, self.support()).items():
+                destination[prefix + suffix] = tensor
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        if any(
+            prefix + suffix in state_dict for suffix in self.spec.tensor_shapes(torch.float32) if suffix[:2] == "S_"
+        ):
+            self._unsettle()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         s = self.spec
@@ -107,3 +171,12 @@ class LowRankSparseLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={s.rank}, nnz={s.nnz}, "
             f"pattern={s.pattern}, layout={s.layout}, bias={self.bias is not None}"
         )
+
+
+def _smaller_form(spec: LayerSpec, itemsize: int) -> str:
+    """`bits`, which is computed with fastest, unless that takes more than a quarter above the bytes on disk."""
+    m, n = spec.shape
+    bits = LayerSpec(spec.shape, spec.rank, spec.nnz, "unstructured", "bitmask").nbytes(torch.uint8)
+    stored = spec.nbytes(torch.uint8)
+    floats = (spec.nnz + spec.rank * (m + n)) * (itemsize - 1)
+    return "bits" if spec.layout == "bitmask" or bits + floats <= 1.25 * (stored + floats) else "gaps"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PretrainedConfig
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .layouts import FORMAT_VERSION, LayerSpec
@@ -76,6 +76,11 @@ class LosparseQuantizer(HfQuantizer):  # type: ignore[misc]
         for name in self.quantization_config.modules:
             _require_loaded(name, model.get_submodule(name))
         _cast_as_asked(model, self._dtypes)
+        for name in self.quantization_config.modules:
+            try:
+                model.get_submodule(name).settle()
+            except ValueError as error:
+                raise ValueError(f"The index of layer {name} is damaged: {error}. Download it again.") from error
         # The parameters are ordinary floating tensors: .half(), .to(dtype) and Trainer work on them, and
         # refuse models that say they are quantized. Saving goes through `model.hf_quantizer` regardless.
         model.is_quantized = False
@@ -109,7 +114,7 @@ def _require_loaded(name: str, layer: LowRankSparseLinear) -> None:
             )
         # The mark that transformers leaves on what it read; what is offloaded is never missing, and not marked.
         read = tensor.is_meta or getattr(tensor, "_is_hf_initialized", False)
-        if dtype.is_floating_point and not read:  # a missing index betrays itself at first use
+        if dtype.is_floating_point and not read:  # a missing index betrays itself when it is checked
             raise ValueError(f"The weights hold no {name}.{suffix}. Download or compress the checkpoint again.")
 
 
@@ -185,9 +190,14 @@ def _find(model: Any, recorded: str, prefix: str) -> str | None:
     return None
 
 
-def register() -> None:
-    """Make transformers read losparse checkpoints; safe to call again, from here or from a shipped copy."""
-    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+def register(replace: bool = False) -> None:
+    """Make transformers read losparse checkpoints; safe to call again, from here or from a shipped copy.
+
+    replace: also where a copy from some checkpoint was there first.
+    """
+    if replace or METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
+        AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
         register_quantization_config(METHOD)(LosparseQuantizationConfig)
         register_quantizer(METHOD)(LosparseQuantizer)
 

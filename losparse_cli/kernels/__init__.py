@@ -1,0 +1,21 @@
+"""Faster ways to compute the product of shim.operator, by device, form of S, density, dtype and rows of x.
+
+`install` puts them in the shim's place. LOSPARSE_KERNEL names one that is to be taken wherever it can
+be: `reference` (plain torch) or a name of `choice.WAYS`.
+"""
+
+from __future__ import annotations
+
+from ..shim import operator
+from .choice import forced
+from .dispatch import Kernels
+
+__all__ = ["install"]
+
+
+def install() -> None:
+    """Compute compressed layers of the installed package with the kernels from now on; safe to call again.
+
+    ValueError if LOSPARSE_KERNEL names none.
+    """
+    operator.install(None if forced() == "reference" else Kernels())

@@ -1,0 +1,125 @@
+"""The product on a CPU: sparse.c for bits and gaps, and dense products over what is kept.
+
+Every function takes x (rows, in) and gives (rows, out), contiguous.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .native import Layer, Library
+
+DTYPES = {torch.bfloat16: 0, torch.float32: 1}
+"""What sparse.c computes in, by its number; it can expand any dtype of 2 or 4 bytes."""
+TILE_ENTRIES = 1 << 22
+"""Entries of S that are dense at a time: 8 MiB in bfloat16, which stay in the last cache."""
+SERIAL_ENTRIES = 1 << 17
+"""Entries of S times rows of x below which a second thread costs more than it gives."""
+
+
+def low_rank(x: Tensor, U: Tensor | None, V: Tensor | None, bias: Tensor | None, out_features: int) -> Tensor:
+    """x Vᵀ Uᵀ + bias, or zeros."""
+    if U is not None and V is not None:
+        return F.linear(F.linear(x, V), U, bias)
+    if bias is not None:
+        return bias.expand(x.shape[0], -1).contiguous()
+    return x.new_zeros(x.shape[0], out_features)
+
+
+def block(
+    x: Tensor, values: Tensor, index: Tensor, U: Tensor | None, V: Tensor | None, bias: Tensor | None,
+    out_features: int, form: str,
+) -> Tensor:  # fmt: skip
+    """Kept rows or columns of S: one dense product over what is kept."""
+    n = x.shape[1]
+    if form == "columns":
+        y = F.linear(x.index_select(1, index), values.view(out_features, -1), bias)
+        if U is not None and V is not None:
+            y.addmm_(F.linear(x, V), U.T)
+        return y
+    y = low_rank(x, U, V, bias, out_features)
+    return y.index_add_(1, index, F.linear(x, values.view(-1, n)))
+
+
+def few(library: Library, layer: Layer, x: Tensor) -> Tensor | None:
+    """`spread` or `gather`: everything in one call. None if it cannot."""
+    y = x.new_empty(x.shape[0], layer.m)
+    failed = library.few(layer, x.data_ptr(), y.data_ptr(), x.shape[0], _threads(layer, x.shape[0]), library.level)
+    return None if failed else y
+
+
+def walk(library: Library, layer: Layer, x: Tensor, y: Tensor) -> Tensor | None:
+    """y += x Sᵀ, value by value; y is the rest of the sum, in x's dtype."""
+    threads = _threads(layer, x.shape[0])
+    return None if library.walk(layer, x.data_ptr(), y.data_ptr(), x.shape[0], threads, library.level) else y
+
+
+def tile(library: Library, layer: Layer, x: Tensor, y: Tensor) -> Tensor | None:
+    """y += x Sᵀ, with some rows of S dense at a time."""
+    step = max(1, TILE_ENTRIES // layer.n)
+    scratch = x.new_empty(min(step, layer.m), layer.n)
+    for begin in range(0, layer.m, step):
+        end = min(begin + step, layer.m)
+        if library.expand(
+            layer, scratch.data_ptr(), begin, end, x.element_size(), torch.get_num_threads(), library.level
+        ):
+            return None
+        y[:, begin:end] += F.linear(x, scratch[: end - begin])
+    return y
+
+
+def describe(
+    values: Tensor, index: Tensor, starts: Tensor, U: Tensor | None, V: Tensor | None, bias: Tensor | None,
+    shape: tuple[int, int], form: str,
+) -> Layer:  # fmt: skip
+    """The layer as sparse.c sees it; valid as long as the tensors are."""
+
+    def address(tensor: Tensor | None) -> int:
+        return 0 if tensor is None else tensor.data_ptr()
+
+    m, n = shape
+    begin = starts.data_ptr()
+    return Layer(
+        values.data_ptr(), index.data_ptr(), begin, begin + 4 * (m + 1) if form == "gaps" else 0,
+        address(U), address(V), address(bias), m, n, 0 if U is None else U.shape[1], DTYPES.get(values.dtype, -1),
+    )  # fmt: skip
+
+
+def bits_of_gaps(
+    library: Library, stream: Tensor, offsets: Tensor, group_rows: int, shape: tuple[int, int], nnz: int, per_byte: int
+) -> tuple[Tensor, Tensor] | None:
+    """Bits and where rows start from a gap layout; None if the index is damaged."""
+    bits, starts = _empty_bits(shape)
+    damaged = library.bits_of_gaps(
+        stream.data_ptr(), stream.numel(), offsets.data_ptr(), group_rows, *shape, nnz, per_byte,
+        bits.data_ptr(), starts.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return None if damaged else (bits, starts)
+
+
+def bits_of_groups(
+    library: Library, packed: Tensor, keep: int, group: int, width: int, shape: tuple[int, int]
+) -> tuple[Tensor, Tensor] | None:
+    """The same from layout n:m."""
+    bits, starts = _empty_bits(shape)
+    damaged = library.bits_of_groups(
+        packed.data_ptr(), keep, group, width, *shape, bits.data_ptr(), starts.data_ptr(), torch.get_num_threads()
+    )
+    return None if damaged else (bits, starts)
+
+
+def starts_of_bits(library: Library, bits: Tensor, shape: tuple[int, int], nnz: int) -> Tensor | None:
+    """Where rows start in a bitmask; None if it is damaged."""
+    starts = torch.empty(shape[0] + 1, dtype=torch.int32)
+    return None if library.starts_of_bits(bits.data_ptr(), *shape, nnz, starts.data_ptr()) else starts
+
+
+def _empty_bits(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    m, n = shape
+    return torch.zeros(m, -(-n // 8), dtype=torch.uint8), torch.empty(m + 1, dtype=torch.int32)
+
+
+def _threads(layer: Layer, rows: int) -> int:
+    return 1 if layer.m * layer.n * rows < SERIAL_ENTRIES else torch.get_num_threads()

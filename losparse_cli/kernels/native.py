@@ -1,0 +1,133 @@
+"""sparse.c, compiled once with the system's C compiler, kept by its hash, and called through ctypes.
+
+Where there is no compiler, or it fails, one line is logged and `library` is None: everything still works, slower.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+SOURCE = Path(__file__).with_name("sparse.c")
+FLAGS = ("-O3", "-fPIC", "-std=gnu11", "-Wno-psabi")
+LEVELS = ("plain", "AVX2", "AVX-512", "AVX-512 with bfloat16")
+"""Instructions that sparse.c chooses from, by its number."""
+
+logger = logging.getLogger("losparse")
+
+
+class Layer(ctypes.Structure):
+    """`Layer` of sparse.c: addresses (0 where absent), sizes, and 0 for bfloat16 or 1 for float32."""
+
+    _fields_ = (
+        ("values", ctypes.c_void_p),
+        ("index", ctypes.c_void_p),
+        ("starts", ctypes.c_void_p),
+        ("gap_starts", ctypes.c_void_p),
+        ("U", ctypes.c_void_p),
+        ("V", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("m", ctypes.c_int64),
+        ("n", ctypes.c_int64),
+        ("rank", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+    )
+
+
+class Library:
+    """The loaded functions of sparse.c. level: index into LEVELS of what this processor can do."""
+
+    few: Any
+    walk: Any
+    expand: Any
+    bits_of_gaps: Any
+    bits_of_groups: Any
+    starts_of_bits: Any
+
+    def __init__(self, path: Path) -> None:
+        handle = ctypes.CDLL(str(path))
+        pointer, long, whole, layer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.POINTER(Layer)
+        for name, arguments in {
+            "few": (layer, pointer, pointer, long, whole, whole),
+            "walk": (layer, pointer, pointer, long, whole, whole),
+            "expand": (layer, pointer, long, long, whole, whole, whole),
+            "bits_of_gaps": (pointer, long, pointer, long, long, long, long, whole, pointer, pointer, whole),
+            "bits_of_groups": (pointer, whole, whole, whole, long, long, pointer, pointer, whole),
+            "starts_of_bits": (pointer, long, long, long, pointer),
+        }.items():
+            function = getattr(handle, f"losparse_{name}")
+            function.argtypes, function.restype = arguments, ctypes.c_int
+            setattr(self, name, function)
+        self.level: int = handle.losparse_level()
+
+
+@cache
+def library() -> Library | None:
+    """The compiled kernels, or None where there are none."""
+    try:
+        return Library(_compiled())
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        output = getattr(error, "stderr", None) or str(error)
+        reason = next((line for line in str(output).splitlines() if line.strip()), type(error).__name__)
+        logger.warning("Compressed layers run on slower kernels, because sparse.c was not compiled: %s", reason.strip())
+        return None
+
+
+def folder() -> Path:
+    """Where compiled kernels are kept: $LOSPARSE_CACHE or ~/.cache/losparse, and kernels in it."""
+    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("LOSPARSE_CACHE") or Path(cache_home) / "losparse") / "kernels"
+
+
+def _compiled() -> Path:
+    compiler = _compiler()
+    openmp = _openmp()
+    flags = (*FLAGS, "-fopenmp") if openmp else FLAGS
+    # The processor is no part of the name: the code for each kind is in the library, and chosen when it runs.
+    made_of = (SOURCE.read_text(encoding="utf-8"), *compiler, *flags, platform.system(), platform.machine())
+    path = folder() / f"sparse-{hashlib.sha256(chr(0).join(made_of).encode()).hexdigest()[:16]}.so"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            unlinked, linked = Path(scratch) / "sparse.o", Path(scratch) / path.name
+            # Linked without -fopenmp: the only OpenMP in the process shall be torch's, whose threads are there already.
+            undefined = ("-undefined", "dynamic_lookup") if platform.system() == "Darwin" else ()
+            for command in (
+                (*compiler, *flags, "-c", str(SOURCE), "-o", str(unlinked)),
+                (*compiler, "-shared", *undefined, str(unlinked), "-o", str(linked)),
+            ):
+                subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+            os.replace(linked, path)
+    return path
+
+
+def _compiler() -> tuple[str, ...]:
+    named = shlex.split(os.environ.get("CC", ""))
+    for command in (named, ["cc"], ["gcc"], ["clang"]):
+        if command and shutil.which(command[0]):
+            return tuple(command)
+    raise OSError("no C compiler found (cc, gcc or clang, or one named by CC)")
+
+
+def _openmp() -> bool:
+    """Whether torch's OpenMP was found; its names are then there for what is loaded later."""
+    try:
+        mapped = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    for path in dict.fromkeys(re.findall(r"/\S*/lib(?:g|i)omp[^/\s]*\.so[^/\s]*", mapped)):
+        handle = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+        if hasattr(handle, "GOMP_parallel"):
+            return True
+    return False

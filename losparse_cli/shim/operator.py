@@ -1,0 +1,245 @@
+"""The product of a compressed layer as one operator of torch, y = x Vᵀ Uᵀ + x Sᵀ + b, with its gradients.
+
+S is held in one of FORMS, whatever layout it was stored in. The computations here are plain torch and work anywhere;
+`install` puts faster ones in their place.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .codec import unpack_bits
+
+FORMS = ("bits", "gaps", "rows", "columns")
+"""What `index` holds, for values of S in row-major order:
+
+bits: (out, ceil(in / 8)), uint8: one bit an entry, lowest first. `starts`: (out + 1,), int32: where each row's values
+    begin.
+gaps: uint8, one for each value: the entries skipped before it; 255 skips 255 and has no value; counted anew in every
+    row. `starts`: (2, out + 1), int32: where each row's values begin, and its gaps.
+rows, columns: int32, the rows or columns that are kept; no `starts`.
+"""
+
+
+class Kernels(Protocol):
+    """Faster ways to compute the same. Each answers None where it has none, and the plain way is taken."""
+
+    def product(
+        self, x: Tensor, values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None,
+        bias: Tensor | None, out_features: int, form: str,
+    ) -> Tensor | None: ...  # fmt: skip
+
+    def spread(self, values: Tensor, index: Tensor, starts: Tensor, shape: tuple[int, int]) -> Tensor | None: ...
+
+    def bits(self, spec: Any, index: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None: ...
+
+
+class _Plain:
+    """No faster ways: what a loader has that travels alone."""
+
+    def product(self, *args: Any) -> None: ...
+
+    def spread(self, *args: Any) -> None: ...
+
+    def bits(self, *args: Any) -> None: ...
+
+
+_kernels: Kernels = _Plain()
+
+
+def install(kernels: Kernels | None) -> None:
+    """Compute with `kernels` from now on where they can, for the layers of this copy of the code; None: plainly."""
+    global _kernels
+    _kernels = kernels or _Plain()
+
+
+def kernels() -> Kernels:
+    """What is installed."""
+    return _kernels
+
+
+# --- the operator -----------------------------------------------------------------------------------
+
+# Every copy of this file has its own operators: the package's, and one in each checkpoint whose code is run.
+_copy = "" if __name__.startswith("losparse_cli.") else f"_{zlib.crc32(__name__.encode()):08x}"
+NAMESPACE = f"losparse{_copy}"
+_S = "Tensor values, Tensor index, Tensor? starts, Tensor? U, Tensor? V"
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::linear",
+    mutates_args=(),
+    schema=f"(Tensor x, {_S}, Tensor? bias, int out_features, str form) -> Tensor",
+)
+def _linear(
+    x: Tensor, values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None,
+    bias: Tensor | None, out_features: int, form: str,
+) -> Tensor:  # fmt: skip
+    y = _kernels.product(x, values, index, starts, U, V, bias, out_features, form)
+    return reference(x, values, index, starts, U, V, bias, out_features, form) if y is None else y
+
+
+@_linear.register_fake
+def _(
+    x: Tensor, values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None,
+    bias: Tensor | None, out_features: int, form: str,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::linear_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor x, {_S}, bool[] wanted, str form) -> Tensor[]",
+)
+def _linear_backward(
+    grad: Tensor, x: Tensor, values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None,
+    wanted: list[bool], form: str,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of x, values, U, V and bias, those of them that are wanted; S is made dense for a moment at most."""
+    shape = (grad.shape[-1], x.shape[-1])
+    flat, g = x.reshape(-1, shape[1]), grad.reshape(-1, shape[0])
+    for_x, for_values, for_U, for_V, for_bias = wanted
+    found: list[Tensor] = []
+    if for_x:
+        found.append(_times_sparse(g, values, index, starts, shape, form))
+    if for_values:
+        found.append(_values_of_outer(g, flat, index, starts, values.numel(), form))
+    if U is not None and V is not None:
+        inner = g @ U
+        if for_x:
+            found[0] = found[0] + inner @ V
+        if for_U:
+            found.append(g.T @ F.linear(flat, V))
+        if for_V:
+            found.append(inner.T @ flat)
+    if for_x:
+        found[0] = found[0].reshape(x.shape)
+    if for_bias:
+        found.append(g.sum(0))
+    return found
+
+
+@_linear_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None,
+    wanted: list[bool], form: str,
+) -> list[Tensor]:  # fmt: skip
+    like = (x, values, U, V, None)
+    made = [torch.empty_like(t) for t, w in zip(like, wanted, strict=True) if w and t is not None]
+    return [*made, grad.new_empty(grad.shape[-1])] if wanted[4] else made
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, index, starts, U, V, _, _, form = inputs
+    ctx.form, ctx.wanted = form, [ctx.needs_input_grad[k] for k in (0, 1, 4, 5, 6)]
+    ctx.save_for_backward(x, values, index, starts, U, V)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    found = iter(_linear_backward(grad, *ctx.saved_tensors, ctx.wanted, ctx.form))
+    x, values, U, V, bias = (next(found) if wanted else None for wanted in ctx.wanted)
+    return x, values, None, None, U, V, bias, None, None
+
+
+_linear.register_autograd(_backward, setup_context=_keep)
+
+
+def product(
+    x: Tensor, values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None,
+    bias: Tensor | None, out_features: int, form: str,
+) -> Tensor:  # fmt: skip
+    """x: (..., in) -> (..., out); values: (nnz,); U (out, rank), V (rank, in) or both None; bias (out,) or None.
+
+    The operator itself costs tens of microseconds, so without gradients a kernel is called past it where it can be.
+    """
+    if not (torch.compiler.is_compiling() or torch.is_grad_enabled() or x.is_meta):
+        y = _kernels.product(x, values, index, starts, U, V, bias, out_features, form)
+        if y is not None:
+            return y
+    return _linear(x, values, index, starts, U, V, bias, out_features, form)  # type: ignore[no-any-return]
+
+
+# --- in plain torch ---------------------------------------------------------------------------------
+
+
+def reference(
+    x: Tensor, values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None,
+    bias: Tensor | None, out_features: int, form: str,
+) -> Tensor:  # fmt: skip
+    """As `product`, in operations of torch that any device has."""
+    n = x.shape[-1]
+    if values.numel() == 0:
+        y = x.new_zeros(*x.shape[:-1], out_features)
+    elif form == "columns":
+        y = F.linear(x.index_select(-1, index), values.view(out_features, -1))
+    elif form == "rows":
+        part = F.linear(x, values.view(-1, n))
+        y = part.new_zeros(*x.shape[:-1], out_features).index_copy(-1, index.long(), part)
+    else:
+        y = F.linear(x, sparse(values, index, starts, (out_features, n), form))
+    if U is not None and V is not None:
+        y = y + F.linear(F.linear(x, V), U)
+    return y if bias is None else y + bias
+
+
+def sparse(values: Tensor, index: Tensor, starts: Tensor | None, shape: tuple[int, int], form: str) -> Tensor:
+    """S as a dense (out, in) matrix."""
+    if form in ("bits", "gaps") and starts is not None:
+        S = _kernels.spread(values, index, starts, shape)
+        if S is not None:
+            return S
+    where = support(index, starts, shape, form)
+    return torch.zeros_like(where, dtype=values.dtype).masked_scatter(where, values)
+
+
+def support(index: Tensor, starts: Tensor | None, shape: tuple[int, int], form: str) -> Tensor:
+    """Where S holds entries: (out, in), bool."""
+    m, n = shape
+    if form == "bits":
+        return unpack_bits(index, n)
+    if form == "gaps":
+        assert starts is not None, "gaps come with where rows start"
+        skipped = index.long()
+        ends = torch.cumsum(skipped + (index != 255), 0)
+        bytes_in_row = torch.diff(starts[1].long())
+        row = torch.repeat_interleave(torch.arange(m, device=index.device), bytes_in_row)
+        before = torch.cat((ends.new_zeros(1), ends))[starts[1, :-1].long()]
+        flat = (row * n + ends - 1 - before[row])[index != 255]
+    else:
+        line = torch.zeros(m if form == "rows" else n, dtype=torch.bool, device=index.device)
+        line[index.long()] = True
+        return (line[:, None] if form == "rows" else line[None, :]).expand(m, n).contiguous()
+    where = torch.zeros(m * n, dtype=torch.bool, device=index.device)
+    where[flat] = True
+    return where.view(m, n)
+
+
+def _times_sparse(
+    g: Tensor, values: Tensor, index: Tensor, starts: Tensor | None, shape: tuple[int, int], form: str
+) -> Tensor:
+    """g (tokens, out) S -> (tokens, in)."""
+    if values.numel() == 0:
+        return g.new_zeros(g.shape[0], shape[1])
+    if form == "rows":
+        return g.index_select(1, index) @ values.view(-1, shape[1])
+    if form == "columns":
+        part = g @ values.view(shape[0], -1)
+        return part.new_zeros(g.shape[0], shape[1]).index_copy(1, index.long(), part)
+    return g @ sparse(values, index, starts, shape, form)
+
+
+def _values_of_outer(g: Tensor, x: Tensor, index: Tensor, starts: Tensor | None, nnz: int, form: str) -> Tensor:
+    """Entries of gᵀ x, (out, in), where S has entries: (nnz,)."""
+    if nnz == 0:
+        return g.new_empty(0)
+    if form == "rows":
+        return (g.index_select(1, index).T @ x).reshape(-1)
+    if form == "columns":
+        return (g.T @ x.index_select(1, index)).reshape(-1)
+    return (g.T @ x)[support(index, starts, (g.shape[1], x.shape[1]), form)]
