@@ -15,8 +15,9 @@ DTYPES = {torch.bfloat16: 0, torch.float32: 1}
 """What sparse.c computes in, by its number; it can expand any dtype of 2 or 4 bytes."""
 TILE_ENTRIES = 1 << 22
 """Entries of S that are dense at a time: 8 MiB in bfloat16, which stay in the last cache."""
-SERIAL_ENTRIES = 1 << 17
-"""Entries of S times rows of x below which a second thread costs more than it gives."""
+SERIAL_ENTRIES = 1 << 23
+"""Entries of S times rows of x and two more, below which one thread is done (in less than a tenth of a millisecond)
+before others would be awake."""
 
 
 def low_rank(x: Tensor, U: Tensor | None, V: Tensor | None, bias: Tensor | None, out_features: int) -> Tensor:
@@ -43,10 +44,10 @@ def block(
     return y.index_add_(1, index, F.linear(x, values.view(-1, n)))
 
 
-def few(library: Library, layer: Layer, x: Tensor) -> Tensor | None:
-    """`spread` or `gather`: everything in one call. None if it cannot."""
-    y = x.new_empty(x.shape[0], layer.m)
-    failed = library.few(layer, x.data_ptr(), y.data_ptr(), x.shape[0], _threads(layer, x.shape[0]), library.level)
+def few(library: Library, layer: Layer, x: Tensor, rows: int) -> Tensor | None:
+    """`spread` or `gather`: everything in one call, for x of any shape. None if it cannot."""
+    y = x.new_empty((*x.shape[:-1], layer.m))
+    failed = library.few(layer, x.data_ptr(), y.data_ptr(), rows, _threads(layer, rows), library.level)
     return None if failed else y
 
 
@@ -68,6 +69,12 @@ def tile(library: Library, layer: Layer, x: Tensor, y: Tensor) -> Tensor | None:
             return None
         y[:, begin:end] += F.linear(x, scratch[: end - begin])
     return y
+
+
+def dense(library: Library, layer: Layer, S: Tensor) -> Tensor | None:
+    """S (out, in), filled."""
+    failed = library.expand(layer, S.data_ptr(), 0, layer.m, S.itemsize, torch.get_num_threads(), library.level)
+    return None if failed else S
 
 
 def describe(
@@ -122,4 +129,4 @@ def _empty_bits(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def _threads(layer: Layer, rows: int) -> int:
-    return 1 if layer.m * layer.n * rows < SERIAL_ENTRIES else torch.get_num_threads()
+    return 1 if layer.m * layer.n * (rows + 2) < SERIAL_ENTRIES else torch.get_num_threads()

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from ..shim.layouts import LayerSpec, n_of_m, position_bits
 from . import cpu
 from .choice import cpu_way, forced
-from .native import LEVELS, library
+from .native import LEVELS, Layer, library
 
 WIDEST = 1 << 16
 """Columns that sparse.c can number."""
+AVX512 = LEVELS.index("AVX-512")
+MOST_DESCRIBED = 10_000
 
 
 class Kernels:
@@ -21,49 +23,80 @@ class Kernels:
 
     def __init__(self) -> None:
         self.forced = forced()
+        self._described: dict[tuple[Any, ...], Layer] = {}
 
     def product(
         self, x: Tensor, values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None,
         bias: Tensor | None, out_features: int, form: str,
     ) -> Tensor | None:  # fmt: skip
-        parts = [t for t in (x, values, index, starts, U, V, bias) if t is not None]
-        if not _plain(parts) or any(t.is_floating_point() and t.dtype != x.dtype for t in parts):
+        if not (_plain(x) and _plain(values) and x.dtype == values.dtype and values.numel() and x.numel()):
+            return None
+        if x.device.type == "cpu" and form not in ("rows", "columns"):
+            return self._sparse_on_cpu(x, values, index, starts, U, V, bias, out_features, form)
+        if any(t is not None and t.dtype != x.dtype for t in (U, V, bias)):
             return None
         flat = x.reshape(-1, x.shape[-1])
-        if not (flat.shape[0] and values.numel() and flat.shape[1] < WIDEST):
-            return None
-        if x.device.type == "cpu":
-            y = self._on_cpu(flat.contiguous(), values, index, starts, U, V, bias, out_features, form)
+        if form in ("rows", "columns"):
+            y = cpu.block(flat, values, index, U, V, bias, out_features, form)
         else:
-            y = self._on_gpu(flat.contiguous(), values, index, starts, U, V, bias, out_features, form)
-        # Not a view: the operator's output may be changed in place.
-        if y is None or x.dim() == 2:
-            return y
-        return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], out_features))
+            found = self._sparse_on_gpu(flat, values, index, starts, U, V, bias, out_features, form)
+            if found is None:
+                return None
+            y = found
+        return _shaped(y, x)
 
-    def _on_cpu(
+    def _sparse_on_cpu(
         self, x: Tensor, values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None,
         bias: Tensor | None, m: int, form: str,
     ) -> Tensor | None:  # fmt: skip
-        if form in ("rows", "columns"):
-            return cpu.block(x, values, index, U, V, bias, m, form)
-        code = library()
-        if code is None or starts is None or not _contiguous(values, index, starts, U, V, bias):
+        code, n = library(), x.shape[-1]
+        if code is None or starts is None or n >= WIDEST:
             return None
-        rows, n = x.shape
+        layer = self._layer(values, index, starts, U, V, bias, (m, n), form)
+        if layer is None:
+            return None
+        if not x.is_contiguous():
+            x = x.contiguous()
+        rows = x.numel() // n
         way = self.forced or cpu_way(
-            form, rows, values.numel() / (m * n), native=values.dtype in cpu.DTYPES,
-            half=values.element_size() == 2, spreads=code.level >= LEVELS.index("AVX-512"),
+            form, rows, values.numel() / (m * n), native=layer.dtype >= 0, half=values.itemsize == 2,
+            spreads=code.level >= AVX512,
         )  # fmt: skip
-        layer = cpu.describe(values, index, starts, U, V, bias, (m, n), form)
         if way in ("spread", "gather"):
-            return cpu.few(code, layer, x)
-        if way in ("walk", "tile") and values.element_size() in (2, 4):
-            y = cpu.low_rank(x, U, V, bias, m)
-            return cpu.walk(code, layer, x, y) if way == "walk" and layer.dtype >= 0 else cpu.tile(code, layer, x, y)
-        return None
+            return cpu.few(code, layer, x, rows)
+        if way not in ("walk", "tile"):
+            return None
+        flat = x.view(rows, n)
+        y = cpu.low_rank(flat, U, V, bias, m)
+        return _shaped((cpu.walk if way == "walk" and layer.dtype >= 0 else cpu.tile)(code, layer, flat, y), x)
 
-    def _on_gpu(
+    def _layer(
+        self, values: Tensor, index: Tensor, starts: Tensor, U: Tensor | None, V: Tensor | None, bias: Tensor | None,
+        shape: tuple[int, int], form: str,
+    ) -> Layer | None:  # fmt: skip
+        """The layer as sparse.c sees it; looking at each tensor costs more than a small layer's product.
+
+        Known again by where its tensors lie and how large they are, which is all that sparse.c goes by.
+        """
+        key = (
+            values.data_ptr(), values.numel(), values.dtype, index.data_ptr(), starts.data_ptr(),
+            0 if U is None else U.data_ptr(), 0 if V is None else V.data_ptr(), 0 if U is None else U.shape[1],
+            0 if bias is None else bias.data_ptr(), shape,
+        )  # fmt: skip
+        layer = self._described.get(key)
+        if layer is None:
+            tensors = [t for t in (values, index, starts, U, V, bias) if t is not None]
+            if not all(_plain(t) and t.is_contiguous() for t in tensors) or values.itemsize not in (2, 4):
+                return None
+            if any(t is not None and t.dtype != values.dtype for t in (U, V, bias)):
+                return None
+            layer = cpu.describe(values, index, starts, U, V, bias, shape, form)
+            if len(self._described) >= MOST_DESCRIBED:
+                self._described.clear()
+            self._described[key] = layer
+        return layer
+
+    def _sparse_on_gpu(
         self, x: Tensor, values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None,
         bias: Tensor | None, m: int, form: str,
     ) -> Tensor | None:  # fmt: skip
@@ -71,28 +104,20 @@ class Kernels:
 
     def spread(self, values: Tensor, index: Tensor, starts: Tensor, shape: tuple[int, int]) -> Tensor | None:
         code = library()
+        if code is None or values.device.type != "cpu" or shape[1] >= WIDEST:
+            return None
         form = "bits" if starts.dim() == 1 else "gaps"
-        if code is None or not _plain((values, index, starts)) or values.device.type != "cpu":
-            return None
-        if values.element_size() not in (2, 4) or shape[1] >= WIDEST or not _contiguous(values, index, starts):
-            return None
-        dense = values.new_empty(shape)
-        layer = cpu.describe(values, index, starts, None, None, None, shape, form)
-        failed = code.expand(
-            layer, dense.data_ptr(), 0, shape[0], values.element_size(), torch.get_num_threads(), code.level
-        )
-        return None if failed else dense
+        layer = self._layer(values, index, starts, None, None, None, shape, form)
+        return None if layer is None else cpu.dense(code, layer, values.new_empty(shape))
 
     def bits(self, spec: LayerSpec, index: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
-        tensors = list(index.values())
         code = library()
-        if code is None or not _plain(tensors) or any(t.device.type != "cpu" for t in tensors):
+        tensors = list(index.values())
+        if code is None or not all(_plain(t) and t.device.type == "cpu" and t.is_contiguous() for t in tensors):
             return None
         for suffix, (shape, dtype) in spec.tensor_shapes(torch.float32).items():
             if suffix in index and (tuple(index[suffix].shape) != shape or index[suffix].dtype != dtype):
                 return None  # the plain way says what is wrong
-        if not _contiguous(*tensors):
-            return None
         if spec.layout == "bitmask":
             starts = cpu.starts_of_bits(code, index["S_mask"], spec.shape, spec.nnz)
             return None if starts is None else (index["S_mask"], starts)
@@ -107,12 +132,18 @@ class Kernels:
         return None
 
 
-def _plain(tensors: Any) -> bool:
-    """Whether these are ordinary tensors with memory of their own, outside any tracing."""
-    if torch._C._get_tracing_state() is not None:
-        return False
-    return all(type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided for t in tensors)
+def _plain(tensor: Tensor) -> bool:
+    """Whether this is an ordinary tensor with memory of its own, outside any tracing."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout == torch.strided
+        and torch._C._get_tracing_state() is None
+    )
 
 
-def _contiguous(*tensors: Tensor | None) -> bool:
-    return all(t is None or t.is_contiguous() for t in tensors)
+def _shaped(y: Tensor | None, x: Tensor) -> Tensor | None:
+    """y (rows, out) with the leading sizes of x; no view, because the operator's output may be changed in place."""
+    if y is None or x.dim() == 2:
+        return y
+    shaped: Tensor = torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
+    return shaped

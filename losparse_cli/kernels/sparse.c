@@ -380,16 +380,35 @@ INLINE float gather_row(const void *values, const uint16_t *columns, int64_t cou
                     _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(a, high)),                                   \
                                     _mm512_castsi512_ps(_mm512_and_si512(b, high)), acc))
 
+/* acc (R, chains) += U[row] t for R rows of t, each `padded` long with zeros after `rank`. */
+AVX512 INLINE void start(const void *U, const float *t, int64_t rank, int64_t padded, int R, int chains, int dtype,
+                         __m512 *acc) {
+    for (int64_t r = 0; r < rank; r += 16) {
+        const __mmask16 inside = (__mmask16)_bzhi_u32(~0u, (uint32_t)(rank - r < 16 ? rank - r : 16));
+        __m512 u;
+        if (dtype == BFLOAT16)
+            u = _mm512_castsi512_ps(_mm512_slli_epi32(
+                _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(inside, (const uint16_t *)U + r)), 16));
+        else
+            u = _mm512_maskz_loadu_ps(inside, (const float *)U + r);
+        UNROLL for (int k = 0; k < R; k++)
+            acc[k * chains] = _mm512_fmadd_ps(u, _mm512_loadu_ps(t + k * padded + r), acc[k * chains]);
+    }
+}
+
 /* sums (R) += value * x[t][column] over a row's entries in the first `width` columns, for R rows of x, packed (see
-   `pack`); returns where its values go on. `fenced`: the values' end is near, so whole registers must not be loaded. */
+   `pack`); returns where its values go on. `fenced`: the values' end is near, so whole registers must not be loaded.
+   U: the row's, to begin with U t, or NULL. */
 #define SPREAD_BF16(NAME, TARGET, PAIRS)                                                                              \
     TARGET INLINE const uint16_t *NAME(const uint16_t *v, const uint8_t *bits, const uint16_t *x, int64_t width,      \
-                                       int R, int chains, int fenced, float *sums) {                                  \
+                                       int R, int chains, int fenced, const uint16_t *U, const float *t,              \
+                                       int64_t rank, int64_t padded, float *sums) {                                   \
         const __m512i high = _mm512_set1_epi32((int)0xffff0000);                                                      \
         __m512 acc[16];                                                                                               \
         int64_t j = 0;                                                                                                \
         (void)high;                                                                                                   \
         UNROLL for (int k = 0; k < R * chains; k++) acc[k] = _mm512_setzero_ps();                                     \
+        if (U) start(U, t, rank, padded, R, chains, BFLOAT16, acc);                                                   \
         for (; j + 128 <= width && !fenced; j += 128) {                                                               \
             uint64_t w[2];                                                                                            \
             memcpy(w, bits + j / 8, 16);                                                                              \
@@ -419,8 +438,8 @@ INLINE float gather_row(const void *values, const uint16_t *columns, int64_t cou
             v += count;                                                                                               \
         }                                                                                                             \
         UNROLL for (int t = 0; t < R; t++) {                                                                          \
-            UNROLL for (int k = 1; k < chains; k++)                                                                  \
-                acc[t * chains] = _mm512_add_ps(acc[t * chains], acc[t * chains + k]);                               \
+            UNROLL for (int k = 1; k < chains; k++)                                                                   \
+                acc[t * chains] = _mm512_add_ps(acc[t * chains], acc[t * chains + k]);                                \
             sums[t] += _mm512_reduce_add_ps(acc[t * chains]);                                                         \
         }                                                                                                             \
         return v;                                                                                                     \
@@ -431,10 +450,12 @@ SPREAD_BF16(spread_bf16_widened, AVX512, PAIRS_WIDENED)
 
 /* The same in float32, 16 columns at a time. */
 AVX512 INLINE const float *spread_f32(const float *v, const uint8_t *bits, const float *x, int64_t width, int R,
-                                      int chains, int fenced, float *sums) {
+                                      int chains, int fenced, const float *U, const float *t, int64_t rank,
+                                      int64_t padded, float *sums) {
     __m512 acc[16];
     int64_t j = 0;
     UNROLL for (int k = 0; k < R * chains; k++) acc[k] = _mm512_setzero_ps();
+    if (U) start(U, t, rank, padded, R, chains, FLOAT32, acc);
     for (; j + 64 <= width && !fenced; j += 64) {
         uint64_t w;
         memcpy(&w, bits + j / 8, 8);
@@ -481,9 +502,10 @@ static void pack(const char *x, int64_t n, int64_t rows, int64_t R, int size, in
         }
 }
 
-/* Rows i0..i1 of y (rows, m), for R rows of x, some of them padding; t: (rows, rank). For more than one, columns are
-   taken in blocks whose part of x stays in the innermost cache, GROUP rows a block; as that reads values in short
-   pieces, those of the next GROUP, which follow in memory, are asked for meanwhile. */
+/* Rows i0..i1 of y (rows, m), for R rows of x, some of them padding; t: (R, rank), each row padded with zeros to a
+   multiple of 16. For more than one row, columns are taken in blocks whose part of x stays in the innermost cache, GROUP
+   rows a block; as that reads values in short pieces, those of the next GROUP, which follow in memory, are asked for
+   meanwhile. */
 #define SPREAD_ROWS(CALL, R, CHAINS, TYPE, DTYPE)                                                                     \
     for (int64_t g = i0; g < i1; g += GROUP) {                                                                        \
         const int64_t block = R > 1 ? SPREAD_CACHE / (R * (int64_t)sizeof(TYPE)) / 128 * 128 : layer->n;              \
@@ -501,19 +523,24 @@ static void pack(const char *x, int64_t n, int64_t rows, int64_t R, int size, in
                 const uint8_t *bits = layer->index + i * stride + j / 8;                                              \
                 const int fenced = layer->starts[i + 1] + 64 > layer->starts[layer->m];                               \
                 for (int64_t p = 0; R > 1 && p < share && next < stop; p++, next += 64) __builtin_prefetch(next);     \
-                v[i - g] = fenced ? CALL(v[i - g], bits, x + j * R, width, R, CHAINS, 1, sums[i - g])                 \
-                                  : CALL(v[i - g], bits, x + j * R, width, R, CHAINS, 0, sums[i - g]);                \
+                const TYPE *U = j || !layer->rank ? NULL : (const TYPE *)layer->U + i * layer->rank;                  \
+                if (fenced)                                                                                           \
+                    v[i - g] = CALL(v[i - g], bits, x + j * R, width, R, CHAINS, 1, U, t, layer->rank, padded,        \
+                                    sums[i - g]);                                                                     \
+                else                                                                                                  \
+                    v[i - g] = CALL(v[i - g], bits, x + j * R, width, R, CHAINS, 0, U, t, layer->rank, padded,        \
+                                    sums[i - g]);                                                                     \
             }                                                                                                         \
         }                                                                                                             \
         for (int64_t i = g; i < end; i++)                                                                             \
             for (int k = 0; k < rows; k++)                                                                            \
-                put(y, k * layer->m + i, sums[i - g][k] + low_rank(layer, i, t + k * layer->rank, DTYPE), DTYPE);     \
+                put(y, k * layer->m + i, sums[i - g][k] + (layer->bias ? get(layer->bias, i, DTYPE) : 0.0f), DTYPE);  \
     }
 
 #define SPREAD(NAME, TARGET, CALL, TYPE, DTYPE)                                                                       \
     TARGET static void NAME(const Layer *layer, const TYPE *x, const float *t, void *y, int rows, int64_t i0,         \
                             int64_t i1) {                                                                             \
-        const int64_t stride = (layer->n + 7) / 8;                                                                    \
+        const int64_t stride = (layer->n + 7) / 8, padded = (layer->rank + 15) / 16 * 16;                             \
         switch (spread_rows(rows)) {                                                                                  \
             case 1: SPREAD_ROWS(CALL, 1, 4, TYPE, DTYPE) break;                                                       \
             case 2: SPREAD_ROWS(CALL, 2, 4, TYPE, DTYPE) break;                                                       \
@@ -536,7 +563,7 @@ SPREAD(spread_rows_f32, AVX512, spread_f32, float, FLOAT32)
 #define FEW(NAME, TARGET, LEVEL)                                                                                      \
     TARGET static void NAME##_project(const Layer *layer, const void *x, float *t, int rows, int64_t r) {             \
         for (int k = 0; k < rows; k++)                                                                                \
-            t[k * layer->rank + r] = layer->dtype == BFLOAT16                                                         \
+            t[k * ((layer->rank + 15) / 16 * 16) + r] = layer->dtype == BFLOAT16                                      \
                                          ? dot(layer->V, r * layer->n, x, k * layer->n, layer->n, BFLOAT16)           \
                                          : dot(layer->V, r * layer->n, x, k * layer->n, layer->n, FLOAT32);           \
     }                                                                                                                 \
@@ -570,7 +597,7 @@ int losparse_few(const Layer *layer, const void *x, void *y, int64_t rows, int t
     const int64_t R = spread_rows(rows);
     const int size = layer->dtype == BFLOAT16 ? 2 : 4;
     const int64_t padded = (n + 127) / 128 * 128;
-    float *t = malloc((rows * rank + 1) * sizeof *t);
+    float *t = calloc(R * ((rank + 15) / 16 * 16) + 1, sizeof *t);
     void *ready = aligned_alloc(64, (size_t)(padded * (spread ? R * size : 4)));
     int failed = t == NULL || ready == NULL;
     if (!failed) {

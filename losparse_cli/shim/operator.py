@@ -158,7 +158,7 @@ def product(
 
     The operator itself costs tens of microseconds, so without gradients a kernel is called past it where it can be.
     """
-    if not (torch.compiler.is_compiling() or torch.is_grad_enabled() or x.is_meta):
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         y = _kernels.product(x, values, index, starts, U, V, bias, out_features, form)
         if y is not None:
             return y

@@ -1,0 +1,97 @@
+"""What `bench` finds. Times are in milliseconds, each the median of many; sizes in bytes; rates in tokens a second."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerSpeed:
+    """One shape of layer at one number of rows of x, beside nn.Linear with as many outputs and inputs.
+
+    shape: (out, in). count: layers of this shape in the model. form: what the index of S is in memory. nbytes: of the
+    compressed layer in memory, which are read for each product; dense_nbytes: of the dense weight.
+    """
+
+    shape: tuple[int, int]
+    count: int
+    rank: int
+    density: float
+    pattern: str
+    form: str
+    rows: int
+    milliseconds: float
+    dense_milliseconds: float
+    nbytes: int
+    dense_nbytes: int
+
+    @property
+    def speedup(self) -> float:
+        return self.dense_milliseconds / self.milliseconds
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes of the layer read in a second."""
+        return self.nbytes / self.milliseconds * 1e3
+
+    @property
+    def dense_bandwidth(self) -> float:
+        return self.dense_nbytes / self.dense_milliseconds * 1e3
+
+
+@dataclass(frozen=True)
+class ModelSpeed:
+    """One model. prefill, decode: tokens a second, of all sequences together; decode is None without generation.
+
+    disk: bytes of its weight files. tensors: of its parameters and buffers. resident: growth of a fresh process that
+    loads it, after all imports; None where the system does not say.
+    """
+
+    prefill: float
+    decode: float | None
+    disk: int
+    tensors: int
+    resident: int | None = None
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """Figures of one run. copy_bandwidth: bytes read and written in a second by a large copy with the same threads."""
+
+    name: str
+    device: str
+    dtype: str
+    threads: int
+    processor: str
+    copy_bandwidth: float
+    batch: int
+    prompt: int
+    new_tokens: int
+    layers: tuple[LayerSpeed, ...] = ()
+    compressed: ModelSpeed | None = None
+    dense: ModelSpeed | None = None
+
+    def with_(self, **fields: Any) -> BenchReport:
+        return replace(self, **fields)
+
+    @property
+    def prefill_speedup(self) -> float | None:
+        return self.compressed.prefill / self.dense.prefill if self.compressed and self.dense else None
+
+    @property
+    def decode_speedup(self) -> float | None:
+        if not (self.compressed and self.dense and self.compressed.decode and self.dense.decode):
+            return None
+        return self.compressed.decode / self.dense.decode
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, with the ratios."""
+        found = asdict(self)
+        for entry, layer in zip(found["layers"], self.layers, strict=True):
+            entry |= {
+                "speedup": layer.speedup,
+                "bandwidth": layer.bandwidth,
+                "share_of_copy": layer.bandwidth / self.copy_bandwidth,
+            }
+        return found | {"prefill_speedup": self.prefill_speedup, "decode_speedup": self.decode_speedup}
