@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .checkpoint.source import open_checkpoint
+from .checkpoint.source import Checkpoint, open_checkpoint
 from .errors import UsageError
 from .load import load
 from .models.device import find_device, memory_errors
 from .speed.generation import Runner, run_in_turn
 from .speed.layers import by_shape, compressed_layers, layer_speeds
-from .speed.report import BenchReport, ModelSpeed
+from .speed.report import BenchReport, LayerSpeed, ModelSpeed
 from .speed.resident import resident
 from .speed.timing import copy_bandwidth
 
 ROWS = (1, 16, 256)
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PROCESSORS = Path("/proc/cpuinfo")
 
 
 def bench(
@@ -39,79 +41,111 @@ def bench(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     trust_remote_code: bool = False,
-    on_step: Callable[[str, int, int], object] = lambda what, done, total: None,
+    on_step: Callable[[str, int], None] | None = None,
 ) -> BenchReport:
     """Figures of a compressed checkpoint, a folder or a Hub id; with `against`, of the dense model beside it.
 
-    Every compressed layer shape is timed at each number of `rows` of x beside nn.Linear. The model reads `batch`
-    prompts of `prompt` random tokens and writes `new_tokens` more, `rounds` times, the two models in turn. threads:
-    of torch. on_step hears what is measured, and how far it is. UsageError for values out of range or models that
-    hold nothing to compare; otherwise the errors of `load`.
+    Every shape of compressed layer is timed at each number of `rows` of x beside nn.Linear. The model reads `batch`
+    prompts of `prompt` random tokens and writes `new_tokens` more, `rounds` times, the two models in turn; a model
+    that writes nothing only reads. `threads` are those of torch. `revision` is that of `source`. `on_step` hears what
+    was measured and the number of calls to come in all.
+
+    UsageError for values out of range, a model that reads no text, and models that hold nothing to compare;
+    ResourceError if memory runs out; otherwise the errors of `load`.
     """
-    for name, value in {"batch": batch, "prompt": prompt, "rounds": rounds, "rows": min(rows, default=0)}.items():
-        if value < 1:
-            raise UsageError(f"--{name} must be at least 1, not {value}.")
-    if new_tokens < 0:
-        raise UsageError(f"--new-tokens must be at least 0, not {new_tokens}.")
+    least = {"batch": (batch, 1), "prompt": (prompt, 1), "new-tokens": (new_tokens, 0), "rounds": (rounds, 1)}
+    least |= {"rows": (min(rows, default=0), 1), "threads": (1 if threads is None else threads, 1)}
+    for name, (value, low) in least.items():
+        if value < low:
+            raise UsageError(f"--{name} must be at least {low}, not {value}.")
     if dtype not in DTYPES:
         raise UsageError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype!r}.")
-    where = find_device(device)
-    shared: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
-    options = {k: v for k, v in shared.items() if v}
+    where, cache = find_device(device), None if cache_dir is None else Path(cache_dir)
+    checkpoints = [open_checkpoint(source, revision=revision, cache_dir=cache)]
+    if not checkpoints[0].is_compressed:
+        raise UsageError(
+            f"{source} is not compressed. Name a result of losparse compress, and the dense model with --against."
+        )
+    if against is not None:
+        checkpoints.append(open_checkpoint(against, cache_dir=cache))
+        if checkpoints[1].is_compressed:
+            raise UsageError(f"{against} is compressed itself. Name the dense model with --against.")
+
     with _threads(threads), memory_errors("Take fewer --rows, a smaller --batch or --prompt, or leave --against out."):
-        ours = _model(source, dtype, where, options)
-        layers = list(compressed_layers(ours).values())
+        runners = [_runner(checkpoint, (batch, prompt, new_tokens), dtype, where, trust_remote_code)
+                   for checkpoint in checkpoints]  # fmt: skip
+        ours = runners[0]
+        for runner, checkpoint in zip(runners[1:], checkpoints[1:], strict=True):
+            if runner.vocabulary != ours.vocabulary:
+                raise UsageError(
+                    f"{source} has a vocabulary of {ours.vocabulary}, {checkpoint.address} of {runner.vocabulary}. "
+                    "Give the dense model that the first was made from."
+                )
+        layers = list(compressed_layers(ours.model).values())
         if not layers:
-            raise UsageError(f"{source} holds no compressed layer. Name a result of losparse compress, and the dense "
-                             "model with --against.")  # fmt: skip
+            raise UsageError(f"{source} holds no compressed layer, so there is nothing to measure.")
         report = BenchReport(
-            str(source), str(where), str(layers[0].weight.dtype).removeprefix("torch."), torch.get_num_threads(),
-            _processor(where), copy_bandwidth(where), batch, prompt, new_tokens,
+            checkpoints[0].address, str(where), str(layers[0].weight.dtype).removeprefix("torch."),
+            torch.get_num_threads(), _processor(where), copy_bandwidth(where), batch, prompt,
+            new_tokens if ours.generates else 0, against=checkpoints[1].address if against is not None else None,
         )  # fmt: skip
-        found, cases = [], len(by_shape(layers)) * len(rows)
+        total = len(by_shape(layers)) * len(rows) + (rounds + 2) * len(runners)
+
+        def hear(what: str) -> None:
+            if on_step is not None:
+                on_step(what, total)
+
+        found: list[LayerSpeed] = []
         for speed in layer_speeds(layers, rows, rounds):
             found.append(speed)
-            on_step("layers", len(found), cases)
-        runners = [Runner(ours, batch, prompt, new_tokens)]
-        if against is not None:
-            dense = _model(against, dtype, where, {k: v for k, v in options.items() if k != "revision"})
-            if dense.config.vocab_size != ours.config.vocab_size:
-                raise UsageError(f"{against} has another vocabulary than {source}: it is not its dense model.")
-            runners.append(Runner(dense, batch, prompt, new_tokens))
-        done = 0
-
-        def advance() -> None:
-            nonlocal done
-            done += 1
-            on_step("models", done, (rounds + 1) * len(runners))
-
-        run_in_turn(runners, rounds, advance)
-        speeds = [
-            _speed(runner, path, dtype, where)
-            for runner, path in zip(runners, (source, against) if against else (source,), strict=True)
-        ]
-    return report.with_(layers=tuple(found), compressed=speeds[0], dense=speeds[1] if against else None)
+            hear(f"{speed.shape[0]} x {speed.shape[1]}, {speed.rows} row{'s' * (speed.rows > 1)} of x")
+        names = [checkpoint.name for checkpoint in checkpoints]
+        run_in_turn(runners, rounds, lambda k: hear(names[k]))
+        speeds = []
+        for runner, checkpoint in zip(runners, checkpoints, strict=True):
+            speeds.append(_speed(runner, checkpoint, dtype, trust_remote_code))
+            hear(f"memory of {checkpoint.name}")
+    return report.with_(layers=tuple(found), compressed=speeds[0], dense=speeds[1] if against is not None else None)
 
 
-def _model(source: str | Path | None, dtype: str, device: torch.device, options: dict[str, Any]) -> Any:
-    model, _ = load(str(source), dtype=DTYPES[dtype], **options)
-    return model.to(device)
+def _runner(
+    checkpoint: Checkpoint, sizes: tuple[int, int, int], dtype: str, device: torch.device, trust_remote_code: bool
+) -> Runner:
+    """The loaded model, ready to run; UsageError if it reads no text, or not that much."""
+    options = {"trust_remote_code": True} if trust_remote_code else {}
+    model, tokenizer = load(checkpoint.folder, dtype=DTYPES[dtype], **options)
+    name = checkpoint.address
+    if model.main_input_name != "input_ids":
+        raise UsageError(f"{name} reads {model.main_input_name}, not text. Give a language model or a text encoder.")
+    runner = Runner(model.to(device), *sizes)
+    _, prompt, new_tokens = sizes
+    # Before it runs: on a GPU an index out of range ends the process.
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or prompt + new_tokens
+    if not runner.generates:
+        new_tokens = 0
+        limit = min(limit, tokenizer.model_max_length if tokenizer is not None else limit)
+    if model.config.is_encoder_decoder:  # each side has positions of its own
+        if max(prompt, new_tokens + 1) > limit:
+            raise UsageError(f"{name} takes at most {limit} tokens. Give --prompt {limit} or less, and --new-tokens "
+                             f"below {limit}.")  # fmt: skip
+    elif prompt + new_tokens > limit:
+        fewer = f"a smaller --prompt or fewer --new-tokens: together {limit}" if new_tokens else f"--prompt {limit}"
+        raise UsageError(f"{name} takes at most {limit} tokens. Give {fewer} or less.")
+    return runner
 
 
-def _speed(runner: Runner, source: str | Path, dtype: str, device: torch.device) -> ModelSpeed:
-    """Figures of a model that has run; how a fresh process grows is only known of folders, and of the CPU."""
-    tensors = {t.untyped_storage().data_ptr(): t for t in (*runner.model.parameters(), *runner.model.buffers())}
-    nbytes = sum(t.untyped_storage().nbytes() for t in tensors.values())
-    local = Path(source).is_dir()
-    disk = open_checkpoint(str(source)).nbytes if local else 0
-    grown = resident(str(source), dtype) if local and device.type == "cpu" else None
-    return ModelSpeed(runner.prefill, runner.decode, disk, nbytes, grown)
+def _speed(runner: Runner, checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> ModelSpeed:
+    """Figures of a model that has run; how a fresh process grows is only asked on a CPU."""
+    # By address: tied weights are one tensor. Not by storage: those that are mapped share that of their whole file.
+    tensors = {
+        t.data_ptr(): t.numel() * t.element_size() for t in (*runner.model.parameters(), *runner.model.buffers())
+    }
+    grown = resident(checkpoint.folder, dtype, trust_remote_code) if runner.device.type == "cpu" else None
+    return ModelSpeed(runner.prefill, runner.decode, checkpoint.nbytes, sum(tensors.values()), grown)
 
 
 @contextmanager
-def _threads(count: int | None) -> Any:
-    if count is not None and count < 1:
-        raise UsageError(f"--threads must be at least 1, not {count}.")
+def _threads(count: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -121,6 +155,8 @@ def _threads(count: int | None) -> Any:
 
 
 def _processor(device: torch.device) -> str:
+    """What computes, as its maker calls it; of a CPU also the instructions that torch uses."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        return str(torch.cuda.get_device_name(device))
+    known: Any = PROCESSORS.is_file() and re.search(r"^model name\s*: *(\S.*)", PROCESSORS.read_text(), re.MULTILINE)
+    return f"{known[1] if known else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"

@@ -62,7 +62,7 @@ class Kernels:
             form, rows, values.numel() / (m * n), native=layer.dtype >= 0, half=values.itemsize == 2,
             spreads=code.level >= AVX512,
         )  # fmt: skip
-        if way in ("spread", "gather"):
+        if way in ("spread", "gather") and layer.dtype >= 0:
             return cpu.few(code, layer, x, rows)
         if way not in ("walk", "tile"):
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 
@@ -20,10 +22,15 @@ class _Clock(LogitsProcessor):  # type: ignore[misc]
         self.times: list[float] = []
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.times.append(time.perf_counter())
+        self.times.append(_now(self.device))
         return scores
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once all that was begun is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @dataclass
@@ -39,33 +46,29 @@ class Runner:
 
     def __post_init__(self) -> None:
         self.device = next(self.model.parameters()).device
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(min(10, vocabulary - 1), vocabulary, (self.batch, self.prompt), generator=generator)
-        self.tokens = tokens.to(self.device)
+        self.vocabulary = int(self.model.get_input_embeddings().weight.shape[0])
+        self.tokens = self._random_tokens().to(self.device)
+        if self.generates:
+            self.model.generation_config = self._plainly()
 
     @property
     def generates(self) -> bool:
-        return self.new_tokens > 0 and bool(getattr(self.model, "can_generate", lambda: False)())
+        return self.new_tokens > 0 and bool(self.model.can_generate())
 
     def once(self, *, kept: bool = True) -> None:
         """One pass over the prompt, and the tokens after it one by one; kept: whether its times count."""
         clock = _Clock(self.device)
         with torch.inference_mode():
-            started = time.perf_counter()
+            started = _now(self.device)
             if self.generates:
-                fixed = GenerationConfig(
-                    max_new_tokens=self.new_tokens + 1, min_new_tokens=self.new_tokens + 1, do_sample=False,
-                    pad_token_id=0, decoder_start_token_id=getattr(self.model.config, "decoder_start_token_id", None),
-                    bos_token_id=getattr(self.model.config, "bos_token_id", None),
-                )  # fmt: skip
                 self.model.generate(
-                    self.tokens, attention_mask=torch.ones_like(self.tokens), generation_config=fixed,
+                    self.tokens,
+                    attention_mask=torch.ones_like(self.tokens),
                     logits_processor=LogitsProcessorList([clock]),
-                )  # fmt: skip
+                )
             else:
-                extra = {"decoder_input_ids": self.tokens} if self.model.config.is_encoder_decoder else {}
-                self.model(self.tokens, **extra)
+                decodes = "decoder_input_ids" in inspect.signature(self.model.forward).parameters
+                self.model(self.tokens, **({"decoder_input_ids": self.tokens} if decodes else {}))
                 clock(None, None)
         if kept:
             self.prefills.append(clock.times[0] - started)
@@ -73,7 +76,7 @@ class Runner:
 
     @property
     def prefill(self) -> float:
-        """Tokens of the prompt a second."""
+        """Tokens of the prompts a second."""
         return self.batch * self.prompt / statistics.median(self.prefills)
 
     @property
@@ -81,10 +84,38 @@ class Runner:
         """New tokens a second."""
         return self.batch / statistics.median(self.steps) if self.steps else None
 
+    def _random_tokens(self) -> Tensor:
+        """(batch, prompt): the same for every model of that vocabulary, and none with a meaning of its own."""
+        config = self.model.config
+        special = {
+            value
+            for part in (config, config.get_text_config())
+            for name, value in part.to_dict().items()
+            if name.endswith(("_token_id", "_token_index")) and isinstance(value, int)
+        }
+        # Where the special ones begin or end is nobody's rule, but most have them first.
+        plain = [k for k in range(min(10, self.vocabulary - 1), self.vocabulary) if k not in special] or [0]
+        choice = torch.randint(len(plain), (self.batch, self.prompt), generator=torch.Generator().manual_seed(0))
+        tokens = torch.tensor(plain)[choice]
+        end = getattr(config, "eos_token_id", None)
+        if config.is_encoder_decoder and isinstance(end, int):
+            tokens[:, -1] = end  # some heads sit on the last token of a text, and look for it
+        return tokens
 
-def run_in_turn(runners: Sequence[Runner], rounds: int, on_run: Callable[[], object] = lambda: None) -> None:
-    """Each model in turn, `rounds` times, after one that does not count."""
+    def _plainly(self) -> GenerationConfig:
+        """One likeliest token after the other and no end before all are there, whatever the checkpoint prefers."""
+        own = self.model.generation_config
+        starts = (own.decoder_start_token_id, own.bos_token_id, getattr(self.model.config, "decoder_start_token_id", 0))
+        return GenerationConfig(
+            # The prompt's pass yields the first, so that one more gives as many steps as tokens were asked for.
+            max_new_tokens=self.new_tokens + 1, do_sample=False, num_beams=1, pad_token_id=0,
+            decoder_start_token_id=next((s for s in starts if s is not None), 0),
+        )  # fmt: skip
+
+
+def run_in_turn(runners: Sequence[Runner], rounds: int, on_run: Callable[[int], object] = lambda k: None) -> None:
+    """Each model in turn, `rounds` times, after one that does not count. on_run hears which one has run."""
     for k in range(rounds + 1):
-        for runner in runners:
+        for i, runner in enumerate(runners):
             runner.once(kept=k > 0)
-            on_run()
+            on_run(i)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import statistics
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,21 +23,20 @@ def compressed_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def by_shape(layers: Sequence[Any]) -> list[list[Any]]:
-    """Layers of the same shape, pattern and form together, the largest share of the work first."""
+    """Layers of the same shape, pattern, form and dtype together, the largest share of the work first."""
     groups: dict[tuple[Any, ...], list[Any]] = {}
     for layer in layers:
-        groups.setdefault((layer.spec.shape, layer.spec.pattern, layer.form), []).append(layer)
+        key = (layer.spec.shape, layer.spec.pattern, layer.form, layer.weight.dtype, layer.bias is None)
+        groups.setdefault(key, []).append(layer)
     return sorted(groups.values(), key=lambda group: -len(group) * group[0].in_features * group[0].out_features)
 
 
-def layer_speeds(
-    layers: Sequence[Any], rows: Sequence[int], rounds: int, on_case: Callable[[], object] = lambda: None
-) -> Iterator[LayerSpeed]:
+def layer_speeds(layers: Sequence[Any], rows: Sequence[int], rounds: int) -> Iterator[LayerSpeed]:
     """For each shape and each number of rows, at sizes whose weights no cache keeps from one use to the next."""
     for group in by_shape(layers):
         first = group[0]
         m, n = first.spec.shape
-        dtype, device = first.weight.dtype, first.weight.device
+        dtype, device, bias = first.weight.dtype, first.weight.device, first.bias
         dense_nbytes = m * n * dtype.itemsize
         copies = min(MOST_COPIES, max(2, -(-COLD_BYTES // dense_nbytes)))
         weights = [torch.randn(m, n, dtype=dtype, device=device) for _ in range(copies)]
@@ -45,16 +45,19 @@ def layer_speeds(
             with torch.inference_mode():
                 dense, ours = interleaved(
                     (
-                        [lambda W=W, x=x: nn.functional.linear(x, W) for W in weights],  # type: ignore[misc]
+                        [lambda W=W, x=x: nn.functional.linear(x, W, bias) for W in weights],  # type: ignore[misc]
                         [lambda layer=layer, x=x: layer(x) for layer in group],  # type: ignore[misc]
                     ),
                     rounds,
                     device,
                 )
-            tensors = [t for t in (*first.parameters(), *first.buffers()) if t is not None]
             yield LayerSpeed(
-                (m, n), len(group), first.spec.rank, sum(g.spec.nnz for g in group) / len(group) / (m * n),
-                first.spec.pattern, first.form, count, ours, dense,
-                sum(t.numel() * t.element_size() for t in tensors), dense_nbytes,
+                (m, n), len(group), round(statistics.mean(layer.spec.rank for layer in group)),
+                statistics.mean(layer.spec.nnz for layer in group) / (m * n), first.spec.pattern, first.form, count,
+                ours, dense, round(statistics.mean(_nbytes(layer) for layer in group)), dense_nbytes,
             )  # fmt: skip
-            on_case()
+
+
+def _nbytes(layer: Any) -> int:
+    """Bytes that one product reads: those of the tensors in memory, which have settled by now."""
+    return sum(t.numel() * t.element_size() for t in (*layer.parameters(), *layer.buffers()))

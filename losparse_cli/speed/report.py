@@ -10,8 +10,9 @@ from typing import Any
 class LayerSpeed:
     """One shape of layer at one number of rows of x, beside nn.Linear with as many outputs and inputs.
 
-    shape: (out, in). count: layers of this shape in the model. form: what the index of S is in memory. nbytes: of the
-    compressed layer in memory, which are read for each product; dense_nbytes: of the dense weight.
+    shape: (out, in). count: layers of this shape in the model, of which rank, density and nbytes are means. form: what
+    the index of S is in memory. nbytes: of the compressed layer in memory, which are read for each product;
+    dense_nbytes: of the dense weight.
     """
 
     shape: tuple[int, int]
@@ -44,8 +45,8 @@ class LayerSpeed:
 class ModelSpeed:
     """One model. prefill, decode: tokens a second, of all sequences together; decode is None without generation.
 
-    disk: bytes of its weight files. tensors: of its parameters and buffers. resident: growth of a fresh process that
-    loads it, after all imports; None where the system does not say.
+    disk: bytes of the tensors in its weight files. tensors: of its parameters and buffers, in use. resident: growth of
+    a fresh process that loads and uses it, after all imports; None where the system does not say, and on GPUs.
     """
 
     prefill: float
@@ -57,7 +58,10 @@ class ModelSpeed:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """Figures of one run. copy_bandwidth: bytes read and written in a second by a large copy with the same threads."""
+    """Figures of one run. copy_bandwidth: bytes read and written in a second by a large copy with the same threads.
+
+    new_tokens: 0 of a model that writes none. against: the dense model, None if there is none to compare with.
+    """
 
     name: str
     device: str
@@ -68,6 +72,7 @@ class BenchReport:
     batch: int
     prompt: int
     new_tokens: int
+    against: str | None = None
     layers: tuple[LayerSpeed, ...] = ()
     compressed: ModelSpeed | None = None
     dense: ModelSpeed | None = None

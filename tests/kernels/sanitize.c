@@ -1,0 +1,139 @@
+/* Runs every function of sparse.c on buffers that end where their data ends, under the compiler's sanitizers.
+
+   Prints "checked N" and exits with 0, or the first way's name whose result differs from a plain double product. */
+
+#include "../../losparse_cli/kernels/sparse.c"
+
+#include <math.h>
+#include <stdio.h>
+
+static uint64_t state = 88172645463325252ULL;
+
+static double uniform(void) { /* xorshift */
+    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+    return (double)(state >> 11) / 9007199254740992.0;
+}
+
+static void *exact(size_t bytes) { /* memory that begins and ends where it says; of no bytes, too */
+    void *p = malloc(bytes ? bytes : 1);
+    memset(p, 0, bytes ? bytes : 1);
+    return p;
+}
+
+static void fill(void *p, int64_t count, int dtype) {
+    for (int64_t i = 0; i < count; i++) put(p, i, (float)(uniform() - 0.5), dtype);
+}
+
+static int differs(const void *y, const double *expected, int64_t count, int dtype) {
+    double error = 0, norm = 1e-30;
+    for (int64_t i = 0; i < count; i++) {
+        const double e = get(y, i, dtype) - expected[i];
+        error += e * e, norm += expected[i] * expected[i];
+    }
+    return sqrt(error / norm) > (dtype == BFLOAT16 ? 1e-2 : 1e-5);
+}
+
+static int one(int64_t m, int64_t n, int64_t rank, double density, int64_t rows, int dtype, int gaps, int level) {
+    const int size = dtype == BFLOAT16 ? 2 : 4;
+    const int64_t stride = (n + 7) / 8;
+    uint8_t *bits = exact(m * stride), *bytes = exact(m * n + m * n / 255 + 1), *index;
+    int32_t *starts = exact((m + 1) * 4), *gap_starts = exact((m + 1) * 4), *found = exact((m + 1) * 4);
+    int64_t nnz = 0, at = 0;
+    int bad = 0;
+    for (int64_t i = 0; i < m; i++) {
+        int64_t skipped = 0;
+        starts[i] = (int32_t)nnz, gap_starts[i] = (int32_t)at;
+        for (int64_t j = 0; j < n; j++) {
+            if (uniform() >= density) {
+                skipped++;
+                continue;
+            }
+            set_bit(bits, n, i, j);
+            for (; skipped >= 255; skipped -= 255) bytes[at++] = 255;
+            bytes[at++] = (uint8_t)skipped, skipped = 0, nnz++;
+        }
+    }
+    starts[m] = (int32_t)nnz, gap_starts[m] = (int32_t)at;
+    index = exact(gaps ? at : m * stride);
+    memcpy(index, gaps ? bytes : bits, gaps ? at : m * stride);
+    bad |= losparse_starts_of_bits(bits, m, n, nnz, found) || memcmp(found, starts, (m + 1) * 4);
+
+    void *values = exact(nnz * size), *U = exact(m * rank * size), *V = exact(rank * n * size), *bias = exact(m * size);
+    void *x = exact(rows * n * size), *y = exact(rows * m * size), *S = exact(m * n * size);
+    fill(values, nnz, dtype), fill(U, m * rank, dtype), fill(V, rank * n, dtype), fill(bias, m, dtype);
+    fill(x, rows * n, dtype);
+    Layer layer = {values, index, starts, gaps ? gap_starts : NULL, rank ? U : NULL, rank ? V : NULL, bias,
+                   m, n, rank, dtype};
+
+    if (losparse_expand(&layer, S, 0, m, size, 2, level)) bad = 1;
+    double *sparse = exact(rows * m * sizeof *sparse), *whole = exact(rows * m * sizeof *whole);
+    for (int64_t t = 0; t < rows; t++)
+        for (int64_t i = 0; i < m; i++) {
+            double sum = 0, low = get(bias, i, dtype);
+            int64_t k = starts[i];
+            for (int64_t j = 0; j < n; j++) {
+                const int there = bits[i * stride + j / 8] >> (j % 8) & 1;
+                const float s = there ? get(values, k++, dtype) : 0.0f;
+                if (get(S, i * n + j, dtype) != s) bad = 2;
+                sum += (double)s * get(x, t * n + j, dtype);
+            }
+            for (int64_t r = 0; r < rank; r++) {
+                double inner = 0;
+                for (int64_t j = 0; j < n; j++) inner += (double)get(V, r * n + j, dtype) * get(x, t * n + j, dtype);
+                low += inner * get(U, i * rank + r, dtype);
+            }
+            sparse[t * m + i] = sum, whole[t * m + i] = sum + low;
+        }
+    const int answer = losparse_few(&layer, x, y, rows, 2, level);
+    const int can = rows <= (level >= LEVEL_AVX512 && !gaps ? 16 : 1);
+    if (answer != (can ? 0 : 2) || (can && differs(y, whole, rows * m, dtype))) bad = 3;
+    memset(y, 0, rows * m * size);
+    if (losparse_walk(&layer, x, y, rows, 2, level) || differs(y, sparse, rows * m, dtype)) bad = 4;
+
+    void *all[] = {bits, bytes, starts, gap_starts, found, index, values, U, V, bias, x, y, S, sparse, whole};
+    for (size_t k = 0; k < sizeof all / sizeof *all; k++) free(all[k]);
+    if (bad)
+        printf("%s: m %ld n %ld rank %ld density %g rows %ld dtype %d gaps %d level %d\n",
+               (const char *[]){"", "index", "expand", "few", "walk"}[bad], (long)m, (long)n, (long)rank, density,
+               (long)rows, dtype, gaps, level);
+    return bad;
+}
+
+/* Whatever lies in a damaged index: no access outside, whatever the answer. */
+static void damaged(int64_t m, int64_t n, int64_t group_rows, int per_byte) {
+    const int64_t groups = (m + group_rows - 1) / group_rows, bytes = (int64_t)(uniform() * 60), nnz = bytes * per_byte;
+    uint8_t *stream = exact(bytes), *bits = exact(m * ((n + 7) / 8));
+    int32_t *offsets = exact((groups + 1) * 8), *starts = exact((m + 1) * 4);
+    for (int64_t b = 0; b < bytes; b++) stream[b] = (uint8_t)(uniform() * 256);
+    for (int64_t g = 1; g <= groups; g++) {
+        offsets[2 * g] = g == groups ? (int32_t)nnz : (int32_t)(nnz * g / groups);
+        offsets[2 * g + 1] = g == groups ? (int32_t)bytes : (int32_t)(bytes * g / groups);
+    }
+    if (uniform() < 0.3) offsets[(int64_t)(uniform() * 2 * (groups + 1))] = (int32_t)(uniform() * 2e9 - 1e9);
+    losparse_bits_of_gaps(stream, bytes, offsets, group_rows, m, n, nnz, per_byte, bits, starts, 2);
+    memset(bits, 0, m * ((n + 7) / 8));
+    const int keep = 2, group = 4, width = 2;
+    uint8_t *packed = exact((m * (n / group) * keep * width + 7) / 8);
+    for (int64_t b = 0; b < (m * (n / group) * keep * width + 7) / 8; b++) packed[b] = (uint8_t)(uniform() * 256);
+    losparse_bits_of_groups(packed, keep, group, width, m, n / group * group, bits, starts, 2);
+    for (int64_t b = 0; b < m * ((n + 7) / 8); b++) bits[b] = (uint8_t)(uniform() * 256);
+    losparse_starts_of_bits(bits, m, n, nnz, starts);
+    free(stream), free(bits), free(offsets), free(starts), free(packed);
+}
+
+int main(void) {
+    const int64_t sizes[][2] = {{1, 1}, {7, 13}, {13, 7}, {33, 64}, {130, 127}, {17, 576}, {40, 1537}};
+    const double densities[] = {0, 0.004, 0.1, 0.5, 1};
+    const int64_t counts[] = {1, 2, 3, 5, 8, 9, 13, 16, 17, 40, 70};
+    int checked = 0;
+    for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++)
+        for (size_t d = 0; d < sizeof densities / sizeof *densities; d++)
+            for (size_t c = 0; c < sizeof counts / sizeof *counts; c++)
+                for (int level = losparse_level(); level >= 0; level--, checked++)
+                    if (one(sizes[s][0], sizes[s][1], (int64_t[]){0, 3, 8, 17}[checked % 4], densities[d], counts[c],
+                            checked / 4 % 2, checked / 8 % 2, level))
+                        return 1;
+    for (int k = 0; k < 2000; k++, checked++) damaged(1 + k % 9, 1 + k % 37, 1 + k % 4, 1 + k % 2);
+    printf("checked %d\n", checked);
+    return 0;
+}

@@ -1,0 +1,345 @@
+"""Every way to the product against float64: each form, dtype, shape and instruction set, and what surrounds them."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from losparse_cli import kernels
+from losparse_cli.kernels import choice, native
+from losparse_cli.kernels.dispatch import Kernels
+from losparse_cli.shim import operator
+from losparse_cli.shim.codec import encode, smallest
+from losparse_cli.shim.layouts import LayerSpec, group_rows
+from losparse_cli.shim.linear import LowRankSparseLinear
+
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 1e-5}
+needs_compiler = pytest.mark.skipif(native.library() is None, reason="needs a C compiler")
+
+
+@pytest.fixture(autouse=True)
+def _installed() -> Iterator[None]:
+    kernels.install()
+    yield
+    kernels.install()
+
+
+def layer_of(
+    shape: tuple[int, int], density: float, *, rank: int = 3, bias: bool = True, dtype: torch.dtype = torch.float32,
+    pattern: str = "unstructured", form: str | None = None, layout: str | None = None, seed: int = 0,
+) -> LowRankSparseLinear:  # fmt: skip
+    """A layer with random entries; form: what it computes with, whatever is smaller."""
+    m, n = shape
+    generator = torch.Generator().manual_seed(seed)
+    if pattern == "rows":
+        support = (torch.rand(m, 1, generator=generator) < density).expand(m, n).contiguous()
+    elif pattern == "columns":
+        support = (torch.rand(1, n, generator=generator) < density).expand(m, n).contiguous()
+    elif ":" in pattern:
+        keep, group = map(int, pattern.split(":"))
+        order = torch.rand(m, n // group, group, generator=generator).argsort(-1)
+        support = (order < keep).view(m, n)
+    else:
+        support = torch.rand(m, n, generator=generator) < density
+    rank = min(rank, m, n)
+    if form == "gaps" and support.any():
+        layout = "gaps8"  # a bitmask is never computed with as gaps
+    if layout is None:
+        spec, index = smallest(support, rank, pattern)
+    else:
+        rows = group_rows(n) if layout.startswith("gaps") else 0
+        spec = LayerSpec((m, n), rank, int(support.sum()), pattern, layout, rows)
+        index = encode(spec, support)
+        if "S_gaps" in index:
+            spec = LayerSpec((m, n), rank, spec.nnz, pattern, layout, rows, index["S_gaps"].numel())
+    layer = LowRankSparseLinear(spec, bias=bias, dtype=dtype)
+    if layer.form in ("bits", "gaps"):  # an empty S has no other form than its own
+        layer.form = form or layer.form
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2)
+        for name, tensor in index.items():
+            getattr(layer, name).copy_(tensor)
+    return layer
+
+
+def exact(layer: LowRankSparseLinear, x: Tensor) -> Tensor:
+    """The product in float64, from the parts."""
+    S = torch.zeros(layer.spec.shape, dtype=torch.float64).masked_scatter(layer.support(), layer.weight.double())
+    y = F.linear(x.double(), S)
+    if layer.U is not None and layer.V is not None:
+        y = y + F.linear(F.linear(x.double(), layer.V.double()), layer.U.double())
+    return (y if layer.bias is None else y + layer.bias.double()).detach()
+
+
+def assert_close(y: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    assert y.dtype == dtype
+    assert y.shape == expected.shape
+    # Of a handful of numbers that are sums of order 1, all may be small by chance.
+    norm = expected.norm().clamp_min(1e-6 if y.numel() > 8 else 1.0)
+    assert float((y.double() - expected).norm() / norm) < TOLERANCE[dtype]
+
+
+# --- every way --------------------------------------------------------------------------------------
+
+SIZES = [(1, 1), (7, 13), (13, 7), (1, 576), (576, 13), (130, 1537), (4097, 7)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("form", ["bits", "gaps"])
+@pytest.mark.parametrize("way", ["spread", "gather", "walk", "tile", None])
+def test_every_way_is_the_product(
+    way: str | None, form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way:
+        monkeypatch.setenv("LOSPARSE_KERNEL", way)
+    kernels.install()
+    for k, (shape, density) in enumerate(itertools.product(SIZES, (0.0, 0.004, 0.1, 0.5, 1.0))):
+        layer = layer_of(shape, density, rank=k % 3 * 4, bias=k % 2 == 0, dtype=dtype, form=form, seed=k)
+        for rows in (1, 2, 5, 16, 17, 70):
+            x = torch.randn(rows, shape[1]).to(dtype)
+            with torch.no_grad():
+                assert_close(layer(x), exact(layer, x), dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("level", range(len(native.LEVELS)))
+def test_every_instruction_set_is_the_product(level: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = native.library()
+    assert library is not None
+    if level > library.level:
+        pytest.skip(f"this processor has no {native.LEVELS[level]}")
+    monkeypatch.setattr(library, "level", level)
+    for dtype, form, rows in itertools.product((torch.bfloat16, torch.float32), ("bits", "gaps"), (1, 4, 16, 33)):
+        for density in (0.05, 0.3):
+            layer = layer_of((70, 333), density, dtype=dtype, form=form)
+            x = torch.randn(rows, 333).to(dtype)
+            with torch.no_grad():
+                assert_close(layer(x), exact(layer, x), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("pattern", ["rows", "columns", "2:4", "1:4"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_structured_patterns(pattern: str, bias: bool, dtype: torch.dtype) -> None:
+    for rank, density, rows in itertools.product((0, 8), (0.0, 0.1, 1.0), (1, 16, 70)):
+        layer = layer_of((48, 132), density, rank=rank, bias=bias, dtype=dtype, pattern=pattern)
+        x = torch.randn(rows, 132).to(dtype)
+        with torch.no_grad():
+            assert_close(layer(x), exact(layer, x), dtype)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "rows", "columns", "2:4"])
+def test_x_of_any_strides_and_dimensions(pattern: str) -> None:
+    layer = layer_of((40, 64), 0.3, pattern=pattern)
+    whole = torch.randn(64, 5, 3, 2)
+    with torch.no_grad():
+        for x in (
+            whole.permute(3, 1, 2, 0), whole[:, 0].permute(1, 2, 0), whole[:, 0, 0].T, whole[:, 0, 0, 0],
+            torch.randn(3, 128)[:, ::2], torch.randn(0, 64), torch.randn(2, 0, 64),
+        ):  # fmt: skip
+            assert_close(layer(x), exact(layer, x), torch.float32)
+
+
+def test_the_kernels_are_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A way that answers None everywhere would pass all tests above."""
+    if native.library() is None:
+        pytest.skip("needs a C compiler")
+    for way, rows, form in (("spread", 16, "bits"), ("gather", 1, "gaps"), ("walk", 40, "bits"), ("tile", 40, "gaps")):
+        monkeypatch.setenv("LOSPARSE_KERNEL", way)
+        layer = layer_of((64, 96), 0.2, form=form)
+        if way == "spread" and native.library().level < native.LEVELS.index("AVX-512"):  # type: ignore[union-attr]
+            continue
+        index, starts = layer._index_and_starts()
+        y = Kernels().product(
+            torch.randn(rows, 96), layer.weight, index, starts, layer.U, layer.V, layer.bias, 64, form
+        )
+        assert y is not None, way
+
+
+def test_chooses_by_rows_and_density() -> None:
+    def way(form: str, rows: int, density: float, **changed: bool) -> str | None:
+        return choice.cpu_way(form, rows, density, **{"native": True, "half": True, "spreads": True} | changed)
+
+    assert way("columns", 1, 0.1) == way("rows", 500, 0.1, native=False) == "block"
+    assert way("bits", 1, 0.1) == way("bits", 16, 0.5) == "spread"
+    assert way("gaps", 1, 0.02) == way("bits", 1, 0.1, spreads=False) == "gather"
+    assert way("bits", 256, 0.05) == "walk"
+    assert way("bits", 256, 0.5) == "tile"
+
+
+# --- a layer in use ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["bitmask", "csr", "gaps4", "gaps8"])
+@pytest.mark.parametrize("shape", [(9, 40), (64, 160), (33, 1000)])
+def test_the_index_is_the_one_that_the_reference_makes(layout: str, shape: tuple[int, int]) -> None:
+    for density in (0.01, 0.1, 0.6):
+        fast = layer_of(shape, density, layout=layout, dtype=torch.bfloat16, form="bits")
+        plain = copy.deepcopy(fast)
+        operator.install(None)
+        expected = plain._made()
+        kernels.install()
+        assert all(torch.equal(a, b) for a, b in zip(fast._made(), expected, strict=True))  # type: ignore[arg-type]
+        assert fast.state_dict().keys() == plain.state_dict().keys()
+        fast.settle()
+        for name, tensor in plain.state_dict().items():
+            assert torch.equal(fast.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "rows", "columns"])
+@pytest.mark.parametrize("density", [0.02, 0.05, 0.1, 0.5])
+def test_in_memory_at_most_1_3_times_the_stored_bytes(pattern: str, density: float) -> None:
+    layer = layer_of((512, 1024), density, rank=8, dtype=torch.bfloat16, pattern=pattern)
+    layer.settle()
+    held = sum(t.numel() * t.element_size() for t in (*layer.parameters(), *layer.buffers()))
+    assert held <= 1.3 * (layer.spec.nbytes(torch.bfloat16) + 2 * 512)
+
+
+def test_gradients_are_those_of_the_dense_product() -> None:
+    for pattern, density in (("unstructured", 0.3), ("unstructured", 0.02), ("rows", 0.4), ("columns", 0.4)):
+        for rank, bias in ((3, True), (0, False)):
+            layer = layer_of((12, 20), density, rank=rank, bias=bias, dtype=torch.float64, pattern=pattern)
+            index, starts = layer._index_and_starts()
+            x = torch.randn(2, 3, 20, dtype=torch.float64, requires_grad=True)
+            parts = [x, *(p for p in (layer.weight, layer.U, layer.V, layer.bias) if p is not None)]
+
+            def through(*given: Tensor, index: Any = index, starts: Any = starts, layer: Any = layer) -> Tensor:
+                x, values, *rest = given
+                U, V = (rest[0], rest[1]) if layer.U is not None else (None, None)
+                b = rest[-1] if layer.bias is not None else None
+                return operator.product(x, values, index, starts, U, V, b, 12, layer.form)
+
+            assert torch.autograd.gradcheck(through, parts)
+
+
+def test_gradients_through_kernels() -> None:
+    layer = layer_of((40, 72), 0.2)
+    plain = copy.deepcopy(layer)
+    x = torch.randn(7, 72)
+    layer(x).square().sum().backward()
+    operator.install(None)
+    plain(x).square().sum().backward()
+    for (name, ours), (_, other) in zip(layer.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, other.grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "columns"])
+def test_torch_accepts_the_operator(pattern: str) -> None:
+    layer = layer_of((12, 24), 0.4, pattern=pattern)
+    index, starts = layer._index_and_starts()
+    given = (
+        torch.randn(3, 24, requires_grad=True), layer.weight, index, starts, layer.U, layer.V, layer.bias, 12,
+        layer.form,
+    )  # fmt: skip
+    torch.library.opcheck(operator._linear, given)
+
+
+def test_compile_and_export_see_through_it() -> None:
+    model = torch.nn.Sequential(layer_of((24, 40), 0.3), torch.nn.GELU(), layer_of((8, 24), 0.3, pattern="columns"))
+    x = torch.randn(5, 40)
+    with torch.no_grad():
+        expected = model(x)  # which also settles the layers
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected)
+        exported = torch.export.export(model, (x,))
+        torch.testing.assert_close(exported.module()(x), expected)
+    names = {str(node.target) for node in exported.graph.nodes}
+    assert any("losparse.linear" in name for name in names), names
+    trained = torch.compile(copy.deepcopy(model), backend="aot_eager")
+    trained(x).sum().backward()
+    assert all(p.grad is not None for p in trained.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_as_it_does_for_linear(dtype: torch.dtype) -> None:
+    layer = layer_of((24, 40), 0.3)
+    x = torch.randn(5, 40)
+    with torch.autocast("cpu", dtype=dtype):
+        assert layer(x).dtype == dtype == F.linear(x, torch.randn(3, 40)).dtype
+
+
+# --- where it cannot be had -------------------------------------------------------------------------
+
+
+def test_without_a_compiler_one_line_is_logged_and_all_works(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LOSPARSE_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    native.library.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING, logger="losparse"):
+            layer = layer_of((24, 40), 0.3)
+            x = torch.randn(5, 40)
+            for _ in range(3):
+                with torch.no_grad():
+                    assert_close(layer(x), exact(layer, x), torch.float32)
+        (said,) = (r.getMessage() for r in caplog.records if "compile" in r.getMessage())
+        assert said.endswith("sparse.c was not compiled: no C compiler found (cc, gcc or clang, or one named by CC)")
+    finally:
+        native.library.cache_clear()
+
+
+@needs_compiler
+def test_a_compiler_that_fails_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\necho 'cc: internal error' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("LOSPARSE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CC", str(broken))
+    native.library.cache_clear()
+    try:
+        assert native.library() is None
+        assert "cc: internal error" in caplog.text
+        assert list((tmp_path / "cache" / "kernels").iterdir()) == []
+    finally:
+        native.library.cache_clear()
+
+
+@needs_compiler
+def test_compiled_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LOSPARSE_CACHE", str(tmp_path))
+    first = native._compiled()
+    made = first.stat().st_mtime_ns
+    assert native._compiled() == first
+    assert first.stat().st_mtime_ns == made
+    assert [p.name for p in (tmp_path / "kernels").iterdir()] == [first.name]
+
+
+def test_an_unknown_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOSPARSE_KERNEL", "magic")
+    with pytest.raises(ValueError, match=r"LOSPARSE_KERNEL=magic .* reference, spread"):
+        kernels.install()
+    monkeypatch.setenv("LOSPARSE_KERNEL", "reference")
+    kernels.install()
+    assert not isinstance(operator.kernels(), Kernels)
+
+
+@needs_compiler
+def test_no_access_outside_buffers(tmp_path: Path) -> None:
+    source, program = Path(__file__).with_name("sanitize.c"), tmp_path / "sanitize"
+    flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fopenmp", "-std=gnu11"]
+    compiler = native._compiler()
+    built = subprocess.run(
+        [*compiler, *flags, "-Wno-psabi", str(source), "-lm", "-o", str(program)], capture_output=True, text=True
+    )
+    if built.returncode:
+        assert "sanitize" in built.stderr or "asan" in built.stderr or "omp" in built.stderr, built.stderr
+        pytest.skip("the compiler has no sanitizers here")
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
+    assert done.stdout.startswith("checked ")
