@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "bench": ".bench",
     "compress": ".compress",
     "Recipe": ".budget.recipe",
     "Calibration": ".calibration.request",
@@ -38,6 +39,7 @@ __all__ = [
     "Recipe",
     "Refinement",
     "__version__",
+    "bench",
     "compress",
     "evaluate",
     "export",
@@ -50,6 +52,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .bench import bench
     from .budget.recipe import Recipe
     from .calibration.request import Calibration
     from .compress import compress

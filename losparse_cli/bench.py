@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -101,9 +102,17 @@ def bench(
             hear(f"{speed.shape[0]} x {speed.shape[1]}, {speed.rows} row{'s' * (speed.rows > 1)} of x")
         names = [checkpoint.name for checkpoint in checkpoints]
         run_in_turn(runners, rounds, lambda k: hear(names[k]))
+        tensors = [_tensor_bytes(runner.model) for runner in runners]
+        # What they measured is kept; without the models there is room for one in another process.
+        del layers
+        for runner in runners:
+            runner.model = None
+        gc.collect()
         speeds = []
-        for runner, checkpoint in zip(runners, checkpoints, strict=True):
-            speeds.append(_speed(runner, checkpoint, dtype, trust_remote_code))
+        for runner, checkpoint, nbytes in zip(runners, checkpoints, tensors, strict=True):
+            # How a fresh process grows is only asked on a CPU: on a GPU it says nothing about the model.
+            grown = resident(checkpoint.folder, dtype, trust_remote_code) if where.type == "cpu" else None
+            speeds.append(ModelSpeed(runner.prefill, runner.decode, checkpoint.nbytes, nbytes, grown))
             hear(f"memory of {checkpoint.name}")
     return report.with_(layers=tuple(found), compressed=speeds[0], dense=speeds[1] if against is not None else None)
 
@@ -134,14 +143,11 @@ def _runner(
     return runner
 
 
-def _speed(runner: Runner, checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> ModelSpeed:
-    """Figures of a model that has run; how a fresh process grows is only asked on a CPU."""
+def _tensor_bytes(model: Any) -> int:
+    """Bytes of parameters and buffers."""
     # By address: tied weights are one tensor. Not by storage: those that are mapped share that of their whole file.
-    tensors = {
-        t.data_ptr(): t.numel() * t.element_size() for t in (*runner.model.parameters(), *runner.model.buffers())
-    }
-    grown = resident(checkpoint.folder, dtype, trust_remote_code) if runner.device.type == "cpu" else None
-    return ModelSpeed(runner.prefill, runner.decode, checkpoint.nbytes, sum(tensors.values()), grown)
+    tensors = (*model.parameters(), *model.buffers())
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
 
 
 @contextmanager

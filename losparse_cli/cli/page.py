@@ -10,6 +10,8 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from ..checkpoint.report import Report
+from ..speed.report import BenchReport
+from . import speed_figure
 from .figures import clean, headline, layer_errors
 
 if TYPE_CHECKING:
@@ -54,10 +56,16 @@ class Cell:
     is_text: bool = False
 
 
-def page(report: Report | DenseReport, svg: str) -> str:
-    """The file's text, with `svg` (an SVG file) in it and a row for every layer."""
-    name, totals = headline(report)
-    heads, rows = _compressed_rows(report) if isinstance(report, Report) else _dense_rows(report)
+def page(report: Report | DenseReport | BenchReport, svg: str) -> str:
+    """The file's text, with `svg` (an SVG file) in it and a row for every layer, or for all that was timed."""
+    what = "Every layer."
+    if isinstance(report, BenchReport):
+        name, totals = speed_figure.headline(report)
+        heads, rows = _speed_rows(report)
+        what = "Every shape of layer, at each number of rows of x."
+    else:
+        name, totals = headline(report)
+        heads, rows = _compressed_rows(report) if isinstance(report, Report) else _dense_rows(report)
     # Only this one script may run, and nothing may be loaded, even if a name should slip through unescaped.
     allowed = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'"
@@ -79,7 +87,7 @@ def page(report: Report | DenseReport, svg: str) -> str:
 </figure>
 <div class="wide">
 <table>
-<caption>Every layer. A click on a heading sorts by it.</caption>
+<caption>{what} A click on a heading sorts by it.</caption>
 <thead><tr>{columns}</tr></thead>
 <tbody>
 {"".join(_row(cells) for cells in rows)}</tbody>
@@ -126,6 +134,24 @@ def _dense_rows(report: DenseReport) -> tuple[list[str], Iterator[list[Cell]]]:
         for layer in report.layers
     )  # fmt: skip
     return ["layer", "shape", "bytes", "compress?", *(f"rank {rank}" for rank in ranks)], rows
+
+
+def _speed_rows(report: BenchReport) -> tuple[list[str], Iterator[list[Cell]]]:
+    heads = ["shape", "layers", "rank", "density", "pattern", "index", "rows of x", "dense ms", "compressed ms"]
+    rows = (
+        [
+            _shape(x.shape), _count(x.count), _count(x.rank), _share(x.density), _text(x.pattern), _text(x.form),
+            _count(x.rows), _milliseconds(x.dense_milliseconds), _milliseconds(x.milliseconds),
+            Cell(speed_figure.times(x.speedup), repr(x.speedup)), _count(x.dense_nbytes), _count(x.nbytes),
+            _share(x.bandwidth / report.copy_bandwidth),
+        ]
+        for x in report.layers
+    )  # fmt: skip
+    return [*heads, "times faster", "bytes, dense", "bytes, compressed", "share of copy speed"], rows
+
+
+def _milliseconds(value: float) -> Cell:
+    return Cell(f"{value:.4f}", repr(value))
 
 
 def _text(text: str) -> Cell:

@@ -20,6 +20,7 @@ from ..errors import MissingExtraError, OutputError, UsageError
 if TYPE_CHECKING:
     from ..checkpoint.report import Report
     from ..inspection import DenseReport
+    from ..speed.report import BenchReport
 
 SUFFIXES = (".png", ".svg", ".html")
 DOTS_PER_INCH = 110
@@ -51,12 +52,12 @@ def check_plot(path: Path) -> None:
         raise OutputError(f"{path} is there, and no regular file. Choose another name with --plot.")
 
 
-def save_plot(report: Report | DenseReport, path: Path) -> None:
+def save_plot(report: Report | DenseReport | BenchReport, path: Path) -> None:
     """Draw a report into `path`, in the form that its suffix says; a regular file there is replaced.
 
     Compressed: error and bytes by block and kind. Dense: energy against rank by kind, for which the report needs
-    spectra. The file appears whole or not at all. Errors: those of `check_plot`; UsageError for a report without
-    anything to draw.
+    spectra. Of `bench`: times faster by shape of layer, and the model's speed and bytes over the dense one's. The file
+    appears whole or not at all. Errors: those of `check_plot`; UsageError for a report without anything to draw.
     """
     check_plot(path)
     form = path.suffix.lower().removeprefix(".")
@@ -79,20 +80,24 @@ def save_plot(report: Report | DenseReport, path: Path) -> None:
             work.unlink(missing_ok=True)
 
 
-def render(report: Report | DenseReport, form: str) -> bytes:
+def render(report: Report | DenseReport | BenchReport, form: str) -> bytes:
     """The picture as a PNG or an SVG file; the same bytes for the same report."""
     try:
         import matplotlib
     except ImportError as error:
         raise MissingExtraError("matplotlib", "plot", "Drawing") from error
-    from .figures import figure, headline
+    from ..speed.report import BenchReport
+    from . import figures, speed_figure
 
     buffer = io.BytesIO()
     with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
         # A name in a script that the font lacks is drawn as boxes in a PNG, which is no news in a terminal.
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
-        drawn = figure(report)
+        if isinstance(report, BenchReport):
+            drawn, (title, _) = speed_figure.figure(report), speed_figure.headline(report)
+        else:
+            drawn, (title, _) = figures.figure(report), figures.headline(report)
         about: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type")) if form == "svg" else {}
-        about["Title"] = headline(report)[0]
+        about["Title"] = title
         drawn.savefig(buffer, format=form, dpi=DOTS_PER_INCH if form == "png" else 72, metadata=about)
     return buffer.getvalue()

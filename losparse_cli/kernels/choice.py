@@ -7,13 +7,14 @@ ways:
   tile     some rows of S made dense in scratch memory, then a dense product
   block    kept rows or columns: a dense product over what is kept
   triton   on a GPU, few rows: the stored form expanded in registers, with the low-rank part in the same pass
+  semi     on a GPU, 2:4: torch's semi-structured product, from a second copy of S; only where it is asked for
 """
 
 from __future__ import annotations
 
 import os
 
-WAYS = ("spread", "gather", "walk", "tile", "block", "triton")
+WAYS = ("spread", "gather", "walk", "tile", "block", "triton", "semi")
 SPREAD_ROWS = 16
 """Most rows of x that one pass of `spread` takes."""
 TRITON_ROWS = 16
@@ -44,3 +45,8 @@ def cpu_way(form: str, rows: int, density: float, *, native: bool, half: bool, s
         return "gather"
     # Beyond this density the dense product, at the speed of the whole register, overtakes one value after the other.
     return "walk" if density <= (0.12 if half else 0.3) or (rows <= SPREAD_ROWS and density <= 0.2) else "tile"
+
+
+def gpu_way(rows: int) -> str:
+    """The way for bits on a GPU; not chosen from measurements yet."""
+    return "triton" if rows <= TRITON_ROWS else "tile"

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .native import Layer, Library
+from .native import Layer, Library, library
 
 DTYPES = {torch.bfloat16: 0, torch.float32: 1}
 """What sparse.c computes in, by its number; it can expand any dtype of 2 or 4 bytes."""
@@ -41,44 +41,57 @@ def block(
             y.addmm_(F.linear(x, V), U.T)
         return y
     y = low_rank(x, U, V, bias, out_features)
-    return y.index_add_(1, index, F.linear(x, values.view(-1, n)))
+    part, code = F.linear(x, values.view(-1, n)), library()
+    if code is None or x.device.type != "cpu" or x.dtype not in DTYPES:
+        return y.index_add_(1, index, part)
+    code.add_columns(
+        y.data_ptr(), part.data_ptr(), index.data_ptr(), x.shape[0], out_features, index.numel(), DTYPES[x.dtype],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y
 
 
-def few(library: Library, layer: Layer, x: Tensor, rows: int) -> Tensor | None:
+def few(code: Library, layer: Layer, x: Tensor, rows: int) -> Tensor | None:
     """`spread` or `gather`: everything in one call, for x of any shape. None if it cannot."""
     y = x.new_empty((*x.shape[:-1], layer.m))
-    failed = library.few(layer, x.data_ptr(), y.data_ptr(), rows, _threads(layer, rows), library.level)
+    failed = code.few(layer, x.data_ptr(), y.data_ptr(), rows, _threads(layer, rows), code.level)
     return None if failed else y
 
 
-def walk(library: Library, layer: Layer, x: Tensor, y: Tensor) -> Tensor | None:
+def few_of_block(code: Library, layer: Layer, x: Tensor, rows: int, form: str) -> Tensor | None:
+    """`block` for few rows of x: everything in one call, for x of any shape. None if it cannot."""
+    y = x.new_empty((*x.shape[:-1], layer.m))
+    threads = 1 if layer.kept_count * (rows + 2) * layer.m < SERIAL_ENTRIES // 8 else torch.get_num_threads()
+    failed = code.block(layer, form == "rows", x.data_ptr(), y.data_ptr(), rows, threads, code.level)
+    return None if failed else y
+
+
+def walk(code: Library, layer: Layer, x: Tensor, y: Tensor) -> Tensor | None:
     """y += x Sᵀ, value by value; y is the rest of the sum, in x's dtype."""
     threads = _threads(layer, x.shape[0])
-    return None if library.walk(layer, x.data_ptr(), y.data_ptr(), x.shape[0], threads, library.level) else y
+    return None if code.walk(layer, x.data_ptr(), y.data_ptr(), x.shape[0], threads, code.level) else y
 
 
-def tile(library: Library, layer: Layer, x: Tensor, y: Tensor) -> Tensor | None:
+def tile(code: Library, layer: Layer, x: Tensor, y: Tensor) -> Tensor | None:
     """y += x Sᵀ, with some rows of S dense at a time."""
     step = max(1, TILE_ENTRIES // layer.n)
     scratch = x.new_empty(min(step, layer.m), layer.n)
     for begin in range(0, layer.m, step):
         end = min(begin + step, layer.m)
-        if library.expand(
-            layer, scratch.data_ptr(), begin, end, x.element_size(), torch.get_num_threads(), library.level
-        ):
+        if code.expand(layer, scratch.data_ptr(), begin, end, x.element_size(), torch.get_num_threads(), code.level):
             return None
         y[:, begin:end] += F.linear(x, scratch[: end - begin])
     return y
 
 
-def dense(library: Library, layer: Layer, S: Tensor) -> Tensor | None:
+def dense(code: Library, layer: Layer, S: Tensor) -> Tensor | None:
     """S (out, in), filled."""
-    failed = library.expand(layer, S.data_ptr(), 0, layer.m, S.itemsize, torch.get_num_threads(), library.level)
+    failed = code.expand(layer, S.data_ptr(), 0, layer.m, S.itemsize, torch.get_num_threads(), code.level)
     return None if failed else S
 
 
 def describe(
-    values: Tensor, index: Tensor, starts: Tensor, U: Tensor | None, V: Tensor | None, bias: Tensor | None,
+    values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None, bias: Tensor | None,
     shape: tuple[int, int], form: str,
 ) -> Layer:  # fmt: skip
     """The layer as sparse.c sees it; valid as long as the tensors are."""
@@ -87,19 +100,21 @@ def describe(
         return 0 if tensor is None else tensor.data_ptr()
 
     m, n = shape
-    begin = starts.data_ptr()
+    begin = address(starts)
+    kept = starts is None
     return Layer(
-        values.data_ptr(), index.data_ptr(), begin, begin + 4 * (m + 1) if form == "gaps" else 0,
+        values.data_ptr(), 0 if kept else index.data_ptr(), begin, begin + 4 * (m + 1) if form == "gaps" else 0,
         address(U), address(V), address(bias), m, n, 0 if U is None else U.shape[1], DTYPES.get(values.dtype, -1),
+        index.data_ptr() if kept else 0, index.numel() if kept else 0,
     )  # fmt: skip
 
 
 def bits_of_gaps(
-    library: Library, stream: Tensor, offsets: Tensor, group_rows: int, shape: tuple[int, int], nnz: int, per_byte: int
+    code: Library, stream: Tensor, offsets: Tensor, group_rows: int, shape: tuple[int, int], nnz: int, per_byte: int
 ) -> tuple[Tensor, Tensor] | None:
     """Bits and where rows start from a gap layout; None if the index is damaged."""
     bits, starts = _empty_bits(shape)
-    damaged = library.bits_of_gaps(
+    damaged = code.bits_of_gaps(
         stream.data_ptr(), stream.numel(), offsets.data_ptr(), group_rows, *shape, nnz, per_byte,
         bits.data_ptr(), starts.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -107,20 +122,20 @@ def bits_of_gaps(
 
 
 def bits_of_groups(
-    library: Library, packed: Tensor, keep: int, group: int, width: int, shape: tuple[int, int]
+    code: Library, packed: Tensor, keep: int, group: int, width: int, shape: tuple[int, int]
 ) -> tuple[Tensor, Tensor] | None:
     """The same from layout n:m."""
     bits, starts = _empty_bits(shape)
-    damaged = library.bits_of_groups(
+    damaged = code.bits_of_groups(
         packed.data_ptr(), keep, group, width, *shape, bits.data_ptr(), starts.data_ptr(), torch.get_num_threads()
     )
     return None if damaged else (bits, starts)
 
 
-def starts_of_bits(library: Library, bits: Tensor, shape: tuple[int, int], nnz: int) -> Tensor | None:
+def starts_of_bits(code: Library, bits: Tensor, shape: tuple[int, int], nnz: int) -> Tensor | None:
     """Where rows start in a bitmask; None if it is damaged."""
     starts = torch.empty(shape[0] + 1, dtype=torch.int32)
-    return None if library.starts_of_bits(bits.data_ptr(), *shape, nnz, starts.data_ptr()) else starts
+    return None if code.starts_of_bits(bits.data_ptr(), *shape, nnz, starts.data_ptr()) else starts
 
 
 def _empty_bits(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:

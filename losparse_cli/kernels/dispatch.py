@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..shim.layouts import LayerSpec, n_of_m, position_bits
-from . import cpu
-from .choice import cpu_way, forced
+from . import cpu, gpu
+from .choice import SPREAD_ROWS as MOST_FEW
+from .choice import cpu_way, forced, gpu_way
 from .native import LEVELS, Layer, library
+from .semi_structured import semi_structured
 
 WIDEST = 1 << 16
 """Columns that sparse.c can number."""
@@ -31,26 +33,25 @@ class Kernels:
     ) -> Tensor | None:  # fmt: skip
         if not (_plain(x) and _plain(values) and x.dtype == values.dtype and values.numel() and x.numel()):
             return None
-        if x.device.type == "cpu" and form not in ("rows", "columns"):
-            return self._sparse_on_cpu(x, values, index, starts, U, V, bias, out_features, form)
+        if x.device.type == "cpu":
+            found = self._on_cpu(x, values, index, starts, U, V, bias, out_features, form)
+            if found is not None:
+                return found
         if any(t is not None and t.dtype != x.dtype for t in (U, V, bias)):
             return None
         flat = x.reshape(-1, x.shape[-1])
         if form in ("rows", "columns"):
-            y = cpu.block(flat, values, index, U, V, bias, out_features, form)
-        else:
-            found = self._sparse_on_gpu(flat, values, index, starts, U, V, bias, out_features, form)
-            if found is None:
-                return None
-            y = found
-        return _shaped(y, x)
+            return _shaped(cpu.block(flat, values, index, U, V, bias, out_features, form), x)
+        if x.device.type == "cpu":
+            return None
+        return _shaped(self._sparse_on_gpu(flat, values, index, starts, U, V, bias, out_features, form), x)
 
-    def _sparse_on_cpu(
+    def _on_cpu(
         self, x: Tensor, values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None,
         bias: Tensor | None, m: int, form: str,
     ) -> Tensor | None:  # fmt: skip
         code, n = library(), x.shape[-1]
-        if code is None or starts is None or n >= WIDEST:
+        if code is None or n >= WIDEST:
             return None
         layer = self._layer(values, index, starts, U, V, bias, (m, n), form)
         if layer is None:
@@ -58,6 +59,8 @@ class Kernels:
         if not x.is_contiguous():
             x = x.contiguous()
         rows = x.numel() // n
+        if form in ("rows", "columns"):
+            return cpu.few_of_block(code, layer, x, rows, form) if rows <= MOST_FEW and layer.dtype >= 0 else None
         way = self.forced or cpu_way(
             form, rows, values.numel() / (m * n), native=layer.dtype >= 0, half=values.itemsize == 2,
             spreads=code.level >= AVX512,
@@ -71,15 +74,16 @@ class Kernels:
         return _shaped((cpu.walk if way == "walk" and layer.dtype >= 0 else cpu.tile)(code, layer, flat, y), x)
 
     def _layer(
-        self, values: Tensor, index: Tensor, starts: Tensor, U: Tensor | None, V: Tensor | None, bias: Tensor | None,
-        shape: tuple[int, int], form: str,
+        self, values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None,
+        bias: Tensor | None, shape: tuple[int, int], form: str,
     ) -> Layer | None:  # fmt: skip
         """The layer as sparse.c sees it; looking at each tensor costs more than a small layer's product.
 
         Known again by where its tensors lie and how large they are, which is all that sparse.c goes by.
         """
         key = (
-            values.data_ptr(), values.numel(), values.dtype, index.data_ptr(), starts.data_ptr(),
+            values.data_ptr(), values.numel(), values.dtype, index.data_ptr(),
+            0 if starts is None else starts.data_ptr(),
             0 if U is None else U.data_ptr(), 0 if V is None else V.data_ptr(), 0 if U is None else U.shape[1],
             0 if bias is None else bias.data_ptr(), shape,
         )  # fmt: skip
@@ -100,13 +104,26 @@ class Kernels:
         self, x: Tensor, values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None,
         bias: Tensor | None, m: int, form: str,
     ) -> Tensor | None:  # fmt: skip
-        return None
+        if form != "bits" or starts is None or x.dtype not in gpu.DTYPES or not gpu.available(x.device):
+            return None
+        stored = [t for t in (values, index, starts, U, V, bias) if t is not None]
+        if not all(_plain(t) and t.is_contiguous() and t.device == x.device for t in stored):
+            return None
+        way = self.forced or gpu_way(x.shape[0])
+        operands = (x.contiguous(), values, index, starts, U, V, bias, m, x.shape[1])
+        if way == "semi":
+            y = semi_structured(*operands)
+            if y is not None:
+                return y
+            way = gpu_way(x.shape[0])
+        return gpu.product(way, *operands) if way in ("triton", "tile") else None
 
     def spread(self, values: Tensor, index: Tensor, starts: Tensor, shape: tuple[int, int]) -> Tensor | None:
-        code = library()
+        code, form = library(), "bits" if starts.dim() == 1 else "gaps"
+        if values.is_cuda and form == "bits" and values.dtype in gpu.DTYPES and gpu.available(values.device):
+            return gpu.attempt(gpu.dense, values, index, starts, *shape)
         if code is None or values.device.type != "cpu" or shape[1] >= WIDEST:
             return None
-        form = "bits" if starts.dim() == 1 else "gaps"
         layer = self._layer(values, index, starts, None, None, None, shape, form)
         return None if layer is None else cpu.dense(code, layer, values.new_empty(shape))
 

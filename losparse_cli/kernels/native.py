@@ -1,4 +1,4 @@
-"""sparse.c, compiled once with the system's C compiler, kept by its hash, and called through ctypes.
+"""The C code beside this file, compiled once with the system's C compiler, kept by its hash, and called through ctypes.
 
 Where there is no compiler, or it fails, one line is logged and `library` is None: everything still works, slower.
 """
@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-SOURCE = Path(__file__).with_name("sparse.c")
+SOURCE = Path(__file__).with_name("c") / "sparse.c"
 FLAGS = ("-O3", "-fPIC", "-std=gnu11", "-Wno-psabi")
 LEVELS = ("plain", "AVX2", "AVX-512", "AVX-512 with bfloat16")
 """Instructions that sparse.c chooses from, by its number."""
@@ -42,6 +42,8 @@ class Layer(ctypes.Structure):
         ("n", ctypes.c_int64),
         ("rank", ctypes.c_int64),
         ("dtype", ctypes.c_int32),
+        ("kept", ctypes.c_void_p),
+        ("kept_count", ctypes.c_int64),
     )
 
 
@@ -50,6 +52,8 @@ class Library:
 
     few: Any
     walk: Any
+    block: Any
+    add_columns: Any
     expand: Any
     bits_of_gaps: Any
     bits_of_groups: Any
@@ -61,6 +65,8 @@ class Library:
         for name, arguments in {
             "few": (layer, pointer, pointer, long, whole, whole),
             "walk": (layer, pointer, pointer, long, whole, whole),
+            "block": (layer, whole, pointer, pointer, long, whole, whole),
+            "add_columns": (pointer, pointer, pointer, long, long, long, whole, whole),
             "expand": (layer, pointer, long, long, whole, whole, whole),
             "bits_of_gaps": (pointer, long, pointer, long, long, long, long, whole, pointer, pointer, whole),
             "bits_of_groups": (pointer, whole, whole, whole, long, long, pointer, pointer, whole),
@@ -95,7 +101,8 @@ def _compiled() -> Path:
     openmp = _openmp()
     flags = (*FLAGS, "-fopenmp") if openmp else FLAGS
     # The processor is no part of the name: the code for each kind is in the library, and chosen when it runs.
-    made_of = (SOURCE.read_text(encoding="utf-8"), *compiler, *flags, platform.system(), platform.machine())
+    sources = [path.read_text(encoding="utf-8") for path in sorted(SOURCE.parent.glob("*.[ch]"))]
+    made_of = (*sources, *compiler, *flags, platform.system(), platform.machine())
     path = folder() / f"sparse-{hashlib.sha256(chr(0).join(made_of).encode()).hexdigest()[:16]}.so"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,8 +46,8 @@ def layer_speeds(layers: Sequence[Any], rows: Sequence[int], rounds: int) -> Ite
             with torch.inference_mode():
                 dense, ours = interleaved(
                     (
-                        [lambda W=W, x=x: nn.functional.linear(x, W, bias) for W in weights],  # type: ignore[misc]
-                        [lambda layer=layer, x=x: layer(x) for layer in group],  # type: ignore[misc]
+                        [partial(nn.functional.linear, x, W, bias) for W in weights],
+                        [partial(layer, x) for layer in group],
                     ),
                     rounds,
                     device,

@@ -81,14 +81,22 @@ class BenchReport:
         return replace(self, **fields)
 
     @property
-    def prefill_speedup(self) -> float | None:
-        return self.compressed.prefill / self.dense.prefill if self.compressed and self.dense else None
+    def shapes(self) -> list[list[LayerSpeed]]:
+        """The layers shape by shape: in a list, the cases that differ in nothing but the rows of x."""
+        found: list[list[LayerSpeed]] = []
+        for x in self.layers:
+            if not found or x.rows in {other.rows for other in found[-1]} or x.shape != found[-1][0].shape:
+                found.append([])
+            found[-1].append(x)
+        return found
 
     @property
-    def decode_speedup(self) -> float | None:
-        if not (self.compressed and self.dense and self.compressed.decode and self.dense.decode):
-            return None
-        return self.compressed.decode / self.dense.decode
+    def ratios(self) -> dict[str, float | None]:
+        """Compressed over dense: speed-ups, better above 1, and shares of bytes, better below; None if not known."""
+        names = {"prefill": "prefill_speedup", "decode": "decode_speedup"}
+        names |= {name: f"{name}_share" for name in ("disk", "tensors", "resident")}
+        return {ratio: _over(getattr(self.compressed, name, None), getattr(self.dense, name, None))
+                for name, ratio in names.items()}  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, with the ratios."""
@@ -99,4 +107,8 @@ class BenchReport:
                 "bandwidth": layer.bandwidth,
                 "share_of_copy": layer.bandwidth / self.copy_bandwidth,
             }
-        return found | {"prefill_speedup": self.prefill_speedup, "decode_speedup": self.decode_speedup}
+        return found | self.ratios
+
+
+def _over(ours: float | None, dense: float | None) -> float | None:
+    return ours / dense if ours is not None and dense else None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import calibrated, quality, sizes, speed, streaming
+from . import calibrated, kernels, kernels_gpu, quality, sizes, speed, streaming
 
 BENCHMARKS = {
     "startup": streaming.startup,
@@ -20,6 +20,11 @@ BENCHMARKS = {
     "sizes": sizes.sizes,
     "quality": quality.quality,
     "iterations": quality.iterations,
+    "kernels": kernels.kernels,
+    "kernels-float32": kernels.kernels_float32,
+    "ways": kernels.ways,
+    "models": kernels.models,
+    "gpu": kernels_gpu.gpu,
 }
 LONG = {
     "layer-errors": calibrated.layer_errors,

@@ -2,7 +2,7 @@
 
    Prints "checked N" and exits with 0, or the first way's name whose result differs from a plain double product. */
 
-#include "../../losparse_cli/kernels/sparse.c"
+#include "../../losparse_cli/kernels/c/sparse.c"
 
 #include <math.h>
 #include <stdio.h>
@@ -99,6 +99,43 @@ static int one(int64_t m, int64_t n, int64_t rank, double density, int64_t rows,
     return bad;
 }
 
+/* Kept rows or columns, in one pass and added to a product. */
+static int block(int64_t m, int64_t n, int64_t rank, int64_t count, int64_t rows, int dtype, int by_row, int level) {
+    const int size = dtype == BFLOAT16 ? 2 : 4;
+    const int64_t all = by_row ? m : n, width = by_row ? n : count;
+    int32_t *kept = exact(count * 4);
+    for (int64_t k = 0; k < count; k++) kept[k] = (int32_t)(k * all / count);
+    const int64_t nnz = count * (by_row ? n : m);
+    void *values = exact(nnz * size), *U = exact(m * rank * size), *V = exact(rank * n * size), *bias = exact(m * size);
+    void *x = exact(rows * n * size), *y = exact(rows * m * size), *part = exact(rows * count * size);
+    fill(values, nnz, dtype), fill(U, m * rank, dtype), fill(V, rank * n, dtype), fill(bias, m, dtype);
+    fill(x, rows * n, dtype), fill(part, rows * count, dtype);
+    Layer layer = {values, NULL, NULL, NULL, rank ? U : NULL, rank ? V : NULL, bias, m, n, rank, dtype, kept, count};
+    double *whole = exact(rows * m * sizeof *whole);
+    for (int64_t t = 0; t < rows; t++) {
+        for (int64_t i = 0; i < m; i++) {
+            whole[t * m + i] = get(bias, i, dtype);
+            for (int64_t r = 0; r < rank; r++) {
+                double inner = 0;
+                for (int64_t j = 0; j < n; j++) inner += (double)get(V, r * n + j, dtype) * get(x, t * n + j, dtype);
+                whole[t * m + i] += inner * get(U, i * rank + r, dtype);
+            }
+        }
+        for (int64_t i = 0; i < (by_row ? count : m); i++)
+            for (int64_t j = 0; j < width; j++)
+                whole[t * m + (by_row ? kept[i] : i)] +=
+                    (double)get(values, i * width + j, dtype) * get(x, t * n + (by_row ? j : kept[j]), dtype);
+    }
+    const int answer = losparse_block(&layer, by_row, x, y, rows, 2, level), can = rows <= 16 && level >= LEVEL_AVX512;
+    int bad = answer != (can ? 0 : 2) || (can && differs(y, whole, rows * m, dtype));
+    if (by_row) losparse_add_columns(y, part, kept, rows, m, count, dtype, 2);
+    void *every[] = {kept, values, U, V, bias, x, y, part, whole};
+    for (size_t k = 0; k < sizeof every / sizeof *every; k++) free(every[k]);
+    if (bad) printf("block: m %ld n %ld count %ld rows %ld dtype %d by_row %d level %d\n", (long)m, (long)n, (long)count,
+                    (long)rows, dtype, by_row, level);
+    return bad;
+}
+
 /* Whatever lies in a damaged index: no access outside, whatever the answer. */
 static void damaged(int64_t m, int64_t n, int64_t group_rows, int per_byte) {
     const int64_t groups = (m + group_rows - 1) / group_rows, bytes = (int64_t)(uniform() * 60), nnz = bytes * per_byte;
@@ -133,6 +170,15 @@ int main(void) {
                     if (one(sizes[s][0], sizes[s][1], (int64_t[]){0, 3, 8, 17}[checked % 4], densities[d], counts[c],
                             checked / 4 % 2, checked / 8 % 2, level))
                         return 1;
+    for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++)
+        for (size_t c = 0; c < sizeof counts / sizeof *counts; c++)
+            for (int way = 0; way < 4; way++, checked++) {
+                const int64_t all = sizes[s][way % 2 ? 0 : 1];
+                const int64_t count = all < 3 ? 1 : (int64_t[]){1, all / 2, all}[c % 3];
+                if (block(sizes[s][0], sizes[s][1], (int64_t[]){0, 3, 8, 17}[c % 4], count, counts[c], way / 2, way % 2,
+                          losparse_level() - (int)(c % 2)))
+                    return 1;
+            }
     for (int k = 0; k < 2000; k++, checked++) damaged(1 + k % 9, 1 + k % 37, 1 + k % 4, 1 + k % 2);
     printf("checked %d\n", checked);
     return 0;

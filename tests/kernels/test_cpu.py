@@ -29,6 +29,7 @@ needs_compiler = pytest.mark.skipif(native.library() is None, reason="needs a C 
 
 @pytest.fixture(autouse=True)
 def _installed() -> Iterator[None]:
+    torch.manual_seed(0)
     kernels.install()
     yield
     kernels.install()

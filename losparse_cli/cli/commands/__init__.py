@@ -5,9 +5,10 @@ from . import compress  # isort: skip
 from . import refine  # isort: skip
 from . import inspect  # isort: skip
 from . import eval  # isort: skip
+from . import bench  # isort: skip
 from . import export  # isort: skip
 from . import verify  # isort: skip
 from . import push  # isort: skip
 from . import demo  # isort: skip
 
-__all__ = ["compress", "demo", "eval", "export", "inspect", "push", "refine", "verify"]
+__all__ = ["bench", "compress", "demo", "eval", "export", "inspect", "push", "refine", "verify"]

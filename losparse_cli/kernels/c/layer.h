@@ -1,0 +1,115 @@
+/* What a layer is to this code, and numbers in bfloat16 and float32. */
+
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define AVX2 __attribute__((target("avx2,fma,bmi,bmi2,popcnt")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx2,fma,bmi,bmi2,popcnt")))
+#define AVX512_BF16                                                                                                   \
+    __attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx2,fma,bmi,bmi2,popcnt")))
+#endif
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+#define AHEAD 1024 /* bytes that values are asked for ahead of their use */
+
+enum { BFLOAT16 = 0, FLOAT32 = 1 };
+enum { PLAIN = 0, LEVEL_AVX2 = 1, LEVEL_AVX512 = 2, LEVEL_AVX512_BF16 = 3 };
+
+#define CHUNK 128 /* rows of S that a thread takes at a time */
+#define GROUP 16 /* of them, those whose sums are kept side by side */
+#define WALK_CACHE 4194304   /* bytes of x, transposed */
+#define SPREAD_CACHE 32768 /* bytes of x that are used again and again */
+
+typedef struct {
+    const void *values;
+    const uint8_t *index; /* bits or gaps */
+    const int32_t *starts, *gap_starts; /* gap_starts: NULL for bits */
+    const void *U, *V, *bias; /* (m, rank), (rank, n), (m,); NULL if absent */
+    int64_t m, n, rank;
+    int32_t dtype; /* of values, U, V, bias, x and y */
+    const int32_t *kept; /* for losparse_block: the rows or columns that S keeps */
+    int64_t kept_count;
+} Layer;
+
+typedef float vec __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t word16 __attribute__((vector_size(64)));
+typedef uint16_t half16 __attribute__((vector_size(32)));
+
+INLINE float widen(uint16_t h) {
+    uint32_t bits = (uint32_t)h << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+INLINE uint16_t narrow(float f) { /* to bfloat16, to nearest, ties to even */
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 64); /* NaN stays one */
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+INLINE float get(const void *p, int64_t i, int dtype) {
+    return dtype == BFLOAT16 ? widen(((const uint16_t *)p)[i]) : ((const float *)p)[i];
+}
+
+INLINE void put(void *p, int64_t i, float f, int dtype) {
+    if (dtype == BFLOAT16)
+        ((uint16_t *)p)[i] = narrow(f);
+    else
+        ((float *)p)[i] = f;
+}
+
+/* p[i..i + count] = line, count at most 16. */
+INLINE void put_line(void *p, int64_t i, const float *line, int64_t count, int dtype) {
+    if (dtype == BFLOAT16 && count == 16) {
+        word16 bits;
+        memcpy(&bits, line, sizeof bits);
+        const word16 rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, quiet = bits >> 16 | 64;
+        const word16 nan = (word16)((bits & 0x7fffffff) > 0x7f800000);
+        const half16 narrowed = __builtin_convertvector((rounded & ~nan) | (quiet & nan), half16);
+        memcpy((uint16_t *)p + i, &narrowed, sizeof narrowed);
+        return;
+    }
+    for (int64_t l = 0; l < count; l++) put(p, i + l, line[l], dtype);
+}
+
+int losparse_level(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("bmi2"))
+        return __builtin_cpu_supports("avx512bf16") ? LEVEL_AVX512_BF16 : LEVEL_AVX512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+        return LEVEL_AVX2;
+#endif
+    return PLAIN;
+}
+
+#if defined(__x86_64__)
+/* The values at the places of the set bits of `where`, zeros elsewhere. The instruction waits for what its register
+   held before, although it writes all of it; naming the register as zero first frees it, and is worth a factor of two
+   and more. Intrinsics cannot say that. */
+AVX512 INLINE __m512i spread32(__mmask32 where, __m512i values) {
+    __m512i spread;
+    __asm__("vpxord %0, %0, %0\n\tvpexpandw %1, %0 %{%2%}%{z%}" : "=&v"(spread) : "v"(values), "Yk"(where));
+    return spread;
+}
+
+AVX512 INLINE __m512 spread16(__mmask16 where, __m512 values) {
+    __m512 spread;
+    __asm__("vpxord %0, %0, %0\n\tvexpandps %1, %0 %{%2%}%{z%}" : "=&v"(spread) : "v"(values), "Yk"(where));
+    return spread;
+}
+
+/* The reverse: the lanes at set bits, side by side. */
+AVX512 INLINE __m512i gather32(__mmask32 where, __m512i lanes) {
+    __m512i side_by_side;
+    __asm__("vpxord %0, %0, %0\n\tvpcompressw %1, %0 %{%2%}%{z%}" : "=&v"(side_by_side) : "v"(lanes), "Yk"(where));
+    return side_by_side;
+}
+#endif

@@ -1,0 +1,196 @@
+"""Compressed products and whole models in use, beside dense ones in the same run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+from losparse_cli import Recipe, compress
+from losparse_cli.bench import bench
+from losparse_cli.demo import smollm2
+from losparse_cli.kernels import install
+from losparse_cli.linalg.patterns import parse_pattern, select
+from losparse_cli.shim.codec import smallest
+from losparse_cli.shim.linear import LowRankSparseLinear
+from losparse_cli.speed.layers import layer_speeds
+from losparse_cli.speed.report import BenchReport
+from losparse_cli.speed.timing import copy_bandwidth
+
+SHAPES = ((4096, 4096), (11008, 4096))
+ROWS = (1, 16, 256)
+
+
+@dataclass(frozen=True)
+class Case:
+    """floors: times faster than nn.Linear that we promise ourselves, at each of ROWS."""
+
+    name: str
+    pattern: str
+    density: float
+    rank: int
+    floors: tuple[float, ...]
+
+
+CASES = (
+    Case("columns, 10 %", "columns", 0.1, 8, (6, 6, 5)),
+    Case("rows, 10 %", "rows", 0.1, 8, (6, 6, 5)),
+    Case("unstructured, 10 %", "unstructured", 0.1, 8, (3.5, 1.2, 0.8)),
+    Case("unstructured, 50 %", "unstructured", 0.5, 64, (1.4, 0.8, 0.8)),
+)
+MORE = (
+    Case("unstructured, 2 %", "unstructured", 0.02, 8, ()),
+    Case("unstructured, 5 %", "unstructured", 0.05, 8, ()),
+    Case("unstructured, 20 %", "unstructured", 0.2, 8, ()),
+    Case("unstructured, 30 %", "unstructured", 0.3, 8, ()),
+    Case("2:4", "2:4", 0.5, 8, ()),
+)
+
+
+def layer(case: Case, shape: tuple[int, int], dtype: torch.dtype, seed: int = 0) -> LowRankSparseLinear:
+    """A layer with random values in a random support."""
+    m, n = shape
+    generator = torch.Generator().manual_seed(seed)
+    residual = torch.randn(m, n, generator=generator)
+    unit = {"rows": n, "columns": m}.get(case.pattern, 1)
+    support = select(residual, parse_pattern(case.pattern), round(case.density * m * n / unit) * unit)
+    spec, index = smallest(support, case.rank, case.pattern)
+    made = LowRankSparseLinear(spec, bias=False, dtype=dtype)
+    with torch.no_grad():
+        made.weight.copy_(residual[support])
+        for name, parameter in made.named_parameters():
+            if name in ("U", "V"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / n**0.25)
+        for name, tensor in index.items():
+            getattr(made, name).copy_(tensor)
+    made.settle()
+    return made
+
+
+def kernels(dtype: torch.dtype = torch.bfloat16, cases: tuple[Case, ...] = (*CASES, *MORE), copies: int = 4) -> None:
+    """Times faster than nn.Linear, cold: between two uses more is read than any cache holds."""
+    install()
+    threads, copied = torch.get_num_threads(), copy_bandwidth(torch.device("cpu"))
+    kind = str(dtype).removeprefix("torch.")
+    print(f"{kind}, {threads} threads; a large copy reads and writes {copied / 1e9:.0f} GB/s")
+    print("\n| S, rank | out x in | rows of x | dense, ms | ours, ms | times faster | floor | of the copy's GB/s |")
+    print("|---|---|---|---|---|---|---|---|")
+    for case in cases:
+        for shape in SHAPES:
+            layers = [layer(case, shape, dtype, seed) for seed in range(copies)]
+            for k, found in enumerate(layer_speeds(layers, ROWS, 7)):
+                floor = f"{case.floors[k]:g}" if case.floors else ""
+                print(
+                    f"| {case.name}, {case.rank} | {shape[0]} x {shape[1]} | {found.rows} "
+                    f"| {found.dense_milliseconds:.3f} | {found.milliseconds:.3f} | {found.speedup:.2f} | {floor} "
+                    f"| {found.bandwidth / copied:.0%} |",
+                    flush=True,
+                )
+
+
+def kernels_float32() -> None:
+    """The same in float32, without floors."""
+    kernels(torch.float32, tuple(Case(c.name, c.pattern, c.density, c.rank, ()) for c in CASES))
+
+
+def ways(shape: tuple[int, int] = (4096, 4096)) -> None:
+    """Milliseconds of each way, on which kernels/choice.py rests: one process each, as LOSPARSE_KERNEL is read once."""
+    print(f"{shape[0]} x {shape[1]}, rank 8, bfloat16, {torch.get_num_threads()} threads; ms, the fastest in bold\n")
+    print("| density | rows of x | dense | " + " | ".join(WAYS) + " |\n|---|---|---|" + "---|" * len(WAYS))
+    found: dict[tuple[float, int], dict[str, float]] = {}
+    for way in WAYS:
+        done = subprocess.run(
+            [sys.executable, "-c", f"from tests.benchmarks.kernels import one_way; one_way({shape})"],
+            env=os.environ | {"LOSPARSE_KERNEL": way}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        for density, rows, ours, dense in json.loads(done.stdout.splitlines()[-1]):
+            found.setdefault((density, rows), {"dense": dense})[way] = ours
+    for (density, rows), times in found.items():
+        best = min(times, key=lambda way: times[way])
+        shown = [f"**{times[w]:.2f}**" if w == best else f"{times[w]:.2f}" for w in ("dense", *WAYS)]
+        print(f"| {density:g} | {rows} | {' | '.join(shown)} |")
+
+
+WAYS = ("spread", "walk", "tile", "reference")
+
+
+def one_way(shape: tuple[int, int]) -> None:
+    """JSON of (density, rows, ours, dense) in milliseconds."""
+    install()
+    found = []
+    for density in (0.05, 0.1, 0.2, 0.3, 0.5):
+        case = Case("", "unstructured", density, 8, ())
+        layers = [layer(case, shape, torch.bfloat16, seed) for seed in range(3)]
+        speeds = layer_speeds(layers, (1, 2, 4, 8, 16, 32, 64, 256), 3)
+        found += [(density, x.rows, x.milliseconds, x.dense_milliseconds) for x in speeds]
+    print(json.dumps(found))
+
+
+# --- whole models -----------------------------------------------------------------------------------
+
+
+def llama(folder: Path, vocabulary: int) -> Path:
+    """A Llama of about a billion random parameters in bfloat16, hidden size 2048."""
+    path = folder / f"llama-{vocabulary}"
+    if not (path / "config.json").is_file():
+        config = transformers.LlamaConfig(
+            hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
+            num_key_value_heads=4, vocab_size=vocabulary, max_position_embeddings=2048, dtype="bfloat16",
+            tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        with torch.device("meta"):
+            model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+        model = model.to_empty(device="cpu")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
+        model.save_pretrained(path)
+    return path
+
+
+def _compressed(dense: Path, folder: Path, recipe: Recipe) -> Path:
+    output = folder / f"{dense.name}-{recipe.pattern}-{recipe.sparsity or recipe.keep_parameters}"
+    if not output.is_dir():
+        compress(dense, output, recipe=recipe)
+    return output
+
+
+def models(folder: Path | None = None) -> None:
+    """Whole models: tokens a second and bytes, dense beside compressed."""
+    folder = folder or Path(os.environ.get("LOSPARSE_BENCH_DIR") or tempfile.mkdtemp(prefix="losparse-bench-"))
+    heads = "prefill, tok/s (dense) | decode, tok/s (dense) | decode, times faster | disk | tensors | resident (dense)"
+    print(f"{torch.get_num_threads()} threads, prompt of 128 tokens, 32 new ones\n")
+    print(f"| model | batch | {heads} |\n|---|---|---|---|---|---|---|---|")
+    structured = Recipe(rank=8, sparsity=0.9, pattern="columns")
+    unstructured, half = Recipe(rank=8, sparsity=0.9), Recipe(keep_parameters=0.5, rank_ratio=0.2)
+    for vocabulary in (32000, 128256):
+        dense = llama(folder, vocabulary)
+        for recipe in (unstructured, structured):
+            path = _compressed(dense, folder, recipe)
+            _show(f"Llama, {vocabulary} tokens, {recipe.pattern}", bench(path, against=dense, rows=(1,), rounds=3))
+    for name, recipe in (("rank 8, sparsity 0.9", unstructured), ("columns", structured), ("half, κ 0.2", half)):
+        path = _compressed(smollm2(), folder, recipe)
+        for batch in (1, 4, 8):
+            report = bench(path, against=smollm2(), batch=batch, rows=(1,), rounds=3)
+            _show(f"SmolLM2-135M, {name}", report)
+
+
+def _show(name: str, report: BenchReport) -> None:
+    ours, dense = report.compressed, report.dense
+    assert ours is not None
+    assert dense is not None
+    print(
+        f"| {name} | {report.batch} | {ours.prefill:.0f} ({dense.prefill:.0f}) "
+        f"| {ours.decode:.1f} ({dense.decode:.1f}) "
+        f"| {report.decode_speedup:.2f} | {ours.disk / 1e6:.0f} MB | {ours.tensors / ours.disk:.2f} x disk "
+        f"| {(ours.resident or 0) / 1e6:.0f} ({(dense.resident or 0) / 1e6:.0f}) MB |",
+        flush=True,
+    )
