@@ -15,9 +15,9 @@ DTYPES = {torch.bfloat16: 0, torch.float32: 1}
 """What sparse.c computes in, by its number; it can expand any dtype of 2 or 4 bytes."""
 TILE_ENTRIES = 1 << 22
 """Entries of S that are dense at a time: 8 MiB in bfloat16, which stay in the last cache."""
-SERIAL_ENTRIES = 1 << 23
-"""Entries of S times rows of x and two more, below which one thread is done (in less than a tenth of a millisecond)
-before others would be awake."""
+SERIAL_ENTRIES = 1 << 21
+"""Entries of S times rows of x and two more, below which one thread is done (in about 20 microseconds) before others
+would help."""
 
 
 def low_rank(x: Tensor, U: Tensor | None, V: Tensor | None, bias: Tensor | None, out_features: int) -> Tensor:

@@ -131,7 +131,7 @@ int losparse_block(const Layer *layer, int by_row, const void *x, void *y, int64
                 pack(by_row ? x : chosen, width, rows, rows, size, j, j + 128, ready);
             if (rank) {
 #pragma omp for schedule(static) nowait
-                for (int64_t r = 0; r < rank; r++) few_avx512_project(layer, x, t, (int)rows, r);
+                for (int64_t r = 0; r < rank; r++) project(layer, x, t, rows, r, level);
             }
 #pragma omp barrier
             if (by_row) {

@@ -28,6 +28,23 @@ FEW(few_avx2, AVX2, LEVEL_AVX2)
 FEW(few_avx512, AVX512, LEVEL_AVX512)
 #endif
 
+/* Entry r of V x for each row of x, into t (rows, rank padded to a multiple of 16). */
+static void project(const Layer *layer, const void *x, float *t, int64_t rows, int64_t r, int level) {
+#if defined(__x86_64__)
+    if (level >= LEVEL_AVX512_BF16 && layer->dtype == BFLOAT16) {
+        const int64_t n = layer->n, padded = (layer->rank + 15) / 16 * 16;
+        for (int64_t k = 0; k < rows; k++)
+            t[k * padded + r] = dot_pairs((const uint16_t *)layer->V + r * n, (const uint16_t *)x + k * n, n);
+    } else if (level >= LEVEL_AVX512) {
+        few_avx512_project(layer, x, t, (int)rows, r);
+    } else if (level >= LEVEL_AVX2) {
+        few_avx2_project(layer, x, t, (int)rows, r);
+    } else
+#endif
+        few_plain_project(layer, x, t, (int)rows, r);
+    (void)level;
+}
+
 /* y (rows, m) = x (rows, n) (U V + S)ᵀ + bias, whole, for 1 to 16 rows; one row only without AVX-512 or with gaps.
    Returns 0; 1 if there was no memory; 2 if it cannot. */
 int losparse_few(const Layer *layer, const void *x, void *y, int64_t rows, int threads, int level) {
@@ -53,14 +70,7 @@ int losparse_few(const Layer *layer, const void *x, void *y, int64_t rows, int t
             }
             if (rank) {
 #pragma omp for schedule(static) nowait
-                for (int64_t r = 0; r < rank; r++) {
-#if defined(__x86_64__)
-                    if (level >= LEVEL_AVX512) few_avx512_project(layer, x, t, (int)rows, r);
-                    else if (level >= LEVEL_AVX2) few_avx2_project(layer, x, t, (int)rows, r);
-                    else
-#endif
-                        few_plain_project(layer, x, t, (int)rows, r);
-                }
+                for (int64_t r = 0; r < rank; r++) project(layer, x, t, rows, r, level);
             }
 #pragma omp barrier
 #pragma omp for schedule(dynamic)

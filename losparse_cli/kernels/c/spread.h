@@ -9,6 +9,21 @@
                     _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(a, high)),                                   \
                                     _mm512_castsi512_ps(_mm512_and_si512(b, high)), acc))
 
+/* a · b, bfloat16. */
+AVX512_BF16 static float dot_pairs(const uint16_t *a, const uint16_t *b, int64_t n) {
+    __m512 acc[4];
+    int64_t j = 0;
+    UNROLL for (int k = 0; k < 4; k++) acc[k] = _mm512_setzero_ps();
+    for (; j + 128 <= n; j += 128)
+        UNROLL for (int k = 0; k < 4; k++)
+            acc[k] = PAIRS_NATIVE(acc[k], _mm512_loadu_si512(a + j + 32 * k), _mm512_loadu_si512(b + j + 32 * k));
+    for (; j < n; j += 32) {
+        const __mmask32 some = _bzhi_u32(~0u, (uint32_t)(n - j < 32 ? n - j : 32));
+        acc[0] = PAIRS_NATIVE(acc[0], _mm512_maskz_loadu_epi16(some, a + j), _mm512_maskz_loadu_epi16(some, b + j));
+    }
+    return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(acc[0], acc[1]), _mm512_add_ps(acc[2], acc[3])));
+}
+
 /* sums[k] += all lanes of acc[k * step], for count of them; eight at a time share their shuffles. */
 AVX512 INLINE void add_lanes(const __m512 *acc, int count, int step, float *sums) {
     int k = 0;
