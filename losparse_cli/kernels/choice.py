@@ -18,6 +18,7 @@ WAYS = ("spread", "gather", "walk", "tile", "block", "triton", "semi")
 SPREAD_ROWS = 16
 """Most rows of x that one pass of `spread` takes."""
 TRITON_ROWS = 16
+DENSE = {True: 10.0, False: 2.2}
 
 
 def forced() -> str | None:
@@ -28,23 +29,28 @@ def forced() -> str | None:
     return name
 
 
-def cpu_way(form: str, rows: int, density: float, *, native: bool, half: bool, spreads: bool) -> str | None:
-    """The fastest on a CPU; None for the reference.
+def cpu_way(
+    form: str, rows: int, out_features: int, density: float, *, native: bool, half: bool, spreads: bool
+) -> str | None:
+    """The fastest on a CPU.
 
-    rows: of x. native: whether sparse.c was compiled and knows the dtype. half: 16-bit values. spreads: whether the
-    processor has AVX-512 with VBMI2.
+    rows: of x. native: whether the C code knows the dtype. half: 16-bit values. spreads: whether the processor has
+    AVX-512 with VBMI2.
     """
     if form in ("rows", "columns"):
         return "block"
     if not native:
         return "tile"
     spreads = spreads and form == "bits"
+    # A row of x costs `spread` about as much as 1.3 % of S cost `walk` for 16 rows.
     if spreads and rows <= SPREAD_ROWS and rows <= (3.3 + 77 * density if half else 3.3 + 40 * density):
         return "spread"
-    if rows == 1 and not spreads:
+    if rows == 1:
         return "gather"
-    # Beyond this density the dense product, at the speed of the whole register, overtakes one value after the other.
-    return "walk" if density <= (0.12 if half else 0.3) or (rows <= SPREAD_ROWS and density <= 0.2) else "tile"
+    # In units of the dense product: an entry of S costs `walk` as much as DENSE[half] entries there, and transposing x
+    # as much as 16 rows of S; making S dense costs `tile` about as much as 45 rows of x.
+    walked = DENSE[half] * (density + 16 / out_features)
+    return "walk" if walked < 1 + 45 / rows else "tile"
 
 
 def gpu_way(rows: int) -> str:

@@ -66,21 +66,38 @@ def few_of_block(code: Library, layer: Layer, x: Tensor, rows: int, form: str) -
     return None if failed else y
 
 
-def walk(code: Library, layer: Layer, x: Tensor, y: Tensor) -> Tensor | None:
-    """y += x Sᵀ, value by value; y is the rest of the sum, in x's dtype."""
-    threads = _threads(layer, x.shape[0])
-    return None if code.walk(layer, x.data_ptr(), y.data_ptr(), x.shape[0], threads, code.level) else y
+def walk(
+    code: Library, layer: Layer, x: Tensor, U: Tensor | None, V: Tensor | None, bias: Tensor | None
+) -> Tensor | None:
+    """S value by value, added to the rest of the sum."""
+    y = low_rank(x, U, V, bias, layer.m)
+    failed = code.walk(layer, x.data_ptr(), y.data_ptr(), x.shape[0], _threads(layer, x.shape[0]), code.level)
+    return None if failed else y
 
 
-def tile(code: Library, layer: Layer, x: Tensor, y: Tensor) -> Tensor | None:
-    """y += x Sᵀ, with some rows of S dense at a time."""
-    step = max(1, TILE_ENTRIES // layer.n)
-    scratch = x.new_empty(min(step, layer.m), layer.n)
-    for begin in range(0, layer.m, step):
-        end = min(begin + step, layer.m)
-        if code.expand(layer, scratch.data_ptr(), begin, end, x.element_size(), torch.get_num_threads(), code.level):
+def tile(
+    code: Library, layer: Layer, x: Tensor, U: Tensor | None, V: Tensor | None, bias: Tensor | None
+) -> Tensor | None:
+    """Some rows of S dense at a time; with U V in them where x has so many rows that this is less work."""
+    rows, m, n = x.shape[0], layer.m, layer.n
+    merged = U is None or (4 * layer.rank <= rows and n <= 2 * rows)
+    step = max(1, TILE_ENTRIES // n)
+    scratch = x.new_empty(min(step, m), n)
+    y = x.new_empty(rows, m) if merged else low_rank(x, U, V, bias, m)
+    for begin in range(0, m, step):
+        end = min(begin + step, m)
+        W = scratch[: end - begin]
+        if code.expand(layer, W.data_ptr(), begin, end, x.itemsize, torch.get_num_threads(), code.level):
             return None
-        y[:, begin:end] += F.linear(x, scratch[: end - begin])
+        if not merged:
+            y[:, begin:end] += F.linear(x, W)
+            continue
+        if U is not None and V is not None:
+            W.addmm_(U[begin:end], V)
+        part = F.linear(x, W, None if bias is None else bias[begin:end])
+        if step >= m:
+            return part
+        y[:, begin:end] = part
     return y
 
 

@@ -62,16 +62,15 @@ class Kernels:
         if form in ("rows", "columns"):
             return cpu.few_of_block(code, layer, x, rows, form) if rows <= MOST_FEW and layer.dtype >= 0 else None
         way = self.forced or cpu_way(
-            form, rows, values.numel() / (m * n), native=layer.dtype >= 0, half=values.itemsize == 2,
+            form, rows, m, values.numel() / (m * n), native=layer.dtype >= 0, half=values.itemsize == 2,
             spreads=code.level >= AVX512,
         )  # fmt: skip
         if way in ("spread", "gather") and layer.dtype >= 0:
             return cpu.few(code, layer, x, rows)
         if way not in ("walk", "tile"):
             return None
-        flat = x.view(rows, n)
-        y = cpu.low_rank(flat, U, V, bias, m)
-        return _shaped((cpu.walk if way == "walk" and layer.dtype >= 0 else cpu.tile)(code, layer, flat, y), x)
+        work = cpu.walk if way == "walk" and layer.dtype >= 0 else cpu.tile
+        return _shaped(work(code, layer, x.view(rows, n), U, V, bias), x)
 
     def _layer(
         self, values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None,

@@ -17,6 +17,7 @@ from losparse_cli import Recipe, compress
 from losparse_cli.bench import bench
 from losparse_cli.demo import smollm2
 from losparse_cli.kernels import install
+from losparse_cli.kernels.choice import SPREAD_ROWS
 from losparse_cli.linalg.patterns import parse_pattern, select
 from losparse_cli.shim.codec import smallest
 from losparse_cli.shim.linear import LowRankSparseLinear
@@ -101,7 +102,7 @@ def kernels_float32() -> None:
 
 
 def ways(shape: tuple[int, int] = (4096, 4096)) -> None:
-    """Milliseconds of each way, on which kernels/choice.py rests: one process each, as LOSPARSE_KERNEL is read once."""
+    """Milliseconds of each way, on which kernels/choice.py rests; a process each, as LOSPARSE_KERNEL is read once."""
     print(f"{shape[0]} x {shape[1]}, rank 8, bfloat16, {torch.get_num_threads()} threads; ms, the fastest in bold\n")
     print("| density | rows of x | dense | " + " | ".join(WAYS) + " |\n|---|---|---|" + "---|" * len(WAYS))
     found: dict[tuple[float, int], dict[str, float]] = {}
@@ -113,8 +114,11 @@ def ways(shape: tuple[int, int] = (4096, 4096)) -> None:
         for density, rows, ours, dense in json.loads(done.stdout.splitlines()[-1]):
             found.setdefault((density, rows), {"dense": dense})[way] = ours
     for (density, rows), times in found.items():
+        if rows > SPREAD_ROWS or density < 0.09:  # it cannot, and plain torch was measured again
+            del times["spread"]
         best = min(times, key=lambda way: times[way])
-        shown = [f"**{times[w]:.2f}**" if w == best else f"{times[w]:.2f}" for w in ("dense", *WAYS)]
+        shown = ["–" if w not in times else f"{times[w]:.2f}" for w in ("dense", *WAYS)]
+        shown = [f"**{text}**" if w == best else text for w, text in zip(("dense", *WAYS), shown, strict=True)]
         print(f"| {density:g} | {rows} | {' | '.join(shown)} |")
 
 

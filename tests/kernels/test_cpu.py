@@ -170,7 +170,7 @@ def test_the_kernels_are_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_chooses_by_rows_and_density() -> None:
     def way(form: str, rows: int, density: float, **changed: bool) -> str | None:
-        return choice.cpu_way(form, rows, density, **{"native": True, "half": True, "spreads": True} | changed)
+        return choice.cpu_way(form, rows, 4096, density, **{"native": True, "half": True, "spreads": True} | changed)
 
     assert way("columns", 1, 0.1) == way("rows", 500, 0.1, native=False) == "block"
     assert way("bits", 1, 0.1) == way("bits", 16, 0.5) == "spread"

@@ -3,18 +3,18 @@
 #if defined(__x86_64__)
 #define SINGLES(acc, a, b) _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), acc)
 
-/* tile (R, GROUP), T rows from t0 on, at one or two of the block's rows i, i + 1; x packed for R rows. The block's two
-   next rows, which follow in memory, are asked for meanwhile. */
+/* tile (R, GROUP), T rows from t0 on, at `count` (1 to 3) of the block's rows from i on; x packed for R rows. The
+   block's next rows, which follow in memory, are asked for meanwhile. */
 #define BLOCK(NAME, TARGET, TYPE, LANES, PARTLY, MASK, MULTIPLY, DTYPE)                                               \
-    TARGET INLINE void NAME##_pair(const Layer *layer, int by_row, const TYPE *x, int64_t R, const float *t,          \
-                                   float *tile, int64_t i, int pair, int64_t t0, int T) {                             \
+    TARGET INLINE void NAME##_some(const Layer *layer, int by_row, const TYPE *x, int64_t R, const float *t,          \
+                                   float *tile, int64_t i, int count, int64_t t0, int T) {                            \
         const int64_t q = by_row ? layer->n : layer->kept_count, padded = (layer->rank + 15) / 16 * 16;               \
         const TYPE *v = (const TYPE *)layer->values + i * q;                                                          \
         const __m512i high = _mm512_set1_epi32((int)0xffff0000);                                                      \
-        __m512 acc[2][8];                                                                                             \
-        int64_t j = 0, out[2];                                                                                        \
+        __m512 acc[3][8];                                                                                             \
+        int64_t j = 0, out[3];                                                                                        \
         (void)high;                                                                                                   \
-        UNROLL for (int p = 0; p < pair; p++) {                                                                       \
+        UNROLL for (int p = 0; p < count; p++) {                                                                      \
             out[p] = by_row ? layer->kept[i + p] : i + p;                                                             \
             UNROLL for (int k = 0; k < T; k++) acc[p][k] = _mm512_setzero_ps();                                       \
             if (layer->rank)                                                                                          \
@@ -22,25 +22,26 @@
                       DTYPE, acc[p]);                                                                                 \
         }                                                                                                             \
         for (; j + LANES <= q; j += LANES) {                                                                          \
-            _mm_prefetch((const char *)(v + pair * (q + j)), _MM_HINT_T0);                                            \
-            if (pair == 2) _mm_prefetch((const char *)(v + pair * (q + j) + LANES), _MM_HINT_T0);                     \
-            const __m512i a = _mm512_loadu_si512(v + j), b = pair == 2 ? _mm512_loadu_si512(v + q + j) : a;           \
+            __m512i a[3];                                                                                             \
+            UNROLL for (int p = 0; p < count; p++) {                                                                  \
+                _mm_prefetch((const char *)(v + count * (q + j) + LANES * p), _MM_HINT_T0);                           \
+                a[p] = _mm512_loadu_si512(v + p * q + j);                                                             \
+            }                                                                                                         \
             UNROLL for (int k = 0; k < T; k++) {                                                                      \
                 const __m512i from = _mm512_loadu_si512(x + j * R + LANES * (t0 + k));                                \
-                acc[0][k] = MULTIPLY(acc[0][k], a, from);                                                             \
-                if (pair == 2) acc[1][k] = MULTIPLY(acc[1][k], b, from);                                              \
+                UNROLL for (int p = 0; p < count; p++) acc[p][k] = MULTIPLY(acc[p][k], a[p], from);                   \
             }                                                                                                         \
         }                                                                                                             \
         if (j < q) {                                                                                                  \
             const MASK some = (MASK)_bzhi_u32(~0u, (uint32_t)(q - j));                                                \
-            const __m512i a = PARTLY(some, v + j), b = pair == 2 ? PARTLY(some, v + q + j) : a;                       \
+            __m512i a[3];                                                                                             \
+            UNROLL for (int p = 0; p < count; p++) a[p] = PARTLY(some, v + p * q + j);                                \
             UNROLL for (int k = 0; k < T; k++) {                                                                      \
                 const __m512i from = _mm512_loadu_si512(x + j * R + LANES * (t0 + k));                                \
-                acc[0][k] = MULTIPLY(acc[0][k], a, from);                                                             \
-                if (pair == 2) acc[1][k] = MULTIPLY(acc[1][k], b, from);                                              \
+                UNROLL for (int p = 0; p < count; p++) acc[p][k] = MULTIPLY(acc[p][k], a[p], from);                   \
             }                                                                                                         \
         }                                                                                                             \
-        UNROLL for (int p = 0; p < pair; p++) {                                                                       \
+        UNROLL for (int p = 0; p < count; p++) {                                                                      \
             float sums[8] = {0};                                                                                      \
             add_lanes(acc[p], T, 1, sums);                                                                            \
             const float bias = layer->bias ? get(layer->bias, out[p], DTYPE) : 0.0f;                                  \
@@ -52,16 +53,19 @@
         for (int64_t g = i0; g < i1; g += GROUP) {                                                                    \
             const int64_t end = g + GROUP < i1 ? g + GROUP : i1;                                                      \
             float tile[16 * GROUP];                                                                                   \
-            for (int64_t i = g; i < end; i += 2) {                                                                    \
-                const int pair = i + 2 <= end ? 2 : 1;                                                                \
+            for (int64_t i = g, count; i < end; i += count) {                                                         \
                 float *to = tile + i - g;                                                                             \
-                for (int64_t t0 = 0; t0 < R;) {                                                                       \
-                    const int64_t left = R - t0;                                                                      \
-                    if (pair == 1) NAME##_pair(layer, by_row, x, R, t, to, i, 1, t0, 1), t0 += 1;                     \
-                    else if (left >= 8) NAME##_pair(layer, by_row, x, R, t, to, i, 2, t0, 8), t0 += 8;                \
-                    else if (left >= 4) NAME##_pair(layer, by_row, x, R, t, to, i, 2, t0, 4), t0 += 4;                \
-                    else if (left >= 2) NAME##_pair(layer, by_row, x, R, t, to, i, 2, t0, 2), t0 += 2;                \
-                    else NAME##_pair(layer, by_row, x, R, t, to, i, 2, t0, 1), t0 += 1;                               \
+                count = i + 3 <= end ? 3 : i + 2 <= end ? 2 : 1;                                                      \
+                for (int64_t t0 = 0, T; t0 < R; t0 += T) {                                                            \
+                    T = R - t0 >= 8 ? 8 : R - t0 >= 4 && count == 3 ? 4 : R - t0 >= 2 && count == 3 ? 2 : 1;          \
+                    if (T == 8 && count == 3) NAME##_some(layer, by_row, x, R, t, to, i, 3, t0, 8);                   \
+                    else if (T == 8 && count == 2) NAME##_some(layer, by_row, x, R, t, to, i, 2, t0, 8);              \
+                    else if (T == 8) NAME##_some(layer, by_row, x, R, t, to, i, 1, t0, 8);                            \
+                    else if (T == 4) NAME##_some(layer, by_row, x, R, t, to, i, 3, t0, 4);                            \
+                    else if (T == 2) NAME##_some(layer, by_row, x, R, t, to, i, 3, t0, 2);                            \
+                    else if (count == 3) NAME##_some(layer, by_row, x, R, t, to, i, 3, t0, 1);                        \
+                    else if (count == 2) NAME##_some(layer, by_row, x, R, t, to, i, 2, t0, 1);                        \
+                    else NAME##_some(layer, by_row, x, R, t, to, i, 1, t0, 1);                                        \
                 }                                                                                                     \
             }                                                                                                         \
             for (int64_t k = 0; k < R; k++) {                                                                         \
