@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import platform
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -72,6 +73,7 @@ def bench(
         if checkpoints[1].is_compressed:
             raise UsageError(f"{against} is compressed itself. Name the dense model with --against.")
 
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # before this run adds to it
     with _threads(threads), memory_errors("Take fewer --rows, a smaller --batch or --prompt, or leave --against out."):
         runners = [_runner(checkpoint, (batch, prompt, new_tokens), dtype, where, trust_remote_code)
                    for checkpoint in checkpoints]  # fmt: skip
@@ -89,6 +91,7 @@ def bench(
             checkpoints[0].address, str(where), str(layers[0].weight.dtype).removeprefix("torch."),
             torch.get_num_threads(), _processor(where), copy_bandwidth(where), batch, prompt,
             new_tokens if ours.generates else 0, against=checkpoints[1].address if against is not None else None,
+            load=load,
         )  # fmt: skip
         total = len(by_shape(layers)) * len(rows) + (rounds + 2) * len(runners)
 

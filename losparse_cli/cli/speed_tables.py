@@ -24,6 +24,11 @@ def show_speed(out: Console, report: BenchReport) -> None:
     beside = "" if report.against is None else f" [dim]beside[/] [bold]{escape(report.against)}[/]"
     out.out.print(f"[bold]{escape(report.name)}[/]{beside}")
     out.out.print(setting(report), style="dim", markup=False)
+    if report.busy:
+        said = (
+            f"The machine was busy (load {report.load:.1f}), so short times mean little: measure again when it rests."
+        )
+        out.out.print(said, style="yellow")
     _show_layers(out, report)
     _show_models(out, report)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+BUSY = 0.5
+
 
 @dataclass(frozen=True)
 class LayerSpeed:
@@ -60,6 +62,7 @@ class ModelSpeed:
 class BenchReport:
     """Figures of one run. copy_bandwidth: bytes read and written in a second by a large copy with the same threads.
 
+    load: how many threads of others wanted a core in the minute before; None where the system does not say.
     new_tokens: 0 of a model that writes none. against: the dense model, None if there is none to compare with.
     """
 
@@ -76,6 +79,12 @@ class BenchReport:
     layers: tuple[LayerSpeed, ...] = ()
     compressed: ModelSpeed | None = None
     dense: ModelSpeed | None = None
+    load: float | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether others used so much of the machine that short times mean little: threads wait for each other."""
+        return self.load is not None and self.load > BUSY
 
     def with_(self, **fields: Any) -> BenchReport:
         return replace(self, **fields)

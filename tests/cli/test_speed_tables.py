@@ -83,6 +83,11 @@ def test_every_figure_is_shown_at_any_width(width: int) -> None:
     assert line(text, "resident", "memory")[-1] == "30.0%"
 
 
+def test_a_busy_machine_is_named() -> None:
+    assert "busy" not in shown(REPORT.with_(load=0.2)) + shown(REPORT)
+    assert "busy (load 3.1)" in shown(REPORT.with_(load=3.1))
+
+
 def test_the_widest_table_fits_80_columns() -> None:
     others = (case((4096, 4096), 1, 1.0, 2.0, pattern="2:4"), case((10240, 10240), 1, 142.1, 1.0, "columns", "columns"))
     varied = replace(LAYERS[0], rank=128, density=0.25)
