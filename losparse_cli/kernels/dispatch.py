@@ -89,9 +89,11 @@ class Kernels:
         layer = self._described.get(key)
         if layer is None:
             tensors = [t for t in (values, index, starts, U, V, bias) if t is not None]
-            if not all(_plain(t) and t.is_contiguous() for t in tensors) or values.itemsize not in (2, 4):
+            if not all(_plain(t) and t.is_contiguous() and t.device.type == "cpu" for t in tensors):
                 return None
-            if any(t is not None and t.dtype != values.dtype for t in (U, V, bias)):
+            if any(t is not None and t.dtype != values.dtype for t in (U, V, bias)) or values.itemsize not in (2, 4):
+                return None
+            if not _belong_together(values, index, starts, U, V, bias, shape, form):
                 return None
             layer = cpu.describe(values, index, starts, U, V, bias, shape, form)
             if len(self._described) >= MOST_DESCRIBED:
@@ -155,6 +157,24 @@ def _plain(tensor: Tensor) -> bool:
         and tensor.layout == torch.strided
         and torch._C._get_tracing_state() is None
     )
+
+
+def _belong_together(
+    values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None, bias: Tensor | None,
+    shape: tuple[int, int], form: str,
+) -> bool:  # fmt: skip
+    """Whether all sizes are those of a layer of this shape: the C code trusts them, plain torch says what is wrong."""
+    m, n = shape
+    rank = 0 if U is None else U.shape[1]
+    if (U is None) != (V is None) or (U is not None and U.shape != (m, rank)):
+        return False
+    if (V is not None and V.shape != (rank, n)) or (bias is not None and bias.shape != (m,)):
+        return False
+    if form in ("rows", "columns"):
+        return values.numel() == index.numel() * (n if form == "rows" else m)
+    if starts is None or starts.shape != ((m + 1,) if form == "bits" else (2, m + 1)):
+        return False
+    return form == "gaps" or index.shape == (m, -(-n // 8))
 
 
 def _shaped(y: Tensor | None, x: Tensor) -> Tensor | None:

@@ -58,7 +58,9 @@ class LowRankSparseLinear(nn.Module):
         self._checked = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in_features) -> (..., out_features)."""
+        """x: (..., in_features) -> (..., out_features). RuntimeError for x of another width, as of nn.Linear."""
+        if x.shape[-1] != self.in_features:
+            raise RuntimeError(f"x has {x.shape[-1]} features, and this layer takes {self.in_features}.")
         if x.is_meta:
             return x.new_empty(*x.shape[:-1], self.out_features)
         index, starts = self._index_and_starts()

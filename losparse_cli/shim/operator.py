@@ -89,7 +89,8 @@ def _(
     x: Tensor, values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None,
     bias: Tensor | None, out_features: int, form: str,
 ) -> Tensor:  # fmt: skip
-    return x.new_empty(*x.shape[:-1], out_features)
+    # Where the values are: x beside weights that have no memory gives no numbers either.
+    return values.new_empty((*x.shape[:-1], out_features), dtype=x.dtype)
 
 
 @torch.library.custom_op(

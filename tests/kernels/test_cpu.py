@@ -168,6 +168,25 @@ def test_the_kernels_are_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> No
         assert y is not None, way
 
 
+@pytest.mark.parametrize("pattern", ["unstructured", "rows", "columns"])
+def test_sizes_that_do_not_belong_together_never_reach_the_kernels(pattern: str) -> None:
+    layer = layer_of((40, 64), 0.3, pattern=pattern)
+    with pytest.raises(RuntimeError, match="65 features, and this layer takes 64"):
+        layer(torch.randn(2, 65))
+    index, starts = layer._index_and_starts()
+    x, whole = torch.randn(2, 64), (layer.weight, index, starts, layer.U, layer.V, layer.bias)
+    assert Kernels()._layer(*whole, (40, 64), layer.form) is not None or native.library() is None
+    assert Kernels()._layer(*whole, (40, 80), layer.form) is None
+    assert Kernels()._layer(*whole, (48, 64), layer.form) is None
+    for k, wrong in ((3, torch.zeros(40, 2)), (4, torch.zeros(3, 60)), (5, torch.zeros(39)), (0, layer.weight.half())):
+        changed = [*whole[:k], wrong, *whole[k + 1 :]]
+        assert Kernels()._layer(*changed, (40, 64), layer.form) is None
+    away = copy.deepcopy(layer).to("meta")
+    with torch.no_grad():
+        y = operator.product(x, away.weight, index, starts, layer.U, layer.V, layer.bias, 40, layer.form)
+    assert y.is_meta  # no numbers without weights
+
+
 def test_chooses_by_rows_and_density() -> None:
     def way(form: str, rows: int, density: float, **changed: bool) -> str | None:
         return choice.cpu_way(form, rows, 4096, density, **{"native": True, "half": True, "spreads": True} | changed)
