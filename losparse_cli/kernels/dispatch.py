@@ -37,7 +37,7 @@ class Kernels:
             found = self._on_cpu(x, values, index, starts, U, V, bias, out_features, form)
             if found is not None:
                 return found
-        if any(t is not None and t.dtype != x.dtype for t in (U, V, bias)):
+        if any(t is not None and (t.dtype, t.device) != (x.dtype, x.device) for t in (values, U, V, bias)):
             return None
         flat = x.reshape(-1, x.shape[-1])
         if form in ("rows", "columns"):
