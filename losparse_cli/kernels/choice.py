@@ -19,6 +19,7 @@ SPREAD_ROWS = 16
 """Most rows of x that one pass of `spread` takes."""
 TRITON_ROWS = 16
 DENSE = {True: 10.0, False: 2.2}
+"""Entries of a dense product, of 16-bit values or not, that take as long as one entry of S takes `walk`."""
 
 
 def forced() -> str | None:
@@ -31,7 +32,7 @@ def forced() -> str | None:
 
 def cpu_way(
     form: str, rows: int, out_features: int, density: float, *, native: bool, half: bool, spreads: bool
-) -> str | None:
+) -> str:
     """The fastest on a CPU.
 
     rows: of x. native: whether the C code knows the dtype. half: 16-bit values. spreads: whether the processor has

@@ -8,7 +8,7 @@
 #define BLOCK(NAME, TARGET, TYPE, LANES, PARTLY, MASK, MULTIPLY, DTYPE)                                               \
     TARGET INLINE void NAME##_some(const Layer *layer, int by_row, const TYPE *x, int64_t R, const float *t,          \
                                    float *tile, int64_t i, int count, int64_t t0, int T) {                            \
-        const int64_t q = by_row ? layer->n : layer->kept_count, padded = (layer->rank + 15) / 16 * 16;               \
+        const int64_t q = by_row ? layer->n : layer->kept_count, padded = padded_rank(layer);                         \
         const TYPE *v = (const TYPE *)layer->values + i * q;                                                          \
         const __m512i high = _mm512_set1_epi32((int)0xffff0000);                                                      \
         __m512 acc[3][8];                                                                                             \
@@ -82,7 +82,7 @@ BLOCK(block_f32, AVX512, float, 16, _mm512_maskz_loadu_epi32, __mmask16, SINGLES
 
 /* Rows i0..i1 of y without S, 16 at a time. */
 INLINE void rest_block(const Layer *layer, const float *t, void *y, int64_t i0, int64_t i1, int64_t rows, int dtype) {
-    const int64_t rank = layer->rank, padded = (rank + 15) / 16 * 16;
+    const int64_t rank = layer->rank, padded = padded_rank(layer);
     for (int64_t i = i0; i < i1; i += 16) {
         const int64_t count = i1 - i < 16 ? i1 - i : 16;
         vec acc[16];
@@ -115,7 +115,7 @@ int losparse_block(const Layer *layer, int by_row, const void *x, void *y, int64
     const int size = layer->dtype == BFLOAT16 ? 2 : 4;
     const int64_t width = by_row ? n : layer->kept_count, count = by_row ? layer->kept_count : m;
     const int64_t padded = (width + 127) / 128 * 128;
-    float *t = calloc(rows * ((rank + 15) / 16 * 16) + 1, sizeof *t);
+    float *t = calloc(rows * padded_rank(layer) + 1, sizeof *t);
     char *ready = aligned_alloc(64, (size_t)(padded * rows * size + 64));
     char *chosen = by_row ? NULL : malloc((size_t)(width * rows * size) + 1);
     const int failed = t == NULL || ready == NULL || (!by_row && chosen == NULL);

@@ -3,7 +3,7 @@
 #define FEW(NAME, TARGET, LEVEL)                                                                                      \
     TARGET static void NAME##_project(const Layer *layer, const void *x, float *t, int rows, int64_t r) {             \
         for (int k = 0; k < rows; k++)                                                                                \
-            t[k * ((layer->rank + 15) / 16 * 16) + r] = layer->dtype == BFLOAT16                                      \
+            t[k * padded_rank(layer) + r] = layer->dtype == BFLOAT16                                                  \
                                          ? dot(layer->V, r * layer->n, x, k * layer->n, layer->n, BFLOAT16)           \
                                          : dot(layer->V, r * layer->n, x, k * layer->n, layer->n, FLOAT32);           \
     }                                                                                                                 \
@@ -32,7 +32,7 @@ FEW(few_avx512, AVX512, LEVEL_AVX512)
 static void project(const Layer *layer, const void *x, float *t, int64_t rows, int64_t r, int level) {
 #if defined(__x86_64__)
     if (level >= LEVEL_AVX512_BF16 && layer->dtype == BFLOAT16) {
-        const int64_t n = layer->n, padded = (layer->rank + 15) / 16 * 16;
+        const int64_t n = layer->n, padded = padded_rank(layer);
         for (int64_t k = 0; k < rows; k++)
             t[k * padded + r] = dot_pairs((const uint16_t *)layer->V + r * n, (const uint16_t *)x + k * n, n);
     } else if (level >= LEVEL_AVX512) {
@@ -54,7 +54,7 @@ int losparse_few(const Layer *layer, const void *x, void *y, int64_t rows, int t
     const int64_t R = spread_rows(rows);
     const int size = layer->dtype == BFLOAT16 ? 2 : 4;
     const int64_t padded = (n + 127) / 128 * 128;
-    float *t = calloc(R * ((rank + 15) / 16 * 16) + 1, sizeof *t);
+    float *t = calloc(R * padded_rank(layer) + 1, sizeof *t);
     void *ready = aligned_alloc(64, (size_t)(padded * (spread ? R * size : 4)));
     int failed = t == NULL || ready == NULL;
     if (!failed) {

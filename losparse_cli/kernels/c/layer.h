@@ -39,6 +39,9 @@ typedef float vec __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t word16 __attribute__((vector_size(64)));
 typedef uint16_t half16 __attribute__((vector_size(32)));
 
+/* Length of a row of V x: rank, padded to whole registers. */
+INLINE int64_t padded_rank(const Layer *layer) { return (layer->rank + 15) / 16 * 16; }
+
 INLINE float widen(uint16_t h) {
     uint32_t bits = (uint32_t)h << 16;
     float f;

@@ -17,11 +17,9 @@ INLINE vec load16(const void *p, int64_t i, int dtype) {
 }
 
 INLINE float sum16(vec v) {
-    float total = 0;
     for (int k = 8; k; k /= 2)
         for (int l = 0; l < k; l++) v[l] += v[l + k];
-    total = v[0];
-    return total;
+    return v[0];
 }
 
 INLINE float dot(const void *a, int64_t i, const void *b, int64_t j, int64_t n, int dtype) {

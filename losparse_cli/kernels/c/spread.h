@@ -205,7 +205,7 @@ static void pack(const char *x, int64_t n, int64_t rows, int64_t R, int size, in
 #define SPREAD(NAME, TARGET, CALL, TYPE, DTYPE)                                                                       \
     TARGET static void NAME(const Layer *layer, const TYPE *x, const float *t, void *y, int rows, int64_t i0,         \
                             int64_t i1) {                                                                             \
-        const int64_t stride = (layer->n + 7) / 8, padded = (layer->rank + 15) / 16 * 16;                             \
+        const int64_t stride = (layer->n + 7) / 8, padded = padded_rank(layer);                                       \
         switch (spread_rows(rows)) {                                                                                  \
             case 1: SPREAD_ROWS(CALL, 1, 4, TYPE, DTYPE) break;                                                       \
             case 2: SPREAD_ROWS(CALL, 2, 4, TYPE, DTYPE) break;                                                       \
