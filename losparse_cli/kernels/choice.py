@@ -30,9 +30,7 @@ def forced() -> str | None:
     return name
 
 
-def cpu_way(
-    form: str, rows: int, out_features: int, density: float, *, native: bool, half: bool, spreads: bool
-) -> str:
+def cpu_way(form: str, rows: int, out_features: int, density: float, *, native: bool, half: bool, spreads: bool) -> str:
     """The fastest on a CPU.
 
     rows: of x. native: whether the C code knows the dtype. half: 16-bit values. spreads: whether the processor has
