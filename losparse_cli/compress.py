@@ -15,13 +15,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import __version__
 from .budget.recipe import Recipe
-from .checkpoint.card import base_metadata, copy_companions, write_card
+from .checkpoint.card import copy_companions
 from .checkpoint.config import write_config
-from .checkpoint.journal import FILE as JOURNAL
+from .checkpoint.finish import close, versions
 from .checkpoint.journal import Journal, Unit
-from .checkpoint.output import ALLOCATION, GENERATED, check_output, clear_away, publish, working_folder, write_errors
+from .checkpoint.output import check_output, clear_away, publish, working_folder, write_errors
 from .checkpoint.report import LayerReport, Report
 from .checkpoint.source import REPORT, TIMING, Checkpoint, read_json
 from .checkpoint.writer import ShardWriter, sha256, tensor_part, write_json
@@ -240,9 +239,6 @@ def _source_hashes(source: Checkpoint, stop: Event) -> dict[str, dict[str, Any]]
 
 def _finish(job: Job, work: Path, journal: Journal, hashes: dict[str, Any], run_digest: str) -> Report:
     """Config, shim, companions, card, report: all that stands beside the weights."""
-    import safetensors
-    import transformers
-
     order = {p.layer.name: k for k, p in enumerate(job.plan.layers)}  # the model's, not the files'
     stats = sorted((u.stats for u in journal.units if u.stats is not None), key=lambda line: order[line["name"]])
     specs = {line["name"]: LayerSpec.from_dict(line["spec"]) for line in stats}
@@ -262,20 +258,12 @@ def _finish(job: Job, work: Path, journal: Journal, hashes: dict[str, Any], run_
                 "files": hashes,
             },
             recipe=job.recipe.to_dict(),
-            versions={
-                "losparse": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "safetensors": safetensors.__version__,
-            },
+            versions=versions(),
             fingerprint=run_digest,
             calibration=_calibration(job),
             blocks=tuple(line["block"] for line in stats if "block" in line),
         )
-        report = replace(report, files=_file_hashes(work))
-        write_json(work / REPORT, report.to_dict())
-        write_card(work, report, base_metadata(job.source.folder), place=job.output.name)
-    return report
+        return close(work, report, job.source.folder, job.output.name)
 
 
 def _write_timing(work: Path, job: Job, journal: Journal, took: Took) -> None:
@@ -300,10 +288,3 @@ def _calibration(job: Job) -> dict[str, Any]:
         return {}
     counted = {"tokens_used": job.windows.tokens, "windows": len(job.windows.ids), "sha256": job.windows.digest()}
     return asdict(job.calibration) | counted
-
-
-def _file_hashes(work: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file but the card, which its owner may edit, and what is written after this."""
-    after = ("README.md", REPORT, TIMING, JOURNAL, GENERATED, ALLOCATION)
-    paths = [p for p in sorted(work.rglob("*")) if p.is_file() and str(p.relative_to(work)) not in after]
-    return {str(p.relative_to(work)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in paths}

@@ -9,6 +9,7 @@ LosparseError                      exit code 1
 ├── OutputError                    the place to write: exists, read-only, full
 │   └── ResumeError                a journal of another run, or none where one is required
 ├── ResourceError                  memory that is not there, and what to lower
+├── TrainingError                  a loss or a weight that is no number any more
 ├── MissingExtraError              an optional dependency is not installed
 └── Interrupted                    exit code 130: Ctrl-C, with what was finished kept
 """
@@ -54,6 +55,10 @@ class ResumeError(OutputError):
 
 class ResourceError(LosparseError):
     """Memory that is not there."""
+
+
+class TrainingError(LosparseError):
+    """Training went wrong: a loss or a weight is no number any more."""
 
 
 class MissingExtraError(LosparseError):

@@ -183,7 +183,18 @@ model = AutoModel{_auto_suffix(report)}.from_pretrained({_quoted(place)}, trust_
 {len(report.layers)} layers are compressed; they hold {report.targeted_share:.1%} of the model's parameters.
 Relative Frobenius error of their weights: {"not recorded" if error is None else f"{error:.4f}"}.
 Recipe: {settings}.
-"""
+{_training(report)}"""
+
+
+def _training(report: Report) -> str:
+    """What training did, as a section of the card; nothing without any."""
+    if not report.training:
+        return ""
+    scores = report.training.get("scores") or {}
+    rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in scores.items())
+    table = f"\n| score, on the validation data | |\n|---|---|\n{rows}" if rows else ""
+    what = f"Trained with losparse for {report.training.get('steps', 0):,} steps ({report.training.get('objective')})."
+    return f"\n## Training\n\n{what}\n{table}"
 
 
 def _auto_suffix(report: Report) -> str:

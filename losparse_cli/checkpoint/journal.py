@@ -140,7 +140,7 @@ def _require_same(folder: Path, found: dict[str, Any], expected: dict[str, Any])
     if different:
         raise ResumeError(
             f"{folder} holds a partial result of a different run (different: {', '.join(different)}). Repeat the "
-            "command that began it, delete that folder, or compress with --resume never."
+            "command that began it, delete that folder, or add --resume never."
         )
 
 

@@ -11,9 +11,11 @@ from ..errors import UsageError
 
 if TYPE_CHECKING:
     from ..calibration.request import Calibration
+    from ..tasks.request import TaskRequest
     from ..training.reconstruction import Refinement
 
 SIZE, TEXT, RUN, HUB, SHOW = "Size", "Calibration", "Run", "Hub", "Output"
+DATA = "Data"
 
 Source = Annotated[str, typer.Argument(help="A folder, or a Hub id such as user/name.", show_default=False)]
 Revision = Annotated[
@@ -78,6 +80,56 @@ RefineSteps = Annotated[
 RefineRate = Annotated[
     float | None, typer.Option(help="Learning rate at its peak.", rich_help_panel=TEXT, show_default="5e-4")
 ]
+
+Task = Annotated[
+    str | None,
+    typer.Option(
+        help="text-classification, question-answering, summarization, seq2seq or causal-lm.",
+        rich_help_panel=DATA,
+        show_default=False,
+    ),
+]
+
+
+def _data(kind: Any, text: str, default: str | bool = False) -> Any:
+    return Annotated[kind, typer.Option(help=text, rich_help_panel=DATA, show_default=default)]
+
+
+TrainFile = _data(str | None, "Rows to train on: .jsonl, .json, .csv, .tsv, .parquet; of causal-lm .txt, too.")
+ValidationFile = _data(str | None, "Rows to score on.")
+DatasetName = _data(str | None, "Dataset of the Hub, in place of files.")
+DatasetConfigName = _data(str | None, "Its configuration.")
+TrainSplit = _data(str | None, "Its split to train on.", "train")
+ValidationSplit = _data(str | None, "Its split to score on.", "validation")
+TextColumn = _data(str | None, "Column with the text.", "by its usual names")
+TextPairColumn = _data(str | None, "Column with a second text.", "by its usual names")
+LabelColumn = _data(str | None, "Column with labels, or with numbers to predict.", "label")
+QuestionColumn = _data(str | None, "Column with questions.", "question")
+ContextColumn = _data(str | None, "Column with the texts that hold the answers.", "context")
+AnswersColumn = _data(str | None, "Column with answers, in SQuAD's form.", "answers")
+SummaryColumn = _data(str | None, "Column with what is to be written.", "by its usual names")
+SourcePrefix = _data(str | None, "Put before every text, as T5 wants it.")
+MaxLength = _data(int | None, "Tokens of an input.", "by the task")
+MaxTargetLength = _data(int | None, "Tokens of what is written.", "128")
+DocStride = _data(int | None, "Tokens that two windows of a context share.", "128")
+NumBeams = _data(int | None, "Of the search by which text is written.", "4")
+MaxTrainSamples = _data(int | None, "Train on so many rows.", "all")
+MaxValidationSamples = _data(int | None, "Score on so many rows.", "all")
+
+
+def task_request(given: dict[str, Any], *, objective: str = "task") -> TaskRequest:
+    """What --task and the options of its data ask for; UsageError if they contradict one another."""
+    from ..tasks.request import TASKS, TaskRequest
+
+    fields = {name: given[name] for name in TaskRequest.__dataclass_fields__ if given.get(name) is not None}
+    if "task" not in fields:
+        if objective != "distill":
+            raise UsageError(f"Say what to learn: add --task, one of {', '.join(TASKS)}.")
+        fields["task"] = "causal-lm"  # the predictions of a language model on plain text
+    files = ("train_file", "validation_file")
+    if any(name in given and given[name] is not None for name in files):  # of a recipe, the dataset is left out then
+        fields = {name: value for name, value in fields.items() if not name.startswith("dataset_")}
+    return TaskRequest(**fields)
 
 
 def calibration_request(source: str | None, **settings: Any) -> Calibration | None:

@@ -13,6 +13,7 @@ from .console import NO_BLOCKS, Console, short, size
 if TYPE_CHECKING:
     from ..checkpoint.report import Report
     from ..compress import Result
+    from ..finetune import Finetuned
     from ..job.prepare import Job
 
 # Shares of the parameters below which a data-free result is told from the dense model, and no longer useful:
@@ -171,6 +172,34 @@ def show_result(out: Console, result: Result) -> None:
         out.say("This very run had finished before: nothing was left to do.")
     where = short(result.output)
     out.say(f"[bold green]Done.[/] The result is in {where}. To load it:")
+    out.say(f'  import losparse_cli\n  model, tokenizer = losparse_cli.load("{where}")')
+
+
+def show_finetuned(out: Console, result: Finetuned) -> None:
+    """The summary after a training."""
+    report = result.report
+    out.data(
+        {"output": str(result.output), "seconds": result.seconds, "steps": result.steps, "scores": result.scores}
+        | report.totals()
+    )
+    table = Table(box=None, show_header=True, pad_edge=False)
+    for column in ("", "dense", "trained", "share"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("compressed layers", size(report.bytes_before), size(report.bytes_after), _share(report))
+    table.add_row("whole model", size(report.model_bytes_before), size(report.model_bytes_after),
+                  f"{report.model_bytes_after / max(1, report.model_bytes_before):.1%}")  # fmt: skip
+    table.add_row("parameters kept", f"{report.targeted_parameters:,}", f"{sum(x.kept for x in report.layers):,}",
+                  f"{report.kept_parameters:.1%}")  # fmt: skip
+    out.err.print(table)
+    if result.scores:
+        scores = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+        scores.add_column("score, as stored")
+        scores.add_column("", justify="right")
+        for name, value in result.scores.items():
+            scores.add_row(name, f"{value:.4f}")
+        out.table(scores)
+    where = short(result.output)
+    out.say(f"[bold green]Done[/] in {_minutes(result.seconds)}. The result is in {where}. To load it:")
     out.say(f'  import losparse_cli\n  model, tokenizer = losparse_cli.load("{where}")')
 
 

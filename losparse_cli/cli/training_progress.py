@@ -1,0 +1,82 @@
+"""What a person sees while a model trains."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from .console import Console
+
+if TYPE_CHECKING:
+    from ..job.finetuning import Training
+    from ..training.trainer import Step
+
+
+class TrainingProgress:
+    """One bar of steps with loss, share of S and score; a plain line every tenth where there is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars: Progress | None = None
+        self._task = TaskID(0)
+        self._main, self._said, self._smooth = "", -1, 0.0
+        if console.err.is_terminal and not console.quiet:
+            self._bars = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[note]}", style="dim"), console=console.err,
+            )  # fmt: skip
+
+    def start(self, training: Training) -> None:
+        """What is going to happen, in a few lines."""
+        self._main = training.task.main_score
+        plan, say = training.plan, self._console.say
+        weights = sum(p.layer.shape[0] * p.layer.shape[1] for p in plan.layers)
+        kept = sum(p.parameters for p in plan.layers)
+        low_rank = sum(p.rank * sum(p.layer.shape) for p in plan.layers)
+        pattern = plan.layers[0].pattern
+        say(f"Data     {len(training.features):,} examples" + (
+            f", {len(training.unseen):,} to score on" if training.unseen is not None else ""
+        ))  # fmt: skip
+        say(
+            f"Layers   {len(plan.layers)}, of which {kept / weights:.1%} is kept: {low_rank / weights:.1%} in U and V, "
+            f"{(kept - low_rank) / weights:.1%} in S ({pattern})"
+        )
+        schedule = training.pruner.schedule
+        if schedule is not None:
+            last = schedule.total - schedule.final_warmup
+            say(f"Pruning  from step {schedule.initial_warmup} to {last} of {schedule.total}")
+
+    def phase(self, text: str) -> None:
+        if self._bars is not None and self._bars.live.is_started:
+            self._bars.update(self._task, note=escape(text))
+        else:
+            self._console.say(f"[dim]{escape(text)}[/]")
+
+    def step(self, step: Step) -> None:
+        self._smooth = step.loss if self._said < 0 and not self._smooth else 0.9 * self._smooth + 0.1 * step.loss
+        score = step.scores.get(self._main)
+        note = f"loss {self._smooth:.3f}  S {step.remaining:.1%}" + (
+            "" if score is None else f"  {self._main} {score:.4g}"
+        )
+        if self._bars is not None:
+            if not self._bars.live.is_started:
+                self._bars.start()
+                self._task = self._bars.add_task("Training", total=step.total, completed=step.step, note=note)
+            self._bars.update(self._task, completed=step.step, note=note)
+        elif step.step * 10 // step.total > self._said:
+            self._said = step.step * 10 // step.total
+            self._console.say(f"step {step.step}/{step.total}  {note}")
+
+    def batch(self, done: int, total: int) -> None:
+        if self._bars is not None and self._bars.live.is_started:
+            self._bars.update(self._task, note=f"scoring {done:,} of {total:,}")
+
+    def __enter__(self) -> TrainingProgress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._bars is not None and self._bars.live.is_started:
+            self._bars.stop()

@@ -1,0 +1,215 @@
+"""Dense or compressed checkpoint -> one whose U, V and S were trained, S pruned on the way, by a task or a teacher."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .checkpoint.card import copy_companions
+from .checkpoint.config import write_config
+from .checkpoint.finish import close, versions
+from .checkpoint.journal import Journal
+from .checkpoint.output import check_output, publish, working_folder, write_errors
+from .checkpoint.report import LayerReport, Report
+from .checkpoint.source import read_json
+from .errors import OutputError, ResumeError, UsageError
+from .job.finetuning import Progress, Silent, Training, prepare_finetuning
+from .job.solve import encode_layer
+from .linalg.factors import Decomposition, LowRankSparse
+from .linalg.precision import fast_float32
+from .shim.layouts import LayerSpec
+from .tasks.request import TaskRequest
+from .training.conversion import finish, trained_layers
+
+STATES = "training"
+"""Sub-folder of a working folder that holds the states of a run under way."""
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """output: the finished folder. scores: of the model as it is written, {} without validation data."""
+
+    output: Path
+    report: Report
+    scores: dict[str, float]
+    steps: int
+    seconds: float
+
+
+def finetune(
+    source: str | Path,
+    output: Path | None = None,
+    *,
+    task: TaskRequest,
+    resume: str = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Finetuned:
+    """Train the model `source` on `task` into the folder `output`; options as in `prepare_finetuning`.
+
+    The result appears whole or not at all; a killed run goes on from the last state that it saved when called again,
+    as in `compress`. Raises as `prepare_finetuning`; TrainingError where the loss stops being a number, OutputError
+    and ResumeError if the result cannot be written.
+    """
+    training = prepare_finetuning(source, output, task=task, overwrite=overwrite, progress=progress, **options)
+    return run(training, resume=resume, overwrite=overwrite, progress=progress)
+
+
+def run(
+    training: Training, *, resume: str = "auto", overwrite: bool = False, progress: Progress | None = None
+) -> Finetuned:
+    """Carry out a prepared fine-tuning; see `finetune`. Of several processes the first alone writes the result."""
+    begun, told = time.monotonic(), progress or Silent()
+    if resume not in ("auto", "required", "never"):
+        raise UsageError(f"--resume is auto, required or never, not {resume!r}.")
+    check_output(training.output, overwrite=overwrite, source=training.source.folder)
+    with _working_folder(training, resume) as work:
+        _train(training, work, told)
+        report = Report((), {}, 0, 0, 0)
+        if is_main_process():
+            told.phase("Writing the result")
+            with write_errors(work):
+                report = _write(training, work, time.monotonic() - begun, told)
+                shutil.rmtree(work / STATES, ignore_errors=True)
+            publish(work, training.output)
+    scores = report.training.get("scores", {})
+    return Finetuned(training.output, report, scores, training.steps, time.monotonic() - begun)
+
+
+def is_main_process() -> bool:
+    """False in all but one of the processes that `torchrun` or `accelerate launch` starts."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+# --- the work ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _working_folder(training: Training, resume: str) -> Iterator[Path]:
+    """The folder in which the run grows; of several processes the first holds its lock."""
+    work = working_folder(training.output)
+    if not is_main_process():
+        yield work
+        return
+    if resume == "required" and not work.is_dir():
+        raise ResumeError(f"There is nothing to resume at {work}. Leave out --resume required to start anew.")
+    with write_errors(work):
+        work.mkdir(parents=True, exist_ok=True)
+        journal = Journal(work, training.fingerprint, required=resume == "required", discard=resume == "never")
+    try:
+        yield work
+    finally:
+        journal.close()
+
+
+def _train(training: Training, work: Path, told: Progress) -> None:
+    from safetensors import SafetensorError
+
+    from .training.trainer import FinetuneTrainer, last_state
+
+    exact = training.device.type == "cpu"
+    trainer = FinetuneTrainer(
+        training.model,
+        training.how,
+        training.pruner,
+        folder=work / STATES,
+        steps=training.steps,
+        device=training.device,
+        train=training.features,
+        collate=training.task.collator(training.tokenizer, training.model),
+        teacher=training.teacher,
+        score=None if training.unseen is None else lambda model: _score(training, model, told),
+        within=fast_float32 if exact else nullcontext,
+        on_step=told.step,
+    )
+    last = last_state(work / STATES)
+    told.phase("Training" if last is None else f"Training, from step {last[0]} on")
+    with write_errors(work):
+        try:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last[1]))
+        except (SafetensorError, RuntimeError) as error:
+            if "No space left" in str(error) or "PytorchStreamWriter" in str(error):
+                raise OutputError(
+                    f"The disk is full: the state of training could not be written to {work / STATES}. Free some space "
+                    "and repeat the command; it goes on from the last state."
+                ) from error
+            raise
+
+
+def _score(training: Training, model: nn.Module, told: Progress) -> dict[str, float]:
+    assert training.unseen is not None, "scored on validation data"
+    return training.task.score(
+        model, training.tokenizer, training.unseen, batch_size=training.how.eval_batch_size, device=training.device,
+        on_batch=told.batch,
+    )  # fmt: skip
+
+
+# --- after ------------------------------------------------------------------------------------------
+
+
+def _write(training: Training, work: Path, seconds: float, told: Progress) -> Report:
+    """The model with its parts as they are stored, and all that stands beside the weights."""
+    model, plans = training.model, {p.layer.name: p for p in training.plan.layers}
+    reports: list[LayerReport] = []
+    specs: dict[str, LayerSpec] = {}
+
+    def encode(name: str, factors: LowRankSparse) -> tuple[LayerSpec, dict[str, Tensor]]:
+        found = Decomposition(factors, (), 0.0, 0.0)
+        report, spec, tensors = encode_layer(plans[name], found, training.dtype)
+        reports.append(replace(report, weight_squared=None, residual_squared=None))
+        specs[name] = spec
+        return spec, tensors
+
+    before = sum(p.numel() for p in model.parameters()) - sum(
+        p.numel() for layer in trained_layers(model).values() for p in (layer.U, layer.V, layer.S) if p is not None
+    )
+    finish(model, training.dtype, encode)
+    scores = {} if training.unseen is None else _score(training, model, told)
+    model.hf_quantizer = None
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, name):
+            delattr(model.config, name)
+    vars(model).pop("save_pretrained", None)  # of compressed models: it would write its own account of the layers
+    copy_companions(training.source.folder, work)
+    model.save_pretrained(work, max_shard_size=training.max_shard_size)
+    training.tokenizer.save_pretrained(work)
+    write_config(work, read_json(work / "config.json"), specs, training.plan.skipped)
+    dense = sum(p.layer.shape[0] * p.layer.shape[1] for p in training.plan.layers)
+    report = Report(
+        layers=tuple(reports),
+        skipped=training.plan.skipped,
+        model_bytes_before=(before + dense) * training.dtype.itemsize,
+        model_bytes_after=sum(t.numel() * t.element_size() for t in _unique(model.state_dict())),
+        parameters=before + dense,
+        source={
+            "name": training.source.name,
+            "commit": training.source.commit,
+            "architecture": type(model).__name__,
+            "files": {},
+        },
+        recipe={"pattern": training.plan.layers[0].pattern},
+        versions=versions(),
+        training={
+            "objective": training.how.objective,
+            "task": training.task.name,
+            "steps": training.steps,
+            "seconds": round(seconds, 1),
+            "settings": training.how.to_dict(),
+            "scores": scores,
+        },
+    )
+    return close(work, report, training.source.folder, training.output.name)
+
+
+def _unique(state: dict[str, Tensor]) -> list[Tensor]:
+    """Tied weights once."""
+    return list({(t.data_ptr(), t.shape): t for t in state.values()}.values())

@@ -1,0 +1,287 @@
+"""Source, task and recipe -> Training: data read, model taken apart, sizes chosen; nothing is trained yet."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from ..budget.plan import Layer, LayerPlan, Plan, make_plan, plan_as_stored, plan_layer
+from ..budget.recipe import Recipe
+from ..checkpoint.finish import versions
+from ..checkpoint.output import check_output, output_path, parse_size
+from ..checkpoint.reader import FLOATING, TORCH_DTYPES
+from ..checkpoint.source import Checkpoint, open_checkpoint
+from ..checkpoint.writer import sha256
+from ..errors import MissingExtraError, UsageError
+from ..load import load
+from ..models.device import find_device
+from ..models.skeleton import Skeleton, choose, classify
+from ..shim.layouts import LayerSpec
+from ..tasks.request import TaskRequest
+from ..tasks.rows import read_rows
+from ..tasks.task import open_task
+from ..training.conversion import compressed_layers, start_compressed, start_dense, trained_layers
+from ..training.pruner import Pruner
+from ..training.request import Finetuning
+
+if TYPE_CHECKING:
+    from ..tasks.task import Features, Task
+    from ..training.trainer import Step
+
+DEFAULTS = {"keep_parameters": 0.2, "rank_ratio": 0.25, "pattern": "rows"}
+"""Of a dense model: the paper's 0.05 for U and V and 0.15 for S, which loses output neurons."""
+
+
+class Progress(Protocol):
+    """What a caller may watch."""
+
+    def phase(self, text: str) -> None: ...
+
+    def step(self, step: Step) -> None: ...
+
+    def batch(self, done: int, total: int) -> None: ...
+
+
+class Silent:
+    """A Progress that says nothing."""
+
+    def phase(self, text: str) -> None: ...
+
+    def step(self, step: Step) -> None: ...
+
+    def batch(self, done: int, total: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run that is ready to begin: everything is checked, and the model is in the form in which it is trained.
+
+    unseen: features of the validation data, None without any. sizes: entries of S that each layer of the plan keeps.
+    steps: of the optimizer. dtype: in which the result is stored. head: new parts of the model.
+    """
+
+    source: Checkpoint
+    output: Path
+    how: Finetuning
+    task: Task
+    model: Any
+    tokenizer: Any
+    teacher: nn.Module | None
+    features: Features
+    unseen: Features | None
+    plan: Plan
+    pruner: Pruner
+    steps: int
+    device: torch.device
+    dtype: torch.dtype
+    max_shard_size: str
+    fingerprint: dict[str, Any]
+
+
+def prepare_finetuning(
+    source: str | Path,
+    output: Path | None = None,
+    *,
+    task: TaskRequest,
+    how: Finetuning | None = None,
+    recipe: Recipe | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    trust_remote_code: bool = False,
+    max_shard_size: str = "5GB",
+    progress: Progress | None = None,
+) -> Training:
+    """Data, model and plan of a fine-tuning of `source`, a folder or Hub id, dense or compressed.
+
+    recipe: what is left at last; what it leaves open is taken from DEFAULTS for a dense model, and from what there is
+    for a compressed one. UsageError on a request that cannot be met, SourceError and CheckpointError on what cannot
+    be read, MissingExtraError without the packages that training needs.
+    """
+    import transformers
+
+    _require_packages()
+    how, told = how or Finetuning(), progress or Silent()
+    place = find_device(device)
+    parse_size(max_shard_size)  # an error now, not after hours; transformers reads the text itself
+    checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
+    output = output_path(output or f"{checkpoint.name.rpartition('/')[2]}-finetuned")
+    check_output(output, overwrite=overwrite, source=checkpoint.folder)
+    if checkpoint.quantization is not None and not checkpoint.is_compressed:
+        raise UsageError(f"{checkpoint.name} is quantized already. Start from the unquantized checkpoint.")
+    opened = open_task(task)
+    told.phase("Reading the data")
+    rows = read_rows(task, "train")
+    validation = read_rows(task, "validation") if task.validation_file or task.dataset_name else None
+    told.phase("Loading the model")
+    transformers.set_seed(how.seed)  # a head that the checkpoint lacks is drawn at random
+    options = {"trust_remote_code": True} if trust_remote_code else {}
+    model, tokenizer = load(
+        checkpoint.folder,
+        model_class=opened.auto_class,
+        dtype=torch.float32,
+        **options,
+        **_head(checkpoint, opened.config_changes(rows)),
+    )
+    if tokenizer is None:
+        raise UsageError(
+            f"{checkpoint.address} has no tokenizer. Copy the tokenizer files of the original model into its folder."
+        )
+    for part in (rows, validation):
+        if part is not None:
+            opened.check(part, model.config)
+    features = opened.prepare(rows, tokenizer, model.config, training=True)
+    unseen = None if validation is None else opened.prepare(validation, tokenizer, model.config, training=False)
+    dtype = _stored_dtype(checkpoint)
+    plan = _plan(model, checkpoint, recipe or Recipe(), dtype)
+    teacher = _teacher(checkpoint, how, opened, cache_dir, place, options)
+    told.phase("Taking the weights apart")
+    if checkpoint.is_compressed:
+        start_compressed(model)
+    else:
+        first = plan.layers[0]
+        ranks = {p.layer.name: p.rank for p in plan.layers}
+        start_dense(
+            model, ranks, pattern=first.pattern, low_rank_only=not any(p.nnz for p in plan.layers), seed=how.seed,
+            device=place,
+        )  # fmt: skip
+    layers = trained_layers(model)
+    steps = how.max_steps or _steps(how, len(features))
+    pruner = Pruner([layers[p.layer.name] for p in plan.layers], [p.nnz for p in plan.layers], how.pruning, steps)
+    return Training(
+        checkpoint, output, how, opened, model.to(place), tokenizer, teacher, features, unseen, plan, pruner, steps,
+        place, dtype, max_shard_size, _fingerprint(checkpoint, task, how, plan, place),
+    )  # fmt: skip
+
+
+def _require_packages() -> None:
+    if importlib.util.find_spec("accelerate") is None:
+        raise MissingExtraError("accelerate", "train", "Training")
+
+
+def _head(checkpoint: Checkpoint, changes: dict[str, Any]) -> dict[str, Any]:
+    """Of the changes to the config, those that the checkpoint does not settle itself, having a head already."""
+    architecture = str((checkpoint.config.get("architectures") or [""])[0])
+    if "num_labels" in changes and architecture.endswith("ForSequenceClassification"):
+        labels = checkpoint.config.get("id2label") or {0: "", 1: ""}
+        if len(labels) != changes["num_labels"]:
+            raise UsageError(
+                f"{checkpoint.address} classifies into {len(labels)} labels, and the training data has "
+                f"{changes['num_labels']}. Give a model without a head, or data with the same labels."
+            )
+        return {}
+    return changes
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """That of most of the checkpoint's floating-point elements."""
+    counts: dict[str, int] = {}
+    for entry in checkpoint.entries.values():
+        if entry.dtype in FLOATING:
+            counts[entry.dtype] = counts.get(entry.dtype, 0) + entry.elements
+    found = TORCH_DTYPES[max(counts, key=lambda dtype: counts[dtype])]
+    return found if found.itemsize <= 4 else torch.float32
+
+
+def _plan(model: nn.Module, checkpoint: Checkpoint, recipe: Recipe, dtype: torch.dtype) -> Plan:
+    """Rank of each layer, and the entries that its S keeps at last."""
+    linears, skipped = classify(model)
+    if not checkpoint.is_compressed:
+        chosen, skipped = choose(Skeleton(model, linears, skipped), recipe.targets, recipe.ignore)
+        layers = [_layer(linear.name, linear.shape, linear.transposed, dtype) for linear in chosen]
+        changes: dict[str, Any] = {k: v for k, v in DEFAULTS.items() if getattr(recipe, k) in (None, Recipe().pattern)}
+        if any(getattr(recipe, name) is not None for name in ("sparsity", "keep", "keep_parameters")):
+            changes.pop("keep_parameters", None)
+        if recipe.rank is not None or recipe.rank_ratio is not None:
+            changes.pop("rank_ratio", None)
+        return make_plan(layers, skipped, replace(recipe, **changes))
+    specs: dict[str, LayerSpec] = {name: layer.spec for name, layer in compressed_layers(model).items()}
+    layers = [_layer(name, spec.shape, spec.transposed, dtype) for name, spec in specs.items()]
+    present = plan_as_stored(layers, skipped, specs)
+    asked = [name for name in ("sparsity", "keep", "keep_parameters") if getattr(recipe, name) is not None]
+    if recipe.rank is not None or recipe.rank_ratio is not None or recipe.targets or recipe.ignore:
+        raise UsageError(
+            "Ranks and layers of a compressed model stay as they are: leave out --rank, --rank-ratio, --targets and "
+            "--ignore, or start from the dense model."
+        )
+    return Plan(tuple(_smaller(p, recipe) for p in present.layers), present.skipped) if asked else present
+
+
+def _smaller(present: LayerPlan, recipe: Recipe) -> LayerPlan:
+    """What `recipe` leaves of a compressed layer, whose rank and pattern stay."""
+    wanted = plan_layer(present.layer, replace(recipe, rank=present.rank, pattern=present.pattern))
+    if wanted.nnz > present.nnz:
+        raise UsageError(
+            f"{present.layer.name} has {present.nnz:,} entries in S now, and {wanted.nnz:,} are asked for: training a "
+            "compressed model can only prune. Ask for less, or start from the dense model."
+        )
+    return wanted
+
+
+def _layer(name: str, shape: tuple[int, int], transposed: bool, dtype: torch.dtype) -> Layer:
+    return Layer(name, f"{name}.weight", name, (shape[0], shape[1]), dtype.itemsize, transposed)
+
+
+def _teacher(
+    checkpoint: Checkpoint, how: Finetuning, task: Task, cache_dir: Path | None, device: torch.device,
+    options: dict[str, Any],
+) -> nn.Module | None:  # fmt: skip
+    """The model to learn from: the one named, or with --objective distill the dense form of the checkpoint."""
+    from ..training.trainer import chosen_precision
+
+    name, commit = how.teacher, None
+    if name is None and how.objective == "task":
+        return None
+    if name is None and not checkpoint.is_compressed:
+        name = str(checkpoint.folder)
+    if name is None:
+        origin = checkpoint.report().get("source", {})
+        name, commit = origin.get("name"), origin.get("commit")
+        if commit is None:
+            raise UsageError(f"{checkpoint.address} does not say where its dense model is. Give it with --teacher.")
+    found = open_checkpoint(name, revision=commit, cache_dir=cache_dir)
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(chosen_precision(how.precision, device))
+    model, _ = load(found.folder, model_class=task.auto_class, dtype=dtype or torch.float32, **options)
+    ours, theirs = (config.get("vocab_size") for config in (checkpoint.config, found.config))
+    if ours != theirs:
+        raise UsageError(
+            f"The teacher {found.address} has a vocabulary of {theirs}, {checkpoint.address} of {ours}. Give the dense "
+            "model that it was made from."
+        )
+    found_model: nn.Module = model
+    return found_model
+
+
+def _steps(how: Finetuning, examples: int) -> int:
+    each = how.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+    return max(1, math.ceil(math.ceil(examples / each) / how.gradient_accumulation_steps * how.epochs))
+
+
+def _fingerprint(
+    checkpoint: Checkpoint, task: TaskRequest, how: Finetuning, plan: Plan, device: torch.device
+) -> dict[str, Any]:
+    """What must be equal for a run to go on."""
+    files = {
+        name: sha256(Path(file).expanduser())
+        for name, file in (("train", task.train_file), ("validation", task.validation_file))
+        if file is not None
+    }
+    weights = {file.path.name: [file.path.stat().st_size, file.path.stat().st_mtime_ns] for file in checkpoint.files}
+    return versions() | {
+        "source": checkpoint.commit or weights,
+        "task": asdict(task),
+        "data": files,
+        "training": how.to_dict(),
+        "plan": [[p.layer.name, p.rank, p.nnz, p.pattern] for p in plan.layers],
+        "device": str(device),
+        "processes": os.environ.get("WORLD_SIZE", "1"),
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,96 @@
+"""Documents -> windows of tokens, of which each is predicted from those before it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..errors import UsageError
+from .columns import columns_of, texts
+from .rows import Rows
+from .task import Collate, Features, Progress, Task, passes, scoring
+from .tokens import check_vocabulary, chunks, length_of
+
+LENGTH = 1024  # tokens of a window, if nothing else is asked for and the model takes as many
+
+
+class CausalLM(Task):
+    """Documents, each with the special tokens that its tokenizer adds, one after another and cut into windows.
+
+    As in transformers' run_clm.py: windows have one length, they do not overlap, and what is left at the end is
+    dropped. Scores: perplexity (the main one, smaller is better), loss in nats a token.
+    """
+
+    name = "causal-lm"
+    main_score = "perplexity"
+    larger_is_better = False
+    scored_by = None
+
+    @property
+    def auto_class(self) -> Any:
+        import transformers
+
+        return transformers.AutoModelForCausalLM
+
+    def check(self, rows: Rows, config: Any) -> None:
+        """UsageError for a model with an encoder."""
+        if config.is_encoder_decoder:
+            raise UsageError(f"A {config.model_type} model has an encoder. Give another, or --task seq2seq.")
+
+    def prepare(self, rows: Rows, tokenizer: Any, config: Any, *, training: bool) -> Features:
+        """Items: windows; the row of one is that in which it begins."""
+        self.check(rows, config)
+        length = length_of(self.request.max_length, tokenizer, config, LENGTH)
+        column = columns_of(self.request, rows.columns, rows.name)["text_column"]
+        streams: list[np.ndarray[Any, Any]] = []
+        for part in chunks(list(texts(rows.rows, column, "text_column", rows.place))):
+            made = tokenizer(list(part), return_attention_mask=False, verbose=False)["input_ids"]
+            streams += (np.array(ids, dtype=np.int64) for ids in made)
+        ends = np.cumsum([len(ids) for ids in streams])
+        count = int(ends[-1]) // length
+        if not count:
+            raise UsageError(
+                f"{rows.name} has {ends[-1]} tokens, fewer than one window of {length}. Give more text, or lower "
+                "--max-length."
+            )
+        windows = torch.from_numpy(np.concatenate(streams)[: count * length]).view(count, length)
+        items = [{"input_ids": window, "labels": window} for window in windows]
+        check_vocabulary([{"input_ids": [int(windows.max())]}], config)
+        return Features(items, rows, np.searchsorted(ends, np.arange(count) * length, side="right").tolist())
+
+    def collator(self, tokenizer: Any, model: Any) -> Collate:
+        def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
+            ids = torch.stack([item["input_ids"] for item in items])
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+        return collate
+
+    def predict(
+        self, model: Any, tokenizer: Any, features: Features, *, batch_size: int, device: torch.device,
+        on_batch: Progress | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Mean loss of every window in nats a token, in order: (windows,), float64, on the CPU."""
+        found = torch.zeros(len(features), dtype=torch.float64)
+        with scoring(model):
+            for indices, batch in passes(
+                self, model, tokenizer, features, batch_size=batch_size, device=device, on_batch=on_batch,
+                without=["labels"],
+            ):  # fmt: skip
+                logits = model(**batch, use_cache=False).logits
+                for k, ids, rows in zip(indices, batch["input_ids"], logits, strict=True):
+                    # A window at a time: in float32 the logits of a large vocabulary are larger than the model's.
+                    found[k] = functional.cross_entropy(rows[:-1].float(), ids[1:], reduction="none").double().mean()
+        return found
+
+    def score(
+        self, model: Any, tokenizer: Any, features: Features, *, batch_size: int, device: torch.device,
+        on_batch: Progress | None = None,
+    ) -> dict[str, float]:  # fmt: skip
+        losses = self.predict(model, tokenizer, features, batch_size=batch_size, device=device, on_batch=on_batch)
+        loss = float(losses.mean())
+        return {"loss": loss, "perplexity": math.exp(loss) if not loss >= 700 else math.inf}

@@ -1,0 +1,92 @@
+"""A model's layers as they are stored <-> as they are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..linalg.factors import LowRankSparse
+from ..linalg.svd import balanced_factors, seed_of, truncated_svd
+from ..shim.layouts import LayerSpec
+from ..shim.linear import LowRankSparseLinear
+from .layers import TrainedLinear
+
+
+def compressed_layers(model: nn.Module) -> dict[str, Any]:
+    """Name -> LowRankSparseLinear, also of the class that a checkpoint brought along."""
+    name_of_class = LowRankSparseLinear.__name__
+    return {name: module for name, module in model.named_modules() if type(module).__name__ == name_of_class}
+
+
+def trained_layers(model: nn.Module) -> dict[str, TrainedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, TrainedLinear)}
+
+
+@torch.no_grad()
+def start_dense(
+    model: nn.Module,
+    ranks: Mapping[str, int],
+    *,
+    pattern: str,
+    low_rank_only: bool = False,
+    seed: int = 0,
+    device: torch.device,
+    on_layer: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Put U, V and S in the place of the linear layers named in `ranks`, which says how many columns U has.
+
+    U and V are the truncated SVD of W, and S is W − U V, all of it, so that nothing is lost (LoSparse, section 3.1);
+    with `low_rank_only` there is no S.
+    """
+    for name, rank in ranks.items():
+        dense = model.get_submodule(name)
+        transposed = type(dense).__name__ == "Conv1D"
+        weight: Tensor = dense.weight  # type: ignore[assignment]
+        stored = weight.detach()
+        W = (stored.T if transposed else stored).to(device).float().contiguous()
+        U, V = balanced_factors(*truncated_svd(W, rank, seed=seed_of(seed, name)))
+        R = torch.addmm(W, U, V, alpha=-1)
+        support = torch.full(W.shape, not low_rank_only, device=device)
+        factors = LowRankSparse(U, V, R[support], support)
+        bias: Tensor | None = dense.bias  # type: ignore[assignment]
+        trained = TrainedLinear(factors, bias, pattern=pattern, dense=not low_rank_only, transposed=transposed)
+        _put(model, name, trained.to(stored.device))
+        on_layer(name)
+
+
+@torch.no_grad()
+def start_compressed(model: nn.Module) -> None:
+    """Make the compressed layers trainable: S keeps its support, and can only shrink."""
+    for name, layer in compressed_layers(model).items():
+        m, n = layer.spec.shape
+        U, V = (torch.zeros(m, 0), torch.zeros(0, n)) if layer.U is None else (layer.U.detach(), layer.V.detach())
+        factors = LowRankSparse(U, V, layer.weight.detach(), layer.support())
+        spec = layer.spec
+        _put(model, name, TrainedLinear(factors, layer.bias, pattern=spec.pattern, dense=False,
+                                        transposed=spec.transposed))  # fmt: skip
+
+
+@torch.no_grad()
+def finish(
+    model: nn.Module, dtype: torch.dtype, encode: Callable[[str, LowRankSparse], tuple[LayerSpec, dict[str, Tensor]]]
+) -> None:
+    """Put a LowRankSparseLinear in the place of each trained layer, and everything into `dtype`.
+
+    encode: name and factors -> spec, and the tensors as stored.
+    """
+    for name, trained in trained_layers(model).items():
+        spec, tensors = encode(name, trained.factors(dtype))
+        layer = LowRankSparseLinear(spec, bias=trained.bias is not None, dtype=dtype)
+        if trained.bias is not None:
+            tensors = tensors | {"bias": trained.bias.detach().to(dtype)}
+        layer.load_state_dict(tensors)
+        _put(model, name, layer.to(trained.kept.device))
+    model.to(dtype)
+
+
+def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer.train(model.training))

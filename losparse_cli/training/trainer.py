@@ -1,0 +1,229 @@
+"""transformers' Trainer with three things added: distillation, pruning of S, and a stop where the loss is no number.
+
+Trainer brings mixed precision, gradient accumulation and checkpointing, several devices and FSDP through `torchrun` or
+`accelerate launch`, and resuming with every state there is; a loop of our own would be worse in all of these.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from ..errors import TrainingError
+from .distillation import distance
+from .pruner import Pruner
+from .request import Finetuning
+
+LABELS = ("labels", "start_positions", "end_positions")
+LAST_FILE = "trainer_state.json"
+"""Of a state that Trainer saves, the file that it writes last."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is known after an optimizer step. remaining: of S, over the weights. scores: of the last evaluation."""
+
+    step: int
+    total: int
+    epoch: float
+    loss: float
+    remaining: float
+    scores: dict[str, float]
+
+
+class _Pruning(transformers.TrainerCallback):  # type: ignore[misc]
+    def __init__(self, pruner: Pruner) -> None:
+        self._pruner = pruner
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._pruner.watch()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._pruner.prune(state.global_step + 1)
+
+
+class _Telling(transformers.TrainerCallback):  # type: ignore[misc]
+    def __init__(self, pruner: Pruner, hear: Callable[[Step], None]) -> None:
+        self._pruner, self._hear = pruner, hear
+        self.loss = 0.0
+        self.scores: dict[str, float] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        remaining = self._pruner.remaining()
+        self._hear(
+            Step(state.global_step, state.max_steps, state.epoch or 0.0, self.loss, remaining, dict(self.scores))
+        )
+
+
+class FinetuneTrainer(transformers.Trainer):  # type: ignore[misc]
+    """Trains a model whose targeted layers are TrainedLinear.
+
+    score: the task's scores of the model, called once an epoch and at the end. within: what forward passes run in.
+    TrainingError if the loss stops being a number.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        how: Finetuning,
+        pruner: Pruner,
+        *,
+        folder: Path,
+        steps: int,
+        device: torch.device,
+        train: Any,
+        collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
+        teacher: nn.Module | None = None,
+        score: Callable[[nn.Module], dict[str, float]] | None = None,
+        within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        on_step: Callable[[Step], None] = lambda step: None,
+    ) -> None:
+        precision = chosen_precision(how.precision, device)
+        settings = transformers.TrainingArguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=how.batch_size,
+            gradient_accumulation_steps=how.gradient_accumulation_steps,
+            learning_rate=how.learning_rate,
+            lr_scheduler_type=how.lr_scheduler,
+            warmup_steps=how.warmup_steps if how.warmup_steps < 1 else int(how.warmup_steps),
+            weight_decay=how.weight_decay,
+            max_grad_norm=how.max_grad_norm,
+            bf16=precision == "bfloat16",
+            fp16=precision == "float16",
+            seed=how.seed,
+            use_cpu=device.type == "cpu",
+            save_strategy="epoch" if how.save_steps is None else "steps",
+            save_steps=how.save_steps or 500,
+            save_total_limit=1,
+            eval_strategy="no" if score is None else "epoch",
+            logging_strategy="steps",
+            logging_steps=10,
+            disable_tqdm=True,
+            report_to="none",
+            remove_unused_columns=False,
+            dataloader_pin_memory=device.type == "cuda",
+            ddp_find_unused_parameters=False,
+            **_checkpointing(how.gradient_checkpointing),
+        )
+        self._telling = _Telling(pruner, on_step)
+        super().__init__(
+            model=model,
+            args=settings,
+            train_dataset=train,
+            eval_dataset=train if score is not None else None,  # evaluation is ours, but Trainer insists
+            data_collator=collate,
+            callbacks=[_Pruning(pruner), self._telling],
+        )
+        self.remove_callback(transformers.PrinterCallback)
+        self.loss_is_scaled_for_ga = False  # of newer versions
+        self.model_accepts_loss_kwargs = False  # a mean over the batch, which Trainer divides when it accumulates
+        self._how, self._teacher, self._score, self._within = how, teacher, score, within
+        if teacher is not None:
+            teacher.eval().requires_grad_(False).to(self.args.device)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        how, labels = self._how, {}
+        if how.objective == "distill":  # so that the task's loss is not computed in vain
+            labels = {name: inputs.pop(name) for name in LABELS if name in inputs}
+            if "labels" in labels and "decoder_input_ids" not in inputs and _is_encoder_decoder(model):
+                inner = self.accelerator.unwrap_model(model)
+                inputs["decoder_input_ids"] = inner.prepare_decoder_input_ids_from_labels(labels["labels"])
+        options = {"output_hidden_states": True} if how.hidden_weight and self._teacher is not None else {}
+        outputs = model(**inputs, **options)
+        loss = torch.zeros((), device=self.args.device) if how.objective == "distill" else outputs["loss"]
+        if self._teacher is not None:
+            given = {name: x for name, x in inputs.items() if name != "labels" or _is_encoder_decoder(model)}
+            with torch.no_grad():
+                goal = self._teacher(**given, **options)
+            loss = loss + distance(outputs, goal, inputs | labels, how)
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self._within():
+            loss: Tensor = super().training_step(*args, **kwargs)
+        value = float(loss) * self.args.gradient_accumulation_steps
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"The loss became {value} at step {self.state.global_step + 1}. {self._kept()} Start anew with a lower "
+                "--learning-rate, or with --precision float32."
+            )
+        self._telling.loss = value
+        return loss
+
+    def _kept(self) -> str:
+        last = last_state(Path(self.args.output_dir))
+        return f"The state of step {last[0]} is kept in {last[1]}." if last else "No state had been saved before."
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        assert self._score is not None, "evaluated only with scores"
+        with self._within():
+            found = self._score(self.accelerator.unwrap_model(self.model))
+        self._telling.scores = found
+        logged = {f"eval_{name}": value for name, value in found.items()}
+        self.log(dict(logged))
+        return logged
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """The state as it is in training; transformers' own way would write a model that its classes can load."""
+        if not self.args.should_save:
+            return
+        from safetensors.torch import save_model
+
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model)
+        bad = [name for name, value in model.named_parameters() if not bool(torch.isfinite(value).all())]
+        if bad:
+            raise TrainingError(
+                f"After step {self.state.global_step} {bad[0]} is not finite. {self._kept()} Start anew with a lower "
+                "--learning-rate, or with --precision float32."
+            )
+        save_model(model, str(folder / "model.safetensors"))
+
+
+def last_state(folder: Path) -> tuple[int, Path] | None:
+    """(step, folder) of the last state that was saved whole; None if there is none."""
+    found = [
+        (int(path.name.rpartition("-")[2]), path)
+        for path in folder.glob("checkpoint-*")
+        if path.name.rpartition("-")[2].isdigit() and (path / LAST_FILE).is_file()
+    ]
+    return max(found, default=None)
+
+
+def chosen_precision(asked: str, device: torch.device) -> str:
+    """What forward and backward passes compute in: where it is fast, auto is bfloat16."""
+    if asked != "auto":
+        return asked
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    fast = device.type == "cpu" and _has_bfloat16()
+    return "bfloat16" if fast else "float32"
+
+
+def _checkpointing(asked: bool) -> dict[str, bool]:
+    """transformers 5.2x renamed the setting."""
+    known = transformers.TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True} if asked else {}
+
+
+def _has_bfloat16() -> bool:
+    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(known is not None and known())
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    inner: Any = getattr(model, "module", model)
+    return bool(getattr(inner.config, "is_encoder_decoder", False))

@@ -1,0 +1,94 @@
+"""Documents in windows, and the loss per token."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import LENGTH, VOCABULARY, character_tokenizer, toy_model
+
+from losparse_cli.errors import UsageError
+from losparse_cli.tasks.task import open_task
+from tests.tasks.made import CPU, Says, request_of, rows_of
+
+TEXTS = ["abcdefghijklm", "", "nop", "qrstuvwxyz" * 3]
+
+
+def task_of(**options: Any) -> Any:
+    return open_task(request_of("causal-lm", **options))
+
+
+def features_of(task: Any, model: Any, training: bool = False) -> Any:
+    rows = rows_of(*({"text": text} for text in TEXTS))
+    return task.prepare(rows, character_tokenizer(), model.config, training=training)
+
+
+def test_documents_are_packed_and_the_tail_is_dropped() -> None:
+    features = features_of(task_of(max_length=10), toy_model("llama"))
+    tokenizer = character_tokenizer()
+    stream = "".join(f"<s>{text}" for text in TEXTS)
+    found = "".join(tokenizer.decode(item["input_ids"]) for item in features.items)
+    assert stream.startswith(found)
+    assert len(features) == 5  # of 14 + 1 + 4 + 31 tokens
+    assert [len(item["input_ids"]) for item in features.items] == [10] * 5
+    assert features.where == [0, 0, 3, 3, 3]  # the third begins with the last document's second token
+    assert tokenizer.decode(features[2]["input_ids"][:1]) == "q"
+
+
+def test_a_window_is_as_long_as_the_model_takes_at_most() -> None:
+    model = toy_model("llama")
+    features = features_of(task_of(), model)
+    assert [len(item["input_ids"]) for item in features.items] == [LENGTH]
+    with pytest.raises(UsageError) as raised:
+        features_of(task_of(max_length=LENGTH + 1), model)
+    assert str(raised.value) == (
+        "A llama model of 48 tokens at most cannot read --max-length 49. Give 48 or less, or leave it out."
+    )
+
+
+def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary() -> None:
+    model = Says(lambda ids, mask: SimpleNamespace(logits=torch.zeros(*ids.shape, VOCABULARY)))
+    task = task_of(max_length=10)
+    found = task.score(model, character_tokenizer(), features_of(task, model), batch_size=2, device=CPU)
+    assert found == pytest.approx({"loss": math.log(VOCABULARY), "perplexity": VOCABULARY})
+
+
+def test_a_hopeless_model_has_an_infinite_one() -> None:
+    def say(ids: Any, mask: Any) -> Any:
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(torch.zeros_like(ids), VOCABULARY) * 1e4)
+
+    model, task = Says(say), task_of(max_length=10)
+    found = task.score(model, character_tokenizer(), features_of(task, model), batch_size=2, device=CPU)
+    assert found == {"loss": 1e4, "perplexity": math.inf}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_loss_is_the_models_own(name: str) -> None:
+    model, tokenizer, task = toy_model(name), character_tokenizer(), task_of(max_length=10)
+    features = features_of(task, model, training=True)
+    batch = task.collator(tokenizer, model)(features.items)
+    assert {n: tuple(t.shape) for n, t in batch.items()} == {
+        "input_ids": (5, 10), "attention_mask": (5, 10), "labels": (5, 10)
+    }  # fmt: skip
+    losses = task.predict(model, tokenizer, features, batch_size=2, device=CPU)
+    with torch.no_grad():
+        assert losses.mean().item() == pytest.approx(model(**batch).loss.item(), abs=1e-5)
+        alone = [model(**task.collator(tokenizer, model)([item])).loss for item in features.items]
+    torch.testing.assert_close(losses.float(), torch.stack(alone), atol=1e-5, rtol=1e-5)
+
+
+def test_too_little_text_and_an_encoder_are_refused() -> None:
+    model = toy_model("llama")
+    with pytest.raises(UsageError) as raised:
+        task_of().prepare(rows_of({"text": "abc"}), character_tokenizer(), model.config, training=True)
+    assert str(raised.value) == (
+        "rows.jsonl has 4 tokens, fewer than one window of 48. Give more text, or lower --max-length."
+    )
+    with pytest.raises(UsageError) as raised:
+        task_of().check(rows_of({"text": "abc"}), toy_model("t5").config)
+    assert str(raised.value) == "A t5 model has an encoder. Give another, or --task seq2seq."
+    with pytest.raises(UsageError, match=r"holds a list, not text"):
+        task_of().prepare(rows_of({"text": ["a"]}), character_tokenizer(), model.config, training=True)

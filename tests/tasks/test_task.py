@@ -1,0 +1,93 @@
+"""What all tasks have in common: how they are opened, and how batches pass through a model."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from losparse_cli.errors import MissingExtraError
+from losparse_cli.tasks.request import TASKS
+from losparse_cli.tasks.task import open_task
+from tests.tasks.made import CPU, Says, encoder_tokenizer, request_of, rows_of
+
+
+@pytest.mark.parametrize(
+    ("task", "auto", "main", "larger"),
+    [
+        ("text-classification", "AutoModelForSequenceClassification", "accuracy", True),
+        ("question-answering", "AutoModelForQuestionAnswering", "f1", True),
+        ("summarization", "AutoModelForSeq2SeqLM", "rougeL", True),
+        ("seq2seq", "AutoModelForSeq2SeqLM", "rougeL", True),
+        ("causal-lm", "AutoModelForCausalLM", "perplexity", False),
+    ],
+)
+def test_a_task_names_its_class_and_its_score(task: str, auto: str, main: str, larger: bool) -> None:
+    opened = open_task(request_of(task))
+    assert opened.auto_class is getattr(transformers, auto)
+    assert (opened.name, opened.main_score, opened.larger_is_better) == (task, main, larger)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_missing_package_is_said_at_once(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    if task == "causal-lm":
+        assert open_task(request_of(task)).name == task
+        return
+    with pytest.raises(MissingExtraError, match=r"needs the package '\S+'\. Install it with: pip install 'losparse\["):
+        open_task(request_of(task))
+
+
+def test_scoring_leaves_modes_as_they_were_and_tells_how_far_it_is() -> None:
+    def say(ids: Any, mask: Any) -> Any:
+        return SimpleNamespace(logits=torch.stack((ids.sum(1), mask.sum(1)), 1).float())
+
+    task: Any = open_task(request_of("text-classification"))
+    model, tokenizer = Says(say).train(), encoder_tokenizer()
+    model.inner.eval()  # frozen in the midst of training
+    rows = rows_of(*({"text": "ab" * k, "label": k % 2} for k in (3, 1, 4, 2, 5)))
+    features = task.prepare(rows, tokenizer, model.config, training=False)
+    told: list[tuple[int, int]] = []
+    task.score(model, tokenizer, features, batch_size=2, device=CPU, on_batch=lambda *step: told.append(step))
+    assert told == [(2, 5), (4, 5), (5, 5)]
+    assert model.training
+    assert not model.inner.training
+    with pytest.raises(RuntimeError, match="broken"):
+        task.predict(Says(_fail).train(), tokenizer, features, batch_size=2, device=CPU)
+    assert not torch.is_inference_mode_enabled()
+
+
+def _fail(*_: Any) -> Any:
+    raise RuntimeError("broken")
+
+
+def test_the_callers_autocast_is_honoured() -> None:
+    seen = []
+
+    def say(ids: Any, mask: Any) -> Any:
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+        seen.append(product.dtype)
+        return SimpleNamespace(logits=product[:1].expand(len(ids), 2))
+
+    task: Any = open_task(request_of("text-classification"))
+    model, tokenizer = Says(say), encoder_tokenizer()
+    features = task.prepare(rows_of({"text": "a", "label": 1}), tokenizer, model.config, training=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = task.predict(model, tokenizer, features, batch_size=1, device=CPU)
+    assert (seen, logits.dtype) == ([torch.bfloat16], torch.float32)
+
+
+def test_features_serve_as_a_dataset() -> None:
+    task = open_task(request_of("text-classification"))
+    rows = rows_of({"text": "a", "label": 1}, {"text": "bc", "label": 0})
+    config = transformers.BertConfig(vocab_size=101)
+    features = task.prepare(rows, encoder_tokenizer(), config, training=True)
+    loader = torch.utils.data.DataLoader(features, batch_size=2, collate_fn=lambda items: items)
+    assert [item["labels"] for batch in loader for item in batch] == [1, 0]
+    assert set(features[0]) == {"input_ids", "token_type_ids", "attention_mask", "labels"}
+    assert (len(features), features.where) == (2, [0, 1])

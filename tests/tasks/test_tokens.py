@@ -1,0 +1,105 @@
+"""How long an input may be, and how batches are padded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import LENGTH, character_tokenizer, toy_model
+
+from losparse_cli.errors import UsageError
+from losparse_cli.tasks.tokens import check_vocabulary, length_of, pad, positions, settle_padding
+from tests.tasks.made import encoder_tokenizer
+
+
+def test_the_length_is_the_least_of_what_limits_it() -> None:
+    tokenizer, config = character_tokenizer(), transformers.BertConfig(max_position_embeddings=40)
+    assert length_of(None, tokenizer, config, 30) == 30
+    assert length_of(None, tokenizer, config, 50) == 40
+    tokenizer.model_max_length = 20
+    assert length_of(None, tokenizer, config, 30) == 20
+    assert length_of(20, tokenizer, config, 5) == 20
+    with pytest.raises(UsageError) as raised:
+        length_of(21, tokenizer, config, 30)
+    assert str(raised.value) == (
+        "A bert model of 20 tokens at most cannot read --max-length 21. Give 20 or less, or leave it out."
+    )
+
+
+def test_a_model_without_positions_has_no_limit() -> None:
+    tokenizer, config = character_tokenizer(), transformers.T5Config()
+    assert positions(config) is None
+    assert length_of(4000, tokenizer, config, 30) == 4000
+
+
+def test_roberta_counts_positions_from_its_padding() -> None:
+    config = transformers.RobertaConfig(
+        vocab_size=101, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        max_position_embeddings=20, pad_token_id=1,
+    )  # fmt: skip
+    limit = positions(config)
+    assert limit == 18
+    model = transformers.RobertaForSequenceClassification(config)
+    model(input_ids=torch.full((1, limit), 5))
+    with pytest.raises(Exception, match=r"index|size"):
+        model(input_ids=torch.full((1, limit + 1), 5))
+
+
+@pytest.mark.parametrize(("known", "token"), [(None, "</s>"), (3, "<unk>")])
+def test_a_tokenizer_without_padding_is_given_one(known: int | None, token: str) -> None:
+    tokenizer = character_tokenizer()
+    tokenizer.pad_token = None
+    config = transformers.LlamaConfig(pad_token_id=known)
+    settle_padding(tokenizer, config)
+    assert tokenizer.pad_token == token
+    assert config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_the_config_pads_as_the_tokenizer_does() -> None:
+    config = transformers.LlamaConfig(pad_token_id=5)
+    settle_padding(character_tokenizer(), config)
+    assert config.pad_token_id == 0
+
+
+def test_a_tokenizer_with_nothing_to_pad_with_is_refused() -> None:
+    tokenizer = character_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = tokenizer.unk_token = None
+    with pytest.raises(UsageError) as raised:
+        settle_padding(tokenizer, transformers.LlamaConfig())
+    assert str(raised.value) == (
+        "The tokenizer has neither a padding token nor an end token. Add pad_token to its tokenizer_config.json."
+    )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("model", "segments"), [("bert", True), ("llama", False)])
+def test_batches_are_padded_on_the_right(side: str, model: str, segments: bool, capsys: Any) -> None:
+    tokenizer = encoder_tokenizer(side)
+    items = [{**tokenizer("a", "b"), "labels": 1}, {**tokenizer("a", "bc"), "labels": 0}]
+    batch = pad(tokenizer, toy_model(model), items, leave=["labels"])
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
+    assert batch["input_ids"][0].tolist() == [*items[0]["input_ids"], 0]
+    assert ("token_type_ids" in batch) == segments
+    assert not segments or batch["token_type_ids"].tolist() == [[0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1]]
+    assert set(batch) <= {"input_ids", "attention_mask", "token_type_ids"}
+    assert "padding" not in capsys.readouterr().err
+
+
+def test_a_model_with_one_kind_of_segment_is_given_none() -> None:
+    tokenizer = encoder_tokenizer()
+    model = toy_model("bert", type_vocab_size=1)
+    batch = pad(tokenizer, model, [dict(tokenizer("a", "b"))], leave=[])
+    model(**batch)
+    assert "token_type_ids" not in batch
+
+
+def test_a_token_that_the_model_lacks_is_refused() -> None:
+    config = transformers.BertConfig(vocab_size=LENGTH)
+    check_vocabulary([{"input_ids": [LENGTH - 1]}, {"input_ids": []}], config)
+    with pytest.raises(UsageError) as raised:
+        check_vocabulary([{"input_ids": [1, LENGTH]}], config)
+    assert str(raised.value) == (
+        "The tokenizer yields token 48, and the model knows 48. Give a checkpoint with its own tokenizer."
+    )
