@@ -122,7 +122,7 @@ class QuestionAnswering(Task):
             features.items, features.where, features.offsets, logits, strict=True
         ):
             first = null_position(item["input_ids"], tokenizer)
-            none[row] = max(none[row], float(start[first] + end[first]))
+            none[row] = min(none[row], float(start[first] + end[first]))
             span = best_span(start, end, offsets, self.request.n_best, self.request.max_answer_length)
             if span is not None and span.score > best[row][1]:
                 best[row] = contexts[row][span.begin : span.end].strip(), span.score

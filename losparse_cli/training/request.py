@@ -21,7 +21,8 @@ class Finetuning:
     or Hub id of the dense model, None without one, or for that which the report of a compressed checkpoint names.
     temperature: T of the softened logits. distill_weight: α of α T² KL(teacher ‖ model). hidden_weight: of the mean
     squared distance of hidden states. max_steps: optimizer steps, in place of epochs. batch_size: examples of one
-    forward pass on one device; times gradient_accumulation_steps and devices, those of a step. warmup_steps: in
+    forward pass on one device; times gradient_accumulation_steps and devices, those of a step. group_by_length: batches of
+    like length, which saves padding. warmup_steps: in
     which the learning rate rises, a share of all steps below 1. save_steps: None for once an epoch.
     """
 
@@ -37,6 +38,7 @@ class Finetuning:
     eval_batch_size: int = 32
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
+    group_by_length: bool = False
     warmup_steps: float = 0.1
     lr_scheduler: str = "linear"
     weight_decay: float = 0.0

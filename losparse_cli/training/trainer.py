@@ -112,7 +112,7 @@ class FinetuneTrainer(transformers.Trainer):  # type: ignore[misc]
             remove_unused_columns=False,
             dataloader_pin_memory=device.type == "cuda",
             ddp_find_unused_parameters=False,
-            **_checkpointing(how.gradient_checkpointing),
+            **_renamed(how),
         )
         self._telling = _Telling(pruner, on_step)
         super().__init__(
@@ -212,11 +212,16 @@ def chosen_precision(asked: str, device: torch.device) -> str:
     return "bfloat16" if fast else "float32"
 
 
-def _checkpointing(asked: bool) -> dict[str, bool]:
-    """transformers 5.2x renamed the setting."""
+def _renamed(how: Finetuning) -> dict[str, Any]:
+    """Settings that have other names in older versions of transformers."""
     known = transformers.TrainingArguments.__dataclass_fields__
-    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    return {name: True} if asked else {}
+    found: dict[str, Any] = {}
+    if how.gradient_checkpointing:
+        found["activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"] = True
+    if how.group_by_length:
+        newer = "train_sampling_strategy" in known
+        found |= {"train_sampling_strategy": "group_by_length"} if newer else {"group_by_length": True}
+    return found
 
 
 def _has_bfloat16() -> bool:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from . import calibrated, kernels, kernels_gpu, quality, sizes, speed, streaming
+from . import calibrated, kernels, kernels_gpu, quality, sizes, speed, streaming, training
+from .results import Options
 
 BENCHMARKS = {
     "startup": streaming.startup,
@@ -32,6 +33,7 @@ LONG = {
     "quantization": calibrated.quantization,
     "embedding": calibrated.embedding,
     "picture": calibrated.picture,
+    "polarity": training.polarity,
 }
 
 
@@ -42,7 +44,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="layer-errors: every n-th block")
     parser.add_argument("--results", type=Path, help="file that results are appended to, and tables are made from")
     given = parser.parse_intermixed_args()
-    options = calibrated.Options(given.small, given.every, given.results)
+    options = Options(given.small, given.every, given.results)
     chosen: list[tuple[str, list[str]]] = []
     for word in given.names or list(BENCHMARKS):
         if word in BENCHMARKS or word in LONG:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
-import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +20,7 @@ from losparse_cli.budget.recipe import Recipe
 from losparse_cli.calibration.moments import gather_moments
 from losparse_cli.calibration.text import Calibration, read_windows, settle
 from losparse_cli.compress import run
-from losparse_cli.demo import encyclopedia_text, minilm, news_text, smollm2
+from losparse_cli.demo import encyclopedia_text, minilm, smollm2
 from losparse_cli.evaluate import evaluate
 from losparse_cli.export import export
 from losparse_cli.job.assembly import Assembly
@@ -40,8 +36,8 @@ from losparse_cli.models.skeleton import empty_model
 from losparse_cli.training.reconstruction import Refinement
 
 from .peers import PEERS, peer, quantize
+from .results import LENGTH, Options, add_result, results_of
 
-LENGTH = 512  # tokens of a window, of calibration and of measuring
 RANK_RATIO = 0.2  # of every method, so that all keep the same
 HALF = Recipe(keep_parameters=0.5, rank_ratio=RANK_RATIO)
 UNSTRUCTURED = Pattern("unstructured")
@@ -59,83 +55,9 @@ QUANTIZED = {"int8": (8, 0), "int4": (4, 0), "int4, groups of 64": (4, 64), "int
 EMBEDDINGS = ("oats", "admm", "admm+blocks")
 
 
-@dataclass(frozen=True)
-class Options:
-    """small: two blocks, few tokens and windows, to see that everything works. every: n-th block for layer errors.
-
-    results: file that every result is appended to.
-    """
-
-    small: bool = False
-    every: int = 1
-    results: Path | None = None
-
-    @cached_property
-    def folder(self) -> Path:
-        named = os.environ.get("LOSPARSE_BENCH_DIR")
-        folder = Path(named) if named else Path(tempfile.gettempdir()) / f"losparse-bench-{os.getpid()}"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
-    @property
-    def file(self) -> Path:
-        return self.results or self.folder / "tests-benchmarks-calibrated.jsonl"
-
-    @property
-    def windows(self) -> int:
-        return 4 if self.small else 32
-
-    @cached_property
-    def texts(self) -> dict[str, str]:
-        """Name -> text to measure on."""
-        return {"encyclopedia": _spread(encyclopedia_text()[1], 2 * self.windows), "news": news_text()}
-
-    def calibration(self, source: str = "") -> Calibration:
-        """The encyclopedia's own part for it, or another source."""
-        return Calibration(source or self._written("calibration.txt", 0), 4096 if self.small else 65536, LENGTH)
-
-    def held_out(self) -> Calibration:
-        return Calibration(self._written("held-out.txt", 1), 4096 if self.small else 16384, LENGTH)
-
-    def _written(self, name: str, part: int) -> str:
-        path = self.folder / name
-        if not path.is_file():
-            path.write_text(encyclopedia_text()[part], encoding="utf-8")
-        return str(path)
-
-    def targets(self, glob: str = "model.layers.[01].*") -> dict[str, Any]:
-        return {"targets": (glob,)} if self.small else {}
-
-
-def _spread(text: str, pieces: int, characters: int = 2000) -> str:
-    """Paragraphs from evenly spaced places, so that the first windows come from more than a few articles."""
-    found = []
-    for k in range(pieces):
-        begin = text.find("\n\n", k * len(text) // pieces) + 2
-        found.append(text[begin : text.rfind(" ", begin, begin + characters)])
-    return "\n\n".join(found)
-
-
-# --- results ----------------------------------------------------------------------------------------
-
-
-def _keep(options: Options, bench: str, row: str, found: dict[str, Any]) -> None:
-    line = {"bench": bench, "row": row, "small": options.small, "threads": torch.get_num_threads()} | found
-    with options.file.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def _kept(options: Options, bench: str) -> dict[str, dict[str, Any]]:
-    """Row -> its last result."""
-    if not options.file.is_file():
-        return {}
-    lines = map(json.loads, options.file.read_text(encoding="utf-8").splitlines())
-    return {line["row"]: line for line in lines if line["bench"] == bench and line["small"] == options.small}
-
-
 def _each(options: Options, bench: str, named: Sequence[str], known: Iterable[str]) -> list[str]:
     """The rows to run: those named; otherwise all that have no result yet."""
-    return list(named) or [row for row in known if row not in _kept(options, bench)]
+    return list(named) or [row for row in known if row not in results_of(options, bench)]
 
 
 def _measured(options: Options, folder: Path, dense: Path | None) -> dict[str, Any]:
@@ -178,9 +100,9 @@ def _compressed(
 def calibrated(options: Options, rows: Sequence[str] = ()) -> None:
     """SmolLM2 compressed in every way of ROWS, or those named, measured on two texts against dense."""
     for row in _each(options, "calibrated", rows, ROWS):
-        _keep(options, "calibrated", row, _row(options, row))
+        add_result(options, "calibrated", row, _row(options, row))
         print(f"{row}: done", flush=True)
-    _print_table(options, list(_kept(options, "calibrated").values()))
+    _print_table(options, list(results_of(options, "calibrated").values()))
 
 
 def _row(options: Options, row: str) -> dict[str, Any]:
@@ -267,9 +189,9 @@ def quantization(options: Options, rows: Sequence[str] = ()) -> None:
         shutil.rmtree(folder)
         figures = {"seconds": seconds, "layer_bytes": nbytes, "texts": texts}
         figures["dense_layer_bytes"] = sum(p.layer.dense_bytes for p in layers)
-        _keep(options, "quantization", row, figures)
+        add_result(options, "quantization", row, figures)
         print(f"{row}: done", flush=True)
-    _print_table(options, list(_kept(options, "quantization").values()))
+    _print_table(options, list(results_of(options, "quantization").values()))
 
 
 def embedding(options: Options, rows: Sequence[str] = ()) -> None:
@@ -289,11 +211,11 @@ def embedding(options: Options, rows: Sequence[str] = ()) -> None:
             folder, figures = _compressed(*given)
         found = evaluate(folder, text, against=dense, windows=count, dtype="float32").to_dict()
         shutil.rmtree(folder)
-        _keep(options, "embedding", row, figures | {"cosine": found["cosine"]})
+        add_result(options, "embedding", row, figures | {"cosine": found["cosine"]})
         print(f"{row}: done", flush=True)
     print(f"all-MiniLM-L6-v2, {count} held-out sentences, kept parameters 50 %\n")
     print("| method | bytes | seconds | cosine to dense | 1 - cosine, of OATS's |\n|---|---|---|---|---|")
-    kept = _kept(options, "embedding")
+    kept = results_of(options, "embedding")
     for row, line in kept.items():
         cosine, other = line["cosine"], kept.get("oats")
         ratio = f"{(1 - cosine['value']) / (1 - other['cosine']['value']):.2f}" if other else "–"
@@ -362,13 +284,13 @@ def layer_errors(options: Options, methods: Sequence[str] = ()) -> None:
                                 H = unseen[one.layers]
                                 error = output_squared(W - found.factors.dense(), H) / output_squared(W, H)
                                 row = f"{label} | {method} | {full.name}"
-                                _keep(options, "layer-errors", row, {"error": error, "seconds": seconds})
+                                add_result(options, "layer-errors", row, {"error": error, "seconds": seconds})
                 print(f"{name}: done", flush=True)
             with torch.no_grad():
                 for call in calls:
                     call.output = run_block(block, call)
             assembly.drop(parameters)
-    _print_errors(_kept(options, "layer-errors"))
+    _print_errors(results_of(options, "layer-errors"))
 
 
 def _print_errors(kept: dict[str, dict[str, Any]]) -> None:
@@ -416,7 +338,7 @@ def picture(options: Options, arguments: Sequence[str] = ()) -> None:
     figure, axes = plt.subplots(figsize=(7.2, 4.6))
     floor, title = 1e-3, "encyclopedia"
     for label, bench, chosen, colour, marker in SERIES:
-        lines = [line for row, line in _kept(options, bench).items() if chosen(row) and row != "dense"]
+        lines = [line for row, line in results_of(options, bench).items() if chosen(row) and row != "dense"]
         points = sorted(
             (
                 100 * line["layer_bytes"] / line["dense_layer_bytes"],

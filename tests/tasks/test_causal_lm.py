@@ -38,6 +38,12 @@ def test_documents_are_packed_and_the_tail_is_dropped() -> None:
     assert tokenizer.decode(features[2]["input_ids"][:1]) == "q"
 
 
+def test_a_window_that_begins_with_a_document_is_of_that_row() -> None:
+    rows = rows_of(*({"text": "abcdefghi"} for _ in range(3)))
+    features = task_of(max_length=10).prepare(rows, character_tokenizer(), toy_model("llama").config, training=True)
+    assert features.where == [0, 1, 2]
+
+
 def test_a_window_is_as_long_as_the_model_takes_at_most() -> None:
     model = toy_model("llama")
     features = features_of(task_of(), model)

