@@ -24,6 +24,9 @@ DEFAULT_KEEP, CALIBRATED_KEEP = 0.85, 0.6
 CALIBRATED_RANK_RATIO = 0.2
 DEFAULT_ITERATIONS = {"magnitude": 4, "oats": 80, "admm": 120}
 """Solver -> passes over one weight."""
+MANY_KEPT, MANY_ITERATIONS = 0.4, 240
+"""Share kept from which ADMM is still far from its end after the passes above (docs/performance.md), and how many it
+then gets."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class Recipe:
         solver = self.solver or ("admm" if calibrated else "magnitude")
         changes: dict[str, Any] = {
             "solver": solver,
-            "iterations": self.iterations or DEFAULT_ITERATIONS[solver],
+            "iterations": self.iterations or self._passes(solver, calibrated),
             "threshold_scope": self.threshold_scope or ("row" if calibrated else "matrix"),
         }
         fixed = ":" in self.pattern
@@ -112,6 +115,12 @@ class Recipe:
         if self.rank is None and self.rank_ratio is None and self.sparsity is None and not fixed:
             changes["rank_ratio"] = CALIBRATED_RANK_RATIO if calibrated else 0.0
         return replace(self, **changes)
+
+    def _passes(self, solver: str, calibrated: bool) -> int:
+        shares = (self.keep, self.keep_parameters, None if self.sparsity is None else 1 - self.sparsity)
+        default = CALIBRATED_KEEP if calibrated else DEFAULT_KEEP
+        share = next((share for share in shares if share is not None), default)
+        return MANY_ITERATIONS if solver == "admm" and share >= MANY_KEPT else DEFAULT_ITERATIONS[solver]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, complete: defaults included."""

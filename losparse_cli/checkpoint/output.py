@@ -15,6 +15,7 @@ from .journal import FILE as JOURNAL
 
 ALLOCATION = "losparse_allocation.json"  # what --allocate error decided; of a run under way
 GENERATED = "losparse_generated.safetensors"  # text that the model wrote for its own calibration; of a run under way
+STATES = "training"  # folder of the states that a fine-tuning saves; of a run under way
 
 
 @contextmanager
@@ -97,10 +98,11 @@ def publish(work: Path, output: Path) -> None:
 
 
 def clear_away(output: Path) -> None:
-    """Remove what a published result no longer needs: text, the journal, and the folder that it replaced."""
+    """Remove what a published result no longer needs: text, states, the journal, and the folder that it replaced."""
     with write_errors(output):
         for name in (GENERATED, ALLOCATION):
             (output / name).unlink(missing_ok=True)
+        shutil.rmtree(output / STATES, ignore_errors=True)
         (output / JOURNAL).unlink(missing_ok=True)
         shutil.rmtree(_replaced(output), ignore_errors=True)  # another process may be at it, too
 

@@ -73,7 +73,7 @@ def start_compressed(model: nn.Module) -> None:
 def finish(
     model: nn.Module, dtype: torch.dtype, encode: Callable[[str, LowRankSparse], tuple[LayerSpec, dict[str, Tensor]]]
 ) -> None:
-    """Put a LowRankSparseLinear in the place of each trained layer, and everything into `dtype`.
+    """Put a LowRankSparseLinear in the place of each trained layer, and everything that is stored into `dtype`.
 
     encode: name and factors -> spec, and the tensors as stored.
     """
@@ -84,7 +84,13 @@ def finish(
             tensors = tensors | {"bias": trained.bias.detach().to(dtype)}
         layer.load_state_dict(tensors)
         _put(model, name, layer.to(trained.kept.device))
-    model.to(dtype)
+    # Not model.to(dtype): what is made when a model is loaded, such as rotary frequencies, is float32 there.
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                setattr(module, name, buffer.to(dtype))
 
 
 def _put(model: nn.Module, name: str, layer: nn.Module) -> None:

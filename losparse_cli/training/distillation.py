@@ -67,7 +67,7 @@ class _SoftDivergence(torch.autograd.Function):
         for s, t, g in zip(*(torch.split(x, rows) for x in (logits, goal, gradient)), strict=True):
             log_p, log_q = ((x.float() / temperature).log_softmax(-1) for x in (t, s))
             p = log_p.exp()
-            total += (p * (log_p - log_q)).sum()
+            total += torch.where(p > 0, p * (log_p - log_q), 0).sum()  # what both rule out is at −∞ in both
             g.copy_((log_q.exp() - p) * temperature)
         ctx.save_for_backward(gradient)
         ctx.rows = max(1, len(logits))

@@ -73,7 +73,10 @@ class Pruner:
 
     @torch.no_grad()
     def watch(self) -> None:
-        """Add the importance that the gradients now in place speak of; before the optimizer's step."""
+        """Add the importance that the gradients now in place speak of; before the optimizer's step.
+
+        Gradients that are not finite add nothing: in float16 the optimizer skips such a step.
+        """
         layers = [layer for layer in self.layers if layer.S is not None and layer.S.grad is not None]
         if self.schedule is None or not layers:
             return
@@ -87,6 +90,8 @@ class Pruner:
             else:
                 torch._foreach_neg_(scores)
         means = [layer.mean_of_units(_whole(score)) for layer, score in zip(layers, scores, strict=True)]
+        if not bool(torch.stack([mean.sum() for mean in means]).isfinite().all()):
+            return
         torch._foreach_add_([layer.window for layer in layers], means)
         torch._foreach_add_([layer.steps for layer in layers], 1)
 
