@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: help install install-demo install-dev demo test lint docs bench bench-quality build clean
+.PHONY: help install install-demo install-dev demo test lint docs bench bench-quality bench-training build clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 15
@@ -54,6 +54,9 @@ bench: $(VENV)/.dev  ## Run the benchmarks behind docs/performance.md
 bench-quality: $(VENV)/.dev  ## Measure calibrated compression beside other methods (hours)
 	$(PIP) --editable '.[bench]'
 	$(BIN)/python -m tests.benchmarks layer-errors calibrated quantization embedding picture --every 5
+
+bench-training: $(VENV)/.dev  ## Measure what training recovers (hours)
+	$(BIN)/python -m tests.benchmarks training-speed polarity stages
 
 build: $(VENV)/.dev  ## Build the wheel and the source distribution into dist/
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

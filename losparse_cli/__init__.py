@@ -23,6 +23,10 @@ _HOMES = {
     "Calibration": ".calibration.request",
     "Refinement": ".training.reconstruction",
     "refine": ".refine",
+    "finetune": ".finetune",
+    "Finetuning": ".training.request",
+    "Pruning": ".training.pruner",
+    "TaskRequest": ".tasks.request",
     "evaluate": ".evaluate",
     "export": ".export",
     "inspect": ".inspection",
@@ -35,14 +39,18 @@ _HOMES = {
 
 __all__ = [
     "Calibration",
+    "Finetuning",
     "LosparseError",
+    "Pruning",
     "Recipe",
     "Refinement",
+    "TaskRequest",
     "__version__",
     "bench",
     "compress",
     "evaluate",
     "export",
+    "finetune",
     "inspect",
     "load",
     "push",
@@ -59,11 +67,15 @@ if TYPE_CHECKING:
     from .errors import LosparseError
     from .evaluate import evaluate
     from .export import export
+    from .finetune import finetune
     from .inspection import inspect
     from .load import load, register
     from .push import push
     from .refine import refine
+    from .tasks.request import TaskRequest
+    from .training.pruner import Pruning
     from .training.reconstruction import Refinement
+    from .training.request import Finetuning
     from .verify import verify
 
 

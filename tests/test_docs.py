@@ -251,6 +251,7 @@ def test_sizes_in_method() -> None:
 
 def test_defaults_in_the_text() -> None:
     from losparse_cli.budget.recipe import CALIBRATED_KEEP, CALIBRATED_RANK_RATIO, DEFAULT_ITERATIONS, DEFAULT_KEEP
+    from losparse_cli.budget.recipe import MANY_ITERATIONS, MANY_KEPT
     from losparse_cli.job.allocation import COARSE_STEPS
     from losparse_cli.linalg import admm
 
@@ -261,8 +262,10 @@ def test_defaults_in_the_text() -> None:
     assert CALIBRATED_RANK_RATIO == 1 / 5
     assert f"κ = {CALIBRATED_RANK_RATIO} under a budget" in words("method.md")
     assert f"The default is {DEFAULT_ITERATIONS['magnitude']} passes without data." in read("method.md")
+    many = {"admm": f", and {MANY_ITERATIONS} where {MANY_KEPT} or more is kept"}
     for solver, passes in DEFAULT_ITERATIONS.items():
-        assert re.search(rf"^\| `{solver}` \|.*\| {passes} \|$", read("method.md"), re.MULTILINE), solver
+        row = rf"^\| `{solver}` \|.*\| {passes}{many.get(solver, '')} \|$"
+        assert re.search(row, read("method.md"), re.MULTILINE), solver
     assert f"λ = {admm.DAMPING:.0%}".replace("%", " %") in read("method.md")
     assert f"polish, {admm.POLISH_ROUNDS} rounds:        S by {admm.POLISH_STEPS} steps" in read("method.md")
     assert f"ρ = {admm.RHO_START}" in read("method.md")

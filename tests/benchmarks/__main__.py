@@ -34,6 +34,8 @@ LONG = {
     "embedding": calibrated.embedding,
     "picture": calibrated.picture,
     "polarity": training.polarity,
+    "stages": training.stages,
+    "training-speed": training.training_speed,
 }
 
 

@@ -36,7 +36,7 @@ from losparse_cli.models.skeleton import empty_model
 from losparse_cli.training.reconstruction import Refinement
 
 from .peers import PEERS, peer, quantize
-from .results import LENGTH, Options, add_result, results_of
+from .results import LENGTH, Options, add_result, measured, results_of
 
 RANK_RATIO = 0.2  # of every method, so that all keep the same
 HALF = Recipe(keep_parameters=0.5, rank_ratio=RANK_RATIO)
@@ -58,14 +58,6 @@ EMBEDDINGS = ("oats", "admm", "admm+blocks")
 def _each(options: Options, bench: str, named: Sequence[str], known: Iterable[str]) -> list[str]:
     """The rows to run: those named; otherwise all that have no result yet."""
     return list(named) or [row for row in known if row not in results_of(options, bench)]
-
-
-def _measured(options: Options, folder: Path, dense: Path | None) -> dict[str, Any]:
-    """Text -> figures; in float32, so that the arithmetic adds nothing to what is measured."""
-    return {
-        name: evaluate(folder, text, against=dense, length=LENGTH, windows=options.windows, dtype="float32").to_dict()
-        for name, text in options.texts.items()
-    }
 
 
 def _compressed(
@@ -108,7 +100,7 @@ def calibrated(options: Options, rows: Sequence[str] = ()) -> None:
 def _row(options: Options, row: str) -> dict[str, Any]:
     dense = smollm2()
     if row == "dense":
-        return {"texts": _measured(options, dense, None)}
+        return {"texts": measured(options, dense, None)}
     method, _, size = row.partition("@")
     method, *extras = method.split("+")
     if method not in (*PEERS, "admm", "admm-matrix", "oats-fast", "self", "keep") or set(extras) - {"blocks", "error"}:
@@ -134,7 +126,7 @@ def _row(options: Options, row: str) -> dict[str, Any]:
     else:
         folder, figures = _compressed(options, row, dense, recipe, calibration, refinement)
     begun = time.monotonic()
-    texts = _measured(options, folder, dense)
+    texts = measured(options, folder, dense)
     shutil.rmtree(folder)
     return figures | {"texts": texts, "measuring_seconds": time.monotonic() - begun}
 
@@ -185,7 +177,7 @@ def quantization(options: Options, rows: Sequence[str] = ()) -> None:
         folder = options.folder / "quantized"
         model.save_pretrained(folder)  # in float32: rounding once more would be unfair to 8 bits
         tokenizer.save_pretrained(folder)
-        texts = _measured(options, folder, dense)
+        texts = measured(options, folder, dense)
         shutil.rmtree(folder)
         figures = {"seconds": seconds, "layer_bytes": nbytes, "texts": texts}
         figures["dense_layer_bytes"] = sum(p.layer.dense_bytes for p in layers)

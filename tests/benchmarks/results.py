@@ -14,6 +14,7 @@ import torch
 
 from losparse_cli.calibration.text import Calibration
 from losparse_cli.demo import encyclopedia_text, news_text
+from losparse_cli.evaluate import evaluate
 
 LENGTH = 512  # tokens of a window, of calibration and of measuring
 
@@ -87,3 +88,11 @@ def results_of(options: Options, bench: str) -> dict[str, dict[str, Any]]:
         return {}
     lines = map(json.loads, options.file.read_text(encoding="utf-8").splitlines())
     return {line["row"]: line for line in lines if line["bench"] == bench and line["small"] == options.small}
+
+
+def measured(options: Options, folder: Path, dense: Path | None) -> dict[str, Any]:
+    """Text -> figures; in float32, so that the arithmetic adds nothing to what is measured."""
+    return {
+        name: evaluate(folder, text, against=dense, length=LENGTH, windows=options.windows, dtype="float32").to_dict()
+        for name, text in options.texts.items()
+    }

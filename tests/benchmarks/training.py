@@ -18,17 +18,23 @@ import numpy as np
 import torch
 
 from losparse_cli.budget.recipe import Recipe
-from losparse_cli.demo import cache_folder, minilm
+from losparse_cli.compress import compress
+from losparse_cli.demo import cache_folder, minilm, smollm2
 from losparse_cli.finetune import finetune
+from losparse_cli.job.finetuning import Silent
 from losparse_cli.linalg.precision import fast_float32
 from losparse_cli.load import load
+from losparse_cli.models.device import peak_memory
+from losparse_cli.refine import refine
 from losparse_cli.tasks.request import TaskRequest
 from losparse_cli.tasks.rows import read_rows
 from losparse_cli.tasks.task import open_task
 from losparse_cli.tasks.text_classification import TextClassification
+from losparse_cli.training.pruner import Pruner
+from losparse_cli.training.reconstruction import Refinement
 from losparse_cli.training.request import Finetuning
 
-from .results import Options, add_result, results_of
+from .results import LENGTH, Options, add_result, measured, results_of
 
 REVIEWS = "vaderSentiment==3.3.2"  # its source package holds 10,605 film-review sentences with mean ratings
 SIZES, SEEDS, EPOCHS = (0.1, 0.15, 0.2, 0.3), (0, 1, 2, 3, 4), 4
@@ -198,3 +204,130 @@ def _bootstrap(pairs: list[tuple[Any, Any]], draws: int = 10000) -> tuple[float,
         found[k] = differences[some][:, sentences].mean()
     low, high = np.quantile(found, [0.025, 0.975])
     return 100 * float(low), 100 * float(differences.mean()), 100 * float(high)
+
+
+# --- a language model -------------------------------------------------------------------------------
+
+STAGES = ("admm", "blocks", "distill")
+MINUTES = 60  # of distillation
+
+
+def stages(options: Options, rows: Sequence[str] = ()) -> None:
+    """SmolLM2 at rank 8, sparsity 0.9: calibrated, matched block by block, distilled; perplexity after each stage."""
+    known = results_of(options, "stages")
+    for row in rows or [row for row in ("dense", "oats", *STAGES) if row not in known]:
+        begun = time.monotonic()
+        folder, tokens = _stage(options, row)
+        seconds = time.monotonic() - begun
+        texts = measured(options, folder, None if row == "dense" else smollm2())
+        add_result(options, "stages", row, {"seconds": seconds, "tokens": tokens, "texts": texts})
+        print(f"{row}: done", flush=True)
+    print("| stage | tokens | minutes | encyclopedia: perplexity | gap | news: perplexity | gap |")
+    print("|---|---|---|---|---|---|---|")
+    for row, line in results_of(options, "stages").items():
+        cells = []
+        for figures in line["texts"].values():
+            gap = figures["log_difference"]
+            cells += [f"{figures['perplexity']['value']:.4g}", "" if gap is None else f"{gap['value']:.4f}"]
+        print(f"| {row} | {line['tokens']:,} | {line['seconds'] / 60:.0f} | {' | '.join(cells)} |")
+
+
+def _stage(options: Options, row: str) -> tuple[Path, int]:
+    """The model after one more stage, and how many tokens that took; each begins where the one before it ended."""
+    dense, folder, calibration = smollm2(), options.folder / f"stage-{row}", options.calibration()
+    if row == "dense":
+        return dense, 0
+    if row in ("oats", "admm"):
+        recipe = Recipe(rank=8, sparsity=0.9, solver=row, **options.targets())
+        compress(dense, folder, recipe, calibration=calibration, resume="never", overwrite=True)
+        return folder, calibration.tokens
+    before = options.folder / f"stage-{STAGES[STAGES.index(row) - 1]}"
+    if row == "blocks":
+        how = Refinement(steps=8) if options.small else Refinement()
+        refine(before, folder, calibration=calibration, refinement=how, against=dense, resume="never", overwrite=True)
+        return folder, calibration.tokens
+    text = TaskRequest("causal-lm", train_file=calibration.source, max_length=LENGTH)
+    steps = 2 if options.small else _steps_in(options, before, text)
+    how = _distillation(steps)
+    finetune(before, folder, task=text, how=how, resume="never", overwrite=True)
+    return folder, steps * how.batch_size * LENGTH
+
+
+def _distillation(steps: int) -> Finetuning:
+    return Finetuning(
+        objective="distill", teacher=str(smollm2()), temperature=1.0, max_steps=steps, batch_size=4,
+        learning_rate=3e-4, lr_scheduler="cosine", warmup_steps=0.05, save_steps=10**6,
+    )  # fmt: skip
+
+
+def _steps_in(options: Options, before: Path, text: TaskRequest) -> int:
+    """As many steps as fit into MINUTES, by the time that a few take."""
+    times: list[float] = []
+
+    class Watch(Silent):
+        def step(self, step: Any) -> None:
+            times.append(time.monotonic())
+
+    finetune(before, options.folder / "stage-trial", task=text, how=_distillation(8), resume="never", overwrite=True,
+             progress=Watch())  # fmt: skip
+    return int(60 * MINUTES / float(np.median(np.diff(times[2:]))))
+
+
+# --- speed ------------------------------------------------------------------------------------------
+
+
+def training_speed(options: Options, rows: Sequence[str] = ()) -> None:
+    """Time of a step and peak memory, MiniLM dense and in parts, each in a process of its own, in turn."""
+    print("| model | precision | ms a step (median) | of dense | peak memory |\n|---|---|---|---|---|")
+    task = polarity_task(options.folder)
+    dense: dict[str, float] = {}
+    for precision in ("float32", "bfloat16"):
+        for form in ("dense", "losparse", "low rank alone", "compressed"):
+            command = [sys.executable, "-c", f"from tests.benchmarks.training import speed_of; "
+                       f"speed_of({form!r}, {precision!r}, {task.train_file!r}, {str(options.folder)!r})"]  # fmt: skip
+            found = json.loads(
+                subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")[-2]
+            )
+            dense.setdefault(precision, found["seconds"])
+            print(
+                f"| {form} | {precision} | {1000 * found['seconds']:.0f} | {found['seconds'] / dense[precision]:.2f} | "
+                f"{found['bytes'] / 1e6:.0f} MB |"
+            )
+
+
+def speed_of(form: str, precision: str, train_file: str, folder: str) -> None:
+    """Train for a few steps and print what they take."""
+    import transformers
+
+    from losparse_cli.training.trainer import FinetuneTrainer
+
+    times: list[float] = []
+
+    class Watch(Silent):
+        def step(self, step: Any) -> None:
+            times.append(time.monotonic())
+
+    request = TaskRequest("text-classification", train_file=train_file)
+    how = Finetuning(max_steps=30, precision=precision, save_steps=10**6)
+    output = Path(folder) / f"speed-{form.replace(' ', '-')}"
+    if form == "dense":
+        task = open_task(request)
+        rows = read_rows(request, "train")
+        transformers.set_seed(0)
+        model, tokenizer = load(minilm(), model_class=task.auto_class, dtype=torch.float32, **task.config_changes(rows))
+        features = task.prepare(rows, tokenizer, model.config, training=True)
+        trainer = FinetuneTrainer(
+            model, how, Pruner([], [], how.pruning, how.max_steps or 0), folder=output, steps=30,
+            device=torch.device("cpu"), train=features, collate=task.collator(tokenizer, model), within=fast_float32,
+            on_step=Watch().step,
+        )  # fmt: skip
+        trainer.train()
+    else:
+        source = minilm()
+        if form == "compressed":
+            source = Path(folder) / "speed-start"
+            compress(minilm(), source, Recipe(rank=8, sparsity=0.9), resume="never", overwrite=True)
+        sizes = {"rank_ratio": 1.0} if form == "low rank alone" else {"rank_ratio": 0.25}
+        recipe = None if form == "compressed" else Recipe(keep_parameters=0.2, pattern="rows", **sizes)
+        finetune(source, output, task=request, how=how, recipe=recipe, resume="never", overwrite=True, progress=Watch())
+    print(json.dumps({"seconds": float(np.median(np.diff(times[5:]))), "bytes": peak_memory()}))
