@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -16,11 +18,12 @@ from torch import Tensor, nn
 from .checkpoint.card import copy_companions
 from .checkpoint.config import write_config
 from .checkpoint.finish import close, versions
+from .checkpoint.journal import FILE as JOURNAL
 from .checkpoint.journal import Journal
-from .checkpoint.output import check_output, publish, working_folder, write_errors
+from .checkpoint.output import STATES, check_output, publish, working_folder, write_errors
 from .checkpoint.report import LayerReport, Report
 from .checkpoint.source import read_json
-from .errors import OutputError, ResumeError, UsageError
+from .errors import ResumeError, UsageError
 from .job.finetuning import Progress, Silent, Training, prepare_finetuning
 from .job.solve import encode_layer
 from .linalg.factors import Decomposition, LowRankSparse
@@ -28,9 +31,6 @@ from .linalg.precision import fast_float32
 from .shim.layouts import LayerSpec
 from .tasks.request import TaskRequest
 from .training.conversion import finish, trained_layers
-
-STATES = "training"
-"""Sub-folder of a working folder that holds the states of a run under way."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,8 @@ def run(
         report = Report((), {}, 0, 0, 0)
         if is_main_process():
             told.phase("Writing the result")
-            with write_errors(work):
+            with _disk_errors(work):
                 report = _write(training, work, time.monotonic() - begun, told)
-                shutil.rmtree(work / STATES, ignore_errors=True)
             publish(work, training.output)
     scores = report.training.get("scores", {})
     return Finetuned(training.output, report, scores, training.steps, time.monotonic() - begun)
@@ -111,8 +110,25 @@ def _working_folder(training: Training, resume: str) -> Iterator[Path]:
         journal.close()
 
 
-def _train(training: Training, work: Path, told: Progress) -> None:
+@contextmanager
+def _disk_errors(place: Path) -> Iterator[None]:
+    """`write_errors` that also knows how safetensors and torch.save say that the system did not let them write."""
     from safetensors import SafetensorError
+
+    with write_errors(place):
+        try:
+            yield
+        except (SafetensorError, RuntimeError) as error:
+            found = re.search(r"\(os error (\d+)\)", str(error))
+            if found is None and "PytorchStreamWriter" not in str(error):
+                raise
+            number = errno.ENOSPC if found is None else int(found[1])
+            raise OSError(number, os.strerror(number), str(place)) from error
+
+
+def _train(training: Training, work: Path, told: Progress) -> None:
+    """The training that is still to be done."""
+    from safetensors.torch import load_model
 
     from .training.trainer import FinetuneTrainer, last_state
 
@@ -132,17 +148,13 @@ def _train(training: Training, work: Path, told: Progress) -> None:
         on_step=told.step,
     )
     last = last_state(work / STATES)
+    trainer.accelerator.wait_for_everyone()  # before the first process goes on, and changes what is there
+    if last is not None and last[0] >= training.steps:  # killed while the result was written
+        load_model(training.model, last[1] / "model.safetensors")
+        return
     told.phase("Training" if last is None else f"Training, from step {last[0]} on")
-    with write_errors(work):
-        try:
-            trainer.train(resume_from_checkpoint=None if last is None else str(last[1]))
-        except (SafetensorError, RuntimeError) as error:
-            if "No space left" in str(error) or "PytorchStreamWriter" in str(error):
-                raise OutputError(
-                    f"The disk is full: the state of training could not be written to {work / STATES}. Free some space "
-                    "and repeat the command; it goes on from the last state."
-                ) from error
-            raise
+    with _disk_errors(work / STATES):
+        trainer.train(resume_from_checkpoint=None if last is None else str(last[1]))
 
 
 def _score(training: Training, model: nn.Module, told: Progress) -> dict[str, float]:
@@ -169,6 +181,9 @@ def _write(training: Training, work: Path, seconds: float, told: Progress) -> Re
         specs[name] = spec
         return spec, tensors
 
+    for left in work.iterdir():  # by a run that was killed while it wrote
+        if left.name not in (JOURNAL, STATES):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
     before = sum(p.numel() for p in model.parameters()) - sum(
         p.numel() for layer in trained_layers(model).values() for p in (layer.U, layer.V, layer.S) if p is not None
     )

@@ -283,11 +283,10 @@ def training_speed(options: Options, rows: Sequence[str] = ()) -> None:
     dense: dict[str, float] = {}
     for precision in ("float32", "bfloat16"):
         for form in ("dense", "losparse", "low rank alone", "compressed"):
-            command = [sys.executable, "-c", f"from tests.benchmarks.training import speed_of; "
-                       f"speed_of({form!r}, {precision!r}, {task.train_file!r}, {str(options.folder)!r})"]  # fmt: skip
-            found = json.loads(
-                subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")[-2]
-            )
+            call = f"speed_of({form!r}, {precision!r}, {task.train_file!r}, {str(options.folder)!r})"
+            command = [sys.executable, "-c", f"from tests.benchmarks.training import speed_of; {call}"]
+            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            found = json.loads(printed.splitlines()[-1])
             dense.setdefault(precision, found["seconds"])
             print(
                 f"| {form} | {precision} | {1000 * found['seconds']:.0f} | {found['seconds'] / dense[precision]:.2f} | "
