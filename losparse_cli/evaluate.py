@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .checkpoint.source import Checkpoint, open_checkpoint
-from .errors import OutputError, SourceError, UsageError
-from .load import TOKENIZER_FILES, load
+from .checkpoint.source import Checkpoint
+from .errors import OutputError, UsageError
+from .load import load
 from .models.device import find_device
 from .quality.evaluation import Evaluation, Protocol, with_figures
+from .quality.harness import HarnessEvaluation, evaluate_harness
 from .quality.memory import fit_together
+from .quality.models import DTYPES, check_choice, dtype_of, open_models, release
 from .quality.scores import Estimate, Scores, Sums, Vector, compare, embed, exponential, score
+from .quality.task_evaluation import TaskEvaluation, evaluate_task
 from .quality.windows import Cut, Line, Window, cut, lines
 
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 MEMORY = ("auto", "together", "apart")
 
-__all__ = ["Evaluation", "Perplexity", "evaluate", "perplexity", "read_text"]
+__all__ = [
+    "Evaluation",
+    "HarnessEvaluation",
+    "Perplexity",
+    "TaskEvaluation",
+    "evaluate",
+    "evaluate_harness",
+    "evaluate_task",
+    "perplexity",
+    "read_text",
+]
 
 
 @dataclass(frozen=True)
@@ -68,23 +79,19 @@ def evaluate(
     vocabularies; SourceError if a checkpoint has no tokenizer, or cannot be read; OutputError if the temporary folder
     is too small.
     """
-    _check("--dtype", dtype, DTYPES)
-    _check("--memory", memory, MEMORY)
+    check_choice("--dtype", dtype, DTYPES)
+    check_choice("--memory", memory, MEMORY)
     if memory != "auto" and against is None:
         raise UsageError(f"--memory {memory} is about two models. Add --against DENSE, or leave it out.")
     place = find_device(device)
-    ours = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
-    dense = None if against is None else open_checkpoint(against, cache_dir=cache_dir)
-    both = (ours,) if dense is None else (dense, ours)
-    for checkpoint in both:
-        _check_tokenizer(checkpoint)
+    ours, dense = open_models(source, against, revision=revision, cache_dir=cache_dir)
     if dense is None:
         memory = "alone"
     else:
         _check_vocabularies(ours, dense)
         if memory == "auto":
             logits = length * (_vocabulary(ours) or 0)
-            memory = "together" if fit_together(both, DTYPES[dtype], logits, place) else "apart"
+            memory = "together" if fit_together((dense, ours), DTYPES[dtype], logits, place) else "apart"
     request = _Request(text, length, stride, windows, place, DTYPES[dtype], trust_remote_code)
     subject, sums = _run(request, ours, dense, memory, on_window or (lambda name, count: None))
     protocol = Protocol(
@@ -183,8 +190,7 @@ class _Request:
                 f"The tokenizer of {name} yields token {largest}, and the model knows {known}. Give a checkpoint with "
                 "its own tokenizer."
             )
-        dtype = str(model.dtype).removeprefix("torch.")
-        return _Subject(checkpoint.name, kind, model.to(self.device), found, length, dtype)
+        return _Subject(checkpoint.name, kind, model.to(self.device), found, length, dtype_of(model))
 
 
 @dataclass(frozen=True)
@@ -211,9 +217,7 @@ def _run(
         if reference is not None and memory == "apart":
             _keep(reference, folder, hear)
             reference = None
-            gc.collect()
-            if request.device.type == "cuda":
-                torch.cuda.empty_cache()
+            release(request.device)
         subject = request.subject(ours, dense is not None)
         if dense is not None and shared is not None and (kind != subject.kind or not subject.cut.same(shared)):
             what = "are models of two kinds" if kind != subject.kind else "cut the text into different tokens"
@@ -251,18 +255,6 @@ def _keep(subject: _Subject, folder: Path, hear: Callable[[str, int], None]) -> 
 
 
 # --- what is refused ------------------------------------------------------------------------------
-
-
-def _check(option: str, given: str, known: Iterable[str]) -> None:
-    if given not in known:
-        raise UsageError(f"{option} is one of {', '.join(known)}, not {given!r}.")
-
-
-def _check_tokenizer(checkpoint: Checkpoint) -> None:
-    if not any((checkpoint.folder / file).is_file() for file in TOKENIZER_FILES):
-        raise SourceError(
-            f"{checkpoint.address} has no tokenizer. Copy the tokenizer files of the original model into its folder."
-        )
 
 
 def _check_vocabularies(ours: Checkpoint, dense: Checkpoint) -> None:

@@ -18,7 +18,6 @@ from .console import Console, size
 if TYPE_CHECKING:
     from ..checkpoint.report import LayerReport, Report
     from ..demo import Measured
-    from ..evaluate import Evaluation
     from ..inspection import DenseReport
 
 BLOCKS = " ▏▎▍▌▋▊▉█"
@@ -184,34 +183,6 @@ def show_comparison(out: Console, rows: Sequence[Measured]) -> None:
         "\nA short calibration, so that this takes minutes. The defaults come closer, and --refine blocks closer still."
         f"\nGo on with: losparse inspect {ours.folder} --layers"
     )
-
-
-def show_evaluation(out: Console, found: Evaluation) -> None:
-    """Each figure with its standard error, bytes, and the protocol beneath."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for head in ("", "value", "std. error"):
-        table.add_column(head, justify="left" if not head else "right", no_wrap=True)
-    share = "" if found.dense_nbytes is None else f" ({found.nbytes / found.dense_nbytes:.1%} of dense)"
-    table.add_row(f"bytes{share}", size(found.nbytes), "")
-    if found.dense_nbytes is not None:
-        table.add_row("bytes, dense", size(found.dense_nbytes), "")
-    for name, estimate, shape in (
-        ("perplexity", found.perplexity, ".4g"),
-        ("perplexity, dense", found.dense_perplexity, ".4g"),
-        ("log-perplexity, difference to dense", found.log_difference, "+.4f"),
-        ("KL(dense || this), nats a token", found.kl, ".4f"),
-        ("same likeliest token", found.agreement, ".2%"),
-        ("cosine to dense", found.cosine, ".5f"),
-    ):
-        if estimate is not None:
-            error = "-" if estimate.error is None else format(estimate.error, shape.lstrip("+").replace("4g", "2g"))
-            table.add_row(name, format(estimate.value, shape), error)
-    against = f"   against {escape(found.dense)}" if found.dense else ""
-    out.out.print(f"[bold]{escape(found.model)}[/]   {found.kind}{against}")
-    out.table(table)
-    out.out.print(str(found.protocol), style="dim")
-    if found.kind == "seq2seq":
-        out.out.print("The encoder reads each window, and the decoder predicts it again.", style="dim")
 
 
 def _write_csv(report: Report | DenseReport) -> None:

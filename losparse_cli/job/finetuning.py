@@ -30,13 +30,16 @@ from ..tasks.task import open_task
 from ..training.conversion import compressed_layers, start_compressed, start_dense, trained_layers
 from ..training.pruner import Pruner
 from ..training.request import Finetuning
+from .teacher import find_teacher
 
 if TYPE_CHECKING:
     from ..tasks.task import Features, Task
     from ..training.trainer import Step
 
-DEFAULTS = {"keep_parameters": 0.2, "rank_ratio": 0.25, "pattern": "rows"}
-"""Of a dense model: the paper's 0.05 for U and V and 0.15 for S, which loses output neurons."""
+DEFAULTS = {"keep_parameters": 0.2, "rank_ratio": 0.25}
+"""Of a dense model: the paper's 0.05 for U and V and 0.15 for S."""
+PATTERN = "rows"
+"""What S loses where there is no recipe: output neurons."""
 
 
 class Progress(Protocol):
@@ -102,9 +105,9 @@ def prepare_finetuning(
 ) -> Training:
     """Data, model and plan of a fine-tuning of `source`, a folder or Hub id, dense or compressed.
 
-    recipe: what is left at last; what it leaves open is taken from DEFAULTS for a dense model, and from what there is
-    for a compressed one. UsageError on a request that cannot be met, SourceError and CheckpointError on what cannot
-    be read, MissingExtraError without the packages that training needs.
+    recipe: what is left at last; sizes that it leaves open are taken from DEFAULTS for a dense model, and from what
+    there is for a compressed one, whose pattern stays, too. UsageError on a request that cannot be met, SourceError and
+    CheckpointError on what cannot be read, MissingExtraError without the packages that training needs.
     """
     import transformers
 
@@ -141,8 +144,8 @@ def prepare_finetuning(
     features = opened.prepare(rows, tokenizer, model.config, training=True)
     unseen = None if validation is None else opened.prepare(validation, tokenizer, model.config, training=False)
     dtype = _stored_dtype(checkpoint)
-    plan = _plan(model, checkpoint, recipe or Recipe(), dtype)
-    teacher = _teacher(checkpoint, how, opened, cache_dir, place, options)
+    plan = _plan(model, checkpoint, recipe or Recipe(pattern=PATTERN), dtype)
+    teacher = find_teacher(checkpoint, model.config, how, opened, cache_dir, place, options)
     told.phase("Taking the weights apart")
     if checkpoint.is_compressed:
         start_compressed(model)
@@ -177,7 +180,8 @@ def _head(checkpoint: Checkpoint, changes: dict[str, Any]) -> dict[str, Any]:
                 f"{checkpoint.address} classifies into {len(labels)} labels, and the training data has "
                 f"{changes['num_labels']}. Give a model without a head, or data with the same labels."
             )
-        return {}
+        # Else the model writes it into its config when it first sees labels: another one where a run goes on.
+        return {} if checkpoint.config.get("problem_type") else {"problem_type": changes["problem_type"]}
     return changes
 
 
@@ -195,9 +199,14 @@ def _plan(model: nn.Module, checkpoint: Checkpoint, recipe: Recipe, dtype: torch
     """Rank of each layer, and the entries that its S keeps at last."""
     linears, skipped = classify(model)
     if not checkpoint.is_compressed:
+        if ":" in recipe.pattern:
+            raise UsageError(
+                f"Training prunes neurons or single entries, and --pattern {recipe.pattern} is neither. Give rows, "
+                "columns or unstructured."
+            )
         chosen, skipped = choose(Skeleton(model, linears, skipped), recipe.targets, recipe.ignore)
         layers = [_layer(linear.name, linear.shape, linear.transposed, dtype) for linear in chosen]
-        changes: dict[str, Any] = {k: v for k, v in DEFAULTS.items() if getattr(recipe, k) in (None, Recipe().pattern)}
+        changes: dict[str, Any] = {k: v for k, v in DEFAULTS.items() if getattr(recipe, k) is None}
         if any(getattr(recipe, name) is not None for name in ("sparsity", "keep", "keep_parameters")):
             changes.pop("keep_parameters", None)
         if recipe.rank is not None or recipe.rank_ratio is not None:
@@ -230,39 +239,11 @@ def _layer(name: str, shape: tuple[int, int], transposed: bool, dtype: torch.dty
     return Layer(name, f"{name}.weight", name, (shape[0], shape[1]), dtype.itemsize, transposed)
 
 
-def _teacher(
-    checkpoint: Checkpoint, how: Finetuning, task: Task, cache_dir: Path | None, device: torch.device,
-    options: dict[str, Any],
-) -> nn.Module | None:  # fmt: skip
-    """The model to learn from: the one named, or with --objective distill the dense form of the checkpoint."""
-    from ..training.trainer import chosen_precision
-
-    name, commit = how.teacher, None
-    if name is None and how.objective == "task":
-        return None
-    if name is None and not checkpoint.is_compressed:
-        name = str(checkpoint.folder)
-    if name is None:
-        origin = checkpoint.report().get("source", {})
-        name, commit = origin.get("name"), origin.get("commit")
-        if commit is None:
-            raise UsageError(f"{checkpoint.address} does not say where its dense model is. Give it with --teacher.")
-    found = open_checkpoint(name, revision=commit, cache_dir=cache_dir)
-    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(chosen_precision(how.precision, device))
-    model, _ = load(found.folder, model_class=task.auto_class, dtype=dtype or torch.float32, **options)
-    ours, theirs = (config.get("vocab_size") for config in (checkpoint.config, found.config))
-    if ours != theirs:
-        raise UsageError(
-            f"The teacher {found.address} has a vocabulary of {theirs}, {checkpoint.address} of {ours}. Give the dense "
-            "model that it was made from."
-        )
-    found_model: nn.Module = model
-    return found_model
-
-
 def _steps(how: Finetuning, examples: int) -> int:
     each = how.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
-    return max(1, math.ceil(math.ceil(examples / each) / how.gradient_accumulation_steps * how.epochs))
+    # Each epoch ends with a step, if need be of fewer passes.
+    of_epoch = math.ceil(math.ceil(examples / each) / how.gradient_accumulation_steps)
+    return max(1, math.ceil(of_epoch * how.epochs))
 
 
 def _fingerprint(

@@ -54,14 +54,14 @@ def block(
 def few(code: Library, layer: Layer, x: Tensor, rows: int) -> Tensor | None:
     """`spread` or `gather`: everything in one call, for x of any shape. None if it cannot."""
     y = x.new_empty((*x.shape[:-1], layer.m))
-    failed = code.few(layer, x.data_ptr(), y.data_ptr(), rows, _threads(layer, rows), code.level)
+    failed = code.few(layer, x.data_ptr(), y.data_ptr(), rows, few_threads(layer, rows, "bits"), code.level)
     return None if failed else y
 
 
 def few_of_block(code: Library, layer: Layer, x: Tensor, rows: int, form: str) -> Tensor | None:
     """`block` for few rows of x: everything in one call, for x of any shape. None if it cannot."""
     y = x.new_empty((*x.shape[:-1], layer.m))
-    threads = 1 if layer.kept_count * (rows + 2) * layer.m < SERIAL_ENTRIES // 8 else torch.get_num_threads()
+    threads = few_threads(layer, rows, form)
     failed = code.block(layer, form == "rows", x.data_ptr(), y.data_ptr(), rows, threads, code.level)
     return None if failed else y
 
@@ -71,7 +71,9 @@ def walk(
 ) -> Tensor | None:
     """S value by value, added to the rest of the sum."""
     y = low_rank(x, U, V, bias, layer.m)
-    failed = code.walk(layer, x.data_ptr(), y.data_ptr(), x.shape[0], _threads(layer, x.shape[0]), code.level)
+    failed = code.walk(
+        layer, x.data_ptr(), y.data_ptr(), x.shape[0], few_threads(layer, x.shape[0], "bits"), code.level
+    )
     return None if failed else y
 
 
@@ -160,5 +162,8 @@ def _empty_bits(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return torch.zeros(m, -(-n // 8), dtype=torch.uint8), torch.empty(m + 1, dtype=torch.int32)
 
 
-def _threads(layer: Layer, rows: int) -> int:
-    return 1 if layer.m * layer.n * (rows + 2) < SERIAL_ENTRIES else torch.get_num_threads()
+def few_threads(layer: Layer, rows: int, form: str) -> int:
+    """How many threads `few`, or with the form rows or columns `few_of_block`, is worth."""
+    structured = form in ("rows", "columns")
+    work = 8 * layer.kept_count * layer.m if structured else layer.m * layer.n
+    return 1 if work * (rows + 2) < SERIAL_ENTRIES else torch.get_num_threads()

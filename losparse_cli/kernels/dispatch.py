@@ -11,7 +11,8 @@ from ..shim.layouts import LayerSpec, n_of_m, position_bits
 from . import cpu, gpu
 from .choice import SPREAD_ROWS as MOST_FEW
 from .choice import cpu_way, forced, gpu_way
-from .native import LEVELS, Layer, library
+from .native import LEVELS, Layer, Library, library
+from .ready import Ready
 from .semi_structured import semi_structured
 
 WIDEST = 1 << 16
@@ -46,6 +47,30 @@ class Kernels:
             return None
         return _shaped(self._sparse_on_gpu(flat, values, index, starts, U, V, bias, out_features, form), x)
 
+    def ready(
+        self, values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None,
+        bias: Tensor | None, shape: tuple[int, int], form: str,
+    ) -> Ready | None:  # fmt: skip
+        code = library()
+        if code is None or values.device.type != "cpu" or shape[1] >= WIDEST or not values.numel():
+            return None
+        layer = self._layer(values, index, starts, U, V, bias, shape, form)
+        if layer is None or layer.dtype < 0:
+            return None
+        density, half = values.numel() / (shape[0] * shape[1]), values.itemsize == 2
+        structured = form in ("rows", "columns")
+        rows = [
+            rows > 0 and (structured or self._way(code, layer, form, rows, density, half) in ("spread", "gather"))
+            for rows in range(MOST_FEW + 1)
+        ]
+        parameters = {"weight": values, "U": U, "V": V, "bias": bias}
+        addresses = {name: t.data_ptr() for name, t in parameters.items() if t is not None}
+        return Ready(code, layer, form, values.dtype, addresses, rows)
+
+    def _way(self, code: Library, layer: Layer, form: str, rows: int, density: float, half: bool) -> str:
+        spreads = code.level >= AVX512
+        return self.forced or cpu_way(form, rows, layer.m, density, native=layer.dtype >= 0, half=half, spreads=spreads)
+
     def _on_cpu(
         self, x: Tensor, values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None,
         bias: Tensor | None, m: int, form: str,
@@ -61,10 +86,7 @@ class Kernels:
         rows = x.numel() // n
         if form in ("rows", "columns"):
             return cpu.few_of_block(code, layer, x, rows, form) if rows <= MOST_FEW and layer.dtype >= 0 else None
-        way = self.forced or cpu_way(
-            form, rows, m, values.numel() / (m * n), native=layer.dtype >= 0, half=values.itemsize == 2,
-            spreads=code.level >= AVX512,
-        )  # fmt: skip
+        way = self._way(code, layer, form, rows, values.numel() / (m * n), values.itemsize == 2)
         if way in ("spread", "gather") and layer.dtype >= 0:
             return cpu.few(code, layer, x, rows)
         if way not in ("walk", "tile"):

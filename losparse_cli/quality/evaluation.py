@@ -70,7 +70,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it: a figure that is not finite is None."""
-        return {key: _plain(value) for key, value in asdict(self).items()}
+        return {key: plain(value) for key, value in asdict(self).items()}
 
 
 def with_figures(base: Evaluation, sums: Sequence[Sums]) -> Evaluation:
@@ -93,7 +93,8 @@ def with_figures(base: Evaluation, sums: Sequence[Sums]) -> Evaluation:
     )
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The value with None for every float in it that is not finite, which JSON has no word for."""
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: plain(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -56,9 +56,14 @@ class LowRankSparseLinear(nn.Module):
         self.register_buffer("_index", None, persistent=False)
         self.register_buffer("_starts", None, persistent=False)
         self._checked = False
+        self._ready: Any = None  # the product as (who made it, how), once it is known where the tensors lie
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) -> (..., out_features). RuntimeError for x of another width, as of nn.Linear."""
+        if self._checked and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            y = self._at_once(x)
+            if y is not None:
+                return y
         if x.shape[-1] != self.in_features:
             raise RuntimeError(f"x has {x.shape[-1]} features, and this layer takes {self.in_features}.")
         if x.is_meta:
@@ -88,6 +93,24 @@ class LowRankSparseLinear(nn.Module):
     def support(self) -> Tensor:
         """Where S holds entries: (out, in), bool. ValueError if the index is damaged."""
         return support(*self._index_and_starts(), self.spec.shape, self.form)
+
+    def _at_once(self, x: Tensor) -> Tensor | None:
+        """The product without looking anything up; None where that is not possible."""
+        makers = kernels()
+        if self._ready is None or self._ready[0] is not makers:
+            index, starts = self._index_and_starts()
+            parts = (self.weight, index, starts, self.U, self.V, self.bias)
+            self._ready = makers, makers.ready(*parts, self.spec.shape, self.form)
+        call = self._ready[1]
+        found: Tensor | None = None if call is None else call(x, self._parameters)
+        return found
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._ready = None  # dtype or device may change
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_ready": None}  # addresses are of this copy alone
 
     # --- the index ------------------------------------------------------------------------------------
 
@@ -151,7 +174,7 @@ class LowRankSparseLinear(nn.Module):
             for name, (shape, kind) in self.spec.tensor_shapes(self.weight.dtype).items():
                 if name.startswith("S_"):
                     self.register_buffer(name, torch.empty(shape, dtype=kind, device=self.weight.device))
-        self._index = self._starts = None
+        self._index = self._starts = self._ready = None
         self._checked = False
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

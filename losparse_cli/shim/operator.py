@@ -7,6 +7,7 @@ S is held in one of FORMS, whatever layout it was stored in. The computations he
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -27,12 +28,21 @@ rows, columns: int32, the rows or columns that are kept; no `starts`.
 
 
 class Kernels(Protocol):
-    """Faster ways to compute the same. Each answers None where it has none, and the plain way is taken."""
+    """Faster ways to compute the same. Each answers None where it has none, and the plain way is taken.
+
+    `ready` is the product of one layer, looked up beforehand: from x and the layer's parameters by name, without
+    gradients, and None again where the other way has to do.
+    """
 
     def product(
         self, x: Tensor, values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None,
         bias: Tensor | None, out_features: int, form: str,
     ) -> Tensor | None: ...  # fmt: skip
+
+    def ready(
+        self, values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None,
+        bias: Tensor | None, shape: tuple[int, int], form: str,
+    ) -> Callable[[Tensor, dict[str, Any]], Tensor | None] | None: ...  # fmt: skip
 
     def spread(self, values: Tensor, index: Tensor, starts: Tensor, shape: tuple[int, int]) -> Tensor | None: ...
 
@@ -43,6 +53,8 @@ class _Plain:
     """No faster ways: what a loader has that travels alone."""
 
     def product(self, *args: Any) -> None: ...
+
+    def ready(self, *args: Any) -> None: ...
 
     def spread(self, *args: Any) -> None: ...
 

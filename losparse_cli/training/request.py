@@ -21,9 +21,9 @@ class Finetuning:
     or Hub id of the dense model, None without one, or for that which the report of a compressed checkpoint names.
     temperature: T of the softened logits. distill_weight: α of α T² KL(teacher ‖ model). hidden_weight: of the mean
     squared distance of hidden states. max_steps: optimizer steps, in place of epochs. batch_size: examples of one
-    forward pass on one device; times gradient_accumulation_steps and devices, those of a step. group_by_length: batches of
-    like length, which saves padding. warmup_steps: in
-    which the learning rate rises, a share of all steps below 1. save_steps: None for once an epoch.
+    forward pass on one device; times gradient_accumulation_steps and devices, those of a step. group_by_length: batches
+    of like length, which saves padding. warmup_steps: in which the learning rate rises, a share of all steps
+    below 1. save_steps: None for once an epoch.
     """
 
     objective: str = "task"

@@ -6,6 +6,7 @@ Trainer brings mixed precision, gradient accumulation and checkpointing, several
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -96,7 +97,8 @@ class FinetuneTrainer(transformers.Trainer):  # type: ignore[misc]
             lr_scheduler_type=how.lr_scheduler,
             warmup_steps=how.warmup_steps if how.warmup_steps < 1 else int(how.warmup_steps),
             weight_decay=how.weight_decay,
-            max_grad_norm=how.max_grad_norm,
+            # Without a limit gradients of float16 would keep their scale, and importance with them.
+            max_grad_norm=how.max_grad_norm or (math.inf if precision == "float16" else 0.0),
             bf16=precision == "bfloat16",
             fp16=precision == "float16",
             seed=how.seed,
@@ -111,7 +113,7 @@ class FinetuneTrainer(transformers.Trainer):  # type: ignore[misc]
             report_to="none",
             remove_unused_columns=False,
             dataloader_pin_memory=device.type == "cuda",
-            ddp_find_unused_parameters=False,
+            ddp_find_unused_parameters=how.objective == "distill" and not how.distill_weight,  # of the head
             **_renamed(how),
         )
         self._telling = _Telling(pruner, on_step)
@@ -152,7 +154,7 @@ class FinetuneTrainer(transformers.Trainer):  # type: ignore[misc]
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with self._within():
             loss: Tensor = super().training_step(*args, **kwargs)
-        value = float(loss) * self.args.gradient_accumulation_steps
+        value = float(loss) * self.current_gradient_accumulation_steps  # of which an epoch's last step has fewer
         if not math.isfinite(value):
             raise TrainingError(
                 f"The loss became {value} at step {self.state.global_step + 1}. {self._kept()} Start anew with a lower "
@@ -197,9 +199,17 @@ def last_state(folder: Path) -> tuple[int, Path] | None:
     found = [
         (int(path.name.rpartition("-")[2]), path)
         for path in folder.glob("checkpoint-*")
-        if path.name.rpartition("-")[2].isdigit() and (path / LAST_FILE).is_file()
+        if path.name.rpartition("-")[2].isdigit() and _is_whole(path / LAST_FILE)
     ]
     return max(found, default=None)
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def chosen_precision(asked: str, device: torch.device) -> str:

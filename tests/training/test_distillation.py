@@ -38,7 +38,9 @@ def test_value_and_gradient(temperature: float, chunk: int, monkeypatch: pytest.
     # And against differences, so that both are not wrong alike.
     nudge = torch.randn_like(theirs)
     with torch.no_grad():
-        slope = (plain(theirs + 1e-6 * nudge, goal, temperature) - plain(theirs - 1e-6 * nudge, goal, temperature)) / 2e-6
+        slope = (
+            plain(theirs + 1e-6 * nudge, goal, temperature) - plain(theirs - 1e-6 * nudge, goal, temperature)
+        ) / 2e-6
     assert float((ours.grad * nudge).sum()) == pytest.approx(3 * float(slope), rel=1e-3)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ def test_phases(total: int, before: int, after: int, every: int, start: float, r
     schedule = CubicSchedule(share, total, before, after, every, start)
     shares = [schedule.remaining(step) for step in range(1, total + 1)]
     renewed = [step for step in range(1, total + 1) if schedule.renews(step)]
-    assert all(a >= b for a, b in zip(shares, shares[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(shares))
     assert all(share <= s <= start for s in shares)
     assert all(s == start for s in shares[:before])
     assert all(s == share for s in shares[total - after - 1 :])  # exactly, and at the last step in any case

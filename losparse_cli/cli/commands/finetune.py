@@ -216,7 +216,8 @@ def finetune(
     given = settings(recipe) | {name: value for name, value in locals().items() if value is not None}
     sizes = ("rank", "rank_ratio", "sparsity", "keep_parameters", "pattern")
     size = make_recipe(
-        {name: given.get(name) for name in sizes} | {"targets": tuple(targets or ()), "ignore": tuple(ignore or ())}
+        {name: given.get(name) for name in sizes}
+        | {"pattern": given.get("pattern", "rows"), "targets": tuple(targets or ()), "ignore": tuple(ignore or ())}
     )
     request = o.task_request(given, objective=objective)
     from ...finetune import is_main_process, run
