@@ -33,12 +33,12 @@ class Ready:
 
     def __call__(self, x: Tensor, parameters: dict[str, Any]) -> Tensor | None:
         """The product; None if a parameter has moved, x is of another kind, or autocast is on."""
+        if torch._C._get_tracing_state() is not None or torch.is_autocast_enabled("cpu"):
+            return None
         if type(x) is not Tensor or x.dtype is not self._dtype or not x.is_cpu or x.shape[-1] != self._n:
             return None
         rows = x.numel() // self._n
         if rows >= len(self._rows) or not self._rows[rows] or not x.is_contiguous():
-            return None
-        if torch.is_autocast_enabled("cpu") or torch._C._get_tracing_state() is not None:
             return None
         for name, address in self._addresses:
             if parameters[name].data_ptr() != address:

@@ -107,7 +107,7 @@ class LowRankSparseLinear(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._ready = None  # dtype or device may change
-        return super()._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_ready": None}  # addresses are of this copy alone

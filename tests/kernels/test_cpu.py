@@ -363,3 +363,75 @@ def test_no_access_outside_buffers(tmp_path: Path) -> None:
     done = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
     assert done.stdout.startswith("checked ")
+
+
+# --- what is looked up beforehand -------------------------------------------------------------------
+
+
+def prepared(layer: LowRankSparseLinear) -> bool:
+    return layer._ready is not None and layer._ready[1] is not None
+
+
+@needs_compiler
+@pytest.mark.parametrize("pattern", ["unstructured", "rows", "columns"])
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (3, 2), (16,), (17,)])
+def test_a_product_looked_up_is_the_same(pattern: str, shape: tuple[int, ...]) -> None:
+    layer = layer_of((48, 80), 0.2, pattern=pattern)
+    x = torch.randn(*shape, 80)
+    with torch.no_grad():
+        layer(x)
+        found = layer(x)
+        call = layer._ready[1]
+        alone = None if call is None else call(x, layer._parameters)
+    assert found.shape == (*shape, 48)
+    torch.testing.assert_close(found, F.linear(x, layer.dense(), layer.bias), rtol=1e-5, atol=1e-5)
+    if native.library().level >= 2:  # type: ignore[union-attr] # AVX-512: few rows are one call
+        few = x.numel() // 80 <= (6 if pattern == "unstructured" else 16)
+        assert (alone is not None) == few
+
+
+@needs_compiler
+def test_what_was_looked_up_is_not_used_for_another_layer() -> None:
+    layer, x = layer_of((40, 64), 0.2), torch.randn(1, 64)
+    if native.library().level < 2:  # type: ignore[union-attr]
+        pytest.skip("needs AVX-512")
+    layer.settle()
+    with torch.no_grad():
+        layer(x)
+        assert prepared(layer)
+        twin = copy.deepcopy(layer)
+        assert twin._ready is None
+        layer.weight.data = 2 * layer.weight.data  # elsewhere in memory
+        torch.testing.assert_close(layer(x), F.linear(x, layer.dense(), layer.bias), rtol=1e-5, atol=1e-5)
+        layer.weight.mul_(0.5)  # where it was
+        torch.testing.assert_close(layer(x), twin(x), rtol=1e-5, atol=1e-5)
+        state = twin.state_dict()
+        state["weight"] = 3 * state["weight"]
+        layer.load_state_dict(state)
+        torch.testing.assert_close(layer(x), F.linear(x, layer.dense(), layer.bias), rtol=1e-5, atol=1e-5)
+        half = layer.to(torch.bfloat16)
+        assert half(x.bfloat16()).dtype == torch.bfloat16
+        expected = F.linear(x.bfloat16().float(), half.dense(), half.bias.float())  # type: ignore[union-attr]
+        torch.testing.assert_close(half(x.bfloat16()).float(), expected, rtol=3e-2, atol=3e-2)
+
+
+@needs_compiler
+def test_gradients_autocast_and_tracing_go_the_long_way() -> None:
+    layer, x = layer_of((40, 64), 0.2), torch.randn(1, 64)
+    layer.settle()
+    with torch.no_grad():
+        layer(x)
+    y = layer(x)
+    assert y.requires_grad
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, (x,), check_trace=False)
+        z = torch.randn(1, 64)
+        torch.testing.assert_close(traced(z), layer(z), rtol=1e-5, atol=1e-5)
+        with pytest.raises(RuntimeError, match="63 features"):
+            layer(torch.randn(1, 63))
+        torch.testing.assert_close(layer(x.expand(2, 64)), layer(x.repeat(2, 1)), rtol=1e-5, atol=1e-5)
+        operator.install(None)
+        torch.testing.assert_close(layer(x), F.linear(x, layer.dense(), layer.bias), rtol=1e-5, atol=1e-5)
+        assert not prepared(layer)
