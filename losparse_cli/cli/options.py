@@ -126,9 +126,6 @@ def task_request(given: dict[str, Any], *, objective: str = "task") -> TaskReque
         if objective != "distill":
             raise UsageError(f"Say what to learn: add --task, one of {', '.join(TASKS)}.")
         fields["task"] = "causal-lm"  # the predictions of a language model on plain text
-    files = ("train_file", "validation_file")
-    if any(name in given and given[name] is not None for name in files):  # of a recipe, the dataset is left out then
-        fields = {name: value for name, value in fields.items() if not name.startswith("dataset_")}
     return TaskRequest(**fields)
 
 

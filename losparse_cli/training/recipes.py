@@ -6,6 +6,7 @@ published with its code: they take mnli's, with phases that are shares of the ru
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import UsageError
@@ -55,10 +56,20 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def settings(name: str | None) -> dict[str, Any]:
-    """Option -> value of the recipe `name`; {} for None. UsageError if there is none of that name."""
+INSTEAD = {"rank": ("rank_ratio",), "sparsity": ("keep_parameters",)}
+"""An option -> those of a recipe that it takes the place of."""
+
+
+def settings(name: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Option -> value: those `given`, which win, over the recipe `name`; UsageError if there is none of that name.
+
+    Files that are given take the place of the recipe's dataset.
+    """
     if name is None:
-        return {}
+        return dict(given)
     if name not in RECIPES:
         raise UsageError(f"There is no recipe {name!r}. The recipes are {', '.join(RECIPES)}.")
-    return _SHARED | RECIPES[name]
+    replaced = {other for option, others in INSTEAD.items() if option in given for other in others}
+    if "train_file" in given or "validation_file" in given:
+        replaced |= {"dataset_name", "dataset_config_name", "validation_split"}
+    return {k: v for k, v in (_SHARED | RECIPES[name]).items() if k not in replaced} | dict(given)

@@ -213,7 +213,7 @@ def finetune(
     from ...budget.recipe import make_recipe
     from ...training.recipes import settings
 
-    given = settings(recipe) | {name: value for name, value in locals().items() if value is not None}
+    given = settings(recipe, {name: value for name, value in locals().items() if value is not None})
     sizes = ("rank", "rank_ratio", "sparsity", "keep_parameters", "pattern")
     size = make_recipe(
         {name: given.get(name) for name in sizes}
