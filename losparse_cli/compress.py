@@ -18,13 +18,13 @@ from torch import Tensor
 from .budget.recipe import Recipe
 from .checkpoint.card import copy_companions
 from .checkpoint.config import write_config
-from .checkpoint.finish import close, versions
+from .checkpoint.finish import close, finished, versions
 from .checkpoint.journal import Journal, Unit
 from .checkpoint.output import check_output, clear_away, publish, working_folder, write_errors
 from .checkpoint.report import LayerReport, Report
-from .checkpoint.source import REPORT, TIMING, Checkpoint, read_json
+from .checkpoint.source import TIMING, Checkpoint
 from .checkpoint.writer import ShardWriter, sha256, tensor_part, write_json
-from .errors import CheckpointError, OutputError, ResumeError, UsageError
+from .errors import OutputError, ResumeError, UsageError
 from .job.calibrated import CalibratedRun
 from .job.calibrated import Progress as BlockProgress
 from .job.decisions import Progress as DecisionProgress
@@ -96,11 +96,11 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
     started = time.monotonic()
     expected = fingerprint(job)
     with write_errors(job.output):
-        finished = _already_done(job, expected) if not overwrite else None
-        if finished is not None:
+        done = finished(job.output, digest(expected)) if not overwrite else None
+        if done is not None:
             clear_away(job.output)
             took = Took(0.0, 0, None)
-            return Result(job.output, finished, took, len(job.units), not _ships_loader(job.source.config))
+            return Result(job.output, done, took, len(job.units), not _ships_loader(job.source.config))
         check_output(job.output, overwrite=overwrite, source=job.source.folder)
         work = working_folder(job.output)
         if resume == "required" and not work.is_dir():
@@ -120,8 +120,8 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
         resumed = writer.done
         _check_space(job, work, sum(u.end - u.begin for u in journal.units))
         if progress is not None:
-            done = job.units[:resumed]
-            progress.start(job, sum(p is not None for _, p in done), sum(e.nbytes for e, _ in done))
+            units = job.units[:resumed]
+            progress.start(job, sum(p is not None for _, p in units), sum(e.nbytes for e, _ in units))
         if job.calibration is not None and job.windows is None:
             job = replace(job, windows=kept or own_text(job, work, progress))
         stop, need = Event(), None
@@ -146,19 +146,6 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
 
 
 # --- before -----------------------------------------------------------------------------------------
-
-
-def _already_done(job: Job, expected: dict[str, Any]) -> Report | None:
-    """The report at the output, if it is of this very run, killed after its last step or repeated, and whole."""
-    path = job.output / REPORT
-    if not path.is_file():
-        return None
-    try:
-        report = Report.from_dict(read_json(path), str(path))
-        whole = all((job.output / name).stat().st_size == file["size"] for name, file in report.files.items())
-    except (CheckpointError, OSError, KeyError):
-        return None  # not ours, or damaged: then it is in the way, like any other folder
-    return report if whole and report.fingerprint == digest(expected) else None
 
 
 def _check_space(job: Job, work: Path, written: int) -> None:

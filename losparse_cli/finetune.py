@@ -17,14 +17,15 @@ from torch import Tensor, nn
 
 from .checkpoint.card import copy_companions
 from .checkpoint.config import write_config
-from .checkpoint.finish import close, versions
+from .checkpoint.finish import close, finished, versions
 from .checkpoint.journal import FILE as JOURNAL
 from .checkpoint.journal import Journal
-from .checkpoint.output import STATES, check_output, publish, working_folder, write_errors
+from .checkpoint.output import STATES, check_output, clear_away, publish, working_folder, write_errors
 from .checkpoint.report import LayerReport, Report
 from .checkpoint.source import read_json
 from .errors import ResumeError, UsageError
 from .job.finetuning import Progress, Silent, Training, prepare_finetuning
+from .job.fingerprint import digest
 from .job.solve import encode_layer
 from .linalg.factors import Decomposition, LowRankSparse
 from .linalg.precision import fast_float32
@@ -60,7 +61,7 @@ def finetune(
     as in `compress`. Raises as `prepare_finetuning`; TrainingError where the loss stops being a number, OutputError
     and ResumeError if the result cannot be written.
     """
-    training = prepare_finetuning(source, output, task=task, overwrite=overwrite, progress=progress, **options)
+    training = prepare_finetuning(source, output, task=task, progress=progress, **options)
     return run(training, resume=resume, overwrite=overwrite, progress=progress)
 
 
@@ -71,6 +72,11 @@ def run(
     begun, told = time.monotonic(), progress or Silent()
     if resume not in ("auto", "required", "never"):
         raise UsageError(f"--resume is auto, required or never, not {resume!r}.")
+    done = None if overwrite else finished(training.output, digest(training.fingerprint))
+    if done is not None:
+        if is_main_process():
+            clear_away(training.output)
+        return Finetuned(training.output, done, done.training.get("scores", {}), training.steps, 0.0)
     check_output(training.output, overwrite=overwrite, source=training.source.folder)
     with _working_folder(training, resume) as work:
         _train(training, work, told)
@@ -213,6 +219,7 @@ def _write(training: Training, work: Path, seconds: float, told: Progress) -> Re
         },
         recipe={"pattern": training.plan.layers[0].pattern},
         versions=versions(),
+        fingerprint=digest(training.fingerprint),
         training={
             "objective": training.how.objective,
             "task": training.task.name,

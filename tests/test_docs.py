@@ -250,8 +250,14 @@ def test_sizes_in_method() -> None:
 
 
 def test_defaults_in_the_text() -> None:
-    from losparse_cli.budget.recipe import CALIBRATED_KEEP, CALIBRATED_RANK_RATIO, DEFAULT_ITERATIONS, DEFAULT_KEEP
-    from losparse_cli.budget.recipe import MANY_ITERATIONS, MANY_KEPT
+    from losparse_cli.budget.recipe import (
+        CALIBRATED_KEEP,
+        CALIBRATED_RANK_RATIO,
+        DEFAULT_ITERATIONS,
+        DEFAULT_KEEP,
+        MANY_ITERATIONS,
+        MANY_KEPT,
+    )
     from losparse_cli.job.allocation import COARSE_STEPS
     from losparse_cli.linalg import admm
 

@@ -419,6 +419,27 @@ def test_overwrite(long_run: Any, tmp_path: Path) -> None:
     assert digests(output) == undisturbed
 
 
+def test_a_run_that_had_ended_is_not_done_again(
+    long_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    asked, undisturbed = long_run
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill = in_place_of(importlib.import_module("losparse_cli.checkpoint.output"), "clear_away", 1, before=True)
+        finetune(output=tmp_path / "out", **asked, progress=kill(patch))
+    assert (tmp_path / "out" / "losparse_journal.jsonl").is_file()
+
+    class Untouched(Silent):
+        def step(self, step: Step) -> None:
+            raise AssertionError("nothing is left to be trained")
+
+    again = finetune(output=tmp_path / "out", **asked, progress=Untouched())
+    assert digests(again.output) == undisturbed
+    assert not (again.output / "losparse_journal.jsonl").exists()
+    assert again.scores == again.report.training["scores"] != {}
+    with pytest.raises(UsageError, match="exists already"):
+        finetune(output=tmp_path / "out", **{**asked, "how": how_of(max_steps=19, save_steps=3, every=2)})
+
+
 # --- what goes wrong on the way ---------------------------------------------------------------------
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..errors import CheckpointError
 from .card import base_metadata, write_card
 from .journal import FILE as JOURNAL
 from .output import ALLOCATION, GENERATED, STATES
 from .report import Report
-from .source import REPORT, TIMING
+from .source import REPORT, TIMING, read_json
 from .writer import sha256, write_json
 
 
@@ -25,6 +26,19 @@ def close(work: Path, report: Report, base: Path, place: str) -> Report:
     write_json(work / REPORT, report.to_dict())
     write_card(work, report, base_metadata(base), place=place)
     return report
+
+
+def finished(output: Path, fingerprint: str) -> Report | None:
+    """The report at `output`, if it is of this very run, killed after its last step or repeated, and whole."""
+    path = output / REPORT
+    if not path.is_file():
+        return None
+    try:
+        report = Report.from_dict(read_json(path), str(path))
+        whole = all((output / name).stat().st_size == file["size"] for name, file in report.files.items())
+    except (CheckpointError, OSError, KeyError):
+        return None  # not ours, or damaged: then it is in the way, like any other folder
+    return report if whole and report.fingerprint == fingerprint else None
 
 
 def versions() -> dict[str, str]:

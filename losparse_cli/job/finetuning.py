@@ -96,7 +96,6 @@ def prepare_finetuning(
     how: Finetuning | None = None,
     recipe: Recipe | None = None,
     device: str = "auto",
-    overwrite: bool = False,
     revision: str | None = None,
     cache_dir: Path | None = None,
     trust_remote_code: bool = False,
@@ -117,7 +116,7 @@ def prepare_finetuning(
     parse_size(max_shard_size)  # an error now, not after hours; transformers reads the text itself
     checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
     output = output_path(output or f"{checkpoint.name.rpartition('/')[2]}-finetuned")
-    check_output(output, overwrite=overwrite, source=checkpoint.folder)
+    check_output(output, overwrite=True, source=checkpoint.folder)  # what stands there is seen to by `run`
     if checkpoint.quantization is not None and not checkpoint.is_compressed:
         raise UsageError(f"{checkpoint.name} is quantized already. Start from the unquantized checkpoint.")
     opened = open_task(task)
