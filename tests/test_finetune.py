@@ -423,8 +423,8 @@ def test_a_run_that_had_ended_is_not_done_again(
     long_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     asked, undisturbed = long_run
+    kill = in_place_of(importlib.import_module("losparse_cli.checkpoint.output"), "clear_away", 1, before=True)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill = in_place_of(importlib.import_module("losparse_cli.checkpoint.output"), "clear_away", 1, before=True)
         finetune(output=tmp_path / "out", **asked, progress=kill(patch))
     assert (tmp_path / "out" / "losparse_journal.jsonl").is_file()
 
