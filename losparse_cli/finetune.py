@@ -61,7 +61,7 @@ def finetune(
     as in `compress`. Raises as `prepare_finetuning`; TrainingError where the loss stops being a number, OutputError
     and ResumeError if the result cannot be written.
     """
-    training = prepare_finetuning(source, output, task=task, progress=progress, **options)
+    training = prepare_finetuning(source, output, task=task, overwrite=overwrite, progress=progress, **options)
     return run(training, resume=resume, overwrite=overwrite, progress=progress)
 
 

@@ -17,7 +17,7 @@ from ..budget.recipe import Recipe
 from ..checkpoint.finish import versions
 from ..checkpoint.output import check_output, output_path, parse_size
 from ..checkpoint.reader import FLOATING, TORCH_DTYPES
-from ..checkpoint.source import Checkpoint, open_checkpoint
+from ..checkpoint.source import REPORT, Checkpoint, open_checkpoint
 from ..checkpoint.writer import sha256
 from ..errors import MissingExtraError, UsageError
 from ..load import load
@@ -30,6 +30,7 @@ from ..tasks.task import open_task
 from ..training.conversion import compressed_layers, start_compressed, start_dense, trained_layers
 from ..training.pruner import Pruner
 from ..training.request import Finetuning
+from .fingerprint import file_states
 from .teacher import find_teacher
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def prepare_finetuning(
     how: Finetuning | None = None,
     recipe: Recipe | None = None,
     device: str = "auto",
+    overwrite: bool = False,
     revision: str | None = None,
     cache_dir: Path | None = None,
     trust_remote_code: bool = False,
@@ -116,7 +118,8 @@ def prepare_finetuning(
     parse_size(max_shard_size)  # an error now, not after hours; transformers reads the text itself
     checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
     output = output_path(output or f"{checkpoint.name.rpartition('/')[2]}-finetuned")
-    check_output(output, overwrite=True, source=checkpoint.folder)  # what stands there is seen to by `run`
+    # A result with a report may be that of this very run, which `run` finds out.
+    check_output(output, overwrite=overwrite or (output / REPORT).is_file(), source=checkpoint.folder)
     if checkpoint.quantization is not None and not checkpoint.is_compressed:
         raise UsageError(f"{checkpoint.name} is quantized already. Start from the unquantized checkpoint.")
     opened = open_task(task)
@@ -144,7 +147,7 @@ def prepare_finetuning(
     unseen = None if validation is None else opened.prepare(validation, tokenizer, model.config, training=False)
     dtype = _stored_dtype(checkpoint)
     plan = _plan(model, checkpoint, recipe or Recipe(pattern=PATTERN), dtype)
-    teacher = find_teacher(checkpoint, model.config, how, opened, cache_dir, place, options)
+    teacher, learned_from = find_teacher(checkpoint, model.config, how, opened, cache_dir, place, options)
     told.phase("Taking the weights apart")
     if checkpoint.is_compressed:
         start_compressed(model)
@@ -158,9 +161,11 @@ def prepare_finetuning(
     layers = trained_layers(model)
     steps = how.max_steps or _steps(how, len(features))
     pruner = Pruner([layers[p.layer.name] for p in plan.layers], [p.nnz for p in plan.layers], how.pruning, steps)
+    read = [len(part) for part in (features, unseen) if part is not None]
+    fingerprint = _fingerprint(checkpoint, learned_from, task, read, how, plan, place)
     return Training(
         checkpoint, output, how, opened, model.to(place), tokenizer, teacher, features, unseen, plan, pruner, steps,
-        place, dtype, max_shard_size, _fingerprint(checkpoint, task, how, plan, place),
+        place, dtype, max_shard_size, fingerprint,
     )  # fmt: skip
 
 
@@ -246,17 +251,24 @@ def _steps(how: Finetuning, examples: int) -> int:
 
 
 def _fingerprint(
-    checkpoint: Checkpoint, task: TaskRequest, how: Finetuning, plan: Plan, device: torch.device
+    checkpoint: Checkpoint,
+    teacher: Checkpoint | None,
+    task: TaskRequest,
+    rows: list[int],
+    how: Finetuning,
+    plan: Plan,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """What must be equal for a run to go on."""
+    """What must be equal for a run to go on; rows: how many there are of a dataset that may have changed."""
     files = {
         name: sha256(Path(file).expanduser())
         for name, file in (("train", task.train_file), ("validation", task.validation_file))
         if file is not None
     }
-    weights = {file.path.name: [file.path.stat().st_size, file.path.stat().st_mtime_ns] for file in checkpoint.files}
     return versions() | {
-        "source": checkpoint.commit or weights,
+        "source": checkpoint.commit or file_states(checkpoint),
+        "teacher": teacher and (teacher.commit or file_states(teacher)),
+        "rows": rows,
         "task": asdict(task),
         "data": files,
         "training": how.to_dict(),

@@ -21,7 +21,7 @@ def fingerprint(job: Job) -> dict[str, Any]:
     import safetensors
     import transformers
 
-    files = _states(job.source)
+    files = file_states(job.source)
     folder = job.source.folder
     companions = [
         [str(p), (folder / p).stat().st_size, (folder / p).stat().st_mtime_ns] for p in companion_files(folder)
@@ -37,7 +37,7 @@ def fingerprint(job: Job) -> dict[str, Any]:
         "safetensors": safetensors.__version__,
         "companions": digest(companions),
         "source": job.source.commit or files,
-        "start": job.start and _states(job.start),
+        "start": job.start and file_states(job.start),
         "config": digest(job.source.config),
         "recipe": job.recipe.to_dict(),
         "calibration": job.calibration and asdict(job.calibration),
@@ -47,7 +47,7 @@ def fingerprint(job: Job) -> dict[str, Any]:
     }
 
 
-def _states(checkpoint: Checkpoint) -> dict[str, list[int]]:
+def file_states(checkpoint: Checkpoint) -> dict[str, list[int]]:
     """Weight file -> size and time of its last change, in ns."""
     status = {file.path.name: file.path.stat() for file in checkpoint.files}
     return {name: [found.st_size, found.st_mtime_ns] for name, found in status.items()}

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def find_teacher(
     checkpoint: Checkpoint, config: Any, how: Finetuning, task: Task, cache_dir: Path | None, device: torch.device,
     options: dict[str, Any],
-) -> nn.Module | None:  # fmt: skip
-    """The model to learn from: the one named, or with --objective distill the dense form of the checkpoint.
+) -> tuple[nn.Module | None, Checkpoint | None]:  # fmt: skip
+    """The model to learn from, and its checkpoint: the one named, or with --objective distill our own, dense.
 
     config: of the model that is to learn. UsageError if there is no such model, or if its predictions are of another
     kind.
@@ -30,7 +30,7 @@ def find_teacher(
 
     name, commit = how.teacher, None
     if name is None and how.objective == "task":
-        return None
+        return None, None
     if name is None and not checkpoint.is_compressed:
         name = str(checkpoint.folder)
     if name is None:
@@ -48,8 +48,7 @@ def find_teacher(
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(chosen_precision(how.precision, device))
     model, _ = load(found.folder, model_class=task.auto_class, dtype=dtype or torch.float32, **options)
     _check(found, model, config, how, task)
-    found_model: nn.Module = model
-    return found_model
+    return model, found
 
 
 def _check(found: Checkpoint, model: Any, config: Any, how: Finetuning, task: Task) -> None:

@@ -244,6 +244,7 @@ def finetune(
             how=how,
             recipe=size,
             device=device,
+            overwrite=overwrite,
             revision=revision,
             cache_dir=cache_dir,
             trust_remote_code=trust_remote_code,
