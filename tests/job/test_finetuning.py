@@ -16,7 +16,6 @@ from losparse_cli.budget.recipe import Recipe
 from losparse_cli.errors import LosparseError, MissingExtraError, UsageError
 from losparse_cli.job.finetuning import Training, prepare_finetuning
 from losparse_cli.training.pruner import Pruning
-from losparse_cli.training.recipes import RECIPES, settings
 from losparse_cli.training.request import Finetuning
 from tests.training.learners import VOCABULARY, request_for, rows_of, write_learner, write_rows
 
@@ -204,25 +203,3 @@ def test_values_that_are_none(wrong: dict[str, Any], said: str) -> None:
 
 def test_settings_are_json() -> None:
     assert json.loads(json.dumps(Finetuning().to_dict()))["pruning"]["beta"] == 0.85
-
-
-def test_recipes() -> None:
-    """Every setting is one that the request, the sizes or the pruning knows."""
-    from losparse_cli.tasks.request import TaskRequest
-
-    renamed = {"prune_every": "every", "initial_warmup_steps": "initial_warmup", "final_warmup_steps": "final_warmup"}
-    for name in RECIPES:
-        given = settings(name)
-        for option, value in given.items():
-            homes = [
-                kind for kind in (Finetuning, Pruning, TaskRequest, Recipe)
-                if renamed.get(option, option) in kind.__dataclass_fields__
-            ]  # fmt: skip
-            assert homes, option
-            if option != "seed":
-                assert len(homes) == 1, option
-            if homes[0] is not TaskRequest:
-                homes[0](**{renamed.get(option, option): value})
-    assert settings(None) == {}
-    with pytest.raises(UsageError, match=r"There is no recipe 'imdb'\. The recipes are mnli, "):
-        settings("imdb")
