@@ -387,7 +387,7 @@ def test_resume(long_run: Any, tmp_path: Path) -> None:
     for changes, differs in [
         ({"how": how_of(max_steps=20, save_steps=3, every=3)}, "training"),
         ({"recipe": small(keep_parameters=0.4)}, "plan"),
-        ({"task": request_for(tmp_path, "bert", train=63, validation=16)}, "data, task"),
+        ({"task": request_for(tmp_path, "bert", train=63, validation=16)}, "data, rows, task"),
     ]:
         for resume in ("auto", "required"):
             with pytest.raises(ResumeError, match=rf"a different run \(different: {differs}\)"):
