@@ -56,7 +56,7 @@ bench-quality: $(VENV)/.dev  ## Measure calibrated compression beside other meth
 	$(BIN)/python -m tests.benchmarks layer-errors calibrated quantization embedding picture --every 5
 
 bench-training: $(VENV)/.dev  ## Measure what training recovers (hours)
-	$(BIN)/python -m tests.benchmarks training-speed polarity stages
+	$(BIN)/python -m tests.benchmarks training-speed polarity training-picture stages
 
 build: $(VENV)/.dev  ## Build the wheel and the source distribution into dist/
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

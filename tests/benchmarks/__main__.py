@@ -34,6 +34,7 @@ LONG = {
     "embedding": calibrated.embedding,
     "picture": calibrated.picture,
     "polarity": training.polarity,
+    "training-picture": training.training_picture,
     "stages": training.stages,
     "training-speed": training.training_speed,
 }

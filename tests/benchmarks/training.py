@@ -33,6 +33,7 @@ from losparse_cli.tasks.text_classification import TextClassification
 from losparse_cli.training.pruner import Pruner
 from losparse_cli.training.reconstruction import Refinement
 from losparse_cli.training.request import Finetuning
+from losparse_cli.training.trainer import FinetuneTrainer, Step, chosen_precision
 
 from .results import LENGTH, Options, add_result, measured, results_of
 
@@ -92,8 +93,6 @@ def dense_polarity(options: Options) -> Path:
     """MiniLM fine-tuned on the task, dense: the teacher, and what the others start from."""
     import transformers
 
-    from losparse_cli.training.trainer import chosen_precision
-
     output = options.folder / "polarity-dense"
     if (output / "config.json").is_file():
         return output
@@ -119,7 +118,18 @@ def dense_polarity(options: Options) -> Path:
     return output
 
 
-def _record(options: Options, row: str, folder: Path, seconds: float) -> None:
+class Curve(Silent):
+    """(step, S that is left, accuracy after the last epoch) every few steps."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[int, float, float | None]] = []
+
+    def step(self, step: Step) -> None:
+        if step.step % 8 == 0 or step.step == step.total:
+            self.points.append((step.step, step.remaining, step.scores.get("accuracy")))
+
+
+def _record(options: Options, row: str, folder: Path, seconds: float, **more: Any) -> None:
     """Accuracy of the model as it is stored, and which sentences it gets right."""
     task = open_task(polarity_task(options.folder))
     assert isinstance(task, TextClassification), "polarity is a classification"
@@ -130,7 +140,7 @@ def _record(options: Options, row: str, folder: Path, seconds: float) -> None:
     logits = task.predict(model, tokenizer, features, batch_size=64, device=torch.device("cpu"))
     labels = torch.tensor([int(line["label"]) for line in rows.rows])
     right = (logits.argmax(-1).cpu() == labels).tolist()
-    found = {"accuracy": sum(right) / len(right), "seconds": seconds, "right": "".join("01"[r] for r in right)}
+    found = {"accuracy": sum(right) / len(right), "seconds": seconds, "right": "".join("01"[r] for r in right)} | more
     add_result(options, "polarity", row, found)
     print(f"{row}: {found['accuracy']:.4f}, {seconds:.0f} s", flush=True)
 
@@ -146,14 +156,13 @@ def _row(options: Options, row: str) -> None:
     dense = dense_polarity(options)
     how = _how(int(seed), 0.1 if options.small else float(epochs or EPOCHS), learning_rate=RATES[method],
                teacher=str(dense) if distilled else None)  # fmt: skip
-    task = polarity_task(options.folder)
-    task = TaskRequest("text-classification", train_file=task.train_file)
+    curve = Curve()
     output = options.folder / f"polarity-{row.replace('/', '-')}"
     done = finetune(
-        dense, output, task=task, how=how, recipe=Recipe(keep_parameters=share, rank_ratio=ratio, pattern="rows"),
-        resume="never", overwrite=True,
+        dense, output, task=polarity_task(options.folder), how=how, resume="never", overwrite=True, progress=curve,
+        recipe=Recipe(keep_parameters=share, rank_ratio=ratio, pattern="rows"),
     )  # fmt: skip
-    _record(options, row, output, done.seconds)
+    _record(options, row, output, done.seconds, curve=curve.points)
     shutil.rmtree(output)
 
 
@@ -191,6 +200,34 @@ def print_polarity(options: Options) -> None:
             f"| {share} | {name.partition('/')[0]} | {epochs or (EPOCHS if size else 3)} | {len(members)} | "
             f"{accuracy:.2%} | {other} | {minutes:.1f} |"
         )
+
+
+def training_picture(options: Options, rows: Sequence[str] = ()) -> None:
+    """What is left of S and how well the model does, step by step, of the rows named or of one for each size."""
+    from matplotlib.figure import Figure
+
+    found = results_of(options, "polarity")
+    chosen = list(rows) or [row for size in SIZES if (row := f"losparse@{size}/0") in found]
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for row in chosen:
+        points = found[row]["curve"]
+        name = f"{float(row.partition('@')[2].partition('/')[0]):.0%} of the parameters"
+        left.plot([step for step, _, _ in points], [100 * share for _, share, _ in points], label=name)
+        scored = [(step, accuracy) for step, _, accuracy in points if accuracy is not None]
+        # A score holds from the end of an epoch on: it is drawn where it is new.
+        new = [pair for k, pair in enumerate(scored) if k == 0 or pair[1] != scored[k - 1][1]]
+        new.append((points[-1][0], found[row]["accuracy"]))
+        right.plot([step for step, _ in new], [100 * accuracy for _, accuracy in new], marker="o", label=name)
+    if "dense/0" in found:
+        right.axhline(100 * found["dense/0"]["accuracy"], color="gray", linestyle=":", label="dense")
+    left.set(xlabel="step", ylabel="S that is left, % of the weights", ylim=(0, 102))
+    right.set(xlabel="step", ylabel="accuracy on the test fifth, %")
+    for axes in (left, right):
+        axes.legend(frameon=False, fontsize="small")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(options.folder / "training.svg")
+    print(f"written: {options.folder / 'training.svg'}")
 
 
 def _bootstrap(pairs: list[tuple[Any, Any]], draws: int = 10000) -> tuple[float, float, float]:
@@ -297,8 +334,6 @@ def training_speed(options: Options, rows: Sequence[str] = ()) -> None:
 def speed_of(form: str, precision: str, train_file: str, folder: str) -> None:
     """Train for a few steps and print what they take."""
     import transformers
-
-    from losparse_cli.training.trainer import FinetuneTrainer
 
     times: list[float] = []
 
