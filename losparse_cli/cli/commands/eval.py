@@ -81,6 +81,8 @@ def eval_(
     max_length: o.MaxLength = None,
     max_target_length: o.MaxTargetLength = None,
     doc_stride: o.DocStride = None,
+    n_best: o.NBest = None,
+    max_answer_length: o.MaxAnswerLength = None,
     num_beams: o.NumBeams = None,
     max_validation_samples: o.MaxValidationSamples = None,
     lm_eval_path: Annotated[

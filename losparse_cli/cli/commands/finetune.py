@@ -44,6 +44,8 @@ def finetune(
     max_length: o.MaxLength = None,
     max_target_length: o.MaxTargetLength = None,
     doc_stride: o.DocStride = None,
+    n_best: o.NBest = None,
+    max_answer_length: o.MaxAnswerLength = None,
     num_beams: o.NumBeams = None,
     max_train_samples: o.MaxTrainSamples = None,
     max_validation_samples: o.MaxValidationSamples = None,
@@ -205,8 +207,7 @@ def finetune(
 ) -> None:
     """Train U, V and S on a task, S losing its least important neurons on the way.
 
-    A dense model begins lossless, U and V from its SVD and S the rest, and ends at --keep-parameters; a compressed one
-    keeps what S has, or loses more of it.
+    A dense model begins lossless and ends at --keep-parameters; a compressed one keeps its S, or loses more.
 
     [dim]losparse finetune user/model --task text-classification --train-file train.csv --validation-file dev.csv[/dim]
     """
