@@ -207,12 +207,13 @@ def training_picture(options: Options, rows: Sequence[str] = ()) -> None:
     from matplotlib.figure import Figure
 
     found = results_of(options, "polarity")
-    chosen = list(rows) or [row for size in SIZES if (row := f"losparse@{size}/0") in found]
+    chosen = list(rows) or [row for size in SIZES if "curve" in found.get(row := f"losparse@{size}/0", {})]
     figure = Figure(figsize=(8, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
     for row in chosen:
         points = found[row]["curve"]
-        name = f"{float(row.partition('@')[2].partition('/')[0]):.0%} of the parameters"
+        method, _, size = row.partition("/")[0].partition("@")
+        name = f"{method}, {float(size):.0%} of the parameters"
         left.plot([step for step, _, _ in points], [100 * share for _, share, _ in points], label=name)
         scored = [(step, accuracy) for step, _, accuracy in points if accuracy is not None]
         # A score holds from the end of an epoch on: it is drawn where it is new.
@@ -224,9 +225,9 @@ def training_picture(options: Options, rows: Sequence[str] = ()) -> None:
     left.set(xlabel="step", ylabel="S that is left, % of the weights", ylim=(0, 102))
     right.set(xlabel="step", ylabel="accuracy on the test fifth, %")
     for axes in (left, right):
-        axes.legend(frameon=False, fontsize="small")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(options.folder / "training.svg")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(options.folder / "training.svg", metadata={"Date": None})
     print(f"written: {options.folder / 'training.svg'}")
 
 
