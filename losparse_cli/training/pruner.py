@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..linalg.patterns import largest
 from .layers import TrainedLinear
 from .schedule import CubicSchedule
 
@@ -118,14 +119,17 @@ class Pruner:
     def _choose_globally(self, share: float) -> None:
         """The most important units of all layers together, as many as `share` of the dense entries pays for."""
         scores = torch.cat([layer.smoothed for layer in self.layers])
-        counts = [len(layer.kept) for layer in self.layers]
-        sizes = torch.repeat_interleave(
-            torch.tensor([layer.unit_size for layer in self.layers]), torch.tensor(counts)
-        ).to(scores.device)
-        order = torch.argsort(scores, descending=True, stable=True)
-        paid = torch.cumsum(sizes[order], 0) <= round(share * self._dense)
-        kept = torch.zeros_like(scores, dtype=torch.bool)
-        kept[order[paid]] = True
+        counts, budget = [len(layer.kept) for layer in self.layers], round(share * self._dense)
+        if all(
+            layer.unit_size == 1 for layer in self.layers
+        ):  # millions of entries, which a sort would take seconds for
+            kept = select((scores - scores.min())[None], UNSTRUCTURED, min(budget, len(scores)), "matrix")[0]
+        else:
+            each = torch.tensor([layer.unit_size for layer in self.layers])
+            sizes = torch.repeat_interleave(each, torch.tensor(counts)).to(scores.device)
+            order = torch.argsort(scores, descending=True, stable=True)
+            kept = torch.zeros_like(scores, dtype=torch.bool)
+            kept[order[torch.cumsum(sizes[order], 0) <= budget]] = True
         for layer, part in zip(self.layers, torch.split(kept, counts), strict=True):
             layer.kept.copy_(part)
 
