@@ -120,10 +120,8 @@ class Pruner:
         """The most important units of all layers together, as many as `share` of the dense entries pays for."""
         scores = torch.cat([layer.smoothed for layer in self.layers])
         counts, budget = [len(layer.kept) for layer in self.layers], round(share * self._dense)
-        if all(
-            layer.unit_size == 1 for layer in self.layers
-        ):  # millions of entries, which a sort would take seconds for
-            kept = select((scores - scores.min())[None], UNSTRUCTURED, min(budget, len(scores)), "matrix")[0]
+        if all(layer.unit_size == 1 for layer in self.layers):  # sorting millions of entries would take seconds
+            kept = largest(scores - scores.min(), min(budget, len(scores)))
         else:
             each = torch.tensor([layer.unit_size for layer in self.layers])
             sizes = torch.repeat_interleave(each, torch.tensor(counts)).to(scores.device)
