@@ -116,15 +116,7 @@ def show_result(out: Console, result: Result) -> None:
     out.data(
         {"output": str(result.output), "seconds": result.seconds, "resumed_units": result.resumed} | report.totals()
     )
-    table = Table(box=None, show_header=True, pad_edge=False)
-    for column in ("", "before", "after", "share"):
-        table.add_column(column, justify="left" if not column else "right")
-    table.add_row("compressed layers", size(report.bytes_before), size(report.bytes_after), _share(report))
-    table.add_row("whole model", size(report.model_bytes_before), size(report.model_bytes_after),
-                  f"{report.model_bytes_after / report.model_bytes_before:.1%}")  # fmt: skip
-    table.add_row("parameters kept", f"{report.targeted_parameters:,}", f"{sum(x.kept for x in report.layers):,}",
-                  f"{report.kept_parameters:.1%}")  # fmt: skip
-    out.err.print(table)
+    _show_sizes(out, report, "before", "after")
     error = report.relative_error
     measured = "" if error is None else f", relative Frobenius error {error:.3f}"
     on_text = mean_output_error(report.layers)
@@ -172,7 +164,7 @@ def show_result(out: Console, result: Result) -> None:
         out.say("This very run had finished before: nothing was left to do.")
     where = short(result.output)
     out.say(f"[bold green]Done.[/] The result is in {where}. To load it:")
-    out.say(f'  import losparse_cli\n  model, tokenizer = losparse_cli.load("{where}")')
+    _show_loading(out, where)
 
 
 def show_finetuned(out: Console, result: Finetuned) -> None:
@@ -182,15 +174,7 @@ def show_finetuned(out: Console, result: Finetuned) -> None:
         {"output": str(result.output), "seconds": result.seconds, "steps": result.steps, "scores": result.scores}
         | report.totals()
     )
-    table = Table(box=None, show_header=True, pad_edge=False)
-    for column in ("", "dense", "trained", "share"):
-        table.add_column(column, justify="left" if not column else "right")
-    table.add_row("compressed layers", size(report.bytes_before), size(report.bytes_after), _share(report))
-    table.add_row("whole model", size(report.model_bytes_before), size(report.model_bytes_after),
-                  f"{report.model_bytes_after / max(1, report.model_bytes_before):.1%}")  # fmt: skip
-    table.add_row("parameters kept", f"{report.targeted_parameters:,}", f"{sum(x.kept for x in report.layers):,}",
-                  f"{report.kept_parameters:.1%}")  # fmt: skip
-    out.err.print(table)
+    _show_sizes(out, report, "dense", "trained")
     if result.scores:
         scores = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
         scores.add_column("score, as stored")
@@ -200,6 +184,24 @@ def show_finetuned(out: Console, result: Finetuned) -> None:
         out.table(scores)
     where = short(result.output)
     out.say(f"[bold green]Done[/] in {_minutes(result.seconds)}. The result is in {where}. To load it:")
+    _show_loading(out, where)
+
+
+def _show_sizes(out: Console, report: Report, before: str, after: str) -> None:
+    """Bytes and parameters of the layers and of the model; `before` and `after` head their columns."""
+    table = Table(box=None, show_header=True, pad_edge=False)
+    for column in ("", before, after, "share"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("compressed layers", size(report.bytes_before), size(report.bytes_after), _share(report))
+    table.add_row("whole model", size(report.model_bytes_before), size(report.model_bytes_after),
+                  f"{report.model_bytes_after / max(1, report.model_bytes_before):.1%}")  # fmt: skip
+    table.add_row("parameters kept", f"{report.targeted_parameters:,}", f"{sum(x.kept for x in report.layers):,}",
+                  f"{report.kept_parameters:.1%}")  # fmt: skip
+    out.err.print(table)
+
+
+def _show_loading(out: Console, where: str) -> None:
+    """The lines that load a result."""
     out.say(f'  import losparse_cli\n  model, tokenizer = losparse_cli.load("{where}")')
 
 

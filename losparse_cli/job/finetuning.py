@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..budget.plan import Layer, LayerPlan, Plan, make_plan, plan_as_stored, plan_layer
-from ..budget.recipe import Recipe
+from ..budget.recipe import RANK_CHOICES, SIZE_CHOICES, Recipe
 from ..checkpoint.finish import versions
 from ..checkpoint.output import check_output, output_path, parse_size
 from ..checkpoint.reader import FLOATING, TORCH_DTYPES
@@ -211,16 +211,16 @@ def _plan(model: nn.Module, checkpoint: Checkpoint, recipe: Recipe, dtype: torch
         chosen, skipped = choose(Skeleton(model, linears, skipped), recipe.targets, recipe.ignore)
         layers = [_layer(linear.name, linear.shape, linear.transposed, dtype) for linear in chosen]
         changes: dict[str, Any] = {k: v for k, v in DEFAULTS.items() if getattr(recipe, k) is None}
-        if any(getattr(recipe, name) is not None for name in ("sparsity", "keep", "keep_parameters")):
+        if any(getattr(recipe, name) is not None for name in SIZE_CHOICES):
             changes.pop("keep_parameters", None)
-        if recipe.rank is not None or recipe.rank_ratio is not None:
+        if any(getattr(recipe, name) is not None for name in RANK_CHOICES):
             changes.pop("rank_ratio", None)
         return make_plan(layers, skipped, replace(recipe, **changes))
     specs: dict[str, LayerSpec] = {name: layer.spec for name, layer in compressed_layers(model).items()}
     layers = [_layer(name, spec.shape, spec.transposed, dtype) for name, spec in specs.items()]
     present = plan_as_stored(layers, skipped, specs)
-    asked = [name for name in ("sparsity", "keep", "keep_parameters") if getattr(recipe, name) is not None]
-    if recipe.rank is not None or recipe.rank_ratio is not None or recipe.targets or recipe.ignore:
+    asked = any(getattr(recipe, name) is not None for name in SIZE_CHOICES)
+    if any(getattr(recipe, name) is not None for name in RANK_CHOICES) or recipe.targets or recipe.ignore:
         raise UsageError(
             "Ranks and layers of a compressed model stay as they are: leave out --rank, --rank-ratio, --targets and "
             "--ignore, or start from the dense model."
