@@ -20,11 +20,11 @@ from .checkpoint.card import copy_companions
 from .checkpoint.config import write_config
 from .checkpoint.finish import close, finished, versions
 from .checkpoint.journal import Journal, Unit
-from .checkpoint.output import check_output, clear_away, publish, working_folder, write_errors
+from .checkpoint.output import begin, check_output, check_resume, clear_away, publish, write_errors
 from .checkpoint.report import LayerReport, Report
 from .checkpoint.source import TIMING, Checkpoint
 from .checkpoint.writer import ShardWriter, sha256, tensor_part, write_json
-from .errors import OutputError, ResumeError, UsageError
+from .errors import OutputError
 from .job.calibrated import CalibratedRun
 from .job.calibrated import Progress as BlockProgress
 from .job.decisions import Progress as DecisionProgress
@@ -91,8 +91,7 @@ def compress(
 
 def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Progress | None = None) -> Result:
     """Carry out a prepared job; see `compress`."""
-    if resume not in ("auto", "required", "never"):
-        raise UsageError(f"--resume is auto, required or never, not {resume!r}.")
+    check_resume(resume)
     started = time.monotonic()
     expected = fingerprint(job)
     with write_errors(job.output):
@@ -102,12 +101,7 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
             took = Took(0.0, 0, None)
             return Result(job.output, done, took, len(job.units), not _ships_loader(job.source.config))
         check_output(job.output, overwrite=overwrite, source=job.source.folder)
-        work = working_folder(job.output)
-        if resume == "required" and not work.is_dir():
-            raise ResumeError(f"There is nothing to resume at {work}. Leave out --resume required to start anew.")
-        job.output.parent.mkdir(parents=True, exist_ok=True)
-        work.mkdir(exist_ok=True)
-        journal = Journal(work, expected, required=resume == "required", discard=resume == "never")
+        work, journal = begin(job.output, expected, resume)
     try:
         kept = kept_text(job, work, journal)
         if job.recipe.allocate == "error":

@@ -19,11 +19,18 @@ from .checkpoint.card import copy_companions
 from .checkpoint.config import write_config
 from .checkpoint.finish import close, finished, versions
 from .checkpoint.journal import FILE as JOURNAL
-from .checkpoint.journal import Journal
-from .checkpoint.output import STATES, check_output, clear_away, publish, working_folder, write_errors
+from .checkpoint.output import (
+    STATES,
+    begin,
+    check_output,
+    check_resume,
+    clear_away,
+    publish,
+    working_folder,
+    write_errors,
+)
 from .checkpoint.report import LayerReport, Report
 from .checkpoint.source import read_json
-from .errors import ResumeError, UsageError
 from .job.finetuning import Progress, Silent, Training, prepare_finetuning
 from .job.fingerprint import digest
 from .job.solve import encode_layer
@@ -70,8 +77,7 @@ def run(
 ) -> Finetuned:
     """Carry out a prepared fine-tuning; see `finetune`. Of several processes the first alone writes the result."""
     begun, told = time.monotonic(), progress or Silent()
-    if resume not in ("auto", "required", "never"):
-        raise UsageError(f"--resume is auto, required or never, not {resume!r}.")
+    check_resume(resume)
     done = None if overwrite else finished(training.output, digest(training.fingerprint))
     if done is not None:
         if is_main_process():
@@ -105,11 +111,8 @@ def _working_folder(training: Training, resume: str) -> Iterator[Path]:
     if not is_main_process():
         yield work
         return
-    if resume == "required" and not work.is_dir():
-        raise ResumeError(f"There is nothing to resume at {work}. Leave out --resume required to start anew.")
     with write_errors(work):
-        work.mkdir(parents=True, exist_ok=True)
-        journal = Journal(work, training.fingerprint, required=resume == "required", discard=resume == "never")
+        work, journal = begin(training.output, training.fingerprint, resume)
     try:
         yield work
     finally:

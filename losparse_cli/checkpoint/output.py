@@ -9,9 +9,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from ..errors import OutputError, UsageError
+from ..errors import OutputError, ResumeError, UsageError
 from .journal import FILE as JOURNAL
+from .journal import Journal
 
 ALLOCATION = "losparse_allocation.json"  # what --allocate error decided; of a run under way
 GENERATED = "losparse_generated.safetensors"  # text that the model wrote for its own calibration; of a run under way
@@ -74,6 +76,21 @@ def check_output(output: Path, *, overwrite: bool, source: Path | None = None) -
                 raise UsageError(
                     f"{output} holds no checkpoint, so --overwrite leaves it alone. Choose another --output."
                 )
+
+
+def check_resume(resume: str) -> None:
+    """UsageError if --resume is none of its three words."""
+    if resume not in ("auto", "required", "never"):
+        raise UsageError(f"--resume is auto, required or never, not {resume!r}.")
+
+
+def begin(output: Path, fingerprint: dict[str, Any], resume: str) -> tuple[Path, Journal]:
+    """The working folder of `output`, made if it is not there, and its open journal; ResumeError as of Journal."""
+    work = working_folder(output)
+    if resume == "required" and not work.is_dir():
+        raise ResumeError(f"There is nothing to resume at {work}. Leave out --resume required to start anew.")
+    work.mkdir(parents=True, exist_ok=True)
+    return work, Journal(work, fingerprint, required=resume == "required", discard=resume == "never")
 
 
 def publish(work: Path, output: Path) -> None:

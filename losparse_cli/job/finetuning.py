@@ -67,8 +67,8 @@ class Silent:
 class Training:
     """A run that is ready to begin: everything is checked, and the model is in the form in which it is trained.
 
-    unseen: features of the validation data, None without any. sizes: entries of S that each layer of the plan keeps.
-    steps: of the optimizer. dtype: in which the result is stored. head: new parts of the model.
+    unseen: features of the validation data, None without any. steps: of the optimizer. dtype: in which the result is
+    stored. fingerprint: what must be equal for a run to go on.
     """
 
     source: Checkpoint
