@@ -17,6 +17,11 @@ LosparseError                      exit code 1
 from __future__ import annotations
 
 
+def flag(name: str) -> str:
+    """The option of the command line that sets the field `name`, for messages."""
+    return "--" + name.replace("_", "-")
+
+
 class LosparseError(Exception):
     """Base of all deliberate errors. `str(error)` is one or two sentences: what, where, remedy."""
 

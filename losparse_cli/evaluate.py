@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .checkpoint.source import Checkpoint
+from .data import files
 from .errors import OutputError, UsageError
 from .load import load
 from .models.device import find_device
@@ -88,9 +89,9 @@ def evaluate(
     if dense is None:
         memory = "alone"
     else:
-        _check_vocabularies(ours, dense)
+        ours.check_vocabulary(dense)
         if memory == "auto":
-            logits = length * (_vocabulary(ours) or 0)
+            logits = length * (ours.vocabulary or 0)
             memory = "together" if fit_together((dense, ours), DTYPES[dtype], logits, place) else "apart"
     request = _Request(text, length, stride, windows, place, DTYPES[dtype], trust_remote_code)
     subject, sums = _run(request, ours, dense, memory, on_window or (lambda name, count: None))
@@ -130,21 +131,15 @@ def perplexity(
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file, with line ends as \\n; UsageError if there is none to read."""
+    """The text of a UTF-8 file, with line ends as \\n; UsageError if there is none, SourceError if it is unreadable."""
     place = Path(path).expanduser()
     if not place.is_file():
         kind = "is a folder, not a file" if place.is_dir() else "is not there"
         raise UsageError(f"The text {place} {kind}. Give a text file.")
-    raw = place.read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{place} is not UTF-8 text (at byte {error.start}). Convert it, or give another.") from error
-    if "\0" in text:
-        raise UsageError(f"{place} holds NUL bytes, so it is not text. Give a UTF-8 text file.")
+    text = files.read_text(place)
     if not text.strip():
         raise UsageError(f"{place} is empty. Give a file with text.")
-    return text.replace("\r\n", "\n")
+    return text
 
 
 # --- one run --------------------------------------------------------------------------------------
@@ -255,24 +250,6 @@ def _keep(subject: _Subject, folder: Path, hear: Callable[[str, int], None]) -> 
 
 
 # --- what is refused ------------------------------------------------------------------------------
-
-
-def _check_vocabularies(ours: Checkpoint, dense: Checkpoint) -> None:
-    """Before either is loaded, which may take minutes."""
-    sizes = _vocabulary(ours), _vocabulary(dense)
-    if None not in sizes and sizes[0] != sizes[1]:
-        raise UsageError(
-            f"{ours.address} has a vocabulary of {sizes[0]}, {dense.address} of {sizes[1]}. Give the dense model that "
-            "the first was made from."
-        )
-
-
-def _vocabulary(checkpoint: Checkpoint) -> int | None:
-    inner = checkpoint.config.get("text_config")
-    for part in (checkpoint.config, inner if isinstance(inner, dict) else {}):
-        if isinstance(part.get("vocab_size"), int):
-            return int(part["vocab_size"])
-    return None
 
 
 def _kind(model: Any, name: str) -> str:

@@ -6,22 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from . import kernels
+from .checkpoint.source import TOKENIZER_FILES
 from .errors import CheckpointError, SourceError
 from .shim import quantizer
 
 __all__ = ["load", "register"]
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "spm.model",
-    "sentencepiece.bpe.model",
-)
-"""One of these stands beside every model that has a tokenizer."""
 
 
 def register() -> None:

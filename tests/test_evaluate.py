@@ -415,7 +415,7 @@ def test_a_tokenizer_of_more_tokens_than_the_model_has(toy: Callable[..., Path])
 )
 def test_a_file_that_is_no_text(content: bytes, said: str, tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(content)
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError if said == "is empty" else SourceError, match=said):
         read_text(tmp_path / "text")
 
 

@@ -10,7 +10,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError, UsageError
+from ..errors import RecipeError, UsageError, flag
 
 RANK_CHOICES = ("rank", "rank_ratio")
 SIZE_CHOICES = ("sparsity", "keep", "keep_parameters")
@@ -63,7 +63,7 @@ class Recipe:
         for name in ("rank_ratio", *SIZE_CHOICES):
             value = getattr(self, name)
             if value is not None and (not _is_number(value) or not 0 <= value <= 1):
-                raise UsageError(f"{_flag(name)} is a share between 0 and 1, not {value!r}.")
+                raise UsageError(f"{flag(name)} is a share between 0 and 1, not {value!r}.")
         if self.rank_ratio == 1 and self.sparsity not in (None, 1):
             raise UsageError(
                 "--rank-ratio 1 leaves no parameters for S, but --sparsity asks for some: lower one of them."
@@ -82,7 +82,7 @@ class Recipe:
             raise UsageError(f"--exact-svd is true or false, not {self.exact_svd!r}.")
         for name in ("targets", "ignore"):
             if not all(isinstance(glob, str) and glob for glob in getattr(self, name)):
-                raise UsageError(f"{_flag(name)} takes globs of module names, not {getattr(self, name)!r}.")
+                raise UsageError(f"{flag(name)} takes globs of module names, not {getattr(self, name)!r}.")
         _check_pattern(self)
 
     def for_layer(self, name: str) -> Recipe:
@@ -275,13 +275,9 @@ def _check_pattern(recipe: Recipe) -> None:
 
 
 def _at_most_one(recipe: Recipe, names: tuple[str, ...]) -> None:
-    given = [_flag(name) for name in names if getattr(recipe, name) is not None]
+    given = [flag(name) for name in names if getattr(recipe, name) is not None]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} contradict each other: give one of them.")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _is_int(value: object) -> bool:

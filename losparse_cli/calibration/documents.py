@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import codecs
-import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import LosparseError, MissingExtraError, SourceError, UsageError
+from ..data.files import JSON_SUFFIXES, LIMIT, json_rows, parquet_file, read_text
+from ..data.hub import open_hub
+from ..errors import UsageError
 
-LIMIT = 64 << 20
-"""Bytes of a text file, characters of rows, that are read: more is not needed for a fair draw."""
 STREAM_LIMIT = 16 << 20
-"""The same of a dataset that is fetched over the network."""
+"""Characters of a dataset that are fetched over the network; of a file, LIMIT."""
 SELF = "self"
 
-_LINES = (".jsonl", ".json", ".ndjson")
-_FILES = (*_LINES, ".parquet", ".txt", ".md", ".csv", ".tsv", ".gz", ".zip", ".cor")
+_FILES = (*JSON_SUFFIXES, ".parquet", ".txt", ".md", ".csv", ".tsv", ".gz", ".zip", ".cor")
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
 
 
@@ -41,7 +37,7 @@ def kind_of(source: str) -> str:
         raise UsageError(f"The calibration text {source} is a folder. Give a file in it.")
     suffix = path.suffix.lower()
     if path.exists():
-        return "lines" if suffix in _LINES else "parquet" if suffix == ".parquet" else "text"
+        return "lines" if suffix in JSON_SUFFIXES else "parquet" if suffix == ".parquet" else "text"
     if _HUB_NAME.fullmatch(source) and suffix not in _FILES:
         return "hub"
     raise UsageError(
@@ -60,13 +56,18 @@ def read_documents(
     dataset that cannot be read; MissingExtraError without the packages that read it.
     """
     kind = kind_of(source)
+    path = Path(source).expanduser()
     if kind == "text":
-        return Documents([_read_text(Path(source).expanduser())])
+        text = read_text(path, LIMIT)
+        if not text.strip():
+            raise UsageError(f"The calibration text {path} is empty. Give a file with text.")
+        return Documents([text])
     fields = [field] if target_field is None else [field, target_field]
     if kind == "hub":
         return _collect(_hub_rows(source, fields, split, seed), source, fields, STREAM_LIMIT)
-    path = Path(source).expanduser()
-    rows = _json_rows(path) if kind == "lines" else _parquet_rows(path, fields)
+    if kind == "parquet":
+        return _collect(_parquet_rows(path, fields), source, fields, LIMIT)
+    rows = ((f"{path}, {what} {number}", row) for what, number, row in json_rows(path))
     return _collect(rows, source, fields, LIMIT)
 
 
@@ -112,115 +113,28 @@ _KINDS: dict[type, str] = {
 }  # fmt: skip
 
 
-# --- files ------------------------------------------------------------------------------------------
-
-
-def _read_text(path: Path) -> str:
-    with open(path, "rb") as file:
-        raw = file.read(LIMIT)
-        whole = not file.read(1)
-    text = _decode(raw.removeprefix(codecs.BOM_UTF8), str(path), whole)
-    if not text.strip():
-        raise UsageError(f"The calibration text {path} is empty. Give a file with text.")
-    return text.replace("\r\n", "\n")
-
-
-def _decode(raw: bytes, where: str, whole: bool = True) -> str:
-    """The text; where it is not `whole`, without a character that is cut through at its end."""
-    try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(raw, whole)
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{where} is not UTF-8 text (at byte {error.start}). Convert it, or give another.") from error
-    if "\0" in text:
-        raise SourceError(f"{where} holds NUL bytes, so it is not text. Give a UTF-8 text file.")
-    return text
-
-
-def _json_rows(path: Path) -> Rows:
-    with open(path, "rb") as file:
-        for number, raw in enumerate(iter(lambda: file.readline(LIMIT), b""), 1):
-            where = f"{path}, line {number}"
-            line = _decode(raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw, where)
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                reason = str(error).partition(":")[0]
-                raise SourceError(
-                    f"{where} is not valid JSON ({reason}). Give a file with one object a line."
-                ) from error
-            if not isinstance(row, dict):
-                raise SourceError(f"{where} is no JSON object. Give a file with one object a line.")
-            yield where, row
+# --- where rows come from ---------------------------------------------------------------------------
 
 
 def _parquet_rows(path: Path, fields: list[str]) -> Rows:
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise MissingExtraError("pyarrow", "datasets", f"Reading {path}") from error
-    try:
-        with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            for field, option in zip(fields, _OPTIONS, strict=False):
-                if field not in names:
-                    raise UsageError(f"{path} has no column {field!r}, but {', '.join(names)}. Name one with {option}.")
-            for batch in file.iter_batches(batch_size=256, columns=fields):
-                for row in batch.to_pylist():
-                    yield str(path), row
-    except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise SourceError(f"{path} cannot be read as Parquet ({reason}). Write or download it again.") from error
-
-
-# --- the Hub ----------------------------------------------------------------------------------------
+    with parquet_file(path, "datasets") as file:
+        names = file.schema_arrow.names
+        for field, option in zip(fields, _OPTIONS, strict=False):
+            if field not in names:
+                raise UsageError(f"{path} has no column {field!r}, but {', '.join(names)}. Name one with {option}.")
+        for batch in file.iter_batches(batch_size=256, columns=fields):
+            for row in batch.to_pylist():
+                yield str(path), row
 
 
 def _hub_rows(source: str, fields: list[str], split: str, seed: int) -> Rows:
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingExtraError("datasets", "datasets", f"There is no file {source}, and a Hub dataset") from error
     name, _, config = source.partition(":")
-    # From version 4 on no dataset can bring code; before, one that does is refused without a question.
-    options = {"trust_remote_code": False} if int(datasets.__version__.split(".")[0]) < 4 else {}
-    with _hub_errors(source, split):
+    choose = "Choose with --calibration-split, or a configuration as user/name:config."
+    with open_hub(source, split, choose=choose, file_too=True) as datasets:
+        # From version 4 on no dataset can bring code; before, one that does is refused without a question.
+        options = {"trust_remote_code": False} if int(datasets.__version__.split(".")[0]) < 4 else {}
         stream = datasets.load_dataset(name, config or None, split=split, streaming=True, **options)
         # Shards in an order of their own, so that it is not always the beginning that is read; no rows are held back.
         stream = stream.shuffle(seed=seed, buffer_size=1)
         for row in stream:
             yield source, row
-
-
-@contextmanager
-def _hub_errors(source: str, split: str) -> Iterator[None]:
-    from datasets.exceptions import DatasetNotFoundError
-
-    try:
-        yield
-    except LosparseError:
-        raise
-    except DatasetNotFoundError as error:
-        raise SourceError(
-            f"There is no file {source}, and no dataset of that name on the Hub that you can see. Check the spelling; "
-            "if it is private or gated, log in with: hf auth login"
-        ) from error
-    except ValueError as error:  # the split or the configuration, and which there are
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise UsageError(
-            f"The dataset {source} cannot be read with the split {split!r}: {reason}. Choose with "
-            "--calibration-split, or a configuration as user/name:config."
-        ) from error
-    except Exception as error:
-        kind = type(error).__module__.partition(".")[0]
-        if isinstance(error, ConnectionError | TimeoutError) or kind in ("huggingface_hub", "httpx", "requests"):
-            raise SourceError(
-                f"There is no file {source}, and the Hub cannot be reached to read a dataset of that name. Check the "
-                "path and the network, or unset HF_HUB_OFFLINE."
-            ) from error
-        reason = (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
-        raise SourceError(f"The dataset {source} cannot be read: {reason}. Give another, or a file.") from error

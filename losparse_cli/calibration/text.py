@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint.source import TOKENIZER_FILES
 from ..errors import SourceError, UsageError
-from ..load import TOKENIZER_FILES
 from .documents import SELF, Documents, read_documents
 from .request import Calibration, length_limit, settle
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, SourceError
+from ..errors import CheckpointError, SourceError, UsageError
 from .reader import BITS, PickleFile, SafetensorsFile, TensorEntry
 
 WEIGHTS = "model.safetensors"
@@ -20,6 +20,18 @@ PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 REPORT = "losparse_report.json"
 TIMING = "losparse_timing.json"
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
+)
+"""One of these stands beside every model that has a tokenizer."""
 
 HUB_ID = re.compile(r"(?![.\-])[A-Za-z0-9_.\-]{1,96}(/[A-Za-z0-9_.\-]{1,96})?")
 
@@ -66,6 +78,30 @@ class Checkpoint:
     @property
     def is_compressed(self) -> bool:
         return (self.quantization or {}).get("quant_method") == "losparse"
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Tokens that the model knows, of its text part where it has several; None if config.json does not say."""
+        inner = self.config.get("text_config")
+        for part in (self.config, inner if isinstance(inner, dict) else {}):
+            if isinstance(part.get("vocab_size"), int):
+                return int(part["vocab_size"])
+        return None
+
+    def check_tokenizer(self) -> None:
+        """SourceError if no tokenizer lies beside the model."""
+        if not any((self.folder / file).is_file() for file in TOKENIZER_FILES):
+            raise SourceError(
+                f"{self.address} has no tokenizer. Copy the tokenizer files of the original model into its folder."
+            )
+
+    def check_vocabulary(self, dense: Checkpoint) -> None:
+        """UsageError if `dense` cannot be what this one was made from, as the sizes of their vocabularies differ."""
+        if None not in (self.vocabulary, dense.vocabulary) and self.vocabulary != dense.vocabulary:
+            raise UsageError(
+                f"{self.address} has a vocabulary of {self.vocabulary}, {dense.address} of {dense.vocabulary}. Give "
+                "the dense model that the first was made from."
+            )
 
     def report(self) -> dict[str, Any]:
         """losparse_report.json, or {} if the checkpoint has none."""

@@ -117,6 +117,7 @@ def prepare_finetuning(
     place = find_device(device)
     parse_size(max_shard_size)  # an error now, not after hours; transformers reads the text itself
     checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
+    checkpoint.check_tokenizer()
     output = output_path(output or f"{checkpoint.name.rpartition('/')[2]}-finetuned")
     # A result with a report may be that of this very run, which `run` finds out.
     check_output(output, overwrite=overwrite or (output / REPORT).is_file(), source=checkpoint.folder)
@@ -136,10 +137,6 @@ def prepare_finetuning(
         **options,
         **_head(checkpoint, opened.config_changes(rows)),
     )
-    if tokenizer is None:
-        raise UsageError(
-            f"{checkpoint.address} has no tokenizer. Copy the tokenizer files of the original model into its folder."
-        )
     for part in (rows, validation):
         if part is not None:
             opened.check(part, model.config)

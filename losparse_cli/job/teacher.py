@@ -39,12 +39,7 @@ def find_teacher(
         if commit is None:
             raise UsageError(f"{checkpoint.address} does not say where its dense model is. Give it with --teacher.")
     found = open_checkpoint(name, revision=commit, cache_dir=cache_dir)
-    ours, theirs = (config.get("vocab_size") for config in (checkpoint.config, found.config))
-    if ours != theirs:
-        raise UsageError(
-            f"The teacher {found.address} has a vocabulary of {theirs}, {checkpoint.address} of {ours}. Give the dense "
-            "model that it was made from."
-        )
+    checkpoint.check_vocabulary(found)
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(chosen_precision(how.precision, device))
     model, _ = load(found.folder, model_class=task.auto_class, dtype=dtype or torch.float32, **options)
     _check(found, model, config, how, task)

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.source import Checkpoint, open_checkpoint
-from ..errors import SourceError, UsageError
-from ..load import TOKENIZER_FILES
+from ..errors import UsageError
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -34,11 +33,7 @@ def open_models(
     ours = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
     dense = None if against is None else open_checkpoint(against, cache_dir=cache_dir)
     for checkpoint in (ours,) if dense is None else (dense, ours):
-        if not any((checkpoint.folder / file).is_file() for file in TOKENIZER_FILES):
-            raise SourceError(
-                f"{checkpoint.address} has no tokenizer. Copy the tokenizer files of the original model into its "
-                "folder."
-            )
+        checkpoint.check_tokenizer()
     return ours, dense
 
 

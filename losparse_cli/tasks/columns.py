@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ..errors import UsageError
-from .request import TaskRequest, flag
+from ..errors import UsageError, flag
+from .request import TaskRequest
 
 _PAIRS = (("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"), ("question", "sentence"))
 _TEXTS = ("sentence", "text")

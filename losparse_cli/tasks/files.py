@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingExtraError, SourceError, UsageError
+from ..data.files import json_rows, parquet_file, read_text
+from ..errors import SourceError, UsageError
 
 
 @dataclass(frozen=True)
@@ -34,65 +34,20 @@ def read_table(file: str, option: str) -> Table:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return _parquet(path)
-    text = _text(path)
+    if suffix not in (".txt", ".csv", ".tsv"):
+        return _json(path)
+    text = read_text(path)
     if not text.strip():
         raise UsageError(f"{file} is empty. Give a file with rows as {option}.")
     if suffix == ".txt":
         return Table(("text",), [{"text": text}], [1])
-    if suffix in (".csv", ".tsv"):
-        return _csv(text, file, "\t" if suffix == ".tsv" else ",")
-    return _json_array(text, file) if text.lstrip().startswith("[") else _json_lines(text, file)
+    return _csv(text, file, "\t" if suffix == ".tsv" else ",")
 
 
-def _text(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SourceError(
-            f"{path} is not UTF-8 text (at byte {error.start}). Convert it, or correct its suffix."
-        ) from error
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from error
-    if "\0" in text:
-        raise SourceError(f"{path} holds NUL bytes, so it is not text. Convert it, or correct its suffix.")
-    return text
-
-
-def _json_lines(text: str, file: str) -> Table:
-    rows, numbers = [], []
-    for number, line in enumerate(text.split("\n"), 1):  # other line ends may stand inside a string
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = str(error).partition(":")[0]
-            raise SourceError(
-                f"{file}, line {number} is not valid JSON ({reason}). Give one object a line, or an array of objects."
-            ) from error
-        if not isinstance(row, dict):
-            raise SourceError(f"{file}, line {number} is no JSON object. Give one object a line.")
-        rows.append(row)
-        numbers.append(number)
-    return Table(_names(rows), rows, numbers)
-
-
-def _json_array(text: str, file: str) -> Table:
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise SourceError(
-            f"{file} is not valid JSON ({error}). Give an array of objects, or one object a line."
-        ) from error
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise SourceError(f"{file}, row {number} is no JSON object. Give an array of objects.")
-    return Table(_names(rows), rows, list(range(1, len(rows) + 1)))
-
-
-def _names(rows: list[dict[str, Any]]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for row in rows for name in row))
+def _json(path: Path) -> Table:
+    found = list(json_rows(path))
+    rows, numbers = [row for _, _, row in found], [number for _, number, _ in found]
+    return Table(tuple(dict.fromkeys(name for row in rows for name in row)), rows, numbers)
 
 
 def _csv(text: str, file: str, delimiter: str) -> Table:
@@ -136,15 +91,7 @@ def _is_number(text: str) -> bool:
 
 
 def _parquet(path: Path) -> Table:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise MissingExtraError("pyarrow", "train", f"Reading {path}") from error
-    try:
-        table = parquet.read_table(path)
-        rows = table.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise SourceError(f"{path} cannot be read as Parquet ({reason}). Write or download it again.") from error
+    with parquet_file(path, "train") as file:
+        table = file.read()
+    rows = table.to_pylist()
     return Table(tuple(table.column_names), rows, list(range(1, len(rows) + 1)))

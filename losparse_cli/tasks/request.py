@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import UsageError
+from ..errors import UsageError, flag
 
 TASKS = ("text-classification", "question-answering", "summarization", "seq2seq", "causal-lm")
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -32,11 +32,6 @@ _LEAST = {
     "max_train_samples": 1,
     "max_validation_samples": 1,
 }
-
-
-def flag(name: str) -> str:
-    """The option of the command line that sets the field `name`."""
-    return "--" + name.replace("_", "-")
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from ..errors import UsageError
-from . import files, hub
+from ..data.hub import open_hub
+from ..errors import UsageError, flag
+from . import files
 from .columns import columns_of
-from .request import TaskRequest, flag
+from .request import TaskRequest
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,14 @@ def read_rows(request: TaskRequest, part: str) -> Rows:
 def _from_hub(request: TaskRequest, part: str) -> Rows:
     assert request.dataset_name
     split = getattr(request, f"{part}_split")
-    found = hub.read_dataset(request.dataset_name, request.dataset_config_name, split, flag(f"{part}_split"))
+    choose = f"Choose with {flag(f'{part}_split')}, or a configuration with --dataset-config-name."
+    with open_hub(request.dataset_name, split, choose=choose) as datasets:
+        found = datasets.load_dataset(request.dataset_name, request.dataset_config_name, split=split)
     name = f"{request.dataset_name} ({split})"
     chosen = _draw(len(found), request, part, name)
     rows = found.select(chosen).to_list()
-    return Rows(tuple(found.column_names), rows, name, tuple(k + 1 for k in chosen), hub.class_names(found))
+    classes = {column: tuple(kind.names) for column, kind in found.features.items() if hasattr(kind, "int2str")}
+    return Rows(tuple(found.column_names), rows, name, tuple(k + 1 for k in chosen), classes)
 
 
 def _from_file(request: TaskRequest, part: str) -> Rows:

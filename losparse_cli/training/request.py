@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, flag
 from .pruner import Pruning
 
 OBJECTIVES = ("task", "distill")
@@ -55,13 +55,13 @@ class Finetuning:
         for name in ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "max_steps", "save_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UsageError(f"{_flag(name)} is a whole number >= 1, not {value}.")
+                raise UsageError(f"{flag(name)} is a whole number >= 1, not {value}.")
         for name in ("epochs", "learning_rate", "temperature"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise UsageError(f"{_flag(name)} is a number above 0, not {getattr(self, name)}.")
+                raise UsageError(f"{flag(name)} is a number above 0, not {getattr(self, name)}.")
         for name in ("distill_weight", "hidden_weight", "warmup_steps", "weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise UsageError(f"{_flag(name)} is a number >= 0, not {getattr(self, name)}.")
+                raise UsageError(f"{flag(name)} is a number >= 0, not {getattr(self, name)}.")
         if self.objective == "distill" and not self.distill_weight and not self.hidden_weight:
             raise UsageError("--objective distill has nothing to learn from: give a --distill-weight above 0.")
 
@@ -72,7 +72,3 @@ class Finetuning:
 def _one_of(option: str, given: str, known: tuple[str, ...]) -> None:
     if given not in known:
         raise UsageError(f"{option} is one of {', '.join(known)}, not {given!r}.")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

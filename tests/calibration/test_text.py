@@ -225,6 +225,14 @@ def test_what_a_source_is(source: str, kind: str) -> None:
     assert kind_of(source) == kind
 
 
+def test_an_array_of_objects_is_read_as_lines_are(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": row, "id": k} for k, row in enumerate(ROWS)], indent=2))
+    assert read_documents(str(path)).texts == ROWS
+    with pytest.raises(UsageError, match=r"a\.json, row 1 has no field 'body', but text, id"):
+        read_documents(str(path), field="body")
+
+
 def test_a_file_comes_before_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "user").mkdir()
     (tmp_path / "user" / "name").write_text("a file")
@@ -416,8 +424,8 @@ BAD_FILES: dict[str, tuple[str, bytes, tuple[str, ...], int]] = {
     "cut through a letter": ("a.txt", b"ab" * 99 + b"\xc3", ("a.txt is not UTF-8",), 1),
     "broken line": ("a.jsonl", b'{"text": "a"}\n{"text": \n', ("a.jsonl, line 2 is not valid JSON", "one object"), 1),
     "binary lines": ("a.jsonl", b'{"text": "a"}\n\xff\xfe\n', ("a.jsonl, line 2 is not UTF-8",), 1),
-    "a list": ("a.json", b"[1, 2]\n", ("a.json, line 1 is no JSON object",), 1),
-    "nested too deep": ("a.json", b"[" * 100_000, ("a.json, line 1 is not valid JSON",), 1),
+    "a list": ("a.json", b"[1, 2]\n", ("a.json, row 1 is no JSON object",), 1),
+    "nested too deep": ("a.json", b"[" * 100_000, ("a.json is not valid JSON",), 1),
     "missing field": (
         "a.jsonl", b'{"id": 1, "body": "x"}\n', ("line 1 has no field 'text', but id, body", "--calibration-field"), 2
     ),

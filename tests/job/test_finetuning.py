@@ -13,7 +13,7 @@ import toys
 
 import losparse_cli
 from losparse_cli.budget.recipe import Recipe
-from losparse_cli.errors import LosparseError, MissingExtraError, UsageError
+from losparse_cli.errors import LosparseError, MissingExtraError, SourceError, UsageError
 from losparse_cli.job.finetuning import Training, prepare_finetuning
 from losparse_cli.training.pruner import Pruning
 from losparse_cli.training.request import Finetuning
@@ -127,7 +127,7 @@ def test_a_quantized_source(bert: Path, tmp_path: Path) -> None:
 
 def test_no_tokenizer(tmp_path: Path) -> None:
     folder = write_learner(tmp_path / "model", "bert", tokenizer=False)
-    refused(UsageError, "has no tokenizer. Copy the tokenizer files", tmp_path, folder)
+    refused(SourceError, "has no tokenizer. Copy the tokenizer files", tmp_path, folder)
 
 
 def test_without_accelerate(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +153,7 @@ def test_the_output_is_checked_first(bert: Path, tmp_path: Path) -> None:
 
 def test_a_teacher_of_another_vocabulary(bert: Path, tmp_path: Path) -> None:
     other = write_learner(tmp_path / "other", "bert", vocab_size=len(VOCABULARY) + 3)
-    refused(UsageError, "has a vocabulary of 32, .* of 29. Give the dense model", tmp_path, bert, teacher=str(other))
+    refused(UsageError, "has a vocabulary of 29, .* of 32. Give the dense model", tmp_path, bert, teacher=str(other))
 
 
 def test_a_compressed_model_of_a_folder_names_no_teacher(small_bert: Path, tmp_path: Path) -> None:

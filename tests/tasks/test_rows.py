@@ -87,7 +87,7 @@ def test_samples_are_drawn_by_the_seed_and_keep_their_order(tmp_path: Path) -> N
             UsageError,
             ("There is no file a.jsonl. Check --train-file, or give --dataset-name for a dataset of the Hub."),
         ),
-        ("a.jsonl", "", UsageError, "a.jsonl is empty. Give a file with rows as --train-file."),
+        ("a.jsonl", "", UsageError, "a.jsonl is empty: it has no rows. Give some for train."),
         ("a.csv", " \n", UsageError, "a.csv is empty. Give a file with rows as --train-file."),
         ("a.json", "[]", UsageError, "a.json is empty: it has no rows. Give some for train."),
         ("a.csv", "text,label\n", UsageError, "a.csv is empty: it has no rows. Give some for train."),
@@ -95,22 +95,19 @@ def test_samples_are_drawn_by_the_seed_and_keep_their_order(tmp_path: Path) -> N
             "a.csv",
             b"PK\x03\x04\xff\xfe",
             SourceError,
-            ("a.csv is not UTF-8 text (at byte 4). Convert it, or correct its suffix."),
+            ("a.csv is not UTF-8 text (at byte 4). Convert it, or give another."),
         ),
         (
             "a.jsonl",
             b"ab\0c",
             SourceError,
-            ("a.jsonl holds NUL bytes, so it is not text. Convert it, or correct its suffix."),
+            ("a.jsonl, line 1 holds NUL bytes, so it is not text. Give a UTF-8 text file."),
         ),
         (
             "a.jsonl",
             '{"text": "a", "label": 1}\n\n{"text": "b"',
             SourceError,
-            (
-                "a.jsonl, line 3 is not valid JSON "
-                "(Expecting ',' delimiter). Give one object a line, or an array of objects."
-            ),
+            ("a.jsonl, line 3 is not valid JSON (Expecting ',' delimiter). Give one object a line."),
         ),
         (
             "a.jsonl",
@@ -125,7 +122,7 @@ def test_samples_are_drawn_by_the_seed_and_keep_their_order(tmp_path: Path) -> N
             SourceError,
             (
                 "a.json is not valid JSON (Expecting ',' delimiter: line 2 column "
-                "1 (char 15)). Give an array of objects, or one object a line."
+                "1 (char 15)). Give an array of objects."
             ),
         ),
         (

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from ...errors import UsageError
-from ...tasks.request import TaskRequest, flag
+from ...errors import UsageError, flag
+from ...tasks.request import TaskRequest
 from .. import options as o
 from ..app import app
 

@@ -1,0 +1,1 @@
+"""Files and datasets of text and rows, read one way for calibration, tasks and evaluation."""
