@@ -15,7 +15,10 @@ from ..load import load
 from .request import Calibration
 from .text import Windows
 
-BATCH = 64  # sequences at a time: on a CPU as on a GPU nearly every doubling up to here pays
+PIECE = 128
+"""Tokens that are written in one go. What a small model samples drifts away from what it was trained on the longer it
+goes on, and short texts are more different texts: calibration lost less with them."""
+BATCH = 64  # texts at a time: on a CPU as on a GPU nearly every doubling up to here pays
 CACHE_BYTES = 1 << 30  # that the keys and values of a batch may take
 
 
@@ -44,7 +47,7 @@ def generate_text(
             tokens=calibration.windows * calibration.length,
             length=calibration.length,
             seed=seed,
-            batch=batch_that_fits(model, calibration.length),
+            batch=batch_that_fits(model, min(PIECE, calibration.length)),
             device=device,
             on_tokens=on_tokens,
             tokenizer=tokenizer,
@@ -68,18 +71,20 @@ def generate_windows(
     on_tokens: Callable[[int, int], None] | None = None,
     tokenizer: Any = None,
 ) -> Tensor:
-    """(windows, length), int64, on the CPU: about `tokens` in all, each window sampled from the start token on.
+    """(windows, length), int64, on the CPU: about `tokens` in all, of texts of up to 128 tokens packed into windows.
 
-    Every token is drawn from the model's own distribution: temperature 1, nothing cut off, whatever the model's
-    generation_config says. The same `seed`, `batch` and `device` give the same windows; torch's own generators are
-    left as they were. `on_tokens` hears how many tokens there are, and how many there will be. UsageError if neither
-    model nor `tokenizer` names a token to begin with.
+    Each text is sampled from the start token on; every token is drawn from the model's own distribution: temperature 1,
+    nothing cut off, whatever the model's generation_config says. The same `seed`, `batch` and `device` give the same
+    windows; torch's own generators are left as they were. `on_tokens` hears how many tokens there are, and how many
+    there will be. UsageError if neither model nor `tokenizer` names a token to begin with.
     """
     import transformers
 
     start = start_token(model, tokenizer)
-    count = max(1, round(tokens / length))
-    # No token ends a window, and none is forbidden. A model is trained on documents packed one after another, so that
+    windows = max(1, round(tokens / length))
+    piece = min(PIECE, length)
+    count = -(-windows * length // piece)
+    # No token ends a text, and none is forbidden. A model is trained on documents packed one after another, so that
     # after the end of one it begins the next by itself, as its own format wants it; to forbid the end would make it
     # ramble, and to force a start would break chat formats, where a line end comes before it.
     settings = transformers.GenerationConfig(
@@ -87,7 +92,7 @@ def generate_windows(
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=length - 1,
+        max_new_tokens=piece - 1,
         pad_token_id=start,
         # Else the keys and values of all tokens are copied for each new one, which comes to take most of the time.
         cache_implementation="static" if getattr(model, "_can_compile_fullgraph", False) else None,
@@ -99,7 +104,8 @@ def generate_windows(
     class Watch(transformers.StoppingCriteria):  # type: ignore[misc]
         def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
             if on_tokens is not None:
-                on_tokens(sum(map(len, found)) * length + input_ids.numel(), count * length)
+                written = sum(map(len, found)) * piece + input_ids.numel()
+                on_tokens(min(written, windows * length), windows * length)
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     try:
@@ -113,7 +119,7 @@ def generate_windows(
                 found.append(ids.cpu())
     finally:
         model.generation_config = own
-    return torch.cat(found)
+    return torch.cat(found).flatten()[: windows * length].view(windows, length)
 
 
 def start_token(model: Any, tokenizer: Any = None) -> int:

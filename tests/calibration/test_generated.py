@@ -18,6 +18,7 @@ from terminal import done, losparse, shared
 from losparse_cli.budget.recipe import Recipe
 from losparse_cli.calibration.generated import (
     BATCH,
+    PIECE,
     batch_that_fits,
     generate_text,
     generate_windows,
@@ -57,6 +58,18 @@ def test_windows_are_full_and_begin_with_the_start_token(name: str) -> None:
     assert ids.dtype == torch.int64
     assert (ids[:, 0] == 1).all()
     assert len({tuple(row.tolist()) for row in ids}) == 10
+
+
+def test_long_windows_are_packed_from_short_texts() -> None:
+    """Each text knows nothing of the one before it: what follows a start token is drawn as at the very beginning."""
+    model = toy_model("llama", max_position_embeddings=512)
+    heard: list[tuple[int, int]] = []
+    ids = generated(model, tokens=900, length=300, on_tokens=lambda done, total: heard.append((done, total)))
+    assert ids.shape == (3, 300)
+    assert (ids.flatten()[::PIECE] == 1).all()
+    assert heard[-1] == (900, 900)
+    texts = [generated(model, tokens=1024, length=PIECE)[k] for k in range(8)]
+    assert torch.equal(ids.flatten(), torch.cat(texts)[:900])
 
 
 def test_a_seed_gives_the_same_text_and_leaves_the_callers_generator_alone() -> None:
