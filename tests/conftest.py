@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +173,34 @@ def compressed(toy: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
         return made[key]
 
     return make
+
+
+@dataclass
+class Loads:
+    """models: every one that was loaded. alive: how many of them still were there as each was."""
+
+    models: list[weakref.ref[Any]] = field(default_factory=list)
+    alive: list[int] = field(default_factory=list)
+
+    def load(self, *arguments: Any, **options: Any) -> Any:
+        from losparse_cli.load import load
+
+        self.alive.append(sum(model() is not None for model in self.models))
+        model, tokenizer = load(*arguments, **options)
+        self.models.append(weakref.ref(model))
+        return model, tokenizer
+
+
+@pytest.fixture
+def watch_loads(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Loads]:
+    """watch_loads(module) -> what comes of every `load` that the module calls from then on."""
+
+    def watch(module: Any) -> Loads:
+        loads = Loads()
+        monkeypatch.setattr(module, "load", loads.load)
+        return loads
+
+    return watch
 
 
 @pytest.fixture(scope="session")

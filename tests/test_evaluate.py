@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import sys
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import character_tokenizer
+from conftest import Loads, character_tokenizer
 from terminal import done, losparse
 from torch import Tensor
 
@@ -300,23 +299,14 @@ def test_available_memory_is_what_the_system_and_its_limits_leave(
 
 
 def test_apart_means_that_the_dense_model_has_gone(
-    toy: Callable[..., Path], compressed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    toy: Callable[..., Path], compressed: Callable[..., Path], watch_loads: Callable[[Any], Loads]
 ) -> None:
-    alive: list[int] = []
-    loaded: list[weakref.ref[Any]] = []
-
-    def watched(*arguments: Any, **options: Any) -> Any:
-        alive.append(sum(model() is not None for model in loaded))
-        model, tokenizer = load(*arguments, **options)
-        loaded.append(weakref.ref(model))
-        return model, tokenizer
-
-    monkeypatch.setattr(sys.modules["losparse_cli.evaluate"], "load", watched)
+    loads = watch_loads(sys.modules["losparse_cli.evaluate"])
     source, dense = compressed("llama", tokenizer=True), toy("llama", tokenizer=True)
     for way in ("apart", "together"):
-        loaded.clear()
+        loads.models.clear()
         evaluate(source, TEXT, against=dense, windows=1, memory=way, **OPTIONS)
-    assert alive == [0, 0, 0, 1]
+    assert loads.alive == [0, 0, 0, 1]
 
 
 def test_a_model_is_run_in_the_dtype_asked_for(toy: Callable[..., Path], compressed: Callable[..., Path]) -> None:

@@ -313,7 +313,8 @@ SERIES: tuple[tuple[str, str, Callable[[str], bool], str, str], ...] = (
     # label, bench, rows, colour (Okabe and Ito's, which the colour-blind tell apart), marker
     ("losparse", "calibrated", lambda row: re.match(r"(admm|keep)@", row) is not None, "#0072B2", "o"),
     ("losparse, blocks matched", "calibrated", lambda row: row.startswith("admm+blocks@"), "#009E73", "s"),
-    ("OATS", "calibrated", lambda row: row.startswith("oats@"), "#D55E00", "^"),
+    ("HASSLE-free", "calibrated", lambda row: row.startswith("hassle@"), "#E69F00", "v"),
+    ("OATS", "calibrated", lambda row: re.match(r"oats(-fast)?@", row) is not None, "#D55E00", "^"),
     ("no data (magnitude)", "calibrated", lambda row: row.startswith("magnitude@"), "#CC79A7", "D"),
     ("quantized, rounded to nearest", "quantization", lambda row: True, "#000000", "x"),
 )

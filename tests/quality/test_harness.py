@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import toy_model
+from conftest import Loads, toy_model
 from terminal import done, losparse
 
 from losparse_cli.errors import MissingExtraError, SourceError, UsageError
@@ -129,21 +128,12 @@ def test_a_compressed_model_is_asked_so_many_documents(compressed: Callable[...,
 
 @installed
 def test_the_models_are_never_both_there(
-    folder: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    folder: Path, pair: tuple[Path, Path], watch_loads: Callable[[Any], Loads]
 ) -> None:
-    alive: list[int] = []
-    loaded: list[weakref.ref[Any]] = []
-
-    def watched(*arguments: Any, **options: Any) -> Any:
-        alive.append(sum(model() is not None for model in loaded))
-        model, tokenizer = load(*arguments, **options)
-        loaded.append(weakref.ref(model))
-        return model, tokenizer
-
-    monkeypatch.setattr(harness, "load", watched)
+    loads = watch_loads(harness)
     harness.evaluate_harness(pair[0], ["letters"], path=folder, against=pair[1], limit=2, device="cpu")
-    assert alive == [0, 0]
-    assert loaded[1]() is None
+    assert loads.alive == [0, 0]
+    assert loads.models[1]() is None
 
 
 @installed

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import character_tokenizer, toy_model
+from conftest import Loads, character_tokenizer, toy_model
 from terminal import done, losparse
 
 from losparse_cli.errors import MissingExtraError, SourceError, UsageError
@@ -146,21 +145,12 @@ def test_the_dtype_is_the_one_asked_for(toy: Callable[..., Path], dev: Path) -> 
 
 
 def test_the_models_are_never_both_there(
-    toy: Callable[..., Path], compressed: Callable[..., Path], dev: Path, monkeypatch: pytest.MonkeyPatch
+    toy: Callable[..., Path], compressed: Callable[..., Path], dev: Path, watch_loads: Callable[[Any], Loads]
 ) -> None:
-    alive: list[int] = []
-    loaded: list[weakref.ref[Any]] = []
-
-    def watched(*arguments: Any, **options: Any) -> Any:
-        alive.append(sum(model() is not None for model in loaded))
-        model, tokenizer = load(*arguments, **options)
-        loaded.append(weakref.ref(model))
-        return model, tokenizer
-
-    monkeypatch.setattr(task_evaluation, "load", watched)
+    loads = watch_loads(task_evaluation)
     evaluate_task(compressed("bert", tokenizer=True), request_of(dev), against=toy("bert", tokenizer=True), **OPTIONS)
-    assert alive == [0, 0]
-    assert loaded[1]() is None
+    assert loads.alive == [0, 0]
+    assert loads.models[1]() is None
 
 
 # --- what is refused ------------------------------------------------------------------------------
