@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -85,12 +86,12 @@ def run(
         return Finetuned(training.output, done, done.training.get("scores", {}), training.steps, 0.0)
     check_output(training.output, overwrite=overwrite, source=training.source.folder)
     with _working_folder(training, resume) as work:
-        _train(training, work, told)
+        model = _train(training, work, told)
         report = Report((), {}, 0, 0, 0)
         if is_main_process():
             told.phase("Writing the result")
             with _disk_errors(work):
-                report = _write(training, work, time.monotonic() - begun, told)
+                report = _write(training, model, work, time.monotonic() - begun, told)
             publish(work, training.output)
     scores = report.training.get("scores", {})
     return Finetuned(training.output, report, scores, training.steps, time.monotonic() - begun)
@@ -135,8 +136,8 @@ def _disk_errors(place: Path) -> Iterator[None]:
             raise OSError(number, os.strerror(number), str(place)) from error
 
 
-def _train(training: Training, work: Path, told: Progress) -> None:
-    """The training that is still to be done."""
+def _train(training: Training, work: Path, told: Progress) -> Any:
+    """The model after the training that was still to be done; in the first process it is whole."""
     from safetensors.torch import load_model
 
     from .training.trainer import FinetuneTrainer, last_state
@@ -160,10 +161,18 @@ def _train(training: Training, work: Path, told: Progress) -> None:
     trainer.accelerator.wait_for_everyone()  # before the first process goes on, and changes what is there
     if last is not None and last[0] >= training.steps:  # killed while the result was written
         load_model(training.model, last[1] / "model.safetensors")
-        return
+        return training.model
     told.phase("Training" if last is None else f"Training, from step {last[0]} on")
+    # FSDP takes the model apart, and the result is made by one process, from a whole one.
+    whole = deepcopy(training.model) if trainer.is_fsdp_enabled and is_main_process() else None
     with _disk_errors(work / STATES):
         trainer.train(resume_from_checkpoint=None if last is None else str(last[1]))
+    if whole is None:
+        return training.model
+    last = last_state(work / STATES)
+    assert last is not None, "the last step is always saved"
+    load_model(whole, last[1] / "model.safetensors")
+    return whole.to(training.device)
 
 
 def _score(training: Training, model: nn.Module, told: Progress) -> dict[str, float]:
@@ -177,9 +186,9 @@ def _score(training: Training, model: nn.Module, told: Progress) -> dict[str, fl
 # --- after ------------------------------------------------------------------------------------------
 
 
-def _write(training: Training, work: Path, seconds: float, told: Progress) -> Report:
-    """The model with its parts as they are stored, and all that stands beside the weights."""
-    model, plans = training.model, {p.layer.name: p for p in training.plan.layers}
+def _write(training: Training, model: Any, work: Path, seconds: float, told: Progress) -> Report:
+    """The trained model with its parts as they are stored, and all that stands beside the weights."""
+    plans = {p.layer.name: p for p in training.plan.layers}
     reports: list[LayerReport] = []
     specs: dict[str, LayerSpec] = {}
 

@@ -551,10 +551,11 @@ verb = importlib.import_module("losparse_cli.finetune")
 place = Path(sys.argv[1])
 train = verb._train
 def ask(training, work, told):
-    train(training, work, told)
-    state = {name: layer.kept.tolist() for name, layer in trained_layers(training.model).items()}
-    weights = float(sum(p.double().square().sum() for p in training.model.parameters()))
+    model = train(training, work, told)
+    state = {name: layer.kept.tolist() for name, layer in trained_layers(model).items()}
+    weights = float(sum(p.double().square().sum() for p in model.parameters()))
     (work.parent / f"rank{os.environ['RANK']}.json").write_text(json.dumps([state, weights]))
+    return model
 verb._train = ask
 for name, options in json.loads(sys.argv[2]).items():
     (place / name).mkdir(exist_ok=True)
@@ -591,3 +592,50 @@ def test_two_processes(tmp_path: Path) -> None:
         assert 0 < sum(sum(kept) for kept in first[0].values()) < sum(len(kept) for kept in first[0].values())
         assert verify(tmp_path / name / "out").problems == ()
         assert not (tmp_path / name / "out.partial").exists()
+
+
+SHARDED = """
+import accelerate.state
+from accelerate.utils import DistributedType
+if os.environ.get("ACCELERATE_USE_FSDP"):  # accelerate asks for GPUs, and for no more than that
+    begin = accelerate.state.PartialState.__init__
+    def pretend(self, *arguments, **options):
+        begin(self, *arguments, **options)
+        self.distributed_type = DistributedType.MULTI_GPU
+    accelerate.state.PartialState.__init__ = pretend
+from losparse_cli.training.pruner import Pruner
+prune = Pruner.prune
+def die(self, step):
+    prune(self, step)
+    if step == int(os.environ.get("DIE_AT", 0)):
+        os._exit(9)
+Pruner.prune = die
+"""
+
+
+def test_a_model_that_two_processes_share(tmp_path: Path) -> None:
+    """FSDP gives what two copies of the model give, also where it was killed on the way."""
+    write_learner(tmp_path / "model", "bert")
+    task = request_for(tmp_path, "bert", train=40, validation=8)
+    toys.write_json(tmp_path / "task.json", {"task": task.task, "train_file": task.train_file,
+                                             "validation_file": task.validation_file})  # fmt: skip
+    head, _, rest = TOGETHER.partition("verb._train = ask\n")
+    (tmp_path / "script.py").write_text(head.partition("verb = ")[0] + SHARDED + "place = Path(sys.argv[1])\n" + rest)
+
+    def train(name: str, **environment: str) -> int:
+        return subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py",
+             str(tmp_path), json.dumps({name: {}})],
+            capture_output=True, text=True, cwd=tmp_path, timeout=120,
+            env={**os.environ, "PYTHONPATH": os.getcwd()} | environment,
+        ).returncode  # fmt: skip
+
+    parts = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+             "FSDP_TRANSFORMER_CLS_TO_WRAP": "BertLayer"}  # fmt: skip
+    assert train("copies") == 0
+    assert train("parts", **parts, DIE_AT="5") != 0
+    assert (tmp_path / "parts" / "out.partial" / "training" / "checkpoint-3").is_dir()
+    assert train("parts", **parts) == 0
+    one, two = ((tmp_path / name / "out" / "model.safetensors").read_bytes() for name in ("copies", "parts"))
+    assert one == two
+    assert verify(tmp_path / "parts" / "out").problems == ()

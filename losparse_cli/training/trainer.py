@@ -176,22 +176,38 @@ class FinetuneTrainer(transformers.Trainer):  # type: ignore[misc]
         self.log(dict(logged))
         return logged
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Whole, also where FSDP keeps it in parts: the result is made from it by one process."""
+        if not self.is_fsdp_enabled:
+            self._save(output_dir)
+            return
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state: Any = get_model_state_dict(self.model, options=options)  # which all processes take part in
+        self._save(output_dir, state)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The state as it is in training; transformers' own way would write a model that its classes can load."""
         if not self.args.should_save:
             return
-        from safetensors.torch import save_model
+        from safetensors.torch import save_file, save_model
 
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model)
-        bad = [name for name, value in model.named_parameters() if not bool(torch.isfinite(value).all())]
+        values = dict(model.named_parameters()) if state_dict is None else state_dict
+        bad = [name for name, value in values.items() if not bool(torch.isfinite(value).all())]
         if bad:
             raise TrainingError(
                 f"After step {self.state.global_step} {bad[0]} is not finite. {self._kept()} Start anew with a lower "
                 "--learning-rate, or with --precision float32."
             )
-        save_model(model, str(folder / "model.safetensors"))
+        path = str(folder / "model.safetensors")
+        if state_dict is None:
+            save_model(model, path)
+        else:
+            save_file({name: value.clone() for name, value in state_dict.items()}, path)  # tied ones share memory
 
 
 def last_state(folder: Path) -> tuple[int, Path] | None:
