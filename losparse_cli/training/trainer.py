@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ..errors import TrainingError
+from ..errors import TrainingError, UsageError
 from .distillation import distance
 from .pruner import Pruner
 from .request import Finetuning
@@ -125,6 +125,7 @@ class FinetuneTrainer(transformers.Trainer):  # type: ignore[misc]
             data_collator=collate,
             callbacks=[_Pruning(pruner), self._telling],
         )
+        check_sharding(getattr(self.accelerator.state, "fsdp_plugin", None))
         self.remove_callback(transformers.PrinterCallback)
         self.loss_is_scaled_for_ga = False  # of newer versions
         self.model_accepts_loss_kwargs = False  # a mean over the batch, which Trainer divides when it accumulates
@@ -208,6 +209,15 @@ class FinetuneTrainer(transformers.Trainer):  # type: ignore[misc]
             save_model(model, path)
         else:
             save_file({name: value.clone() for name, value in state_dict.items()}, path)  # tied ones share memory
+
+
+def check_sharding(plugin: Any) -> None:
+    """UsageError if FSDP is to flatten tensors, as its first version does: a neuron would not be found in them."""
+    if plugin is not None and plugin.fsdp_version == 1:
+        raise UsageError(
+            "FSDP of version 1 takes weights apart without regard to their neurons. Give --fsdp_version 2 to "
+            "accelerate launch, or set FSDP_VERSION=2."
+        )
 
 
 def last_state(folder: Path) -> tuple[int, Path] | None:

@@ -6,15 +6,17 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from torch import Tensor
 
 from losparse_cli.budget.recipe import Recipe
+from losparse_cli.errors import UsageError
 from losparse_cli.job.finetuning import Silent, Training, prepare_finetuning
 from losparse_cli.training.pruner import Pruner
 from losparse_cli.training.request import Finetuning
-from losparse_cli.training.trainer import FinetuneTrainer, Step, chosen_precision
+from losparse_cli.training.trainer import FinetuneTrainer, Step, check_sharding, chosen_precision
 from tests.training.learners import request_for, write_learner
 
 CPU = torch.device("cpu")
@@ -200,3 +202,14 @@ def test_distillation_needs_no_right_labels(tmp_path: Path) -> None:
     wrong = Watched(tmp_path / "b", "bert", request=request, **options)
     for a, b in zip(right.gradients, wrong.gradients, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_fsdp_that_flattens_tensors_is_refused(version: int) -> None:
+    plugin = accelerate.FullyShardedDataParallelPlugin(fsdp_version=version)
+    check_sharding(None)
+    if version == 2:
+        check_sharding(plugin)
+    else:
+        with pytest.raises(UsageError, match=r"without regard to their neurons\. Give --fsdp_version 2"):
+            check_sharding(plugin)
