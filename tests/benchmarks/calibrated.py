@@ -351,11 +351,11 @@ def picture(options: Options, arguments: Sequence[str] = ()) -> None:
             markersize=6, linewidth=1.5, capsize=2,
         )  # fmt: skip
         if bench == "quantization":
-            for place, height, (*_, row) in zip(x, y, points, strict=True):
+            for k, (place, height, (*_, row)) in enumerate(zip(x, y, points, strict=True)):
                 axes.annotate(
                     row if height > floor else f"{row} (at most)",
                     (place, height),
-                    (5, 4),
+                    (5, -9 if k % 3 == 2 else 4),  # beside the point, and not through the name of the one before
                     textcoords="offset points",
                     fontsize=8,
                 )
