@@ -172,7 +172,7 @@ def _train(training: Training, work: Path, told: Progress) -> Any:
     last = last_state(work / STATES)
     assert last is not None, "the last step is always saved"
     load_model(whole, last[1] / "model.safetensors")
-    return whole.to(training.device)
+    return whole
 
 
 def _score(training: Training, model: nn.Module, told: Progress) -> dict[str, float]:
@@ -206,6 +206,7 @@ def _write(training: Training, model: Any, work: Path, seconds: float, told: Pro
         p.numel() for layer in trained_layers(model).values() for p in (layer.U, layer.V, layer.S) if p is not None
     )
     finish(model, training.dtype, encode)
+    model.to(training.device)  # where FSDP had it in parts, it is whole on the CPU, and may only fit now
     scores = {} if training.unseen is None else _score(training, model, told)
     model.hf_quantizer = None
     for name in ("quantization_config", "_pre_quantization_dtype"):

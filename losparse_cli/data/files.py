@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import MissingExtraError, SourceError
 
@@ -21,13 +21,19 @@ def read_text(path: Path, limit: int = -1) -> str:
 
     SourceError if it cannot be read, or is no text.
     """
+    with _open(path) as file:
+        raw = file.read(limit)
+        whole = not file.read(1)
+    return _decode(raw, str(path), whole).replace("\r\n", "\n")
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
     try:
         with open(path, "rb") as file:
-            raw = file.read(limit)
-            whole = not file.read(1)
+            yield file
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from error
-    return _decode(raw, str(path), whole).replace("\r\n", "\n")
 
 
 def _decode(raw: bytes, where: str, whole: bool = True) -> str:
@@ -46,7 +52,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
 
     Numbers count from 1. SourceError if something in it is no object, or not JSON.
     """
-    with open(path, "rb") as file:
+    with _open(path) as file:
         for number, raw in enumerate(iter(lambda: file.readline(LIMIT), b""), 1):
             where = f"{path}, line {number}"
             line = _decode(raw, where)

@@ -175,6 +175,19 @@ def test_a_wrong_file_is_refused_in_a_sentence(
     assert refusal(tmp_path / file, content) == (kind, sentence)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_a_file_that_may_not_be_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / name).write_text("text,label\na,1\n")
+
+    def denied(*_: Any, **__: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", denied)
+    assert refusal(tmp_path / name) == (
+        SourceError, f"{name} cannot be read: Permission denied. Check its permissions."
+    )  # fmt: skip
+
+
 def test_a_folder_and_a_missing_part_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "a.csv"
     folder.mkdir()
