@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from . import kernels
-from .checkpoint.source import TOKENIZER_FILES
+from .checkpoint.source import TOKENIZER_FILES, has_tokenizer
 from .errors import CheckpointError, SourceError
 from .shim import quantizer
 
@@ -70,7 +70,7 @@ def load(source: str | Path, *, model_class: Any = None, **options: Any) -> tupl
 def _has_tokenizer(name: str, shared: dict[str, Any]) -> bool:
     """Whether any file of a tokenizer is there; without one transformers invents an empty tokenizer."""
     if Path(name).is_dir():
-        return any((Path(name) / file).is_file() for file in TOKENIZER_FILES)
+        return has_tokenizer(Path(name))
     from huggingface_hub import try_to_load_from_cache
 
     where = {k: shared[k] for k in ("cache_dir", "revision") if shared.get(k) is not None}

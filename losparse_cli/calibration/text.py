@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.source import TOKENIZER_FILES
+from ..checkpoint.source import has_tokenizer
 from ..errors import SourceError, UsageError
 from .documents import SELF, Documents, read_documents
 from .request import Calibration, length_limit, settle
@@ -102,7 +102,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer in `folder`; SourceError if there is none, or none that can be loaded."""
     import transformers
 
-    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         raise SourceError(
             f"{folder} has no tokenizer to cut the calibration text with. Copy the model's tokenizer files into it, or "
             "compress without --calibration."

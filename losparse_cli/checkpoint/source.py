@@ -90,7 +90,7 @@ class Checkpoint:
 
     def check_tokenizer(self) -> None:
         """SourceError if no tokenizer lies beside the model."""
-        if not any((self.folder / file).is_file() for file in TOKENIZER_FILES):
+        if not has_tokenizer(self.folder):
             raise SourceError(
                 f"{self.address} has no tokenizer. Copy the tokenizer files of the original model into its folder."
             )
@@ -107,6 +107,10 @@ class Checkpoint:
         """losparse_report.json, or {} if the checkpoint has none."""
         path = self.folder / REPORT
         return read_json(path) if path.is_file() else {}
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in TOKENIZER_FILES)
 
 
 def open_checkpoint(

@@ -53,18 +53,17 @@ def json_rows(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
     Numbers count from 1. SourceError if something in it is no object, or not JSON.
     """
     with _open(path) as file:
+        begun = False
         for number, raw in enumerate(iter(lambda: file.readline(LIMIT), b""), 1):
-            where = f"{path}, line {number}"
-            line = _decode(raw, where)
-            if not line.strip():
+            if not raw.removeprefix(codecs.BOM_UTF8).strip():
                 continue
-            if line.lstrip().startswith("["):
-                # Nothing but an array of objects can begin so, and that is not lines any more.
-                rows = _parsed(line + _decode(file.read(), str(path)), str(path), "an array of objects")
+            if not begun and raw.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+                rows = _parsed(_decode(raw + file.read(), str(path)), str(path), "an array of objects")
                 for k, row in enumerate(rows, 1):
                     yield "row", k, _object(row, f"{path}, row {k}", "an array of objects")
                 return
-            row = _parsed(line, where, "one object a line")
+            begun, where = True, f"{path}, line {number}"
+            row = _parsed(_decode(raw, where), where, "one object a line")
             yield "line", number, _object(row, where, "one object a line")
 
 

@@ -93,5 +93,5 @@ def _is_number(text: str) -> bool:
 def _parquet(path: Path) -> Table:
     with parquet_file(path, "train") as file:
         table = file.read()
-    rows = table.to_pylist()
+        rows = table.to_pylist()
     return Table(tuple(table.column_names), rows, list(range(1, len(rows) + 1)))

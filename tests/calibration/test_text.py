@@ -233,6 +233,14 @@ def test_an_array_of_objects_is_read_as_lines_are(tmp_path: Path) -> None:
         read_documents(str(path), field="body")
 
 
+def test_an_array_on_one_line_may_be_longer_than_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": "grün"}] * 3, ensure_ascii=False), encoding="utf-8")
+    cut = path.read_bytes().index("ü".encode()) + 1  # through the letter
+    monkeypatch.setattr("losparse_cli.data.files.LIMIT", cut)
+    assert read_documents(str(path)).texts == ["grün"] * 3
+
+
 def test_a_file_comes_before_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "user").mkdir()
     (tmp_path / "user" / "name").write_text("a file")

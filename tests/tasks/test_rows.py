@@ -115,6 +115,7 @@ def test_samples_are_drawn_by_the_seed_and_keep_their_order(tmp_path: Path) -> N
             SourceError,
             ("a.jsonl, line 2 is no JSON object. Give one object a line."),
         ),
+        ("a.jsonl", '{"text": "a"}\n[1]\n', SourceError, "a.jsonl, line 2 is no JSON object. Give one object a line."),
         ("a.json", '[{"text": "a"}, 4]', SourceError, "a.json, row 2 is no JSON object. Give an array of objects."),
         (
             "a.json",
