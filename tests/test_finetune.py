@@ -535,28 +535,17 @@ def test_a_second_run_into_the_same_folder(long_run: Any, tmp_path: Path) -> Non
 # --- several processes ------------------------------------------------------------------------------
 
 TOGETHER = """
-import sys, json, os
+import importlib, json, os, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from losparse_cli.budget.recipe import Recipe
 from losparse_cli.finetune import finetune, is_main_process
-from losparse_cli.job.finetuning import Silent
 from losparse_cli.tasks.request import TaskRequest
-from losparse_cli.training.conversion import trained_layers
-from losparse_cli.training.pruner import Pruning
+from losparse_cli.training.pruner import Pruner, Pruning
 from losparse_cli.training.request import Finetuning
-import importlib
-verb = importlib.import_module("losparse_cli.finetune")
 place = Path(sys.argv[1])
-train = verb._train
-def ask(training, work, told):
-    model = train(training, work, told)
-    state = {name: layer.kept.tolist() for name, layer in trained_layers(model).items()}
-    weights = float(sum(p.double().square().sum() for p in model.parameters()))
-    (work.parent / f"rank{os.environ['RANK']}.json").write_text(json.dumps([state, weights]))
-    return model
-verb._train = ask
+{setup}
 for name, options in json.loads(sys.argv[2]).items():
     (place / name).mkdir(exist_ok=True)
     result = finetune(
@@ -567,21 +556,59 @@ for name, options in json.loads(sys.argv[2]).items():
     )
     print("main" if is_main_process() else "other", len(result.report.layers), flush=True)
 """
+TELLING = """
+from losparse_cli.training.conversion import trained_layers
+verb = importlib.import_module("losparse_cli.finetune")
+train = verb._train
+def ask(training, work, told):
+    model = train(training, work, told)
+    state = {name: layer.kept.tolist() for name, layer in trained_layers(model).items()}
+    weights = float(sum(p.double().square().sum() for p in model.parameters()))
+    (work.parent / f"rank{os.environ['RANK']}.json").write_text(json.dumps([state, weights]))
+    return model
+verb._train = ask
+"""
+SHARDED = """
+import accelerate.state
+from accelerate.utils import DistributedType
+if os.environ.get("ACCELERATE_USE_FSDP"):  # accelerate asks for GPUs, and for no more than that
+    begin = accelerate.state.PartialState.__init__
+    def pretend(self, *arguments, **options):
+        begin(self, *arguments, **options)
+        self.distributed_type = DistributedType.MULTI_GPU
+    accelerate.state.PartialState.__init__ = pretend
+prune = Pruner.prune
+def die(self, step):
+    prune(self, step)
+    if step == int(os.environ.get("DIE_AT", 0)):
+        os._exit(9)
+Pruner.prune = die
+"""
+
+
+def write_together(place: Path, setup: str) -> None:
+    """What two processes run: a model, its task, and the script with `setup` before the first run."""
+    write_learner(place / "model", "bert")
+    task = request_for(place, "bert", train=40, validation=8)
+    toys.write_json(place / "task.json", {"task": task.task, "train_file": task.train_file,
+                                          "validation_file": task.validation_file})  # fmt: skip
+    (place / "script.py").write_text(TOGETHER.replace("{setup}", setup))
+
+
+def train_together(place: Path, runs: dict[str, Any], **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py",
+         str(place), json.dumps(runs)],
+        capture_output=True, text=True, cwd=place, timeout=120,
+        env={**os.environ, "PYTHONPATH": os.getcwd()} | environment,
+    )  # fmt: skip
 
 
 def test_two_processes(tmp_path: Path) -> None:
     """Also where hidden states alone are matched, and the head has no gradient."""
     runs = {"task": {}, "hidden": {"objective": "distill", "distill_weight": 0.0, "hidden_weight": 1.0}}
-    write_learner(tmp_path / "model", "bert")
-    task = request_for(tmp_path, "bert", train=40, validation=8)
-    toys.write_json(tmp_path / "task.json", {"task": task.task, "train_file": task.train_file,
-                                             "validation_file": task.validation_file})  # fmt: skip
-    (tmp_path / "script.py").write_text(TOGETHER)
-    ended = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py",
-         str(tmp_path), json.dumps(runs)],
-        capture_output=True, text=True, cwd=tmp_path, timeout=120, env={**os.environ, "PYTHONPATH": os.getcwd()},
-    )  # fmt: skip
+    write_together(tmp_path, TELLING)
+    ended = train_together(tmp_path, runs)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert sorted(line.split()[0] for line in ended.stdout.splitlines() if line[:4] in ("main", "othe")) == [
         "main", "main", "other", "other",
@@ -594,48 +621,15 @@ def test_two_processes(tmp_path: Path) -> None:
         assert not (tmp_path / name / "out.partial").exists()
 
 
-SHARDED = """
-import accelerate.state
-from accelerate.utils import DistributedType
-if os.environ.get("ACCELERATE_USE_FSDP"):  # accelerate asks for GPUs, and for no more than that
-    begin = accelerate.state.PartialState.__init__
-    def pretend(self, *arguments, **options):
-        begin(self, *arguments, **options)
-        self.distributed_type = DistributedType.MULTI_GPU
-    accelerate.state.PartialState.__init__ = pretend
-from losparse_cli.training.pruner import Pruner
-prune = Pruner.prune
-def die(self, step):
-    prune(self, step)
-    if step == int(os.environ.get("DIE_AT", 0)):
-        os._exit(9)
-Pruner.prune = die
-"""
-
-
 def test_a_model_that_two_processes_share(tmp_path: Path) -> None:
     """FSDP gives what two copies of the model give, also where it was killed on the way."""
-    write_learner(tmp_path / "model", "bert")
-    task = request_for(tmp_path, "bert", train=40, validation=8)
-    toys.write_json(tmp_path / "task.json", {"task": task.task, "train_file": task.train_file,
-                                             "validation_file": task.validation_file})  # fmt: skip
-    head, _, rest = TOGETHER.partition("verb._train = ask\n")
-    (tmp_path / "script.py").write_text(head.partition("verb = ")[0] + SHARDED + "place = Path(sys.argv[1])\n" + rest)
-
-    def train(name: str, **environment: str) -> int:
-        return subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py",
-             str(tmp_path), json.dumps({name: {}})],
-            capture_output=True, text=True, cwd=tmp_path, timeout=120,
-            env={**os.environ, "PYTHONPATH": os.getcwd()} | environment,
-        ).returncode  # fmt: skip
-
+    write_together(tmp_path, SHARDED)
     parts = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
              "FSDP_TRANSFORMER_CLS_TO_WRAP": "BertLayer"}  # fmt: skip
-    assert train("copies") == 0
-    assert train("parts", **parts, DIE_AT="5") != 0
+    assert train_together(tmp_path, {"copies": {}}).returncode == 0
+    assert train_together(tmp_path, {"parts": {}}, **parts, DIE_AT="5").returncode != 0
     assert (tmp_path / "parts" / "out.partial" / "training" / "checkpoint-3").is_dir()
-    assert train("parts", **parts) == 0
+    assert train_together(tmp_path, {"parts": {}}, **parts).returncode == 0
     one, two = ((tmp_path / name / "out" / "model.safetensors").read_bytes() for name in ("copies", "parts"))
     assert one == two
     assert verify(tmp_path / "parts" / "out").problems == ()
