@@ -72,18 +72,13 @@ def bench(
         checkpoints.append(open_checkpoint(against, cache_dir=cache))
         if checkpoints[1].is_compressed:
             raise UsageError(f"{against} is compressed itself. Name the dense model with --against.")
+        checkpoints[0].check_vocabulary(checkpoints[1])
 
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # before this run adds to it
     with _threads(threads), memory_errors("Take fewer --rows, a smaller --batch or --prompt, or leave --against out."):
         runners = [_runner(checkpoint, (batch, prompt, new_tokens), dtype, where, trust_remote_code)
                    for checkpoint in checkpoints]  # fmt: skip
         ours = runners[0]
-        for runner, checkpoint in zip(runners[1:], checkpoints[1:], strict=True):
-            if runner.vocabulary != ours.vocabulary:
-                raise UsageError(
-                    f"{source} has a vocabulary of {ours.vocabulary}, {checkpoint.address} of {runner.vocabulary}. "
-                    "Give the dense model that the first was made from."
-                )
         layers = list(compressed_layers(ours.model).values())
         if not layers:
             raise UsageError(f"{source} holds no compressed layer, so there is nothing to measure.")

@@ -103,12 +103,14 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
         check_output(job.output, overwrite=overwrite, source=job.source.folder)
         work, journal = begin(job.output, expected, resume)
     try:
-        kept = kept_text(job, work, journal)
+        job = replace(job, windows=job.windows or kept_text(job, work, journal))
+        # Before the model's own text is written, which may be what takes the most memory.
+        need = estimate(job) if job.calibration is not None else None
         if job.recipe.allocate == "error":
             if progress is not None:
                 progress.start(job, 0, 0)
             if job.windows is None:
-                job = replace(job, windows=kept or own_text(job, work, progress))
+                job = replace(job, windows=own_text(job, work, progress))
             job = allocated(job, work, progress)
         writer = ShardWriter(work, job.shards, journal, job.blocks.values())
         resumed = writer.done
@@ -117,16 +119,15 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
             units = job.units[:resumed]
             progress.start(job, sum(p is not None for _, p in units), sum(e.nbytes for e, _ in units))
         if job.calibration is not None and job.windows is None:
-            job = replace(job, windows=kept or own_text(job, work, progress))
-        stop, need = Event(), None
+            job = replace(job, windows=own_text(job, work, progress))
+        stop = Event()
         with ThreadPoolExecutor(1, "hash") as hasher:
             try:
                 hashes = hasher.submit(_source_hashes, job.source, stop)
                 if job.calibration is None:
                     _compress_units(job, writer, progress)
                 else:
-                    need = estimate(job)
-                    CalibratedRun(job, writer, progress, need).run()
+                    CalibratedRun(job, writer, progress, estimate(job)).run()
                 writer.finish()
                 report = _finish(job, work, journal, hashes.result(), digest(expected))
                 took = Took(time.monotonic() - started, peak_memory(), need)

@@ -33,7 +33,7 @@ def load(source: str | Path, *, model_class: Any = None, **options: Any) -> tupl
     """
     import transformers
 
-    from .checkpoint.source import hub_errors
+    from .checkpoint.hub import hub_errors
 
     register()
     folder = Path(source).expanduser()

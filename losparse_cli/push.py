@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from .checkpoint.card import address_card
+from .checkpoint.hub import hub_errors
 from .checkpoint.journal import FILE as JOURNAL
 from .checkpoint.output import write_errors
-from .checkpoint.source import HUB_ID, hub_errors, open_checkpoint
+from .checkpoint.source import HUB_ID, open_checkpoint
 from .errors import UsageError
 from .verify import require_sound
 

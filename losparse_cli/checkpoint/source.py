@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, SourceError, UsageError
-from .reader import BITS, PickleFile, SafetensorsFile, TensorEntry
+from .hub import download, remote_headers
+from .reader import PickleFile, SafetensorsFile, TensorEntry
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -34,10 +33,6 @@ TOKENIZER_FILES = (
 """One of these stands beside every model that has a tokenizer."""
 
 HUB_ID = re.compile(r"(?![.\-])[A-Za-z0-9_.\-]{1,96}(/[A-Za-z0-9_.\-]{1,96})?")
-
-# Weights in other forms, and folders that hold nothing but them.
-OTHER_WEIGHTS = ("*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.ot", "*.tflite", "*.pt", "*.pth", "*.ckpt")
-OTHER_FOLDERS = ("original/*", "onnx/*", "openvino/*", "coreml/*", "gguf/*")
 
 
 @dataclass(frozen=True)
@@ -136,9 +131,16 @@ def open_checkpoint(
         raise SourceError(f"There is no folder {identifier!r}. Check the path, or give a Hub id such as user/name.")
     if headers_only:
         return _open_remote_headers(identifier, revision, cache_dir)
-    local = _download(identifier, revision, cache_dir)
+    local = download(identifier, revision, cache_dir)
     commit = local.name if re.fullmatch(r"[0-9a-f]{40}", local.name) else None
     return _open_folder(local, identifier, commit)
+
+
+def _open_remote_headers(repository: str, revision: str | None, cache_dir: Path | None) -> Checkpoint:
+    local, entries = remote_headers(repository, ["config.json", REPORT, "*.py"], revision, cache_dir)
+    if not (local / "config.json").is_file():
+        raise SourceError(f"{repository} has no config.json, so it is no transformers checkpoint. Check its name.")
+    return Checkpoint(local, repository, local.name, read_config(local / "config.json"), (), entries)
 
 
 def _open_folder(folder: Path, name: str, commit: str | None) -> Checkpoint:
@@ -243,91 +245,3 @@ def read_config(path: Path) -> dict[str, Any]:
         if not isinstance(config.get(key), dict | None):
             raise CheckpointError(f"{key!r} in {path} must be a JSON object. Correct the file.")
     return config
-
-
-# --- the Hub --------------------------------------------------------------------------------------
-
-
-@contextmanager
-def hub_errors(repository: str) -> Iterator[None]:
-    """Turns what huggingface_hub raises about `repository` into a SourceError with a remedy."""
-    import huggingface_hub.errors as hub
-
-    try:
-        yield
-    except hub.GatedRepoError as error:
-        raise SourceError(
-            f"{repository} is gated. Accept its terms on its Hub page, then log in with: hf auth login"
-        ) from error
-    except hub.RepositoryNotFoundError as error:
-        raise SourceError(
-            f"There is no folder {repository}, and no such model on the Hub that you can see. Check the spelling; if "
-            "it is private, log in with: hf auth login"
-        ) from error
-    except hub.RevisionNotFoundError as error:
-        raise SourceError(
-            f"{repository} has no such revision. Leave out --revision, or name a branch or tag."
-        ) from error
-    except hub.HFValidationError as error:
-        raise SourceError(f"{repository!r} is neither a folder nor a Hub id such as user/name.") from error
-    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
-        raise SourceError(
-            f"There is no folder {repository}, and the Hub cannot be reached to fetch it. Check the path and the "
-            "network, or unset HF_HUB_OFFLINE."
-        ) from error
-    except hub.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", "unknown")
-        if status in (401, 403):
-            raise SourceError(f"The Hub refused access to {repository}. Log in with: hf auth login") from error
-        raise SourceError(f"The Hub answered with status {status} for {repository}. Try again later.") from error
-    except OSError as error:
-        if error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
-            raise SourceError(  # the disk, not the network
-                f"Cannot read or store {error.filename or repository}: {error.strerror}. Free some space, or keep "
-                "downloads in another place with --cache-dir."
-            ) from error
-        raise SourceError(f"The Hub cannot be reached for {repository}: {error}. Check the network.") from error
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] in ("httpx", "httpcore", "httpx2", "httpcore2", "requests"):
-            raise SourceError(f"The Hub cannot be reached for {repository}. Check the network.") from error
-        raise
-
-
-def _download(repository: str, revision: str | None, cache_dir: Path | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    ignore = [*OTHER_WEIGHTS, *OTHER_FOLDERS, "consolidated*"]  # the last: a second copy of the same weights
-    with hub_errors(repository):
-        options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
-        local = Path(snapshot_download(repository, ignore_patterns=[*ignore, "*.bin"], **options))
-        if not list(local.glob("*.safetensors")):
-            local = Path(snapshot_download(repository, ignore_patterns=ignore, **options))
-    return local
-
-
-def _open_remote_headers(repository: str, revision: str | None, cache_dir: Path | None) -> Checkpoint:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
-
-    with hub_errors(repository):
-        wanted = ["config.json", REPORT, "*.py"]
-        local = Path(snapshot_download(repository, revision=revision, cache_dir=cache_dir, allow_patterns=wanted))
-        try:
-            metadata = HfApi().get_safetensors_metadata(repository, revision=local.name)
-        except NotASafetensorsRepoError as error:
-            raise SourceError(
-                f"{repository} has no safetensors weights, so its headers cannot be read alone. Download it with "
-                f"`hf download {repository} --local-dir FOLDER`, and give the folder."
-            ) from error
-        except SafetensorsParsingError as error:
-            raise CheckpointError(f"A weight file of {repository} has a corrupt header ({error}).") from error
-    if not (local / "config.json").is_file():
-        raise SourceError(f"{repository} has no config.json, so it is no transformers checkpoint. Check its name.")
-    entries: dict[str, TensorEntry] = {}
-    for file, content in metadata.files_metadata.items():
-        for tensor, info in content.tensors.items():
-            if info.dtype not in BITS:
-                raise CheckpointError(f"{tensor} of {repository} has the unknown dtype {info.dtype}. Upgrade losparse.")
-            begin, end = info.data_offsets
-            entries[tensor] = TensorEntry(tensor, info.dtype, tuple(info.shape), local / file, begin, end - begin)
-    return Checkpoint(local, repository, local.name, read_config(local / "config.json"), (), entries)

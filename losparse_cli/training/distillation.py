@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from .request import Finetuning
 
-CHUNK = 1 << 24  # logits of which probabilities are in memory at a time
+CHUNKS = {"cpu": 1 << 20}  # logits of which probabilities are made at a time: what stays in a CPU's cache,
+CHUNK = 1 << 24  # and enough to fill a GPU
 OVER_TOKENS = ("start_logits", "end_logits")
 """Predictions that are distributions over the tokens of a sequence, not over classes or a vocabulary."""
 
@@ -63,21 +64,23 @@ class _SoftDivergence(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, goal: Tensor, temperature: float) -> Tensor:
         gradient = torch.empty_like(logits)
         total = torch.zeros((), device=logits.device, dtype=torch.float32)
-        rows = max(1, CHUNK // logits.shape[1])
+        rows = max(1, CHUNKS.get(logits.device.type, CHUNK) // logits.shape[1])
         for s, t, g in zip(*(torch.split(x, rows) for x in (logits, goal, gradient)), strict=True):
             log_p, log_q = ((x.float() / temperature).log_softmax(-1) for x in (t, s))
             p = log_p.exp()
-            total += torch.where(p > 0, p * (log_p - log_q), 0).sum()  # what both rule out is at −∞ in both
-            g.copy_((log_q.exp() - p) * temperature)
+            # What both rule out is at −∞ in both.
+            total += torch.dot(p.view(-1), log_p.sub_(log_q).masked_fill_(p == 0, 0).view(-1))
+            torch.sub(log_q.exp_(), p, out=g)
         ctx.save_for_backward(gradient)
         ctx.rows = max(1, len(logits))
+        ctx.temperature = temperature
         mean: Tensor = total * temperature**2 / ctx.rows
         return mean
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * (above[0] / ctx.rows).to(gradient.dtype), None, None
+        return gradient * (above[0] * ctx.temperature / ctx.rows).to(gradient.dtype), None, None
 
 
 def _logits(outputs: Mapping[str, Any]) -> list[tuple[str, Tensor]]:

@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -157,9 +158,12 @@ def _row(options: Options, row: str) -> None:
     how = _how(int(seed), 0.1 if options.small else float(epochs or EPOCHS), learning_rate=RATES[method],
                teacher=str(dense) if distilled else None)  # fmt: skip
     curve = Curve()
+    task = polarity_task(options.folder)
+    if int(seed):  # the picture shows the first; the others are scored once, below
+        task = replace(task, validation_file=None)
     output = options.folder / f"polarity-{row.replace('/', '-')}"
     done = finetune(
-        dense, output, task=polarity_task(options.folder), how=how, resume="never", overwrite=True, progress=curve,
+        dense, output, task=task, how=how, resume="never", overwrite=True, progress=curve,
         recipe=Recipe(keep_parameters=share, rank_ratio=ratio, pattern="rows"),
     )  # fmt: skip
     _record(options, row, output, done.seconds, curve=curve.points)
