@@ -86,7 +86,10 @@ def run(
         return Finetuned(training.output, done, done.training.get("scores", {}), training.steps, 0.0)
     check_output(training.output, overwrite=overwrite, source=training.source.folder)
     with _working_folder(training, resume) as work:
+        caching = getattr(training.model.config, "use_cache", None)
         model = _train(training, work, told)
+        if caching is not None:
+            model.config.use_cache = caching  # which Trainer turns off
         report = Report((), {}, 0, 0, 0)
         if is_main_process():
             told.phase("Writing the result")
@@ -120,9 +123,15 @@ def _working_folder(training: Training, resume: str) -> Iterator[Path]:
         journal.close()
 
 
+_TORCH_WRITES = ("PytorchStreamWriter", "inline_container.cc", "iostream error")
+
+
 @contextmanager
 def _disk_errors(place: Path) -> Iterator[None]:
-    """`write_errors` that also knows how safetensors and torch.save say that the system did not let them write."""
+    """`write_errors` that also knows how safetensors and torch.save say that the system did not let them write.
+
+    torch.save fails again where it closes its archive, and that is what it tells.
+    """
     from safetensors import SafetensorError
 
     with write_errors(place):
@@ -130,7 +139,7 @@ def _disk_errors(place: Path) -> Iterator[None]:
             yield
         except (SafetensorError, RuntimeError) as error:
             found = re.search(r"\(os error (\d+)\)", str(error))
-            if found is None and "PytorchStreamWriter" not in str(error):
+            if found is None and not any(word in str(error) for word in _TORCH_WRITES):
                 raise
             number = errno.ENOSPC if found is None else int(found[1])
             raise OSError(number, os.strerror(number), str(place)) from error
@@ -215,7 +224,7 @@ def _write(training: Training, model: Any, work: Path, seconds: float, told: Pro
     vars(model).pop("save_pretrained", None)  # of compressed models: it would write its own account of the layers
     copy_companions(training.source.folder, work)
     model.save_pretrained(work, max_shard_size=training.max_shard_size)
-    training.tokenizer.save_pretrained(work)
+    _save_tokenizer(training.tokenizer, work)
     write_config(work, read_json(work / "config.json"), specs, training.plan.skipped)
     dense = sum(p.layer.shape[0] * p.layer.shape[1] for p in training.plan.layers)
     report = Report(
@@ -243,6 +252,14 @@ def _write(training: Training, model: Any, work: Path, seconds: float, told: Pro
         },
     )
     return close(work, report, training.source.folder, training.output.name)
+
+
+def _save_tokenizer(tokenizer: Any, work: Path) -> None:
+    """Without the truncation and padding of its last call, which a fast one would write into tokenizer.json."""
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    tokenizer.save_pretrained(work)
 
 
 def _unique(state: dict[str, Tensor]) -> list[Tensor]:

@@ -6,9 +6,11 @@ import errno
 import importlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -226,6 +228,44 @@ def test_from_a_compressed_model(kind: str, pattern: str, ask: dict[str, Any] | 
     assert (run.steps[-1].remaining < run.steps[0].remaining) == (ask is not None)
 
 
+def test_pruned_again(tmp_path: Path) -> None:
+    """One threshold for all leaves layers of very different size; with the next it is the sum that counts."""
+    asked: dict[str, Any] = {"task": request_for(tmp_path, "bert", train=32, validation=0), "device": "cpu"}
+    model = write_learner(tmp_path / "model", "bert")
+    first = finetune(model, tmp_path / "first", how=how_of(max_steps=12, every=1), recipe=small(), **asked)
+    sizes = [layer.nnz for layer in first.report.layers]
+    dense = sum(p.shape[0] * p.shape[1] for p in first.report.layers)
+    assert min(sizes) < 0.1 * dense / len(sizes)  # a layer that has less than what every layer is to keep at last
+    for threshold in ("global", "layer"):
+        how = how_of(max_steps=12, every=1, threshold=threshold)
+        second = finetune(first.output, tmp_path / threshold, how=how, recipe=Recipe(sparsity=0.9), **asked)
+        left = [layer.nnz for layer in second.report.layers]
+        assert sum(left) <= 0.1 * dense < sum(sizes)
+        assert all(after <= before for before, after in zip(sizes, left, strict=True))
+    with pytest.raises(UsageError, match="are asked for: training a compressed model can only prune"):
+        finetune(first.output, tmp_path / "more", how=how_of(), recipe=Recipe(sparsity=0.2), **asked)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert-qa"])
+def test_what_training_changes_for_itself_is_not_written(kind: str, tmp_path: Path) -> None:
+    """Whether keys and values are kept, and how long the tokenizer cut texts."""
+    model = write_learner(tmp_path / "model", kind)
+    result = finetune(model, tmp_path / "out", task=request_for(tmp_path, kind), how=how_of(max_steps=1),
+                      recipe=small(), device="cpu")  # fmt: skip
+    for file, names in (("config.json", ("use_cache", "pad_token_id")), ("tokenizer.json", ("truncation", "padding"))):
+        before, after = (json.loads((folder / file).read_text()) for folder in (model, result.output))
+        assert [before.get(name) for name in names] == [after.get(name) for name in names], file
+
+
+def test_an_encoder_decoder_that_classifies_learns_from_a_teacher(tmp_path: Path) -> None:
+    """Such a model makes its decoder's input itself."""
+    model = write_learner(tmp_path / "model", "bart-classifier")
+    task = request_for(tmp_path, "bart-classifier", train=16, validation=8)
+    result = finetune(model, tmp_path / "out", task=task, how=how_of(objective="distill", max_steps=2),
+                      recipe=small(), device="cpu")  # fmt: skip
+    assert verify(result.output).problems == ()
+
+
 SHIM = """
 import sys
 sys.modules["losparse_cli"] = None
@@ -374,6 +414,27 @@ def test_a_state_that_is_torn_is_not_gone_on_from(long_run: Any, tmp_path: Path)
     assert digests(result.output) == undisturbed
 
 
+def changed(model: Path, place: Path, file: str, old: str, new: str) -> Path:
+    """A copy of the same age with something else in one file."""
+    shutil.copytree(model, place)
+    text = (place / file).read_text()
+    assert old in text
+    (place / file).write_text(text.replace(old, new))
+    return place
+
+
+@pytest.mark.parametrize("step", [3, 7, 11])
+def test_a_killed_run_with_lengths_grouped_goes_on(step: int, long_run: Any, tmp_path: Path) -> None:
+    """Within an epoch, too, whose order has to be drawn again."""
+    asked, other = long_run
+    how = how_of(max_steps=12, save_steps=2, every=2, group_by_length=True)
+    whole = finetune(output=tmp_path / "whole", **{**asked, "how": how})
+    with pytest.raises(Killed):
+        finetune(output=tmp_path / "out", **{**asked, "how": how}, progress=at_step(step)(pytest.MonkeyPatch()))
+    result = finetune(output=tmp_path / "out", **{**asked, "how": how}, resume="required")
+    assert digests(result.output) == digests(whole.output) != other
+
+
 def test_resume(long_run: Any, tmp_path: Path) -> None:
     asked, undisturbed = long_run
     with pytest.raises(ResumeError, match="nothing to resume"):
@@ -388,6 +449,19 @@ def test_resume(long_run: Any, tmp_path: Path) -> None:
         ({"how": how_of(max_steps=20, save_steps=3, every=3)}, "training"),
         ({"recipe": small(keep_parameters=0.4)}, "plan"),
         ({"task": request_for(tmp_path, "bert", train=63, validation=16)}, "data, rows, task"),
+        (
+            {
+                "source": changed(
+                    asked["source"],
+                    tmp_path / "other",
+                    "config.json",
+                    '"hidden_dropout_prob": 0.2',
+                    '"hidden_dropout_prob": 0.0',
+                )
+            },
+            "source",
+        ),
+        ({"source": changed(asked["source"], tmp_path / "words", "tokenizer.json", '"w1"', '"w01"')}, "source"),
     ]:
         for resume in ("auto", "required"):
             with pytest.raises(ResumeError, match=rf"a different run \(different: {differs}\)"):
@@ -484,11 +558,23 @@ def full_disk_in_torch() -> None:
     raise RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/3")
 
 
+def full_disk_where_torch_closes_its_file() -> None:
+    """Really: no file of this process may grow beyond 20 kB."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with tempfile.TemporaryDirectory() as place:
+            torch.save(torch.zeros(100_000), Path(place) / "optimizer.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 @pytest.mark.parametrize(
     ("fail", "place"),
     [
         (full_disk, "a state"), (full_disk, "the report"), (full_disk_in_safetensors, "a state"),
         (full_disk_in_safetensors, "the result"), (full_disk_in_torch, "the optimizer"),
+        (full_disk_where_torch_closes_its_file, "the optimizer"),
     ],
 )  # fmt: skip
 def test_a_full_disk(
@@ -552,6 +638,7 @@ for name, options in json.loads(sys.argv[2]).items():
         place / "model", place / name / "out", task=TaskRequest(**json.loads((place / "task.json").read_text())),
         device="cpu", recipe=Recipe(keep_parameters=0.5, rank_ratio=0.3, pattern="rows"),
         how=Finetuning(max_steps=8, batch_size=4, precision="float32", learning_rate=3e-3, save_steps=3,
+                       max_grad_norm=0,  # a norm over parts is summed in another order
                        pruning=Pruning(every=2), **options),
     )
     print("main" if is_main_process() else "other", len(result.report.layers), flush=True)

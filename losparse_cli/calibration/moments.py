@@ -31,13 +31,14 @@ def gather_moments(
     calls: Iterable[Call],
     *,
     prefix: str = "",
+    remedy: str = "Try other text, or compress without --calibration.",
     on_output: Callable[[Any], None] = lambda output: None,
 ) -> list[Moments]:
     """Run the dense `block` on every call, hand its output to `on_output`, and return the moments of its layers.
 
     layers: names of linear modules inside `block`. Layers that are fed the very same tensor (q, k, v; gate, up)
     share one Moments. Layers that were never called are left out. CheckpointError names a layer, after `prefix`, whose
-    inputs are not finite.
+    inputs are not finite, and the `remedy`.
     """
     modules = {name: block.get_submodule(name) for name in layers}
     leaders: dict[str, str] = {}  # layer -> the first layer that is fed the same tensor
@@ -75,8 +76,7 @@ def gather_moments(
     for leader, H in sums.items():
         if not bool(torch.isfinite(H.diagonal()).all()):
             raise CheckpointError(
-                f"What {prefix}{leader} is fed on the calibration text is not finite: the model overflows, or its "
-                "weights are damaged. Try other text, or compress without --calibration."
+                f"What {prefix}{leader} is fed is not finite: the model overflows, or its weights are damaged. {remedy}"
             )
         members = tuple(name for name in layers if leaders.get(name) == leader)
         found.append(Moments(members, H / tokens[leader], tokens[leader]))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from ..budget.plan import Layer, LayerPlan, Plan, make_plan, plan_as_stored, plan_layer
+from ..budget.plan import Layer, Plan, make_plan, plan_as_stored, plan_layer
 from ..budget.recipe import RANK_CHOICES, SIZE_CHOICES, Recipe
 from ..checkpoint.finish import versions
 from ..checkpoint.output import check_output, output_path, parse_size
@@ -30,7 +30,8 @@ from ..tasks.task import open_task
 from ..training.conversion import compressed_layers, start_compressed, start_dense, trained_layers
 from ..training.pruner import Pruner
 from ..training.request import Finetuning
-from .fingerprint import file_states
+from .fingerprint import companion_states, digest, file_states
+from .inputs import input_moments
 from .teacher import find_teacher
 
 if TYPE_CHECKING:
@@ -137,23 +138,31 @@ def prepare_finetuning(
         **options,
         **_head(checkpoint, opened.config_changes(rows)),
     )
+    opened.check_model(model)
     for part in (rows, validation):
         if part is not None:
             opened.check(part, model.config)
     features = opened.prepare(rows, tokenizer, model.config, training=True)
     unseen = None if validation is None else opened.prepare(validation, tokenizer, model.config, training=False)
     dtype = _stored_dtype(checkpoint)
-    plan = _plan(model, checkpoint, recipe or Recipe(pattern=PATTERN), dtype)
-    teacher, learned_from = find_teacher(checkpoint, model.config, how, opened, cache_dir, place, options)
+    plan = _plan(model, checkpoint, recipe or Recipe(pattern=PATTERN), dtype, how.pruning.threshold)
+    longest = max(len(item["input_ids"]) for part in (features, unseen) if part is not None for item in part.items)
+    teacher, learned_from = find_teacher(checkpoint, model.config, how, opened, cache_dir, place, options, longest)
     told.phase("Taking the weights apart")
     if checkpoint.is_compressed:
         start_compressed(model)
     else:
         first = plan.layers[0]
         ranks = {p.layer.name: p.rank for p in plan.layers}
+        model.to(place)
+        moments = None
+        if how.low_rank_init == "outputs" and any(ranks.values()):
+            moments = input_moments(
+                model, list(ranks), features.items, opened.collator(tokenizer, model), seed=how.seed
+            )
         start_dense(
-            model, ranks, pattern=first.pattern, low_rank_only=not any(p.nnz for p in plan.layers), seed=how.seed,
-            device=place,
+            model, ranks, pattern=first.pattern, low_rank_only=not any(p.nnz for p in plan.layers), moments=moments,
+            seed=how.seed, device=place,
         )  # fmt: skip
     layers = trained_layers(model)
     steps = how.max_steps or _steps(how, len(features))
@@ -196,7 +205,7 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return found if found.itemsize <= 4 else torch.float32
 
 
-def _plan(model: nn.Module, checkpoint: Checkpoint, recipe: Recipe, dtype: torch.dtype) -> Plan:
+def _plan(model: nn.Module, checkpoint: Checkpoint, recipe: Recipe, dtype: torch.dtype, threshold: str) -> Plan:
     """Rank of each layer, and the entries that its S keeps at last."""
     linears, skipped = classify(model)
     if not checkpoint.is_compressed:
@@ -222,22 +231,35 @@ def _plan(model: nn.Module, checkpoint: Checkpoint, recipe: Recipe, dtype: torch
             "Ranks and layers of a compressed model stay as they are: leave out --rank, --rank-ratio, --targets and "
             "--ignore, or start from the dense model."
         )
-    return Plan(tuple(_smaller(p, recipe) for p in present.layers), present.skipped) if asked else present
+    return _smaller(present, recipe, threshold) if asked else present
 
 
-def _smaller(present: LayerPlan, recipe: Recipe) -> LayerPlan:
-    """What `recipe` leaves of a compressed layer, whose rank and pattern stay."""
-    wanted = plan_layer(present.layer, replace(recipe, rank=present.rank, pattern=present.pattern))
-    if wanted.nnz > present.nnz:
+def _smaller(present: Plan, recipe: Recipe, threshold: str) -> Plan:
+    """What `recipe` leaves of compressed layers, whose ranks and patterns stay.
+
+    With one threshold for all only the sum counts, and earlier training has left layers of very different size; with
+    one for each, a layer that is smaller already stays as it is.
+    """
+    wanted = [plan_layer(p.layer, replace(recipe, rank=p.rank, pattern=p.pattern)) for p in present.layers]
+    if threshold == "layer":
+        wanted = [w if w.nnz < p.nnz else p for w, p in zip(wanted, present.layers, strict=True)]
+    now, then = (sum(p.nnz for p in plans) for plans in (present.layers, wanted))
+    if then > now:
         raise UsageError(
-            f"{present.layer.name} has {present.nnz:,} entries in S now, and {wanted.nnz:,} are asked for: training a "
-            "compressed model can only prune. Ask for less, or start from the dense model."
+            f"S has {now:,} entries now, and {then:,} are asked for: training a compressed model can only prune. Ask "
+            "for less, or start from the dense model."
         )
-    return wanted
+    return Plan(tuple(wanted), present.skipped)
 
 
 def _layer(name: str, shape: tuple[int, int], transposed: bool, dtype: torch.dtype) -> Layer:
     return Layer(name, f"{name}.weight", name, (shape[0], shape[1]), dtype.itemsize, transposed)
+
+
+def _state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Of a folder, all that decides what its model does."""
+    beside = {"config": digest(checkpoint.config), "companions": companion_states(checkpoint)}
+    return beside | {"weights": file_states(checkpoint)}
 
 
 def _steps(how: Finetuning, examples: int) -> int:
@@ -257,20 +279,23 @@ def _fingerprint(
     device: torch.device,
 ) -> dict[str, Any]:
     """What must be equal for a run to go on; rows: how many there are of a dataset that may have changed."""
+    from ..training.trainer import chosen_precision
+
     files = {
         name: sha256(Path(file).expanduser())
         for name, file in (("train", task.train_file), ("validation", task.validation_file))
         if file is not None
     }
     return versions() | {
-        "source": checkpoint.commit or file_states(checkpoint),
-        "teacher": teacher and (teacher.commit or file_states(teacher)),
+        "source": checkpoint.commit or _state(checkpoint),
+        "teacher": teacher and (teacher.commit or _state(teacher)),
         "rows": rows,
         "task": asdict(task),
         "data": files,
         "training": how.to_dict(),
         "plan": [[p.layer.name, p.rank, p.nnz, p.pattern] for p in plan.layers],
-        "device": str(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "precision": chosen_precision(how.precision, device),
         "processes": os.environ.get("WORLD_SIZE", "1"),
         "threads": torch.get_num_threads(),
     }

@@ -21,11 +21,6 @@ def fingerprint(job: Job) -> dict[str, Any]:
     import safetensors
     import transformers
 
-    files = file_states(job.source)
-    folder = job.source.folder
-    companions = [
-        [str(p), (folder / p).stat().st_size, (folder / p).stat().st_mtime_ns] for p in companion_files(folder)
-    ]
     plan = [[e.name, e.dtype, e.shape, p and [p.rank, p.nnz, p.pattern, p.scope, p.iterations]] for e, p in job.units]
     return {
         "losparse": __version__,
@@ -35,8 +30,8 @@ def fingerprint(job: Job) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "cpu",
         "transformers": transformers.__version__,
         "safetensors": safetensors.__version__,
-        "companions": digest(companions),
-        "source": job.source.commit or files,
+        "companions": digest(companion_states(job.source)),
+        "source": job.source.commit or file_states(job.source),
         "start": job.start and file_states(job.start),
         "config": digest(job.source.config),
         "recipe": job.recipe.to_dict(),
@@ -51,6 +46,12 @@ def file_states(checkpoint: Checkpoint) -> dict[str, list[int]]:
     """Weight file -> size and time of its last change, in ns."""
     status = {file.path.name: file.path.stat() for file in checkpoint.files}
     return {name: [found.st_size, found.st_mtime_ns] for name, found in status.items()}
+
+
+def companion_states(checkpoint: Checkpoint) -> list[list[str | int]]:
+    """File beside the weights, its size and time of its last change, in ns."""
+    status = [(path, (checkpoint.folder / path).stat()) for path in companion_files(checkpoint.folder)]
+    return [[str(path), found.st_size, found.st_mtime_ns] for path, found in status]
 
 
 def digest(content: Any) -> str:

@@ -17,6 +17,10 @@ KRYLOV_DEPTH = 6
 """Products with A Aᵀ: enough for 99.5 % of the energy of the exact factors on every layer measured."""
 
 
+OUTPUT_DAMPING = 0.01
+"""λ of `output_factors`: share of the mean diagonal of H that is added to it."""
+
+
 def seed_of(seed: int, name: str) -> int:
     """A 63-bit seed for the tensor `name`, so that its result depends neither on order nor on the rest."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -64,6 +68,24 @@ def balanced_factors(U: Tensor, s: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
     """U √s and √s Vh: the singular values split evenly (LoSparse, section 3.1)."""
     root = s.clamp_min(0).sqrt()
     return U * root, root[:, None] * Vh
+
+
+def output_factors(W: Tensor, H: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """U (m, rank) and V (rank, n), balanced, of least tr((W − U V) H (W − U V)ᵀ): nearest to W in what it puts out.
+
+    W: (m, n), float32; H: (n, n), the second moment of its inputs. The columns of U span the leading eigenvectors of
+    W H Wᵀ, the principal components of the outputs, and U V is the projection of W on them (DRONE, Chen et al.,
+    NeurIPS 2021). H is damped a little, so that what never occurs is kept where that costs nothing. ValueError for a
+    rank that W cannot have, and for an H without positive diagonal entries.
+    """
+    mean = float(H.diagonal().double().mean())
+    if not 0 < mean < float("inf"):
+        raise ValueError(f"the mean square of the inputs is {mean}")
+    damped = H.double() / mean
+    damped.diagonal().add_(OUTPUT_DAMPING)
+    root = torch.linalg.cholesky(damped).to(W.dtype)
+    U, _, _ = truncated_svd(W @ root, rank, seed=seed)
+    return balanced_product(U, U.T @ W)
 
 
 def balanced_product(Q: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:

@@ -151,6 +151,7 @@ class _Run:
         head = _Head(task.auto_class, checkpoint, self.request.task)
         options = {"trust_remote_code": True} if self.trust_remote_code else {}
         model, tokenizer = load(checkpoint.folder, model_class=head, dtype=self.dtype or "auto", **options)
+        task.check_model(model)
         task.check(self.rows, model.config)
         features = task.prepare(self.rows, tokenizer, model.config, training=False)
         heard = 0

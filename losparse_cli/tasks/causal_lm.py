@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from .task import Collate, Features, Progress, Task, passes, scoring
 from .tokens import check_vocabulary, chunks, length_of
 
 LENGTH = 1024  # tokens of a window, if nothing else is asked for and the model takes as many
+PIECE = 1 << 20  # characters that are tokenized at once
 
 
 class CausalLM(Task):
@@ -42,6 +44,20 @@ class CausalLM(Task):
         if config.is_encoder_decoder:
             raise UsageError(f"A {config.model_type} model has an encoder. Give another, or --task seq2seq.")
 
+    def check_model(self, model: Any) -> None:
+        """UsageError for a model that sees the tokens that it is to predict, such as BERT as it was trained."""
+        known = int(model.config.get_text_config().vocab_size)
+        ids = torch.arange(8, device=model.device)[None] % known
+        other = ids.clone()
+        other[0, -1] = (ids[0, -1] + 1) % known
+        with scoring(model):
+            before, after = (model(input_ids=x, use_cache=False).logits[0, :-1].float() for x in (ids, other))
+        if not torch.allclose(before, after, rtol=1e-3, atol=1e-4 * float(before.abs().max())):
+            raise UsageError(
+                f"The {model.config.model_type} model sees the text that it is to predict: what it says of a token "
+                "changes with those after it. Give a language model that reads from left to right."
+            )
+
     def prepare(self, rows: Rows, tokenizer: Any, config: Any, *, training: bool) -> Features:
         """Items: windows; the row of one is that in which it begins."""
         self.check(rows, config)
@@ -49,8 +65,7 @@ class CausalLM(Task):
         column = columns_of(self.request, rows.columns, rows.name)["text_column"]
         streams: list[np.ndarray[Any, Any]] = []
         for part in chunks(list(texts(rows.rows, column, "text_column", rows.place))):
-            made = tokenizer(list(part), return_attention_mask=False, verbose=False)["input_ids"]
-            streams += (np.array(ids, dtype=np.int64) for ids in made)
+            streams += (_tokens(text, tokenizer) for text in part)
         ends = np.cumsum([len(ids) for ids in streams])
         count = int(ends[-1]) // length
         if not count:
@@ -94,3 +109,36 @@ class CausalLM(Task):
         losses = self.predict(model, tokenizer, features, batch_size=batch_size, device=device, on_batch=on_batch)
         loss = float(losses.mean())
         return {"loss": loss, "perplexity": math.exp(loss) if not loss >= 700 else math.inf}
+
+
+def _tokens(text: str, tokenizer: Any) -> np.ndarray[Any, Any]:
+    """The tokens of a document, (tokens,), int64, with the special ones at its ends.
+
+    A long one is read in pieces: tokenizers take some ninety times a text's own bytes.
+    """
+    options = {"return_attention_mask": False, "verbose": False}
+    if len(text) <= PIECE:
+        return np.array(tokenizer(text, **options)["input_ids"], dtype=np.int64)
+    start, end = _around(tokenizer)
+    streams = [np.array(start, dtype=np.int64)]
+    for piece in _pieces(text):
+        ids = tokenizer(piece, add_special_tokens=False, **options)["input_ids"]
+        streams.append(np.array(ids, dtype=np.int64))
+    return np.concatenate([*streams, np.array(end, dtype=np.int64)])
+
+
+def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that come before a text and after it."""
+    whole, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    at = next(k for k in range(len(whole)) if whole[k : k + len(bare)] == bare)
+    return whole[:at], whole[at + len(bare) :]
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut where a line ends, where there is one."""
+    begin = 0
+    while begin < len(text):
+        end = text.rfind("\n", begin, begin + PIECE) + 1 if len(text) - begin > PIECE else len(text)
+        end = end if end > begin else begin + PIECE
+        yield text[begin:end]
+        begin = end

@@ -72,6 +72,10 @@ class Task(ABC):
     def check(self, rows: Rows, config: Any) -> None:
         """UsageError, naming the row, if a model of this config cannot be trained or scored on the rows."""
 
+    def check_model(self, model: Any) -> None:
+        """UsageError if this model, loaded, cannot do the task for a reason that its config does not tell."""
+        return  # most have none
+
     @abstractmethod
     def prepare(self, rows: Rows, tokenizer: Any, config: Any, *, training: bool) -> Features:
         """The rows as the model reads them, cut to what it takes.

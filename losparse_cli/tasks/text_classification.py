@@ -20,10 +20,10 @@ LENGTH = 512  # tokens of an input, if nothing else is asked for and the model t
 
 
 class TextClassification(Task):
-    """Classes are what the label column holds, names or numbers; labels with a fraction make it a regression.
+    """Classes are what the label column holds, names or whole numbers; labels with a fraction make it a regression.
 
-    In a file without types (CSV) labels that read as numbers are numbers. Scores: accuracy (the main one), f1,
-    matthews; of a regression pearson (the main one), spearman.
+    In a file without types (CSV) labels that read as numbers are numbers; 1.0 is whole. Scores: accuracy (the main
+    one), f1, matthews; of a regression pearson (the main one), spearman.
     """
 
     name = "text-classification"
@@ -174,13 +174,23 @@ def _values(rows: Rows, column: str) -> list[int | float | str]:
             )
         found.append(value)
     if all(isinstance(value, str) for value in found):
-        for kind in (int, float):
-            try:
-                numbers = [kind(value) for value in found]
-            except ValueError:
-                continue
-            if all(map(math.isfinite, numbers)):
-                return list(numbers)
+        try:
+            return [int(value) for value in found]
+        except ValueError:
+            pass
+        try:
+            numbers = [float(value) for value in found]
+        except ValueError:
+            return found
+        for k, known in enumerate(numbers):
+            if not math.isfinite(known):
+                raise UsageError(
+                    f"{rows.place(k)} has the label {found[k]!r} among numbers in {column!r}. Leave the row out, or "
+                    "give its number."
+                )
+        found = [*numbers]
+    if all(isinstance(value, float) and value.is_integer() for value in found):
+        return [int(value) for value in found]  # as what was read with gaps is often written
     return found
 
 

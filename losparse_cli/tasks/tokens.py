@@ -59,7 +59,7 @@ def settle_padding(tokenizer: Any, config: Any) -> None:
     """Give a tokenizer without a padding token the model's, or the end token, and the config the tokenizer's.
 
     A decoder that classifies looks for the last token that is not config's padding: without it, or with another, it
-    would read its answer from a padded place. UsageError if there is no token to pad with.
+    would read its answer from a padded place. UsageError if there is no token to pad with that the model knows.
     """
     settings = config.get_text_config()
     if tokenizer.pad_token_id is None:
@@ -72,6 +72,12 @@ def settle_padding(tokenizer: Any, config: Any) -> None:
                 "tokenizer_config.json."
             )
         tokenizer.pad_token = token
+    known = getattr(settings, "vocab_size", None)
+    if isinstance(known, int) and tokenizer.pad_token_id >= known:
+        raise UsageError(
+            f"The tokenizer pads with {tokenizer.pad_token}, token {tokenizer.pad_token_id}, and the model knows "
+            f"{known} tokens. Name one that it knows as pad_token in tokenizer_config.json, such as the end token."
+        )
     for one in {id(c): c for c in (settings, config)}.values():
         if getattr(one, "pad_token_id", None) != tokenizer.pad_token_id:
             one.pad_token_id = tokenizer.pad_token_id

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..linalg.factors import LowRankSparse
-from ..linalg.svd import balanced_factors, seed_of, truncated_svd
+from ..linalg.svd import balanced_factors, output_factors, seed_of, truncated_svd
 from ..shim.layouts import LayerSpec
 from ..shim.linear import LowRankSparseLinear
 from .layers import TrainedLinear
@@ -32,6 +32,7 @@ def start_dense(
     *,
     pattern: str,
     low_rank_only: bool = False,
+    moments: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     device: torch.device,
     on_layer: Callable[[str], None] = lambda name: None,
@@ -39,7 +40,8 @@ def start_dense(
     """Put U, V and S in the place of the linear layers named in `ranks`, which says how many columns U has.
 
     U and V are the truncated SVD of W, and S is W − U V, all of it, so that nothing is lost (LoSparse, section 3.1);
-    with `low_rank_only` there is no S.
+    with `low_rank_only` there is no S. Of a layer that is in `moments`, the second moment H of its inputs, U and V are
+    nearest to W in its outputs instead.
     """
     for name, rank in ranks.items():
         dense = model.get_submodule(name)
@@ -47,7 +49,11 @@ def start_dense(
         weight: Tensor = dense.weight  # type: ignore[assignment]
         stored = weight.detach()
         W = (stored.T if transposed else stored).to(device).float().contiguous()
-        U, V = balanced_factors(*truncated_svd(W, rank, seed=seed_of(seed, name)))
+        H, own = (moments or {}).get(name), seed_of(seed, name)
+        if H is not None and bool(H.any()):
+            U, V = output_factors(W, H.to(device), rank, seed=own)
+        else:
+            U, V = balanced_factors(*truncated_svd(W, rank, seed=own))
         R = torch.addmm(W, U, V, alpha=-1)
         support = torch.full(W.shape, not low_rank_only, device=device)
         factors = LowRankSparse(U, V, R[support], support)

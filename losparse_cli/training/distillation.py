@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from .request import Finetuning
 
-CHUNKS = {"cpu": 1 << 20}  # logits of which probabilities are made at a time: what stays in a CPU's cache,
-CHUNK = 1 << 24  # and enough to fill a GPU
+# Logits of which probabilities are made at a time: what stays in a CPU's cache, and enough to fill a GPU.
+CHUNK_ON_CPU, CHUNK = 1 << 20, 1 << 24
 OVER_TOKENS = ("start_logits", "end_logits")
 """Predictions that are distributions over the tokens of a sequence, not over classes or a vocabulary."""
 
@@ -64,7 +64,7 @@ class _SoftDivergence(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, goal: Tensor, temperature: float) -> Tensor:
         gradient = torch.empty_like(logits)
         total = torch.zeros((), device=logits.device, dtype=torch.float32)
-        rows = max(1, CHUNKS.get(logits.device.type, CHUNK) // logits.shape[1])
+        rows = max(1, (CHUNK_ON_CPU if logits.device.type == "cpu" else CHUNK) // logits.shape[1])
         for s, t, g in zip(*(torch.split(x, rows) for x in (logits, goal, gradient)), strict=True):
             log_p, log_q = ((x.float() / temperature).log_softmax(-1) for x in (t, s))
             p = log_p.exp()
@@ -103,7 +103,10 @@ def _hidden(outputs: Mapping[str, Any], teacher: Mapping[str, Any], inputs: Mapp
     """Mean squared distance of all hidden states, each over the mean square of the teacher's."""
     parts = []
     for name in ("hidden_states", "encoder_hidden_states", "decoder_hidden_states"):
-        mask = None if name == "decoder_hidden_states" else inputs.get("attention_mask")
+        mask = inputs.get("attention_mask")
+        if name == "decoder_hidden_states":
+            labels = inputs.get("labels")
+            mask = None if labels is None else labels >= 0
         for state, goal in zip(outputs.get(name) or (), teacher.get(name) or (), strict=True):
             state, goal = state.float(), goal.float()
             if mask is not None and mask.shape == state.shape[:2]:

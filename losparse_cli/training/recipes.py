@@ -13,6 +13,7 @@ from ..errors import UsageError
 
 _SHARED: dict[str, Any] = {
     "pattern": "rows", "importance": "sensitivity", "threshold": "global", "beta": 0.85, "prune_every": 10, "seed": 7,
+    "low_rank_init": "weights",
 }  # fmt: skip
 _CLASSIFY = {"task": "text-classification", "dataset_name": "nyu-mll/glue", "max_length": 128}
 # 0.05 of the parameters in U and V and 0.15 in S: the paper's 20 %.

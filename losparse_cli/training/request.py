@@ -10,6 +10,7 @@ from .pruner import Pruning
 
 OBJECTIVES = ("task", "distill")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+LOW_RANK_INITS = ("outputs", "weights")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 
 
@@ -19,14 +20,16 @@ class Finetuning:
 
     objective: task is the loss of the task, with labels; distill is the distance from a teacher alone. teacher: folder
     or Hub id of the dense model, None without one, or for that which the report of a compressed checkpoint names.
-    temperature: T of the softened logits. distill_weight: α of α T² KL(teacher ‖ model). hidden_weight: of the mean
-    squared distance of hidden states. max_steps: optimizer steps, in place of epochs. batch_size: examples of one
-    forward pass on one device; times gradient_accumulation_steps and devices, those of a step. group_by_length: batches
-    of like length, which saves padding. warmup_steps: in which the learning rate rises, a share of all steps
-    below 1. save_steps: None for once an epoch.
+    low_rank_init: how U and V of a dense model begin: nearest to it in the outputs of its layers on training data, or
+    in their weights, as in the paper. temperature: T of the softened logits. distill_weight: α of α T² KL(teacher ‖
+    model). hidden_weight: of the mean squared distance of hidden states. max_steps: optimizer steps, in place of
+    epochs. batch_size: examples of one forward pass on one device; times gradient_accumulation_steps and devices, those
+    of a step. group_by_length: batches of like length, which saves padding. warmup_steps: in which the learning rate
+    rises, a share of all steps below 1. save_steps: None for once an epoch.
     """
 
     objective: str = "task"
+    low_rank_init: str = "outputs"
     teacher: str | None = None
     temperature: float = 2.0
     distill_weight: float = 1.0
@@ -50,6 +53,7 @@ class Finetuning:
 
     def __post_init__(self) -> None:
         _one_of("--objective", self.objective, OBJECTIVES)
+        _one_of("--low-rank-init", self.low_rank_init, LOW_RANK_INITS)
         _one_of("--precision", self.precision, PRECISIONS)
         _one_of("--lr-scheduler", self.lr_scheduler, SCHEDULERS)
         for name in ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "max_steps", "save_steps"):

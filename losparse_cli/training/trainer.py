@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ..errors import TrainingError, UsageError
 from .distillation import distance
@@ -133,15 +135,24 @@ class FinetuneTrainer(transformers.Trainer):  # type: ignore[misc]
         if teacher is not None:
             teacher.eval().requires_grad_(False).to(self.args.device)
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Where lengths are grouped an order that is known: transformers' own cannot be drawn again by a run that goes
+        on in the middle of an epoch."""
+        if not self._how.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        lengths = [len(item["input_ids"]) for item in self.train_dataset]
+        return _LikeLengths(lengths, self.args.train_batch_size * self.args.gradient_accumulation_steps, self.args.seed)
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
         how, labels = self._how, {}
         if how.objective == "distill":  # so that the task's loss is not computed in vain
             labels = {name: inputs.pop(name) for name in LABELS if name in inputs}
-            if "labels" in labels and "decoder_input_ids" not in inputs and _is_encoder_decoder(model):
-                inner = self.accelerator.unwrap_model(model)
-                inputs["decoder_input_ids"] = inner.prepare_decoder_input_ids_from_labels(labels["labels"])
+            shift = getattr(self.accelerator.unwrap_model(model), "prepare_decoder_input_ids_from_labels", None)
+            # Encoder-decoders that classify have no such method, and no need of it.
+            if shift is not None and "labels" in labels and "decoder_input_ids" not in inputs:
+                inputs["decoder_input_ids"] = shift(labels["labels"])
         options = {"output_hidden_states": True} if how.hidden_weight and self._teacher is not None else {}
         outputs = model(**inputs, **options)
         loss = torch.zeros((), device=self.args.device) if how.objective == "distill" else outputs["loss"]
@@ -211,6 +222,23 @@ class FinetuneTrainer(transformers.Trainer):  # type: ignore[misc]
             save_file({name: value.clone() for name, value in state_dict.items()}, path)  # tied ones share memory
 
 
+class _LikeLengths(Sampler[int]):
+    """Batches of like length, in an order that seed and epoch decide."""
+
+    def __init__(self, lengths: list[int], batch: int, seed: int) -> None:
+        self._lengths, self._batch, self._seed, self._epoch = lengths, batch, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        return iter(get_length_grouped_indices(self._lengths, self._batch, generator=generator))
+
+
 def check_sharding(plugin: Any) -> None:
     """UsageError if FSDP is to flatten tensors, as its first version does: a neuron would not be found in them."""
     if plugin is not None and plugin.fsdp_version == 1:
@@ -254,9 +282,6 @@ def _renamed(how: Finetuning) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if how.gradient_checkpointing:
         found["activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"] = True
-    if how.group_by_length:
-        newer = "train_sampling_strategy" in known
-        found |= {"train_sampling_strategy": "group_by_length"} if newer else {"group_by_length": True}
     return found
 
 

@@ -40,8 +40,11 @@ from .results import LENGTH, Options, add_result, measured, results_of
 
 REVIEWS = "vaderSentiment==3.3.2"  # its source package holds 10,605 film-review sentences with mean ratings
 SIZES, SEEDS, EPOCHS = (0.1, 0.15, 0.2, 0.3), (0, 1, 2, 3, 4), 4
-RATES = {"losparse": 2e-4, "itp": 2e-4, "svd": 2e-4}
-METHODS = ("losparse", "itp", "svd", "losparse+distill")
+RATE = 2e-4
+METHODS = ("losparse", "itp", "svd", "losparse+distill", "losparse-plain", "svd-outputs")
+"""itp and svd are the paper's baselines, and losparse-plain its own method, of which U and V begin as the truncated SVD
+of the weights; in losparse and svd-outputs they begin nearest to the outputs."""
+PLAIN = ("svd", "losparse-plain")
 LOW_RANK = 0.05  # share of the parameters in U and V, as in the paper
 
 
@@ -85,7 +88,7 @@ def _reviews() -> Iterator[tuple[float, str]]:
 
 def _how(seed: int, epochs: float, **changes: Any) -> Finetuning:
     return Finetuning(
-        **{"epochs": epochs, "learning_rate": 2e-4, "seed": seed, "group_by_length": True, "save_steps": 100000}
+        **{"epochs": epochs, "learning_rate": RATE, "seed": seed, "group_by_length": True, "save_steps": 100000}
         | changes
     )
 
@@ -153,10 +156,10 @@ def _row(options: Options, row: str) -> None:
     seed, _, epochs = rest.partition("x")
     method, _, distilled = name.partition("+")
     share = float(size)
-    ratio = {"itp": 0.0, "svd": 1.0}.get(method, LOW_RANK / share)
+    ratio = {"itp": 0.0, "svd": 1.0, "svd-outputs": 1.0}.get(method, LOW_RANK / share)
     dense = dense_polarity(options)
-    how = _how(int(seed), 0.1 if options.small else float(epochs or EPOCHS), learning_rate=RATES[method],
-               teacher=str(dense) if distilled else None)  # fmt: skip
+    how = _how(int(seed), 0.1 if options.small else float(epochs or EPOCHS), teacher=str(dense) if distilled else None,
+               low_rank_init="weights" if method in PLAIN else "outputs")  # fmt: skip
     curve = Curve()
     task = polarity_task(options.folder)
     if int(seed):  # the picture shows the first; the others are scored once, below

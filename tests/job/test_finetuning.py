@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import losparse_cli
 from losparse_cli.budget.recipe import Recipe
 from losparse_cli.errors import LosparseError, MissingExtraError, SourceError, UsageError
 from losparse_cli.job.finetuning import Training, prepare_finetuning
+from losparse_cli.tasks.request import TaskRequest
 from losparse_cli.training.pruner import Pruning
 from losparse_cli.training.request import Finetuning
 from tests.training.learners import VOCABULARY, request_for, rows_of, write_learner, write_rows
@@ -172,6 +175,41 @@ def test_a_teacher_without_the_head(bert: Path, tmp_path: Path) -> None:
 def test_a_teacher_of_other_classes(bert: Path, tmp_path: Path) -> None:
     other = write_learner(tmp_path / "other", "bert", num_labels=5)
     refused(UsageError, "5 labels, .* 3", tmp_path, bert, teacher=str(other))
+
+
+def test_a_teacher_with_its_classes_in_another_order(bert: Path, tmp_path: Path) -> None:
+    """Its predictions are put in ours; names that say no more than a number are taken as they come."""
+
+    def named(folder: Path, names: str) -> Path:
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"id2label": dict(enumerate(names.split())), "label2id": {n: k for k, n in enumerate(names.split())}}
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    words = [{"text": row["text"], "label": "abc"[row["label"]]} for row in rows_of("text-classification", 16)]
+    task = TaskRequest("text-classification", train_file=write_rows(tmp_path / "named.jsonl", words))
+    ours = named(write_learner(tmp_path / "ours", "bert"), "a b c")
+    ids = torch.arange(4, 12)[None]
+    plain = losparse_cli.load(bert)[0](input_ids=ids).logits
+
+    def says(names: str) -> Any:
+        teacher: Any = prepare(tmp_path, ours, task=task, teacher=str(named(theirs, names))).teacher
+        return teacher(input_ids=ids).logits
+
+    theirs = shutil.copytree(bert, tmp_path / "theirs")
+    torch.testing.assert_close(says("C a B"), plain[:, [1, 2, 0]])
+    torch.testing.assert_close(says("A b c"), plain)
+    torch.testing.assert_close(says("LABEL_2 LABEL_1 LABEL_0"), plain)
+    said = "knows the classes a, b, d, and the model that is to learn a, b, c. Give a teacher of the same classes"
+    refused(UsageError, said, tmp_path, ours, task=task, teacher=str(named(theirs, "a b d")))
+
+
+def test_a_teacher_that_reads_less(bert: Path, tmp_path: Path) -> None:
+    other = write_learner(tmp_path / "other", "bert", max_position_embeddings=8)
+    refused(UsageError, "reads 8 tokens at most, and the longest input has 10. Lower --max-length", tmp_path, bert,
+            teacher=str(other))  # fmt: skip
+    short = replace(request_for(tmp_path, "bert", train=16, validation=4), max_length=8)
+    assert prepare(tmp_path, bert, task=short, teacher=str(other)).teacher is not None
 
 
 def test_a_teacher_of_another_depth(bert: Path, tmp_path: Path) -> None:

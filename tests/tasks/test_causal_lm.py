@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import LENGTH, VOCABULARY, character_tokenizer, toy_model
 
 from losparse_cli.errors import UsageError
+from losparse_cli.tasks import causal_lm
 from losparse_cli.tasks.task import open_task
 from tests.tasks.made import CPU, Says, request_of, rows_of
+from tests.training.learners import words_tokenizer
 
 TEXTS = ["abcdefghijklm", "", "nop", "qrstuvwxyz" * 3]
 
@@ -36,6 +39,40 @@ def test_documents_are_packed_and_the_tail_is_dropped() -> None:
     assert [len(item["input_ids"]) for item in features.items] == [10] * 5
     assert features.where == [0, 0, 3, 3, 3]  # the third begins with the last document's second token
     assert tokenizer.decode(features[2]["input_ids"][:1]) == "q"
+
+
+@pytest.mark.parametrize("frame", ["<s> $A", "$A </s>", "$A", "<s> $A </s>"])
+def test_a_long_document_is_read_in_pieces(frame: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens are those of the whole, with the special ones at its ends alone."""
+    words, tokenizer = words_tokenizer(frame), None
+    texts = ["w1 w2\nw3\n\nw4 w5 w6\nkey w7\n", "w8 w9\n", "w1 " * 30]
+    rows = rows_of(*({"text": text} for text in texts))
+    config = toy_model("llama").config
+    whole = task_of(max_length=3).prepare(rows, words, config, training=True)
+    calls: list[int] = []
+
+    class Watching(type(words)):  # type: ignore[misc]
+        def __call__(self, text: str, **options: Any) -> Any:
+            calls.append(len(text))
+            return super().__call__(text, **options)
+
+    tokenizer = Watching(tokenizer_object=words.backend_tokenizer)
+    monkeypatch.setattr(causal_lm, "PIECE", 12)
+    cut = task_of(max_length=3).prepare(rows, tokenizer, config, training=True)
+    assert [item["input_ids"].tolist() for item in cut.items] == [item["input_ids"].tolist() for item in whole.items]
+    assert cut.where == whole.where
+    assert max(calls) <= 12
+
+
+@pytest.mark.parametrize(("name", "reads_on"), [("llama", False), ("gpt2", False), ("bert", True)])
+def test_a_model_that_sees_what_it_is_to_predict_is_refused(name: str, reads_on: bool) -> None:
+    model = toy_model(name)
+    if reads_on:
+        model = transformers.BertLMHeadModel(model.config)
+        with pytest.raises(UsageError, match="The bert model sees the text that it is to predict"):
+            task_of().check_model(model)
+        model = transformers.BertLMHeadModel(transformers.BertConfig(**model.config.to_dict() | {"is_decoder": True}))
+    task_of().check_model(model)
 
 
 def test_a_window_that_begins_with_a_document_is_of_that_row() -> None:

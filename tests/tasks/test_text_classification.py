@@ -41,6 +41,8 @@ def ids_of(rows: Any, config: Any) -> list[Any]:
         (labelled("b", "a", "b"), ["a", "b"]),
         (labelled(10, 2, 10), ["2", "10"]),
         (labelled("10", "2"), ["2", "10"]),  # as CSV has it
+        (labelled("1.0", "0.0"), ["0", "1"]),  # as pandas writes what it once read with gaps
+        (labelled(2.0, 0.0), ["0", "2"]),
         (labelled(True, False), ["0", "1"]),
         (labelled(1, 0, class_names={"label": ("yes", "maybe", "no")}), ["yes", "maybe", "no"]),
     ],
@@ -188,6 +190,16 @@ def test_a_label_that_the_model_lacks_is_named_with_its_row(
     with pytest.raises(UsageError) as raised:
         task_of().check(labelled(*labels, **options), config_of(*names))
     assert str(raised.value) == sentence
+
+
+@pytest.mark.parametrize("label", ["nan", "-inf"])
+def test_a_label_that_is_no_number_among_numbers(label: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        task_of().config_changes(labelled("0.5", label, "1.5"))
+    assert str(raised.value) == (
+        f"rows.jsonl, row 2 has the label {label!r} among numbers in 'label'. Leave the row out, or give its number."
+    )
+    assert task_of().config_changes(labelled("nan", "sun"))["num_labels"] == 2
 
 
 def test_one_class_and_many_at_once_are_refused() -> None:

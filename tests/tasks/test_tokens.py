@@ -73,6 +73,20 @@ def test_a_tokenizer_with_nothing_to_pad_with_is_refused() -> None:
     )
 
 
+def test_a_padding_token_that_the_model_lacks_is_refused() -> None:
+    """As fine-tunes have it that added one to the tokenizer alone: on a GPU its index would end the process."""
+    tokenizer = character_tokenizer()
+    known = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    settle_padding(tokenizer, transformers.LlamaConfig(vocab_size=known + 1))
+    with pytest.raises(UsageError) as raised:
+        settle_padding(tokenizer, transformers.LlamaConfig(vocab_size=known))
+    assert str(raised.value) == (
+        f"The tokenizer pads with [PAD], token {known}, and the model knows {known} tokens. Name one that it knows as "
+        "pad_token in tokenizer_config.json, such as the end token."
+    )
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(("model", "segments"), [("bert", True), ("llama", False)])
 def test_batches_are_padded_on_the_right(side: str, model: str, segments: bool, capsys: Any) -> None:

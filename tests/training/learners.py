@@ -49,6 +49,10 @@ LEARNERS: dict[str, tuple[str, str, dict[str, Any], str, str]] = {
         "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "init_std": 0.1,
         "max_position_embeddings": 32, "decoder_start_token_id": 2, "forced_eos_token_id": None, "dropout": 0.0},
         "summarization", "$A </s>"),
+    "bart-classifier": ("BartForSequenceClassification", "BartConfig", {
+        **_SIZE, **_IDS, "d_model": 48, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "encoder_layers": 1,
+        "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "init_std": 0.1,
+        "max_position_embeddings": 32, "num_labels": 3}, "text-classification", "$A </s>"),
 }  # fmt: skip
 
 

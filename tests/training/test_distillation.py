@@ -27,7 +27,7 @@ def plain(logits: Tensor, goal: Tensor, T: float) -> Tensor:
 @pytest.mark.parametrize("chunk", [1, 50, 1 << 24])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 7.0])
 def test_value_and_gradient(temperature: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distillation, "CHUNK", chunk)
+    monkeypatch.setattr(distillation, "CHUNK_ON_CPU", chunk)
     logits, goal = (3 * torch.randn(11, 17, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
     ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
     loss, expected = soft_divergence(ours, goal, temperature), plain(theirs, goal, temperature)
@@ -149,6 +149,25 @@ def test_hidden_states() -> None:
         for a, b in zip(ours, theirs, strict=True)
     ]
     assert float(found) == pytest.approx(0.5 * sum(parts) / 2, rel=1e-5)
+
+
+def test_hidden_states_of_what_is_written_count_where_labels_do() -> None:
+    ours, theirs = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    labels = torch.tensor([[4, 5, 2], [4, -100, -100]])
+    logits = torch.randn(2, 3, 7)
+    found = distance(
+        {"logits": logits, "decoder_hidden_states": (ours,)}, {"logits": logits, "decoder_hidden_states": (theirs,)},
+        {"attention_mask": torch.ones(2, 9), "labels": labels}, distilling(distill_weight=0.0, hidden_weight=1.0),
+    )  # fmt: skip
+    where = labels >= 0
+    expected = (ours[where] - theirs[where]).square().mean() / theirs[where].square().mean()
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_loss_that_is_no_number_is_not_hidden() -> None:
+    logits, goal = torch.randn(4, 6), torch.randn(4, 6)
+    for broken in ((logits.clone().fill_(torch.nan), goal), (logits, goal.clone().fill_(torch.nan))):
+        assert not bool(torch.isfinite(soft_divergence(*broken, 2.0)))
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "bert-qa", "bart", "t5"])

@@ -82,6 +82,15 @@ def finetune(
             help="Glob of module names to leave dense; repeatable.", rich_help_panel=o.SIZE, show_default=False
         ),
     ] = None,
+    low_rank_init: Annotated[
+        str | None,
+        typer.Option(
+            help="How U and V begin: nearest to the layers' outputs on training data, or to their weights, as the "
+            "paper has it.",
+            rich_help_panel=o.SIZE,
+            show_default="outputs",
+        ),
+    ] = None,
     importance: Annotated[
         str | None,
         typer.Option(
