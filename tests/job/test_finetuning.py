@@ -16,8 +16,10 @@ import toys
 import losparse_cli
 from losparse_cli.budget.recipe import Recipe
 from losparse_cli.errors import LosparseError, MissingExtraError, SourceError, UsageError
+from losparse_cli.job import finetuning
 from losparse_cli.job.finetuning import Training, prepare_finetuning
 from losparse_cli.tasks.request import TaskRequest
+from losparse_cli.training.conversion import trained_layers
 from losparse_cli.training.pruner import Pruning
 from losparse_cli.training.request import Finetuning
 from tests.training.learners import VOCABULARY, request_for, rows_of, write_learner, write_rows
@@ -72,7 +74,7 @@ def test_sizes_of_a_compressed_model(small_bert: Path, tmp_path: Path) -> None:
     less = prepare(tmp_path, small_bert, recipe=Recipe(sparsity=0.75, pattern="columns"))  # its pattern stays
     assert {p.pattern for p in less.plan.layers} == {"rows"}
     assert all(a.nnz * 2 == b.nnz for a, b in zip(less.plan.layers, present.plan.layers, strict=True))
-    refused(UsageError, r"has 1,152 entries in S now, and \d.* are asked for: .* can only prune",
+    refused(UsageError, r"S has 18,432 entries now, and \d.* are asked for: .* can only prune",
             tmp_path, small_bert, recipe=Recipe(sparsity=0.25))  # fmt: skip
     for recipe in (Recipe(rank=2), Recipe(rank_ratio=0.5), Recipe(targets=("*",)), Recipe(ignore=("*",))):
         refused(UsageError, "of a compressed model stay as they are", tmp_path, small_bert, recipe=recipe)
@@ -151,6 +153,25 @@ def test_the_output_is_checked_first(bert: Path, tmp_path: Path) -> None:
         prepare_finetuning(bert, tmp_path / "new", task=request_for(tmp_path, "bert"), max_shard_size="much")
 
 
+@pytest.mark.parametrize("recipe", [Recipe(rank_ratio=0.25, pattern="rows"), Recipe(rank_ratio=1.0)])
+def test_how_low_rank_begins(recipe: Recipe, bert: Path, tmp_path: Path) -> None:
+    begun = {
+        init: trained_layers(prepare(tmp_path, bert, recipe=recipe, low_rank_init=init).model)
+        for init in ("outputs", "weights")
+    }
+    for name, layer in begun["outputs"].items():
+        other = begun["weights"][name]
+        assert not torch.allclose(layer.U @ layer.V, other.U @ other.V, atol=1e-3), name
+        assert layer.S is None or torch.allclose(layer.weight, other.weight, atol=1e-5), name
+
+
+def test_without_low_rank_nothing_is_looked_at(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetuning, "input_moments", None)
+    prepare(tmp_path, bert, recipe=Recipe(rank=0, pattern="rows"))
+    with pytest.raises(TypeError):
+        prepare(tmp_path, bert)
+
+
 # --- teachers ---------------------------------------------------------------------------------------
 
 
@@ -226,6 +247,7 @@ def test_a_teacher_of_another_depth(bert: Path, tmp_path: Path) -> None:
     ("wrong", "said"),
     [
         ({"objective": "both"}, "--objective"), ({"precision": "int8"}, "--precision"),
+        ({"low_rank_init": "noise"}, "--low-rank-init"),
         ({"lr_scheduler": "step"}, "--lr-scheduler"), ({"batch_size": 0}, "--batch-size"),
         ({"max_steps": 0}, "--max-steps"), ({"save_steps": 0}, "--save-steps"), ({"epochs": 0.0}, "--epochs"),
         ({"learning_rate": float("nan")}, "--learning-rate"), ({"learning_rate": -1.0}, "--learning-rate"),

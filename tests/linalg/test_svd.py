@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from losparse_cli.linalg.svd import balanced_factors, seed_of, truncated_svd
+from losparse_cli.linalg.svd import OUTPUT_DAMPING, balanced_factors, output_factors, seed_of, truncated_svd
 
 
 def with_spectrum(shape: tuple[int, int], s: torch.Tensor, seed: int = 0) -> torch.Tensor:
@@ -76,3 +76,36 @@ def test_a_zero_matrix_has_finite_factors() -> None:
     U, V = balanced_factors(*truncated_svd(torch.zeros(300, 200), 4))
     assert torch.isfinite(U).all()
     assert torch.equal(U @ V, torch.zeros(300, 200))
+
+
+def output_error(E: torch.Tensor, H: torch.Tensor) -> float:
+    """tr(E H Eᵀ), with the damping."""
+    damped = H.double() + OUTPUT_DAMPING * H.double().diagonal().mean() * torch.eye(len(H))
+    return float((E.double() @ damped * E.double()).sum())
+
+
+@pytest.mark.parametrize("tokens", [5, 400])
+def test_output_factors_leave_what_no_others_of_their_rank_can(tokens: int) -> None:
+    """The eigenvalues of W H Wᵀ that are left; also where fewer tokens were seen than there are inputs."""
+    generator = torch.Generator().manual_seed(1)
+    W = torch.randn(30, 40, generator=generator)
+    X = torch.randn(tokens, 40, generator=generator) * torch.arange(1, 41).float().pow(-1)
+    H = X.T @ X / tokens
+    U, V = output_factors(W, H, 4)
+    damped = H.double() + OUTPUT_DAMPING * H.double().diagonal().mean() * torch.eye(40)
+    eigenvalues = torch.linalg.eigvalsh(W.double() @ damped @ W.double().T)
+    assert output_error(W - U @ V, H) == pytest.approx(float(eigenvalues[:-4].sum()), rel=1e-4)
+    plain = balanced_factors(*truncated_svd(W, 4))
+    assert output_error(W - U @ V, H) < 0.9 * output_error(W - plain[0] @ plain[1], H)
+    torch.testing.assert_close(U.norm(dim=0), V.norm(dim=1), atol=1e-4, rtol=1e-4)
+
+
+def test_output_factors_of_inputs_that_are_all_alike_are_those_of_the_weights() -> None:
+    W = with_spectrum((50, 40), torch.tensor([7.0, 3.0, 1.0]))
+    U, V = output_factors(W, 5 * torch.eye(40), 2)
+    P, Q = balanced_factors(*truncated_svd(W, 2))
+    torch.testing.assert_close(U @ V, P @ Q, atol=1e-4, rtol=1e-4)
+    none = output_factors(W, torch.eye(40), 0)
+    assert [factor.shape for factor in none] == [(50, 0), (0, 40)]
+    with pytest.raises(ValueError, match="mean square of the inputs is 0"):
+        output_factors(W, torch.zeros(40, 40), 2)

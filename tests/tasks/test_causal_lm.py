@@ -48,7 +48,7 @@ def test_a_long_document_is_read_in_pieces(frame: str, monkeypatch: pytest.Monke
     texts = ["w1 w2\nw3\n\nw4 w5 w6\nkey w7\n", "w8 w9\n", "w1 " * 30]
     rows = rows_of(*({"text": text} for text in texts))
     config = toy_model("llama").config
-    whole = task_of(max_length=3).prepare(rows, words, config, training=True)
+    whole = task_of(max_length=8).prepare(rows, words, config, training=True)
     calls: list[int] = []
 
     class Watching(type(words)):  # type: ignore[misc]
@@ -58,7 +58,7 @@ def test_a_long_document_is_read_in_pieces(frame: str, monkeypatch: pytest.Monke
 
     tokenizer = Watching(tokenizer_object=words.backend_tokenizer)
     monkeypatch.setattr(causal_lm, "PIECE", 12)
-    cut = task_of(max_length=3).prepare(rows, tokenizer, config, training=True)
+    cut = task_of(max_length=8).prepare(rows, tokenizer, config, training=True)
     assert [item["input_ids"].tolist() for item in cut.items] == [item["input_ids"].tolist() for item in whole.items]
     assert cut.where == whole.where
     assert max(calls) <= 12

@@ -49,6 +49,27 @@ def same(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_with_what_layers_are_fed_outputs_are_nearer(name: str) -> None:
+    """And still nothing is lost, and a layer whose inputs are unknown, or always zero, begins as ever."""
+    dense, plain = toy_model(name), taken_apart(name)
+    names = list(classify(dense)[0])
+    X = {n: torch.randn(64, layer.in_features) * torch.arange(1, layer.in_features + 1).float().pow(-1)
+         for n, layer in trained_layers(plain).items()}  # fmt: skip
+    moments = {n: x.T @ x / len(x) for n, x in X.items()}
+    unknown, dead = names[:2]
+    del moments[unknown]
+    moments[dead].zero_()
+    model = taken_apart(name, moments=moments)
+    same(answer(model), answer(dense))
+    for n, layer in trained_layers(model).items():
+        ours, theirs = (float((X[n] @ part.S.detach().T).square().sum()) for part in (layer, trained_layers(plain)[n]))
+        if n in (unknown, dead):
+            assert ours == theirs
+        else:
+            assert ours < 0.95 * theirs, n
+
+
 @pytest.mark.parametrize(
     ("name", "pattern"),
     [(name, "rows") for name in TOYS]
