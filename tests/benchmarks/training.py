@@ -45,7 +45,7 @@ METHODS = ("losparse", "itp", "svd", "losparse+distill", "losparse-plain", "svd-
 """itp and svd are the paper's baselines, and losparse-plain its own method, of which U and V begin as the truncated SVD
 of the weights; in losparse and svd-outputs they begin nearest to the outputs."""
 PLAIN = ("svd", "losparse-plain")
-LOW_RANK = 0.05  # share of the parameters in U and V, as in the paper
+LOW_RANK = 0.05  # share of the parameters in U and V, as in the paper; ours has DEFAULTS
 
 
 # --- the task ---------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def _row(options: Options, row: str) -> None:
     seed, _, epochs = rest.partition("x")
     method, _, distilled = name.partition("+")
     share = float(size)
-    ratio = {"itp": 0.0, "svd": 1.0, "svd-outputs": 1.0}.get(method, LOW_RANK / share)
+    ratio = {"itp": 0.0, "svd": 1.0, "svd-outputs": 1.0, "losparse-plain": LOW_RANK / share}.get(method)
     dense = dense_polarity(options)
     how = _how(int(seed), 0.1 if options.small else float(epochs or EPOCHS), teacher=str(dense) if distilled else None,
                low_rank_init="weights" if method in PLAIN else "outputs")  # fmt: skip

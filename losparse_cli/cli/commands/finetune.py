@@ -54,7 +54,7 @@ def finetune(
     ] = None,
     rank_ratio: Annotated[
         float | None,
-        typer.Option(help="Share of the kept parameters in U and V.", rich_help_panel=o.SIZE, show_default="0.25"),
+        typer.Option(help="Share of the kept parameters in U and V.", rich_help_panel=o.SIZE, show_default="0.5"),
     ] = None,
     sparsity: Annotated[
         float | None,
