@@ -111,7 +111,7 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
                 progress.start(job, 0, 0)
             if job.windows is None:
                 job = replace(job, windows=own_text(job, work, progress))
-            job = allocated(job, work, progress)
+            job = allocated(job, work, journal, progress)
         writer = ShardWriter(work, job.shards, journal, job.blocks.values())
         resumed = writer.done
         _check_space(job, work, sum(u.end - u.begin for u in journal.units))
@@ -239,7 +239,7 @@ def _finish(job: Job, work: Path, journal: Journal, hashes: dict[str, Any], run_
                 "architecture": (job.source.config.get("architectures") or [None])[0],
                 "files": hashes,
             },
-            recipe=job.recipe.to_dict(),
+            recipe=job.recipe.to_dict() if job.start is None else job.start.report().get("recipe", {}),
             versions=versions(),
             fingerprint=run_digest,
             calibration=_calibration(job),

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .calibration.request import length_limit
+from .checkpoint.output import write_errors
 from .checkpoint.source import Checkpoint
 from .data import files
 from .errors import OutputError, UsageError
@@ -160,7 +162,7 @@ class _Request:
         options = {"trust_remote_code": True} if self.trust_remote_code else {}
         model, tokenizer = load(checkpoint.folder, dtype=self.dtype or "auto", **options)
         kind, name = _kind(model, checkpoint.address), checkpoint.address
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or self.length
+        limit = length_limit(model, checkpoint.folder) or self.length
         if kind == "encoder":
             if not comparing:
                 raise UsageError(
@@ -168,7 +170,7 @@ class _Request:
                 )
             if self.stride is not None:
                 raise UsageError(f"{name} reads whole lines, which have no --stride. Leave it out.")
-            length = min(self.length, limit, tokenizer.model_max_length)
+            length = min(self.length, limit)
             found = lines(tokenizer, self.text, length=length, count=self.count)
         else:
             length = self.length
@@ -238,7 +240,8 @@ def _keep(subject: _Subject, folder: Path, hear: Callable[[str, int], None]) -> 
     """The model's predictions for every unit, in a file each."""
     units = subject.cut.units
     for k, unit in enumerate(units):
-        subject.predict(unit).save(folder / str(k))
+        with write_errors(folder):
+            subject.predict(unit).save(folder / str(k))
         if k == 0:
             needed, free = (len(units) - 1) * (folder / "0").stat().st_size, shutil.disk_usage(folder).free
             if needed > free:

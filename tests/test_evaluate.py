@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import Loads, character_tokenizer
 from terminal import done, losparse
 from torch import Tensor
@@ -386,6 +387,21 @@ def test_options_that_the_model_cannot_satisfy(toy: Callable[..., Path]) -> None
             evaluate(folder, TEXT, **{**OPTIONS, **options})
     with pytest.raises(SourceError, match=r"no tokenizer\. Copy"):
         evaluate(toy("llama"), TEXT, **OPTIONS)
+
+
+def test_positions_that_begin_after_padding(tmp_path: Path) -> None:
+    """RoBERTa's table has more of them than a text may have tokens."""
+    config = transformers.RobertaConfig(
+        vocab_size=101, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=20, is_decoder=True, pad_token_id=1,
+    )  # fmt: skip
+    transformers.RobertaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer = character_tokenizer()
+    tokenizer.model_max_length = int(1e30)
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(UsageError, match=r"at most 18 tokens. Give --length 18 or less"):
+        evaluate(tmp_path / "model", TEXT, length=19, windows=2, device="cpu")
+    assert evaluate(tmp_path / "model", TEXT, length=18, windows=2, device="cpu").protocol.length == 18
 
 
 def test_a_tokenizer_of_more_tokens_than_the_model_has(toy: Callable[..., Path]) -> None:

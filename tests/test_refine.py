@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,18 @@ def test_a_killed_refinement_goes_on(
     assert digests(result.output) == whole
 
 
+def test_the_report_says_how_the_layers_came_about(
+    toy: Callable[..., Path], small: Path, text: Calibration, tmp_path: Path
+) -> None:
+    """The recipe is that of the compressed model, whose sizes stay, and not the default of a calibrated one."""
+    how = Refinement(steps=2)
+    result = refine(small, tmp_path / "out", calibration=text, against=toy("llama", tokenizer=True), refinement=how)
+    before = json.loads((small / "losparse_report.json").read_text())["recipe"]
+    assert result.report.recipe == before
+    assert (before["rank"], before["keep"]) == (4, None)
+    assert "rank 4" in (result.output / "README.md").read_text()
+
+
 def test_requests_that_cannot_be_met(toy: Callable[..., Path], small: Path, text: Calibration, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--against"):
         refine(small, tmp_path / "out", calibration=text)
@@ -122,6 +135,15 @@ def test_requests_that_cannot_be_met(toy: Callable[..., Path], small: Path, text
         refine(small, tmp_path / "out", calibration=text, against=toy("qwen2", tokenizer=True))
     with pytest.raises(UsageError, match="inside the folder"):
         refine(small, small / "out", calibration=text, against=toy("llama", tokenizer=True))
+    report = json.loads((small / "losparse_report.json").read_text())
+    trained = shutil.copytree(small, tmp_path / "trained") / "losparse_report.json"
+    trained.write_text(json.dumps(report | {"training": {"objective": "distill"}}))
+    with pytest.raises(UsageError, match=r"was trained by losparse finetune, .*\. Refine first and train then"):
+        refine(trained.parent, tmp_path / "out", calibration=text, against=toy("llama", tokenizer=True))
+    other = shutil.copytree(toy("llama", tokenizer=True), tmp_path / "classifier") / "config.json"
+    other.write_text(other.read_text().replace("LlamaForCausalLM", "LlamaForSequenceClassification"))
+    with pytest.raises(UsageError, match=r"is a LlamaForCausalLM, and .* a LlamaForSequenceClassification\."):
+        refine(small, tmp_path / "out", calibration=text, against=other.parent)
     with pytest.raises(UsageError, match="--refine-lr"):
         Refinement(lr=0.0)
     assert not (tmp_path / "out").exists()

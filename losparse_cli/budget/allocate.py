@@ -36,11 +36,15 @@ class Curve:
 def allocate(curves: Mapping[str, Curve], keep: float, reach: float = REACH) -> dict[str, float]:
     """Layer -> share to keep, so that the costs sum to the least at the size that `keep` of every layer would have.
 
-    Every share lies within `reach` of `keep`. A Lagrangian: at the optimum a byte is worth as much in every layer.
+    Every share lies within `reach` of `keep`, and not below the least that its layer's curve knows. A Lagrangian: at
+    the optimum a byte is worth as much in every layer.
     """
     low, high = max(0.02, keep - reach), min(1.0, keep + reach)
     grid = [low + (high - low) * i / GRID for i in range(GRID + 1)]
-    tables = {name: [curve.cost(share) for share in grid] for name, curve in curves.items()}
+    tables = {
+        name: [curve.cost(share) if share >= curve.keep[0] - 1e-9 else math.inf for share in grid]
+        for name, curve in curves.items()
+    }
     total = sum(curve.size for curve in curves.values())
 
     def choose(price: float) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import tempfile
 import weakref
 from pathlib import Path
@@ -11,13 +12,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checkpoint.output import write_errors
+
 _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+
+def _reserve(file: int, nbytes: int) -> None:
+    """Bytes that are there: on a full disk, to write to a mapping of bytes that are not would end the process."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, nbytes)
+    else:  # macOS
+        os.truncate(file, nbytes)
 
 
 class Activations:
     """Keeps tensors within a limit of resident bytes; those beyond it live in unnamed files in `folder`.
 
-    A kept tensor is used like any other. On another device than the CPU nothing is moved to files.
+    A kept tensor is used like any other. OutputError if a file cannot be written. On another device than the CPU
+    nothing is moved to files.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -34,8 +46,9 @@ class Activations:
             self._resident += nbytes
             weakref.finalize(tensor, self._forget, nbytes)
             return tensor
-        with tempfile.TemporaryFile(dir=self._folder) as file:  # its bytes are freed with the last tensor over them
-            file.truncate(nbytes)
+        # Its bytes are freed with the last tensor over them.
+        with write_errors(self._folder), tempfile.TemporaryFile(dir=self._folder) as file:
+            _reserve(file.fileno(), nbytes)
             area = mmap.mmap(file.fileno(), nbytes)
         copy = torch.frombuffer(area, dtype=tensor.dtype).view(tensor.shape)
         copy.copy_(tensor)

@@ -74,6 +74,8 @@ def gather_moments(
             hook.remove()
     found = []
     for leader, H in sums.items():
+        if not tokens[leader]:  # an expert that was called with no rows
+            continue
         if not bool(torch.isfinite(H.diagonal()).all()):
             raise CheckpointError(
                 f"What {prefix}{leader} is fed is not finite: the model overflows, or its weights are damaged. {remedy}"

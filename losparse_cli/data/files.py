@@ -69,12 +69,25 @@ def json_rows(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
 
 def _parsed(text: str, where: str, wanted: str) -> Any:
     try:
-        return json.loads(text)
+        found = json.loads(text)
+        return _whole(found) if "\\ud" in text.lower() else found
     except (ValueError, RecursionError) as error:
         reason = str(error)
         if wanted == "one object a line":  # its place is the line
             reason = reason.partition(":")[0]
         raise SourceError(f"{where} is not valid JSON ({reason}). Give {wanted}.") from error
+
+
+def _whole(value: Any) -> Any:
+    """With the replacement character where half of a surrogate pair stands, as in text cut inside an emoji.
+
+    JSON allows it, and tokenizers do not.
+    """
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    return {_whole(key): _whole(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _object(row: Any, where: str, wanted: str) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from ..budget.allocate import REACH, Curve, allocate
 from ..budget.plan import Layer, plan_layer
 from ..budget.recipe import RANK_CHOICES, SIZE_CHOICES, Recipe
 from ..calibration.moments import gather_moments
+from ..calibration.text import Windows
+from ..errors import UsageError
 from ..linalg.factors import Decomposition
 from ..linalg.precision import fast_float32
 from ..models.blocks import Relay, block_of
@@ -27,7 +29,8 @@ COARSE_STEPS = 15
 SPLITS = (0.05, 0.2)
 """Shares of the low-rank part that are tried at the uniform size."""
 WINDOWS, JUDGES = 16, 4
-"""Windows whose moments the curves are measured on, and further ones on which the model's output is judged."""
+"""Windows whose moments the curves are measured on, and further ones on which the model's output is judged: as many to
+weigh blocks by, and as many again to check the plan on. With less text each part is a third of it."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,9 @@ class Allocation:
     """What was decided.
 
     layers: name -> fields of the recipe, {} where the uniform plan stays. gain: KL divergence from the dense model of
-    the allocated plan over that of the uniform one, both solved coarsely, on windows that no error was measured on; the
-    uniform plan stays if it is not below 1. None if the model does not fit in memory whole: then nothing was checked,
-    and all blocks weigh alike.
+    the allocated plan over that of the uniform one, both solved coarsely, on windows that nothing else was measured on;
+    the uniform plan stays if it is not below 1. None if nothing was checked: because the model does not fit in memory
+    whole, and then all blocks weigh alike, too, or because there are fewer than three windows.
     """
 
     layers: dict[str, dict[str, float]]
@@ -52,10 +55,12 @@ def allocate_by_error(job: Job, on_phase: Callable[[str], None] = lambda text: N
     assert job.windows is not None
     assert job.calibration is not None
     survey = _Survey(job, field, keep, on_phase)
+    if not survey.plans:  # the recipe names the size of every layer
+        return Allocation({}, None)
     survey.run()
     shares = allocate(survey.curves, keep)
     layers = {name: {field: round(share, 4), "rank_ratio": survey.split[name]} for name, share in shares.items()}
-    if survey.whole is None:
+    if survey.whole is None or not survey.may_check:
         return Allocation(layers, None)
     gain = survey.compare(shares)
     return Allocation(layers if gain < 1 else {}, gain)
@@ -75,11 +80,13 @@ class _Survey:
     def __init__(self, job: Job, field: str, keep: float, on_phase: Callable[[str], None]) -> None:
         self.job, self.field, self.keep, self._say = job, field, keep, on_phase
         assert job.windows is not None
-        ids = job.windows.ids
-        count = max(1, min(WINDOWS, len(ids) - JUDGES)) if len(ids) > JUDGES else 1
-        self._measured = replace(job.windows, ids=ids[:count], target_ids=_part(job.windows.target_ids, 0, count))
-        last = max(0, len(ids) - JUDGES)
-        self._judged = replace(job.windows, ids=ids[last:], target_ids=_part(job.windows.target_ids, last, len(ids)))
+        count = len(job.windows.ids)
+        each = min(JUDGES, count // 3)
+        self.may_check = each > 0
+        self._measured = _part(job.windows, 0, min(WINDOWS, count - 2 * each))
+        self._weighing = _part(job.windows, count - 2 * each, count - each) if self.may_check else self._measured
+        self._checking = _part(job.windows, count - each, count)
+        self.plans = {plan.layer.name: plan for plan in job.plan.layers if not names_size(job.recipe, plan.layer.name)}
         self.curves: dict[str, Curve] = {}
         self.split: dict[str, float] = {}
         self._coarse: dict[str, Tensor] = {}  # layer -> its weight at the uniform size, coarsely solved
@@ -101,10 +108,10 @@ class _Survey:
     def run(self) -> None:
         job = self.job
         assembly = self.whole or calibration_model(self.job)
-        dense = self._outputs() if self.whole is not None else None
+        dense = self._outputs(self._weighing) if self.whole is not None else None
         blocks = list(job.blocks)
         model = assembly.model
-        plans = {plan.layer.name: plan for plan in job.plan.layers if not names_size(job.recipe, plan.layer.name)}
+        plans = self.plans
         if self.whole is None:
             assembly.load(parameters_outside(model, blocks))
         with fast_float32(), Relay(model, blocks, self._measured.batches(4, job.device)) as relay:
@@ -138,7 +145,7 @@ class _Survey:
         tried = [solved(self.keep, [split] * len(layers)) for split in splits]
         best = [min(range(len(splits)), key=lambda s: _error(tried[s][k])) for k in range(len(layers))]
         split = [splits[s] for s in best]
-        low, high = max(0.02, self.keep - REACH), min(1.0, self.keep + REACH)
+        low, high = self._least(layers, split), min(1.0, self.keep + REACH)
         ends = solved(low, split), solved(high, split)
         for k, layer in enumerate(layers):
             middle = tried[best[k]][k]
@@ -150,12 +157,24 @@ class _Survey:
                 self._coarse[layer.name] = middle.factors.dense().to(torch.bfloat16)
                 self._moments[layer.name] = H
 
-    def _outputs(self) -> list[Tensor]:
-        """What the whole model gives on the judging windows now: log-probabilities, or hidden states without a head."""
+    def _least(self, layers: Sequence[Layer], split: Sequence[float]) -> float:
+        """The smallest share, within reach, that leaves something of each of the layers."""
+        low = max(0.02, self.keep - REACH)
+        for share in (low + (self.keep - low) * k / 4 for k in range(4)):
+            try:
+                for layer, s in zip(layers, split, strict=True):
+                    plan_layer(layer, self._recipe(share, s))
+            except UsageError:
+                continue
+            return share
+        return self.keep
+
+    def _outputs(self, windows: Windows) -> list[Tensor]:
+        """What the whole model gives on these windows now: log-probabilities, or hidden states without a head."""
         assert self.whole is not None
         found = []
         with torch.no_grad(), fast_float32():
-            for batch in self._judged.batches(1, self.job.device):
+            for batch in windows.batches(1, self.job.device):
                 output = self.whole.model(**batch)
                 logits = getattr(output, "logits", None)
                 if logits is not None and logits.dim() == 3:
@@ -164,10 +183,10 @@ class _Survey:
                     found.append(output[0].float()[None])  # never two-dimensional, as log-probabilities are
         return found
 
-    def _distance(self, dense: Sequence[Tensor]) -> float:
+    def _distance(self, dense: Sequence[Tensor], windows: Windows) -> float:
         """Mean KL divergence a token to the dense model, or the mean squared distance of hidden states."""
         total = 0.0
-        for a, b in zip(dense, self._outputs(), strict=True):
+        for a, b in zip(dense, self._outputs(windows), strict=True):
             if a.dim() == 2:
                 total += float((a.exp() * (a - b)).sum(-1).mean())
             else:
@@ -191,7 +210,7 @@ class _Survey:
         for number, members in enumerate(filter(None, names.values())):
             self._say(f"allocating: weighing block {number + 1} of {len(names)}")
             before = self._set({name: self._coarse[name] for name in members})
-            divergence = self._distance(dense)
+            divergence = self._distance(dense, self._weighing)
             self._set(before)
             error = sum(self.curves[name].error[1] for name in members)
             for name in members:
@@ -201,16 +220,16 @@ class _Survey:
         """Divergence of the allocated plan over that of the uniform one, both solved coarsely."""
         assert self.whole is not None
         self._say("allocating: checking against the uniform plan")
-        dense = self._outputs()
+        dense = self._outputs(self._checking)
         kept = self._set(self._coarse)
-        uniform = self._distance(dense)
+        uniform = self._distance(dense, self._checking)
         layers = {plan.layer.name: plan.layer for plan in self.job.plan.layers}
         for name, share in shares.items():
             plan = plan_layer(layers[name], self._recipe(share, self.split[name]))
             stored = self.whole.read(layers[name].tensor)
             (one,) = solve_layers([plan], [stored], self._moments[name], self.job.recipe, self.job.device)
             self._set({name: one.factors.dense()})
-        allocated = self._distance(dense)
+        allocated = self._distance(dense, self._checking)
         self._set(kept)
         return allocated / max(uniform, 1e-12)
 
@@ -219,5 +238,6 @@ def _error(solved: Decomposition) -> float:
     return solved.output_errors[-1] ** 2 if solved.output_errors else solved.residual_squared / solved.weight_squared
 
 
-def _part(ids: Tensor | None, start: int, stop: int) -> Tensor | None:
-    return None if ids is None else ids[start:stop]
+def _part(windows: Windows, start: int, stop: int) -> Windows:
+    targets = windows.target_ids
+    return replace(windows, ids=windows.ids[start:stop], target_ids=None if targets is None else targets[start:stop])

@@ -55,17 +55,22 @@ def own_text(job: Job, work: Path, progress: Progress | None) -> Windows:
     return windows
 
 
-def allocated(job: Job, work: Path, progress: Progress | None) -> Job:
-    """The job with its budget allocated by error; what was decided is kept for a run that goes on with this one."""
+def allocated(job: Job, work: Path, journal: Journal, progress: Progress | None) -> Job:
+    """The job with its budget allocated by error; what was decided is kept for a run that goes on with this one, and
+    without it nothing that was done counts."""
     path = work / ALLOCATION
     if path.is_file():
         try:
             return replan(job, job.recipe.with_overrides(read_json(path)["layers"]))
         except (CheckpointError, KeyError, TypeError, ValueError):
-            path.unlink()  # torn by a crash
+            path.unlink()
+    with write_errors(work):
+        journal.keep(0)
     decided = allocate_by_error(job, progress.phase if progress is not None else lambda text: None)
     with write_errors(work):
-        write_json(path, {"layers": decided.layers, "gain": decided.gain})
+        part = path.with_name(path.name + ".part")
+        write_json(part, {"layers": decided.layers, "gain": decided.gain})
+        part.replace(path)
     if progress is not None:
         progress.allocated(decided)
     return replan(job, job.recipe.with_overrides(decided.layers))

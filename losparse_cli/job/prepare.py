@@ -114,6 +114,8 @@ def prepare(
     shard_bytes, where = parse_size(max_shard_size), find_device(device)
     source = _open(model, revision, cache_dir, plan_only)
     _refuse_quantized(source)
+    if start is not None:
+        _check_start(start, source)
     skeleton = build_skeleton(source.folder, source.config, trust_remote_code=trust_remote_code)
     layers, skipped = find_layers(source, skeleton, recipe)
     plan = make_plan(layers, skipped, recipe) if start is None else plan_as_stored(layers, skipped, layer_specs(start))
@@ -259,6 +261,21 @@ def find_layers(source: Checkpoint, skeleton: Skeleton, recipe: Recipe) -> tuple
         itemsize = BITS[entry.dtype] // 8
         layers.append(Layer(linear.name, entry.name, disk_module, linear.shape, itemsize, linear.transposed))
     return layers, skipped
+
+
+def _check_start(start: Checkpoint, dense: Checkpoint) -> None:
+    """UsageError if what `start` does not compress is no longer that of the dense model, to which it is matched."""
+    if start.report().get("training"):
+        raise UsageError(
+            f"{start.address} was trained by losparse finetune, embeddings and head too, so it cannot be matched to "
+            "the dense model block by block. Refine first and train then, or go on with losparse finetune."
+        )
+    ours, theirs = (checkpoint.config.get("architectures") for checkpoint in (start, dense))
+    if ours and theirs and ours != theirs:
+        raise UsageError(
+            f"{start.address} is a {ours[0]}, and {dense.address} a {theirs[0]}. Give the dense model that it was made "
+            "from with --against."
+        )
 
 
 def _refuse_quantized(source: Checkpoint) -> None:

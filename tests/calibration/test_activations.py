@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import re
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from losparse_cli.calibration.activations import Activations
+from losparse_cli.errors import OutputError
 
 MIB = 1 << 20
 
@@ -137,5 +139,19 @@ def test_files_have_no_name_and_go_with_the_last_tensor(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_gone_is_an_error_at_once(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="No such file"):
+    with pytest.raises(OutputError, match="No such file"):
         Activations(tmp_path / "nowhere", 0).keep(random(10))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="room is reserved with posix_fallocate")
+def test_a_full_disk_is_an_error_and_no_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written without its room, a mapped file would end the process."""
+
+    def full(*arguments: int) -> None:
+        assert arguments[1:] == (0, 40)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OutputError, match="The disk is full"):
+        Activations(tmp_path, 0).keep(random(10))
+    assert not os.listdir(tmp_path)

@@ -367,6 +367,56 @@ def test_a_torn_allocation_is_decided_anew(
     assert toys.digests(last.output) == toys.digests(whole.output)
 
 
+def test_without_its_allocation_nothing_that_was_done_counts(
+    toy: Any, asked: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan that is decided again may be another, and half a model of either is of no size that was asked for."""
+    source = toy("llama", tokenizer=True)
+    recipe = Recipe(keep=0.5, allocate="error", iterations=3)
+    whole = compress(source, tmp_path / "a" / "out", recipe, calibration=asked)
+    with monkeypatch.context() as patched:
+        kill_at(patched, 12)
+        with pytest.raises(Killed):
+            compress(source, tmp_path / "b" / "out", recipe, calibration=asked)
+    (tmp_path / "b" / "out.partial" / ALLOCATION).unlink()
+    last = compress(source, tmp_path / "b" / "out", recipe, calibration=asked)
+    assert last.resumed == 0
+    assert toys.digests(last.output) == toys.digests(whole.output)
+
+
+@pytest.mark.parametrize(("windows", "parts"), [(30, (16, 4, 4)), (9, (3, 3, 3)), (5, (3, 1, 1)), (2, (2, 2, 0))])
+def test_allocation_is_checked_on_text_that_nothing_else_saw(
+    windows: int, parts: tuple[int, int, int], toy: Any, asked: Calibration, tmp_path: Path
+) -> None:
+    job = prepare.prepare(
+        toy("llama", tokenizer=True), tmp_path / "out", Recipe(keep=0.5, allocate="error", iterations=2),
+        calibration=asked,
+    )  # fmt: skip
+    assert job.windows is not None
+    job = replace(job, windows=replace(job.windows, ids=torch.arange(3 * windows).view(windows, 3) % 90))
+    survey = allocation._Survey(job, "keep", 0.5, lambda text: None)
+    found = [part.ids for part in (survey._measured, survey._weighing, survey._checking)]
+    assert tuple(map(len, found)) == parts
+    seen = [set(map(tuple, part.tolist())) for part in found]
+    assert not seen[2] & (seen[0] | seen[1])
+    decided = allocation.allocate_by_error(job)
+    assert (decided.gain is None) == (windows < 3)
+
+
+@pytest.mark.parametrize("keep", [0.05, 0.1])
+def test_allocation_of_little(keep: float, toy: Any, asked: Calibration, tmp_path: Path) -> None:
+    """Where a smaller share would leave nothing of a layer, it is not tried."""
+    recipe = Recipe(keep=keep, allocate="error", iterations=2)
+    result = compress(toy("llama", tokenizer=True), tmp_path / "out", recipe, calibration=asked)
+    assert losparse_cli.verify(result.output).sound
+
+
+def test_allocation_with_nothing_left_to_allocate(toy: Any, asked: Calibration, tmp_path: Path) -> None:
+    recipe = Recipe(keep=0.7, allocate="error", iterations=2, overrides=(("*", (("keep", 0.5),)),))
+    result = compress(toy("llama", tokenizer=True), tmp_path / "out", recipe, calibration=asked)
+    assert losparse_cli.verify(result.output).sound
+
+
 @pytest.mark.parametrize("name", ["bert", "bert-qa", "t5", "mixtral"])
 def test_allocation_without_room_for_the_whole_model(
     name: str, toy: Any, asked: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -32,6 +32,15 @@ def refusal(path: Path, content: bytes | str | None = None, **options: Any) -> t
 # --- files ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_half_of_a_surrogate_pair_is_replaced(name: str, tmp_path: Path) -> None:
+    """As in text that was cut inside an emoji: JSON allows it, tokenizers do not."""
+    row = '{"text": "cut \\uD83D and \\ud83d\\ude00 whole", "label": ["\\udE00"], "n": 1}'
+    (tmp_path / name).write_text(f"[{row}]" if name.endswith(".json") else f"{row}\n")
+    (found,) = read(tmp_path / name, "causal-lm").rows
+    assert found == {"text": "cut \ufffd and \U0001f600 whole", "label": ["\ufffd"], "n": 1}
+
+
 def test_every_kind_of_file_holds_the_same_rows(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
