@@ -149,6 +149,7 @@ def _serve() -> None:
     import losparse_cli.push
     import losparse_cli.verify  # noqa: F401 - imported for the children
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
     requests, answers = os.fdopen(os.dup(0), "r"), os.fdopen(os.dup(1), "w")
     _warm_up()
     for line in requests:
