@@ -12,7 +12,7 @@ from ..calibration.moments import gather_moments
 from ..models.blocks import Call
 from ..training.trainer import LABELS
 
-TOKENS = 1 << 15  # that are looked at: more change nothing that training leaves to be seen
+TOKENS = 1 << 15  # that are looked at
 AT_ONCE = 1 << 11  # tokens of one pass
 
 
