@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.source import has_tokenizer
+from ..data.framing import frame
 from ..errors import SourceError, UsageError
 from .documents import SELF, Documents, read_documents
 from .request import Calibration, length_limit, settle
 
 __all__ = [
-    "Calibration", "Windows", "frame", "length_limit", "load_tokenizer", "pack", "pack_pairs", "read_windows", "settle"
+    "Calibration", "Windows", "length_limit", "load_tokenizer", "pack", "pack_pairs", "read_windows", "settle"
 ]  # fmt: skip
 
 LONG = 4 << 20  # characters of a text, the only one, of which only pieces are tokenized
@@ -112,18 +113,6 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     except Exception as error:  # whatever a file can make a tokenizer raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise SourceError(f"The tokenizer of {folder} cannot be loaded: {reason}. Download it again.") from error
-
-
-def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The special tokens with which the tokenizer begins and ends a text."""
-    plain, framed = (
-        tokenizer("a", return_tensors="pt", add_special_tokens=special).input_ids[0].tolist()
-        for special in (False, True)
-    )
-    for start in range(len(framed) - len(plain) + 1):
-        if framed[start : start + len(plain)] == plain:
-            return framed[:start], framed[start + len(plain) :]
-    return [], []
 
 
 def pack(tokenizer: Any, documents: list[str], *, length: int, tokens: int, seed: int, close: bool) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration.text import frame
+from ..data.framing import frame
 from ..errors import UsageError
 
 # A token stands for fewer characters than this in any common text: enough of a long file is read, and not all.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..data.framing import frame
 from ..errors import UsageError
 from .columns import columns_of, texts
 from .rows import Rows
@@ -119,19 +120,12 @@ def _tokens(text: str, tokenizer: Any) -> np.ndarray[Any, Any]:
     options = {"return_attention_mask": False, "verbose": False}
     if len(text) <= PIECE:
         return np.array(tokenizer(text, **options)["input_ids"], dtype=np.int64)
-    start, end = _around(tokenizer)
+    start, end = frame(tokenizer)
     streams = [np.array(start, dtype=np.int64)]
     for piece in _pieces(text):
         ids = tokenizer(piece, add_special_tokens=False, **options)["input_ids"]
         streams.append(np.array(ids, dtype=np.int64))
     return np.concatenate([*streams, np.array(end, dtype=np.int64)])
-
-
-def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The special tokens that come before a text and after it."""
-    whole, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
-    at = next(k for k in range(len(whole)) if whole[k : k + len(bare)] == bare)
-    return whole[:at], whole[at + len(bare) :]
 
 
 def _pieces(text: str) -> Iterator[str]:
