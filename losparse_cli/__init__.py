@@ -20,12 +20,12 @@ _HOMES = {
     "bench": ".bench",
     "compress": ".compress",
     "Recipe": ".budget.recipe",
-    "Calibration": ".calibration.request",
-    "Refinement": ".training.reconstruction",
+    "Calibration": ".text.request",
+    "Refinement": ".compression.matching",
     "refine": ".refine",
     "finetune": ".finetune",
-    "Finetuning": ".training.request",
-    "Pruning": ".training.pruner",
+    "Finetuning": ".finetuning.request",
+    "Pruning": ".finetuning.pruner",
     "TaskRequest": ".tasks.request",
     "evaluate": ".evaluate",
     "export": ".export",
@@ -62,20 +62,20 @@ __all__ = [
 if TYPE_CHECKING:
     from .bench import bench
     from .budget.recipe import Recipe
-    from .calibration.request import Calibration
     from .compress import compress
+    from .compression.matching import Refinement
     from .errors import LosparseError
     from .evaluate import evaluate
     from .export import export
     from .finetune import finetune
+    from .finetuning.pruner import Pruning
+    from .finetuning.request import Finetuning
     from .inspection import inspect
     from .load import load, register
     from .push import push
     from .refine import refine
     from .tasks.request import TaskRequest
-    from .training.pruner import Pruning
-    from .training.reconstruction import Refinement
-    from .training.request import Finetuning
+    from .text.request import Calibration
     from .verify import verify
 
 

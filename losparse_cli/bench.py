@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
+from .benchmark.generation import Runner, run_in_turn
+from .benchmark.layers import by_shape, compressed_layers, layer_speeds
+from .benchmark.report import BenchReport, LayerSpeed, ModelSpeed
+from .benchmark.resident import resident
+from .benchmark.timing import copy_bandwidth
 from .checkpoint.source import Checkpoint, open_checkpoint
 from .errors import UsageError
 from .load import load
 from .models.device import find_device, memory_errors
-from .speed.generation import Runner, run_in_turn
-from .speed.layers import by_shape, compressed_layers, layer_speeds
-from .speed.report import BenchReport, LayerSpeed, ModelSpeed
-from .speed.resident import resident
-from .speed.timing import copy_bandwidth
 
 ROWS = (1, 16, 256)
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -24,15 +24,15 @@ from .checkpoint.output import begin, check_output, check_resume, clear_away, pu
 from .checkpoint.report import LayerReport, Report
 from .checkpoint.source import TIMING, Checkpoint
 from .checkpoint.writer import ShardWriter, sha256, tensor_part, write_json
+from .compression.calibrated import CalibratedRun
+from .compression.calibrated import Progress as BlockProgress
+from .compression.decisions import Progress as DecisionProgress
+from .compression.decisions import allocated, kept_text, own_text
+from .compression.estimate import Estimate, estimate
+from .compression.fingerprint import digest, fingerprint
+from .compression.plan import Job, prepare
+from .compression.solve import encode_layer, solve_layer
 from .errors import OutputError
-from .job.calibrated import CalibratedRun
-from .job.calibrated import Progress as BlockProgress
-from .job.decisions import Progress as DecisionProgress
-from .job.decisions import allocated, kept_text, own_text
-from .job.estimate import Estimate, estimate
-from .job.fingerprint import digest, fingerprint
-from .job.prepare import Job, prepare
-from .job.solve import encode_layer, solve_layer
 from .models.device import peak_memory
 from .shim.layouts import LayerSpec
 

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .budget.recipe import Recipe
-from .calibration.request import Calibration
 from .checkpoint.report import Report
 from .errors import MissingExtraError, SourceError
+from .text.request import Calibration
 
 if TYPE_CHECKING:
     from .compress import Progress

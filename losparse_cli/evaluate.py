@@ -11,20 +11,20 @@ from typing import Any
 
 import torch
 
-from .calibration.request import length_limit
 from .checkpoint.output import write_errors
 from .checkpoint.source import Checkpoint
-from .data import files
 from .errors import OutputError, UsageError
+from .evaluation.evaluation import Evaluation, Protocol, with_figures
+from .evaluation.harness import HarnessEvaluation, evaluate_harness
+from .evaluation.memory import fit_together
+from .evaluation.models import DTYPES, check_choice, dtype_of, open_models, release
+from .evaluation.scores import Estimate, Scores, Sums, Vector, compare, embed, exponential, score
+from .evaluation.task_evaluation import TaskEvaluation, evaluate_task
+from .evaluation.windows import Cut, Line, Window, cut, lines
 from .load import load
 from .models.device import find_device
-from .quality.evaluation import Evaluation, Protocol, with_figures
-from .quality.harness import HarnessEvaluation, evaluate_harness
-from .quality.memory import fit_together
-from .quality.models import DTYPES, check_choice, dtype_of, open_models, release
-from .quality.scores import Estimate, Scores, Sums, Vector, compare, embed, exponential, score
-from .quality.task_evaluation import TaskEvaluation, evaluate_task
-from .quality.windows import Cut, Line, Window, cut, lines
+from .text import files
+from .text.request import length_limit
 
 MEMORY = ("auto", "together", "apart")
 
@@ -68,9 +68,10 @@ def evaluate(
 ) -> Evaluation:
     """Perplexity of a language model on `text`; with `against`, its distance from that dense model too.
 
-    Windows of `length` tokens are cut as `losparse_cli.quality.windows.cut` says: `windows` of them (0: all), `stride`
-    new tokens each (default: disjoint). A model with an encoder and a decoder reads a window and predicts it again. A
-    model that predicts no next token is compared by its vectors of the first `windows` lines, and needs `against`.
+    Windows of `length` tokens are cut as `losparse_cli.evaluation.windows.cut` says: `windows` of them (0: all),
+    `stride` new tokens each (default: disjoint). A model with an encoder and a decoder reads a window and predicts it
+    again. A model that predicts no next token is compared by its vectors of the first `windows` lines, and needs
+    `against`.
 
     Standard errors count windows, or lines, as independent, not tokens; with a single one they are None. `memory`
     says whether both models are held at once ("together"), or the dense one runs first and leaves its predictions in

@@ -32,14 +32,14 @@ from .checkpoint.output import (
 )
 from .checkpoint.report import LayerReport, Report
 from .checkpoint.source import read_json
-from .job.finetuning import Progress, Silent, Training, prepare_finetuning
-from .job.fingerprint import digest
-from .job.solve import encode_layer
+from .compression.fingerprint import digest
+from .compression.solve import encode_layer
+from .finetuning.conversion import finish, trained_layers
+from .finetuning.prepare import Progress, Silent, Training, prepare_finetuning
 from .linalg.factors import Decomposition, LowRankSparse
 from .linalg.precision import fast_float32
 from .shim.layouts import LayerSpec
 from .tasks.request import TaskRequest
-from .training.conversion import finish, trained_layers
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _train(training: Training, work: Path, told: Progress) -> Any:
     """The model after the training that was still to be done; in the first process it is whole."""
     from safetensors.torch import load_model
 
-    from .training.trainer import FinetuneTrainer, last_state
+    from .finetuning.trainer import FinetuneTrainer, last_state
 
     exact = training.device.type == "cpu"
     trainer = FinetuneTrainer(

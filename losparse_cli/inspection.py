@@ -132,7 +132,7 @@ def _dense_report(
     checkpoint: Checkpoint, spectrum: bool, trust_remote_code: bool, on_layer: Callable[[str, int], None] | None
 ) -> DenseReport:
     from .budget.recipe import Recipe
-    from .job.prepare import find_layers
+    from .compression.plan import find_layers
     from .models.names import NameMap
     from .models.skeleton import build_skeleton
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .calibration.request import Calibration
 from .checkpoint.output import check_output, output_path
 from .checkpoint.source import open_checkpoint
 from .compress import Progress, Result, run
+from .compression.matching import Refinement
+from .compression.plan import Job, prepare
 from .errors import UsageError
-from .job.prepare import Job, prepare
-from .training.reconstruction import Refinement
+from .text.request import Calibration
 
 
 def refine(
@@ -47,7 +47,7 @@ def prepare_refinement(
     """The job that refines the compressed checkpoint `source` (folder or Hub id).
 
     against: the dense model, None for the Hub model and commit that the report names (UsageError if it names none).
-    `revision` is of `source`; other options go to `job.prepare.prepare`.
+    `revision` is of `source`; other options go to `compression.plan.prepare`.
     """
     start = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
     output = output_path(output or f"{start.name.rpartition('/')[2]}-refined")

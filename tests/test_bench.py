@@ -16,15 +16,15 @@ from terminal import losparse
 
 from losparse_cli import Recipe, compress
 from losparse_cli.bench import bench
+from losparse_cli.benchmark import layers as layer_timing
+from losparse_cli.benchmark import timing
+from losparse_cli.benchmark.generation import Runner
+from losparse_cli.benchmark.layers import by_shape, compressed_layers, layer_speeds
+from losparse_cli.benchmark.report import BenchReport, LayerSpeed, ModelSpeed
+from losparse_cli.benchmark.resident import resident
 from losparse_cli.cli import app
 from losparse_cli.errors import LosparseError, UsageError
 from losparse_cli.load import load
-from losparse_cli.speed import layers as layer_timing
-from losparse_cli.speed import timing
-from losparse_cli.speed.generation import Runner
-from losparse_cli.speed.layers import by_shape, compressed_layers, layer_speeds
-from losparse_cli.speed.report import BenchReport, LayerSpeed, ModelSpeed
-from losparse_cli.speed.resident import resident
 
 MODULE = sys.modules["losparse_cli.bench"]  # the name stands for the function
 SMALL: dict[str, Any] = {"prompt": 8, "new_tokens": 2, "rounds": 1, "rows": (1, 3), "device": "cpu"}
@@ -212,7 +212,7 @@ def test_memory_of_a_compressed_encoder_in_a_fresh_process(compressed: Callable[
 
 
 def test_where_nobody_says_memory_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("losparse_cli.speed.resident.STATUS", tmp_path / "absent")
+    monkeypatch.setattr("losparse_cli.benchmark.resident.STATUS", tmp_path / "absent")
     assert resident(tmp_path, "auto") is None
 
 

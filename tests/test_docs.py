@@ -258,7 +258,7 @@ def test_defaults_in_the_text() -> None:
         MANY_ITERATIONS,
         MANY_KEPT,
     )
-    from losparse_cli.job.allocation import COARSE_STEPS
+    from losparse_cli.compression.allocation import COARSE_STEPS
     from losparse_cli.linalg import admm
 
     budget = f"the budget is `--keep {DEFAULT_KEEP}` without calibration text and `--keep {CALIBRATED_KEEP}` with it"

@@ -25,14 +25,14 @@ import losparse_cli
 from losparse_cli.budget.recipe import Recipe
 from losparse_cli.errors import OutputError, ResumeError, TrainingError, UsageError
 from losparse_cli.finetune import Finetuned, finetune
-from losparse_cli.job.finetuning import Silent, prepare_finetuning
+from losparse_cli.finetuning.conversion import compressed_layers
+from losparse_cli.finetuning.prepare import Silent, prepare_finetuning
+from losparse_cli.finetuning.pruner import Pruning
+from losparse_cli.finetuning.request import Finetuning
+from losparse_cli.finetuning.trainer import FinetuneTrainer, Step, last_state
 from losparse_cli.tasks.task import open_task
-from losparse_cli.training.conversion import compressed_layers
-from losparse_cli.training.pruner import Pruning
-from losparse_cli.training.request import Finetuning
-from losparse_cli.training.trainer import FinetuneTrainer, Step, last_state
 from losparse_cli.verify import verify
-from tests.training.learners import LEARNERS, request_for, write_learner
+from tests.finetuning.learners import LEARNERS, request_for, write_learner
 
 verb = importlib.import_module("losparse_cli.finetune")  # the function of that name hides it
 CPU = torch.device("cpu")
@@ -628,8 +628,8 @@ torch.set_num_threads(1)
 from losparse_cli.budget.recipe import Recipe
 from losparse_cli.finetune import finetune, is_main_process
 from losparse_cli.tasks.request import TaskRequest
-from losparse_cli.training.pruner import Pruner, Pruning
-from losparse_cli.training.request import Finetuning
+from losparse_cli.finetuning.pruner import Pruner, Pruning
+from losparse_cli.finetuning.request import Finetuning
 place = Path(sys.argv[1])
 {setup}
 for name, options in json.loads(sys.argv[2]).items():
@@ -644,7 +644,7 @@ for name, options in json.loads(sys.argv[2]).items():
     print("main" if is_main_process() else "other", len(result.report.layers), flush=True)
 """
 TELLING = """
-from losparse_cli.training.conversion import trained_layers
+from losparse_cli.finetuning.conversion import trained_layers
 verb = importlib.import_module("losparse_cli.finetune")
 train = verb._train
 def ask(training, work, told):

@@ -16,14 +16,14 @@ from terminal import done
 from toys import digests
 
 from losparse_cli.budget.recipe import Recipe
-from losparse_cli.calibration.request import Calibration
 from losparse_cli.checkpoint.config import layer_specs
 from losparse_cli.checkpoint.source import open_checkpoint
 from losparse_cli.compress import compress
+from losparse_cli.compression.matching import Refinement
 from losparse_cli.errors import UsageError
 from losparse_cli.load import load
 from losparse_cli.refine import refine
-from losparse_cli.training.reconstruction import Refinement
+from losparse_cli.text.request import Calibration
 from losparse_cli.verify import verify
 
 TEXT = " ".join(f"Sentence {k} of the text says that {k * k % 97} is not {k}." for k in range(200))

@@ -28,8 +28,8 @@ from ..errors import Interrupted
 
 if TYPE_CHECKING:
     from ..checkpoint.report import LayerReport
-    from ..job.allocation import Allocation
-    from ..job.prepare import Job
+    from ..compression.allocation import Allocation
+    from ..compression.plan import Job
 
 
 NO_BLOCKS = (

@@ -13,7 +13,7 @@ from .console import Console, size
 
 if TYPE_CHECKING:
     from ..evaluate import Evaluation, HarnessEvaluation, TaskEvaluation
-    from ..quality.scores import Estimate
+    from ..evaluation.scores import Estimate
 
 
 def show_evaluation(out: Console, found: Evaluation) -> None:

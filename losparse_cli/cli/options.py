@@ -10,9 +10,9 @@ import typer
 from ..errors import UsageError
 
 if TYPE_CHECKING:
-    from ..calibration.request import Calibration
+    from ..compression.matching import Refinement
     from ..tasks.request import TaskRequest
-    from ..training.reconstruction import Refinement
+    from ..text.request import Calibration
 
 SIZE, TEXT, RUN, HUB, SHOW = "Size", "Calibration", "Run", "Hub", "Output"
 DATA = "Data"
@@ -139,7 +139,7 @@ def calibration_request(source: str | None, **settings: Any) -> Calibration | No
             option = f"--calibration-{next(iter(given)).replace('_', '-')}"
             raise UsageError(f"{option} says how to use calibration text: add --calibration SOURCE, or leave it out.")
         return None
-    from ..calibration.request import Calibration
+    from ..text.request import Calibration
 
     return Calibration(source, **given)
 
@@ -153,6 +153,6 @@ def refinement_request(refine: str | None, **settings: Any) -> Refinement | None
         if given:
             raise UsageError(f"--refine-{next(iter(given))} says how to refine: add --refine blocks, or leave it out.")
         return None
-    from ..training.reconstruction import Refinement
+    from ..compression.matching import Refinement
 
     return Refinement(**given)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
+from ..benchmark.report import BenchReport
 from ..checkpoint.report import Report
-from ..speed.report import BenchReport
 from . import speed_figure
 from .figures import clean, headline, layer_errors
 

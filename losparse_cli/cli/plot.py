@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import MissingExtraError, OutputError, UsageError
 
 if TYPE_CHECKING:
+    from ..benchmark.report import BenchReport
     from ..checkpoint.report import Report
     from ..inspection import DenseReport
-    from ..speed.report import BenchReport
 
 SUFFIXES = (".png", ".svg", ".html")
 DOTS_PER_INCH = 110
@@ -86,7 +86,7 @@ def render(report: Report | DenseReport | BenchReport, form: str) -> bytes:
         import matplotlib
     except ImportError as error:
         raise MissingExtraError("matplotlib", "plot", "Drawing") from error
-    from ..speed.report import BenchReport
+    from ..benchmark.report import BenchReport
     from . import figures, speed_figure
 
     buffer = io.BytesIO()

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ..speed.report import BenchReport, LayerSpeed
+    from ..benchmark.report import BenchReport, LayerSpeed
 
 FASTER, SMALLER = Style("", COLOURS[-1], ""), Style("", OTHER, "")
 MODEL_BARS = (

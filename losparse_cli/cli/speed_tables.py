@@ -13,7 +13,7 @@ from .console import Console, size
 from .speed_figure import index, setting, times
 
 if TYPE_CHECKING:
-    from ..speed.report import BenchReport, LayerSpeed
+    from ..benchmark.report import BenchReport, LayerSpeed
 
 PADDINGS = ((0, 1), (0, 1, 0, 0), (0, 0))
 """Room around columns: the first that fits the terminal is taken."""

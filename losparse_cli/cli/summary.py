@@ -13,8 +13,8 @@ from .console import NO_BLOCKS, Console, short, size
 if TYPE_CHECKING:
     from ..checkpoint.report import Report
     from ..compress import Result
+    from ..compression.plan import Job
     from ..finetune import Finetuned
-    from ..job.prepare import Job
 
 # Shares of the parameters below which a data-free result is told from the dense model, and no longer useful:
 # on SmolLM2-135M perplexity goes from 33 to 61 at 0.69 and to 247 at 0.54 (docs/performance.md).
@@ -27,7 +27,7 @@ def show_plan(out: Console, job: Job) -> None:
     import shutil
     from dataclasses import asdict
 
-    from ..job.estimate import estimate
+    from ..compression.estimate import estimate
 
     plan = job.plan
     need = estimate(job) if job.calibration is not None else None

@@ -11,8 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from .console import Console
 
 if TYPE_CHECKING:
-    from ..job.finetuning import Training
-    from ..training.trainer import Step
+    from ..finetuning.prepare import Training
+    from ..finetuning.trainer import Step
 
 
 class TrainingProgress:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..data.framing import frame
 from ..errors import UsageError
+from ..text.framing import frame
 from .columns import columns_of, texts
 from .rows import Rows
 from .task import Collate, Features, Progress, Task, passes, scoring

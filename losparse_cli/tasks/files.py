@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.files import json_rows, parquet_file, read_text
 from ..errors import SourceError, UsageError
+from ..text.files import json_rows, parquet_file, read_text
 
 
 @dataclass(frozen=True)

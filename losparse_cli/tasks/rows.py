@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..data.hub import open_hub
 from ..errors import UsageError, flag
+from ..text.hub import open_hub
 from . import files
 from .columns import columns_of
 from .request import TaskRequest

@@ -18,13 +18,13 @@ from torch import Tensor
 from losparse_cli.budget.plan import plan_layer
 from losparse_cli.budget.recipe import Recipe
 from losparse_cli.calibration.moments import gather_moments
-from losparse_cli.calibration.text import Calibration, read_windows, settle
 from losparse_cli.compress import run
+from losparse_cli.compression.assembly import Assembly
+from losparse_cli.compression.matching import Refinement
+from losparse_cli.compression.plan import prepare
 from losparse_cli.demo import encyclopedia_text, minilm, smollm2
 from losparse_cli.evaluate import evaluate
 from losparse_cli.export import export
-from losparse_cli.job.assembly import Assembly
-from losparse_cli.job.prepare import prepare
 from losparse_cli.linalg.admm import Budget, solve
 from losparse_cli.linalg.error import output_squared
 from losparse_cli.linalg.factors import Decomposition
@@ -33,7 +33,7 @@ from losparse_cli.linalg.precision import fast_float32
 from losparse_cli.load import load
 from losparse_cli.models.blocks import Relay, block_of, run_block
 from losparse_cli.models.skeleton import empty_model
-from losparse_cli.training.reconstruction import Refinement
+from losparse_cli.text.windows import Calibration, read_windows, settle
 
 from .peers import PEERS, peer, quantize
 from .results import LENGTH, Options, add_result, measured, results_of

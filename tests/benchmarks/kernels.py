@@ -15,15 +15,15 @@ import transformers
 
 from losparse_cli import Recipe, compress
 from losparse_cli.bench import bench
+from losparse_cli.benchmark.layers import layer_speeds
+from losparse_cli.benchmark.report import BenchReport
+from losparse_cli.benchmark.timing import copy_bandwidth
 from losparse_cli.demo import smollm2
 from losparse_cli.kernels import install
 from losparse_cli.kernels.choice import SPREAD_ROWS
 from losparse_cli.linalg.patterns import parse_pattern, select
 from losparse_cli.shim.codec import smallest
 from losparse_cli.shim.linear import LowRankSparseLinear
-from losparse_cli.speed.layers import layer_speeds
-from losparse_cli.speed.report import BenchReport
-from losparse_cli.speed.timing import copy_bandwidth
 
 SHAPES = ((4096, 4096), (11008, 4096))
 ROWS = (1, 16, 256)

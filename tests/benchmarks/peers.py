@@ -131,7 +131,7 @@ PEERS: dict[str, Callable[..., Decomposition]] = {
 def peer(name: str) -> Iterator[None]:
     """Within it, calibrated compression solves each layer by the published method `name`; RuntimeError if none was."""
     import losparse_cli.compress  # noqa: F401  so that all modules that call the solver are there
-    from losparse_cli.job import solve as route
+    from losparse_cli.compression import solve as route
 
     method, ours = PEERS[name], route.solve_layers
     called: list[str] = []

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from losparse_cli.calibration.text import Calibration
 from losparse_cli.demo import encyclopedia_text, news_text
 from losparse_cli.evaluate import evaluate
+from losparse_cli.text.windows import Calibration
 
 LENGTH = 512  # tokens of a window, of calibration and of measuring
 

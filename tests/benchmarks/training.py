@@ -20,9 +20,13 @@ import torch
 
 from losparse_cli.budget.recipe import Recipe
 from losparse_cli.compress import compress
+from losparse_cli.compression.matching import Refinement
 from losparse_cli.demo import cache_folder, minilm, smollm2
 from losparse_cli.finetune import finetune
-from losparse_cli.job.finetuning import Silent
+from losparse_cli.finetuning.prepare import Silent
+from losparse_cli.finetuning.pruner import Pruner
+from losparse_cli.finetuning.request import Finetuning
+from losparse_cli.finetuning.trainer import FinetuneTrainer, Step, chosen_precision
 from losparse_cli.linalg.precision import fast_float32
 from losparse_cli.load import load
 from losparse_cli.models.device import peak_memory
@@ -31,10 +35,6 @@ from losparse_cli.tasks.request import TaskRequest
 from losparse_cli.tasks.rows import read_rows
 from losparse_cli.tasks.task import open_task
 from losparse_cli.tasks.text_classification import TextClassification
-from losparse_cli.training.pruner import Pruner
-from losparse_cli.training.reconstruction import Refinement
-from losparse_cli.training.request import Finetuning
-from losparse_cli.training.trainer import FinetuneTrainer, Step, chosen_precision
 
 from .results import LENGTH, Options, add_result, measured, results_of
 

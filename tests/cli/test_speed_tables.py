@@ -15,17 +15,17 @@ from cli.test_plot import Table, height, marked, texts
 from rich.console import Console as RichConsole
 from terminal import done
 
+from losparse_cli.benchmark.report import BenchReport, LayerSpeed, ModelSpeed
 from losparse_cli.cli.console import Console
 from losparse_cli.cli.plot import render, save_plot
 from losparse_cli.cli.speed_figure import setting, times
 from losparse_cli.cli.speed_tables import show_speed
 from losparse_cli.errors import UsageError
-from losparse_cli.speed.report import BenchReport, LayerSpeed, ModelSpeed
 
 NASTY = '[red]<script>alert("x")</script>&$\\frac$; \x1b'
 QUICK = ("--prompt", "4", "--new-tokens", "2", "--rounds", "1", "--rows", "1,3", "--threads", "1", "--device", "cpu")
 LITTLE = """
-from losparse_cli.speed import layers, timing
+from losparse_cli.benchmark import layers, timing
 timing.COPY_BYTES, layers.COLD_BYTES = 1 << 20, 1 << 16
 import losparse_cli.bench, sys
 sys.modules["losparse_cli.bench"].resident = lambda *_: 5_000_000

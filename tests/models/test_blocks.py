@@ -14,8 +14,8 @@ from conftest import TOYS, token_batch, toy_model
 from torch import Tensor, nn
 
 from losparse_cli.checkpoint.source import open_checkpoint
+from losparse_cli.compression.assembly import Assembly
 from losparse_cli.errors import CheckpointError, UsageError
-from losparse_cli.job.assembly import Assembly
 from losparse_cli.models.blocks import (
     Call,
     Relay,

@@ -14,8 +14,8 @@ from conftest import LENGTH, VOCABULARY, character_tokenizer, toy_model
 from losparse_cli.errors import UsageError
 from losparse_cli.tasks import causal_lm
 from losparse_cli.tasks.task import open_task
+from tests.finetuning.learners import words_tokenizer
 from tests.tasks.made import CPU, Says, request_of, rows_of
-from tests.training.learners import words_tokenizer
 
 TEXTS = ["abcdefghijklm", "", "nop", "qrstuvwxyz" * 3]
 

@@ -176,7 +176,7 @@ def compress(
     )
     refinement = o.refinement_request(refine, steps=refine_steps, lr=refine_lr)
     from ...compress import run
-    from ...job.prepare import prepare
+    from ...compression.plan import prepare
     from .. import console as c
     from .. import summary as s
 

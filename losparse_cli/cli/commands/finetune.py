@@ -221,7 +221,7 @@ def finetune(
     [dim]losparse finetune user/model --task text-classification --train-file train.csv --validation-file dev.csv[/dim]
     """
     from ...budget.recipe import make_recipe
-    from ...training.recipes import settings
+    from ...finetuning.recipes import settings
 
     given = settings(recipe, {name: value for name, value in locals().items() if value is not None})
     sizes = ("rank", "rank_ratio", "sparsity", "keep_parameters", "pattern")
@@ -231,9 +231,9 @@ def finetune(
     )
     request = o.task_request(given, objective=objective)
     from ...finetune import is_main_process, run
-    from ...job.finetuning import prepare_finetuning
-    from ...training.pruner import Pruning
-    from ...training.request import Finetuning
+    from ...finetuning.prepare import prepare_finetuning
+    from ...finetuning.pruner import Pruning
+    from ...finetuning.request import Finetuning
     from .. import console as c
     from .. import summary as s
     from ..training_progress import TrainingProgress

@@ -1,0 +1,176 @@
+"""One block of the model on its way from dense to compressed: its layers solved, then matched to the dense block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..budget.plan import LayerPlan
+from ..calibration.moments import gather_moments
+from ..checkpoint.config import layer_specs, layer_tensors
+from ..checkpoint.layers import read_layer, unpack_layer
+from ..checkpoint.reader import FLOATING, TORCH_DTYPES
+from ..checkpoint.report import LayerReport
+from ..checkpoint.source import Checkpoint
+from ..errors import CheckpointError
+from ..linalg.error import relative_error, squared_norm
+from ..linalg.factors import Decomposition, LowRankSparse
+from ..linalg.svd import seed_of
+from ..models.blocks import Call
+from ..shim.layouts import LayerSpec
+from .assembly import Assembly
+from .matching import match_block
+from .plan import Job
+from .solve import as_matrix, encode_layer, solve_layer, solve_layers
+
+
+class Block:
+    """The block `name` of a job; `module` holds the dense weights in float32. Layers go by their names inside it.
+
+    plans: layer -> its plan. solved: layer -> what was found, once it was. norms: tensor on disk -> one-dimensional
+    parameter of the model that is trained along with the layers.
+    """
+
+    def __init__(self, name: str, job: Job, assembly: Assembly, say: Callable[[str], None]) -> None:
+        self.name, self.job, self.assembly = name, job, assembly
+        self.module: nn.Module = assembly.model.get_submodule(name)
+        self.prefix = f"{name}." if name else ""
+        self._tell = say
+        self.plans: dict[str, LayerPlan] = {}
+        self.norms: dict[str, str] = {}
+        for number in job.blocks[name]:
+            entry, plan = job.units[number]
+            parameter = assembly.parameter(entry.name)
+            if plan is not None:
+                self.plans[plan.layer.name.removeprefix(self.prefix)] = plan
+            elif parameter is not None and len(entry.shape) == 1 and entry.dtype in FLOATING:
+                self.norms[entry.name] = parameter
+        self.solved: dict[str, Decomposition] = {}
+        self._encoded: dict[str, tuple[LayerReport, LayerSpec, dict[str, Tensor]]] = {}
+
+    def _say(self, text: str) -> None:
+        self._tell(f"{self.name or 'the model'}: {text}")
+
+    def parameters(self) -> list[str]:
+        """Names of the block's parameters in the model."""
+        return [f"{self.prefix}{name}" for name, _ in self.module.named_parameters()]
+
+    # --- the layers -----------------------------------------------------------------------------
+
+    def solve(self, calls: Sequence[Call], on_layer: Callable[[LayerReport], None]) -> None:
+        """Solve every layer for what it is fed in `calls`; without data those that the text never reaches."""
+        self._say("gathering what its layers are fed")
+        moments = gather_moments(self.module, list(self.plans), calls, prefix=self.prefix)
+        moments.reverse()
+        while moments:
+            group = moments.pop()  # each second moment is let go of as soon as it was used
+            self._say(f"solving {', '.join(layer.rpartition('.')[2] for layer in group.layers)}")
+            plans = [self.plans[layer] for layer in group.layers]
+            stored = [self._stored(layer) for layer in group.layers]
+            found = solve_layers(plans, stored, group.H, self.job.recipe, self.job.device)
+            for layer, one in zip(group.layers, found, strict=True):
+                self.solved[layer] = one
+                on_layer(self.encode(layer)[0])
+        for layer, plan in self.plans.items():
+            if layer not in self.solved:
+                self.solved[layer] = solve_layer(plan, self._stored(layer), self.job.recipe, self.job.device)
+                on_layer(self.encode(layer)[0])
+        self._install()
+
+    def start_from(self, start: Checkpoint, on_layer: Callable[[LayerReport], None]) -> None:
+        """Take the layers, and the norms, that the compressed checkpoint `start` holds."""
+        known = {line["name"]: line for line in start.report().get("layers", ())}
+        files = {file.path: file for file in start.files}
+        specs = layer_specs(start)
+        for layer, plan in self.plans.items():
+            name = plan.layer.name
+            tensors = read_layer(start, name, specs[name], layer_tensors(start, name, specs[name]))
+            factors = LowRankSparse(*(tensor.to(self.job.device) for tensor in tensors))
+            line = known.get(name, {})
+            self.solved[layer] = self._measured(layer, factors, line.get("errors", ()), line.get("output_errors", ()))
+            on_layer(self.encode(layer)[0])
+        self._install()
+        for tensor, parameter in self.norms.items():
+            entry = start.entries.get(tensor)
+            if entry is None:
+                raise CheckpointError(f"{start.address} has no tensor {tensor}. Compress the model again.")
+            self._set_norm(parameter, files[entry.path].read(entry))
+
+    def restore(self, tensors: dict[int, dict[str, Tensor]], specs: dict[int, LayerSpec]) -> None:
+        """Take the weights that an earlier run has written: unit -> tensors by name, unit -> spec of a layer."""
+        for number in self.job.blocks[self.name]:
+            entry, plan = self.job.units[number]
+            if plan is not None:
+                parts = {name.rpartition(".")[2]: t.to(self.job.device) for name, t in tensors[number].items()}
+                factors = LowRankSparse(*unpack_layer(specs[number], parts))
+                self._set_weight(plan.layer.name.removeprefix(self.prefix), factors)
+            elif entry.name in self.norms and entry.name in tensors[number]:
+                self._set_norm(self.norms[entry.name], tensors[number][entry.name])
+
+    def match(self, calls: Sequence[Call], targets: Sequence[Tensor]) -> dict[str, Any]:
+        """Train layers and norms towards `targets`; a line of the report with the loss before and after."""
+        refinement = self.job.refinement
+        assert refinement is not None
+        dtypes = {tensor: TORCH_DTYPES[self.job.source.entries[tensor].dtype] for tensor in self.norms}
+        matched = match_block(
+            self.module,
+            calls,
+            targets,
+            {layer: one.factors for layer, one in self.solved.items()},
+            {parameter.removeprefix(self.prefix): dtypes[tensor] for tensor, parameter in self.norms.items()},
+            refinement,
+            transposed={layer: plan.layer.transposed for layer, plan in self.plans.items()},
+            seed=seed_of(self.job.recipe.seed, self.name),
+            on_step=lambda step, loss: self._say(f"matching, step {step} of {refinement.steps}, loss {loss:.4f}"),
+        )
+        for layer, factors in matched.factors.items():
+            before = self.solved[layer]
+            self.solved[layer] = self._measured(layer, factors, before.errors, before.output_errors)
+        self._encoded.clear()
+        self._install()
+        return {"name": self.name, "loss_before": matched.loss_before, "loss_after": matched.loss_after}
+
+    # --- what is written ------------------------------------------------------------------------
+
+    def encode(self, layer: str) -> tuple[LayerReport, LayerSpec, dict[str, Tensor]]:
+        """The layer's line of the report, its entry in config.json, its tensors by suffix."""
+        if layer not in self._encoded:  # asked for when it is solved, and again when it is written
+            one = self.solved[layer]
+            self._encoded[layer] = encode_layer(self.plans[layer], one, one.factors.values.dtype)
+        return self._encoded[layer]
+
+    def norm(self, tensor: str) -> Tensor:
+        """The norm that is called `tensor` on disk, as it will be stored."""
+        value: Tensor = self.assembly.model.get_parameter(self.norms[tensor]).detach()
+        return value.to(TORCH_DTYPES[self.job.source.entries[tensor].dtype]).cpu().contiguous()
+
+    # --------------------------------------------------------------------------------------------
+
+    def _stored(self, layer: str) -> Tensor:
+        return self.assembly.read(self.plans[layer].layer.tensor)
+
+    def _measured(
+        self, layer: str, factors: LowRankSparse, errors: Sequence[float], output_errors: Sequence[float]
+    ) -> Decomposition:
+        W = as_matrix(self._stored(layer), self.plans[layer].layer, self.job.device)
+        weight, residual = squared_norm(W), squared_norm(W - factors.dense())
+        return Decomposition(
+            factors, (*errors, relative_error(residual, weight)), weight, residual, tuple(output_errors)
+        )
+
+    def _install(self) -> None:
+        for layer, one in self.solved.items():
+            self._set_weight(layer, one.factors)
+
+    def _set_weight(self, layer: str, factors: LowRankSparse) -> None:
+        W = factors.dense()
+        linear: Any = self.module.get_submodule(layer)
+        with torch.no_grad():
+            linear.weight.copy_(W.T if self.plans[layer].layer.transposed else W)
+
+    def _set_norm(self, parameter: str, value: Tensor) -> None:
+        with torch.no_grad():
+            self.assembly.model.get_parameter(parameter).copy_(value)

@@ -1,0 +1,146 @@
+"""Compression with calibration text: one block of the model at a time, each fed what the ones before it now give."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.activations import Activations
+from ..checkpoint.report import LayerReport
+from ..checkpoint.writer import ShardWriter, tensor_part
+from ..linalg.precision import fast_float32
+from ..models.blocks import Call, Relay, block_of, hidden_states, run_block, with_hidden_states
+from ..models.device import available, memory_errors
+from ..models.skeleton import empty_model
+from ..shim.layouts import LayerSpec
+from .assembly import Assembly
+from .block import Block
+from .estimate import Estimate
+from .plan import Job
+
+
+class Progress(Protocol):
+    """What a caller may watch. Bytes are of the dense model."""
+
+    def phase(self, text: str) -> None: ...
+    def layer(self, report: LayerReport) -> None: ...
+    def advance(self, nbytes: int) -> None: ...
+
+
+class CalibratedRun:
+    """The blocks of one job, solved and written in turn; those that `writer` holds already are only run."""
+
+    def __init__(self, job: Job, writer: ShardWriter, progress: Progress | None, need: Estimate) -> None:
+        self.job, self.writer, self.progress = job, writer, progress
+        self.assembly = calibration_model(job)
+        self.model = self.assembly.model
+        copied = job.start or job.source
+        self._files = {file.path: file for file in copied.files}
+        self._entries = copied.entries
+        limit = job.memory_limit if job.memory_limit is not None else available(job.device) * 3 // 4
+        self._activations = Activations(writer.folder, max(0, limit - need.fixed_bytes))
+
+    def run(self) -> None:
+        job = self.job
+        assert job.calibration is not None
+        assert job.windows is not None
+        for number in range(self.writer.done, min(units.start for units in job.blocks.values())):
+            self._copy(number)
+        self.assembly.load(parameters_outside(self.model, job.blocks))
+        batches = job.windows.batches(job.calibration.batch, job.device)
+        # Where blocks are matched, the dense model's own stream runs along: it is what they are matched to.
+        streams = 2 if job.refinement is not None else 1
+        remedy = "Lower --calibration-tokens or --calibration-length, or set --memory-limit; what is finished is kept."
+        with memory_errors(remedy), fast_float32(), Relay(self.model, list(job.blocks), batches * streams) as relay:
+            for name, calls in relay:
+                self._block(Block(name, job, self.assembly, self._say), calls[: len(batches)], calls[len(batches) :])
+
+    def _block(self, block: Block, calls: list[Call], dense: list[Call]) -> None:
+        """calls: with what the compressed blocks before gave. dense: with what the dense ones gave, or none."""
+        begun = time.monotonic()
+        parameters = block.parameters()
+        self.assembly.load(parameters)
+        self._run(block.module, dense)
+        if self.writer.done < self.job.blocks[block.name].stop:
+            if self.job.start is not None:
+                block.start_from(self.job.start, self._layer)
+            else:
+                block.solve(calls, self._layer)
+            summary = {}
+            if self.job.refinement is not None:
+                summary = block.match(calls, [hidden_states(call.output) for call in dense])
+            self._write(block, summary, time.monotonic() - begun)
+        else:
+            numbers = self.job.blocks[block.name]
+            specs = {n: self.writer.stats(n).get("spec") for n in numbers}
+            tensors = {n: self.writer.read(n) for n in numbers}
+            block.restore(tensors, {n: LayerSpec.from_dict(spec) for n, spec in specs.items() if spec is not None})
+        if block.name != list(self.job.blocks)[-1]:
+            self._run(block.module, calls)
+        self.assembly.drop(parameters)
+
+    def _run(self, module: nn.Module, calls: Sequence[Call]) -> None:
+        with torch.no_grad():
+            for call in calls:
+                output = run_block(module, call)
+                call.output = with_hidden_states(output, self._activations.keep(hidden_states(output)))
+                self._activations.release()
+
+    def _write(self, block: Block, summary: dict[str, Any], seconds: float) -> None:
+        inside = {plan.layer.tensor: layer for layer, plan in block.plans.items()}
+        for number in self.job.blocks[block.name]:
+            entry, plan = self.job.units[number]
+            if plan is None and (entry.name not in block.norms or self.job.refinement is None):
+                self._copy(number)
+                continue
+            stats: dict[str, Any] | None = None
+            if plan is None:
+                tensors: dict[str, Tensor] = {entry.name: block.norm(entry.name)}
+            else:
+                report, spec, parts = block.encode(inside[entry.name])
+                tensors = {f"{plan.layer.disk_module}.{suffix}": tensor for suffix, tensor in parts.items()}
+                stats = {"spec": spec.to_dict(), **report.to_dict()}
+                if summary:
+                    stats["block"], summary = summary, {}  # once a block, with its first layer
+            share = seconds / len(block.plans) if plan is not None else 0.0
+            self.writer.append([tensor_part(name, tensor) for name, tensor in tensors.items()], stats, share)
+            self._advance(entry.nbytes)
+
+    def _copy(self, number: int) -> None:
+        entry = self._entries[self.job.units[number][0].name]
+        self.writer.append([(entry.name, entry.dtype, entry.shape, self._files[entry.path].chunks(entry))])
+        self._advance(entry.nbytes)
+
+    def _say(self, text: str) -> None:
+        if self.progress is not None:
+            self.progress.phase(text)
+
+    def _layer(self, report: LayerReport) -> None:
+        if self.progress is not None:
+            self.progress.layer(report)
+
+    def _advance(self, nbytes: int) -> None:
+        if self.progress is not None:
+            self.progress.advance(nbytes)
+
+
+def parameters_outside(model: Any, blocks: Collection[str]) -> list[str]:
+    """Parameters outside the blocks that run before the last block: all but the output head's own."""
+    outside = [name for name, _ in model.named_parameters() if block_of(name, blocks) is None]
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    own = {id(p) for p in head.parameters()} if head is not None else set()
+    own -= {id(p) for p in model.get_input_embeddings().parameters()}
+    return [name for name in outside if id(model.get_parameter(name)) not in own]
+
+
+def calibration_model(job: Job) -> Assembly:
+    """The job's model without weights, told to keep no cache: one would let every batch attend to those before it."""
+    model = empty_model(job.source.folder, job.source.config, trust_remote_code=job.trust_remote_code)
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config.use_cache = False
+    return Assembly(model, job.source, job.device)

@@ -1,0 +1,59 @@
+"""What decides a result, so that a run goes on with its own work and with no other's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..checkpoint.card import companion_files
+from ..checkpoint.source import Checkpoint
+from .plan import Job
+
+
+def fingerprint(job: Job) -> dict[str, Any]:
+    """What must be equal for a journal to be continued; JSON."""
+    import safetensors
+    import transformers
+
+    plan = [[e.name, e.dtype, e.shape, p and [p.rank, p.nnz, p.pattern, p.scope, p.iterations]] for e, p in job.units]
+    return {
+        "losparse": __version__,
+        "torch": torch.__version__,
+        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "cpu",
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "companions": digest(companion_states(job.source)),
+        "source": job.source.commit or file_states(job.source),
+        "start": job.start and file_states(job.start),
+        "config": digest(job.source.config),
+        "recipe": job.recipe.to_dict(),
+        "calibration": job.calibration and asdict(job.calibration),
+        "refinement": job.refinement and asdict(job.refinement),
+        "text": job.windows and job.windows.digest(),
+        "plan": digest([plan, [[s.file, s.header] for s in job.shards]]),
+    }
+
+
+def file_states(checkpoint: Checkpoint) -> dict[str, list[int]]:
+    """Weight file -> size and time of its last change, in ns."""
+    status = {file.path.name: file.path.stat() for file in checkpoint.files}
+    return {name: [found.st_size, found.st_mtime_ns] for name, found in status.items()}
+
+
+def companion_states(checkpoint: Checkpoint) -> list[list[str | int]]:
+    """File beside the weights, its size and time of its last change, in ns."""
+    status = [(path, (checkpoint.folder / path).stat()) for path in companion_files(checkpoint.folder)]
+    return [[str(path), found.st_size, found.st_mtime_ns] for path, found in status]
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,295 @@
+"""Source and recipe -> Job: layers chosen, rank and nnz of each, shards cut; no weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from ..budget.plan import Layer, LayerPlan, Plan, make_plan, plan_as_stored
+from ..budget.recipe import Recipe
+from ..checkpoint.card import companion_files
+from ..checkpoint.config import layer_specs
+from ..checkpoint.output import output_path, parse_size
+from ..checkpoint.reader import BITS, FLOATING, TensorEntry
+from ..checkpoint.source import Checkpoint, open_checkpoint
+from ..checkpoint.writer import Shard, Slot, plan_shards
+from ..errors import CheckpointError, SourceError, UsageError
+from ..models.blocks import block_of, call_order, find_blocks, hidden_size
+from ..models.device import find_device
+from ..models.names import NameMap
+from ..models.skeleton import Skeleton, build_skeleton, choose, require_match
+from ..shim.layouts import INDEX_TENSORS, candidates
+from ..shim.loader import loader_bytes
+from ..text.windows import Calibration, Windows, read_windows, settle
+from .matching import Refinement
+
+FRAME_BYTES = 1 << 16  # bytes: report, card and config besides their lines for each layer
+RESIDENT_BASE = 500 << 20  # bytes: the interpreter with torch and transformers, before any weight
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that is fixed before a weight is read.
+
+    units: per tensor of the source, in the order of writing, the layer it is the weight of, or None if copied.
+    recipe: settled. calibration: what text was asked for, None without any; windows: its tokens, None if they are yet
+    to be generated. blocks: block of the model -> its units, in the order of the forward pass; {} without calibration.
+    memory_limit: bytes, None for three quarters of what is free. hidden_size: width of what flows between blocks.
+    start: the compressed checkpoint whose layers are refined, None if they are solved anew.
+    """
+
+    source: Checkpoint
+    recipe: Recipe
+    plan: Plan
+    units: tuple[tuple[TensorEntry, LayerPlan | None], ...]
+    shards: tuple[Shard, ...]
+    output: Path
+    device: torch.device
+    trust_remote_code: bool = False
+    calibration: Calibration | None = None
+    windows: Windows | None = None
+    blocks: dict[str, range] = field(default_factory=dict)
+    refinement: Refinement | None = None
+    memory_limit: int | None = None
+    hidden_size: int = 0
+    max_shard_bytes: int = 0
+    start: Checkpoint | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors of the source."""
+        return self.source.elements
+
+    @property
+    def copied_bytes(self) -> int:
+        """Of the tensors that stay as they are."""
+        return sum(entry.nbytes for entry, layer in self.units if layer is None)
+
+    @property
+    def bound_bytes(self) -> int:
+        """Most bytes that the result takes on disk."""
+        weights = self.plan.bound_bytes + self.copied_bytes
+        weights += sum(shard.header for shard in self.shards)
+        folder = self.source.folder
+        beside = sum((folder / path).stat().st_size for path in companion_files(folder))
+        config = (folder / "config.json").stat().st_size
+        # A layer's lines in config.json, report and timing, and a tensor's line in the index, at their longest.
+        names = sum(len(entry.name) + 80 for entry, _ in self.units)
+        lines = sum(12 * len(p.layer.name) + 2000 + 30 * p.iterations for p in self.plan.layers)
+        return weights + beside + 2 * config + names + lines + loader_bytes() + FRAME_BYTES
+
+    @property
+    def peak_memory(self) -> int:
+        """Estimated peak resident bytes: the base, one layer in hand and the next being read."""
+        return RESIDENT_BASE + self.plan.workspace_bytes
+
+
+def prepare(
+    model: str | Path,
+    output: Path | None = None,
+    recipe: Recipe | None = None,
+    *,
+    device: str = "auto",
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    trust_remote_code: bool = False,
+    max_shard_size: str = "5GB",
+    calibration: Calibration | None = None,
+    refinement: Refinement | None = None,
+    memory_limit: str | None = None,
+    start: Checkpoint | None = None,
+    plan_only: bool = False,
+) -> Job:
+    """The plan of a compression: source checked, layers chosen, rank and nnz of each, shards cut.
+
+    A Hub model is planned from its headers, so that a request it cannot meet is refused before it is
+    downloaded; with `plan_only` it never is, and the Job cannot be run. With `start`, a compressed checkpoint of the
+    model, the plan is to refine what it holds. Raises UsageError on a request that
+    cannot be met, SourceError and CheckpointError on a source that cannot be read.
+    """
+    recipe = (recipe or Recipe()).settled(calibrated=calibration is not None)
+    _check_calibrated(recipe, calibration, refinement)
+    shard_bytes, where = parse_size(max_shard_size), find_device(device)
+    source = _open(model, revision, cache_dir, plan_only)
+    _refuse_quantized(source)
+    if start is not None:
+        _check_start(start, source)
+    skeleton = build_skeleton(source.folder, source.config, trust_remote_code=trust_remote_code)
+    layers, skipped = find_layers(source, skeleton, recipe)
+    plan = make_plan(layers, skipped, recipe) if start is None else plan_as_stored(layers, skipped, layer_specs(start))
+    asked = calibration
+    calibration = asked and settle(asked, skeleton.model, source.folder)
+    if not source.files and not plan_only:
+        source = open_checkpoint(model, revision=source.commit, cache_dir=cache_dir)  # of the very headers planned from
+        calibration = asked and settle(asked, skeleton.model, source.folder)  # with what its tokenizer says
+    by_tensor = {p.layer.tensor: p for p in plan.layers}
+    units = tuple((entry, by_tensor.get(name)) for name, entry in source.entries.items())
+    windows: Windows | None = None
+    blocks: dict[str, range] = {}
+    if calibration is not None:
+        units, blocks = _by_block(units, source, skeleton, plan)
+        if source.files:
+            windows = read_windows(
+                calibration, skeleton.model, source.folder, recipe.seed, trust_remote_code=trust_remote_code
+            )
+    output = output_path(output or f"{source.name.rpartition('/')[2]}-losparse")
+    shards = _shards(units, shard_bytes)
+    return Job(
+        source,
+        recipe,
+        plan,
+        units,
+        shards,
+        output,
+        where,
+        trust_remote_code,
+        calibration,
+        windows,
+        blocks,
+        refinement,
+        None if memory_limit is None else parse_size(memory_limit, "--memory-limit"),
+        hidden_size(skeleton.model),
+        shard_bytes,
+        start,
+    )
+
+
+def _check_calibrated(recipe: Recipe, calibration: Calibration | None, refinement: Refinement | None) -> None:
+    """UsageError if the request needs text and has none, or leaves nothing to allocate."""
+    asked = {
+        "--refine blocks": refinement is not None,
+        f"--solver {recipe.solver}": recipe.solver != "magnitude",
+        "--allocate error": recipe.allocate == "error",
+    }
+    for option, given in asked.items():
+        if given and calibration is None:
+            raise UsageError(f"{option} needs text to calibrate with: add --calibration FILE, or --calibration self.")
+    sized = recipe.keep is not None or recipe.keep_parameters is not None
+    if recipe.allocate == "error" and (not sized or ":" in recipe.pattern or recipe.rank is not None):
+        raise UsageError("--allocate error decides rank and size of each layer: give --keep alone, and no N:M pattern.")
+
+
+def _open(model: str | Path, revision: str | None, cache_dir: Path | None, plan_only: bool) -> Checkpoint:
+    """The source, of a Hub model only its headers where they can be had alone."""
+    try:
+        return open_checkpoint(model, revision=revision, cache_dir=cache_dir, headers_only=True)
+    except SourceError:  # no safetensors, or no network: then what is in the cache will do, or the reason is told
+        if plan_only:
+            raise
+        return open_checkpoint(model, revision=revision, cache_dir=cache_dir)
+
+
+def replan(job: Job, recipe: Recipe) -> Job:
+    """The job with the plan that `recipe` gives its layers; everything else stays, the order of the units too."""
+    if recipe == job.recipe:
+        return job
+    plan = make_plan([p.layer for p in job.plan.layers], job.plan.skipped, recipe)
+    by_tensor = {p.layer.tensor: p for p in plan.layers}
+    units = tuple((entry, by_tensor.get(entry.name)) for entry, _ in job.units)
+    return replace(job, recipe=recipe, plan=plan, units=units, shards=_shards(units, job.max_shard_bytes))
+
+
+def _shards(units: Units, max_bytes: int) -> tuple[Shard, ...]:
+    slots = [
+        Slot(_tensor_names(layer), layer.bound_bytes) if layer else Slot((entry.name,), entry.nbytes)
+        for entry, layer in units
+    ]
+    return tuple(plan_shards(slots, max_bytes))
+
+
+Units = tuple[tuple[TensorEntry, LayerPlan | None], ...]
+
+
+def _by_block(units: Units, source: Checkpoint, skeleton: Skeleton, plan: Plan) -> tuple[Units, dict[str, range]]:
+    """Units in the order of the forward pass, what lies outside the blocks first; and where each block's lie."""
+    names = NameMap(skeleton.model, source.entries)
+    blocks = find_blocks(skeleton.model, [p.layer.name for p in plan.layers])
+    order = call_order(skeleton.model, blocks)
+    if order is not None and blocks and sorted(order) == sorted(blocks):
+        blocks = order
+    elif order is not None or not blocks:
+        blocks = ("",)  # shared by several layers, or never called with text: the whole model is one block
+    parameter = {tensor: name for name, tensors in names.disk.items() for tensor in tensors}
+    parameter |= names.converted_from
+    of = [block_of(parameter.get(entry.name, ""), blocks) for entry, _ in units]
+    ordered = [unit for unit, block in zip(units, of, strict=True) if block is None]
+    where = {}
+    for block in blocks:
+        start = len(ordered)
+        ordered += [unit for unit, other in zip(units, of, strict=True) if other == block]
+        where[block] = range(start, len(ordered))
+    return tuple(ordered), where
+
+
+def find_layers(source: Checkpoint, skeleton: Skeleton, recipe: Recipe) -> tuple[list[Layer], dict[str, str]]:
+    """Targeted layers with their tensors on disk, and every layer left dense with the reason."""
+    chosen, skipped = choose(skeleton, recipe.targets, recipe.ignore)
+    for glob, _ in recipe.overrides:
+        require_match(skeleton, glob, "layers:")
+    names = NameMap(skeleton.model, source.entries)
+    layers = []
+    for linear in chosen:
+        parameter = f"{linear.name}.weight"
+        tensors = names.disk.get(parameter, [])
+        if len(tensors) != 1 or not tensors[0].endswith(".weight"):
+            if not tensors and parameter not in names.converted:
+                raise CheckpointError(
+                    f"The tensor {parameter} ({linear.shape[0]} x {linear.shape[1]}) is missing from {source.folder}. "
+                    "Download the checkpoint again, or leave the layer out with --ignore."
+                )
+            skipped[linear.name] = "assembled from other tensors at load"
+            continue
+        entry = source.entries[tensors[0]]
+        if entry.dtype not in FLOATING:
+            raise UsageError(
+                f"{entry.name} in {entry.path} is stored as {entry.dtype}, not as floating point: it is quantized "
+                "already. Start from the unquantized checkpoint."
+            )
+        on_disk = tuple(reversed(linear.shape)) if linear.transposed else linear.shape
+        if entry.shape != on_disk:
+            raise CheckpointError(
+                f"{entry.name} in {entry.path} has shape {list(entry.shape)}, but config.json asks for "
+                f"{list(on_disk)}. "
+                "config.json and the weights do not belong together."
+            )
+        disk_module = names.disk_module(linear.name, entry.name)
+        if disk_module is None:
+            skipped[linear.name] = "transformers would rename its factors at load"
+            continue
+        itemsize = BITS[entry.dtype] // 8
+        layers.append(Layer(linear.name, entry.name, disk_module, linear.shape, itemsize, linear.transposed))
+    return layers, skipped
+
+
+def _check_start(start: Checkpoint, dense: Checkpoint) -> None:
+    """UsageError if what `start` does not compress is no longer that of the dense model, to which it is matched."""
+    if start.report().get("training"):
+        raise UsageError(
+            f"{start.address} was trained by losparse finetune, embeddings and head too, so it cannot be matched to "
+            "the dense model block by block. Refine first and train then, or go on with losparse finetune."
+        )
+    ours, theirs = (checkpoint.config.get("architectures") for checkpoint in (start, dense))
+    if ours and theirs and ours != theirs:
+        raise UsageError(
+            f"{start.address} is a {ours[0]}, and {dense.address} a {theirs[0]}. Give the dense model that it was made "
+            "from with --against."
+        )
+
+
+def _refuse_quantized(source: Checkpoint) -> None:
+    if source.is_compressed:
+        raise UsageError(
+            f"{source.name} is compressed by losparse already. Give the dense model, or make one with: "
+            f"losparse export {source.address} --dense -o DENSE"
+        )
+    if source.quantization is not None:
+        method = source.quantization.get("quant_method", "an unknown method")
+        raise UsageError(f"{source.name} is quantized already ({method}). Start from the unquantized checkpoint.")
+
+
+def _tensor_names(plan: LayerPlan) -> tuple[str, ...]:
+    layouts = candidates(plan.pattern, plan.layer.shape, plan.nnz)
+    index = max((INDEX_TENSORS[layout] for layout in layouts), key=lambda names: sum(map(len, names)))
+    return tuple(f"{plan.layer.disk_module}.{suffix}" for suffix in ("U", "V", "weight", *index))

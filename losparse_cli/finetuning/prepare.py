@@ -1,0 +1,301 @@
+"""Source, task and recipe -> Training: data read, model taken apart, sizes chosen; nothing is trained yet."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from ..budget.plan import Layer, Plan, make_plan, plan_as_stored, plan_layer
+from ..budget.recipe import RANK_CHOICES, SIZE_CHOICES, Recipe
+from ..checkpoint.finish import versions
+from ..checkpoint.output import check_output, output_path, parse_size
+from ..checkpoint.reader import FLOATING, TORCH_DTYPES
+from ..checkpoint.source import REPORT, Checkpoint, open_checkpoint
+from ..checkpoint.writer import sha256
+from ..compression.fingerprint import companion_states, digest, file_states
+from ..errors import MissingExtraError, UsageError
+from ..load import load
+from ..models.device import find_device
+from ..models.skeleton import Skeleton, choose, classify
+from ..shim.layouts import LayerSpec
+from ..tasks.request import TaskRequest
+from ..tasks.rows import read_rows
+from ..tasks.task import open_task
+from .conversion import compressed_layers, start_compressed, start_dense, trained_layers
+from .inputs import input_moments
+from .pruner import Pruner
+from .request import Finetuning
+from .teacher import find_teacher
+
+if TYPE_CHECKING:
+    from ..tasks.task import Features, Task
+    from .trainer import Step
+
+DEFAULTS = {"keep_parameters": 0.2, "rank_ratio": 0.5}
+"""Of a dense model. The paper has a quarter for U and V, which begin at less than they do here."""
+PATTERN = "rows"
+"""What S loses where there is no recipe: output neurons."""
+
+
+class Progress(Protocol):
+    """What a caller may watch."""
+
+    def phase(self, text: str) -> None: ...
+
+    def step(self, step: Step) -> None: ...
+
+    def batch(self, done: int, total: int) -> None: ...
+
+
+class Silent:
+    """A Progress that says nothing."""
+
+    def phase(self, text: str) -> None: ...
+
+    def step(self, step: Step) -> None: ...
+
+    def batch(self, done: int, total: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run that is ready to begin: everything is checked, and the model is in the form in which it is trained.
+
+    unseen: features of the validation data, None without any. steps: of the optimizer. dtype: in which the result is
+    stored. fingerprint: what must be equal for a run to go on.
+    """
+
+    source: Checkpoint
+    output: Path
+    how: Finetuning
+    task: Task
+    model: Any
+    tokenizer: Any
+    teacher: nn.Module | None
+    features: Features
+    unseen: Features | None
+    plan: Plan
+    pruner: Pruner
+    steps: int
+    device: torch.device
+    dtype: torch.dtype
+    max_shard_size: str
+    fingerprint: dict[str, Any]
+
+
+def prepare_finetuning(
+    source: str | Path,
+    output: Path | None = None,
+    *,
+    task: TaskRequest,
+    how: Finetuning | None = None,
+    recipe: Recipe | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    trust_remote_code: bool = False,
+    max_shard_size: str = "5GB",
+    progress: Progress | None = None,
+) -> Training:
+    """Data, model and plan of a fine-tuning of `source`, a folder or Hub id, dense or compressed.
+
+    recipe: what is left at last; sizes that it leaves open are taken from DEFAULTS for a dense model, and from what
+    there is for a compressed one, whose pattern stays, too. UsageError on a request that cannot be met, SourceError and
+    CheckpointError on what cannot be read, MissingExtraError without the packages that training needs.
+    """
+    import transformers
+
+    _require_packages()
+    how, told = how or Finetuning(), progress or Silent()
+    place = find_device(device)
+    parse_size(max_shard_size)  # an error now, not after hours; transformers reads the text itself
+    checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
+    checkpoint.check_tokenizer()
+    output = output_path(output or f"{checkpoint.name.rpartition('/')[2]}-finetuned")
+    # A result with a report may be that of this very run, which `run` finds out.
+    check_output(output, overwrite=overwrite or (output / REPORT).is_file(), source=checkpoint.folder)
+    if checkpoint.quantization is not None and not checkpoint.is_compressed:
+        raise UsageError(f"{checkpoint.name} is quantized already. Start from the unquantized checkpoint.")
+    opened = open_task(task)
+    told.phase("Reading the data")
+    rows = read_rows(task, "train")
+    validation = read_rows(task, "validation") if task.validation_file or task.dataset_name else None
+    told.phase("Loading the model")
+    transformers.set_seed(how.seed)  # a head that the checkpoint lacks is drawn at random
+    options = {"trust_remote_code": True} if trust_remote_code else {}
+    model, tokenizer = load(
+        checkpoint.folder,
+        model_class=opened.auto_class,
+        dtype=torch.float32,
+        **options,
+        **_head(checkpoint, opened.config_changes(rows)),
+    )
+    opened.check_model(model)
+    for part in (rows, validation):
+        if part is not None:
+            opened.check(part, model.config)
+    features = opened.prepare(rows, tokenizer, model.config, training=True)
+    unseen = None if validation is None else opened.prepare(validation, tokenizer, model.config, training=False)
+    dtype = _stored_dtype(checkpoint)
+    plan = _plan(model, checkpoint, recipe or Recipe(pattern=PATTERN), dtype, how.pruning.threshold)
+    longest = max(len(item["input_ids"]) for part in (features, unseen) if part is not None for item in part.items)
+    teacher, learned_from = find_teacher(checkpoint, model.config, how, opened, cache_dir, place, options, longest)
+    told.phase("Taking the weights apart")
+    if checkpoint.is_compressed:
+        start_compressed(model)
+    else:
+        first = plan.layers[0]
+        ranks = {p.layer.name: p.rank for p in plan.layers}
+        model.to(place)
+        moments = None
+        if how.low_rank_init == "outputs" and any(ranks.values()):
+            moments = input_moments(
+                model, list(ranks), features.items, opened.collator(tokenizer, model), seed=how.seed
+            )
+        start_dense(
+            model, ranks, pattern=first.pattern, low_rank_only=not any(p.nnz for p in plan.layers), moments=moments,
+            seed=how.seed, device=place,
+        )  # fmt: skip
+    layers = trained_layers(model)
+    steps = how.max_steps or _steps(how, len(features))
+    pruner = Pruner([layers[p.layer.name] for p in plan.layers], [p.nnz for p in plan.layers], how.pruning, steps)
+    read = [len(part) for part in (features, unseen) if part is not None]
+    fingerprint = _fingerprint(checkpoint, learned_from, task, read, how, plan, place)
+    return Training(
+        checkpoint, output, how, opened, model.to(place), tokenizer, teacher, features, unseen, plan, pruner, steps,
+        place, dtype, max_shard_size, fingerprint,
+    )  # fmt: skip
+
+
+def _require_packages() -> None:
+    if importlib.util.find_spec("accelerate") is None:
+        raise MissingExtraError("accelerate", "train", "Training")
+
+
+def _head(checkpoint: Checkpoint, changes: dict[str, Any]) -> dict[str, Any]:
+    """Of the changes to the config, those that the checkpoint does not settle itself, having a head already."""
+    architecture = str((checkpoint.config.get("architectures") or [""])[0])
+    if "num_labels" in changes and architecture.endswith("ForSequenceClassification"):
+        labels = checkpoint.config.get("id2label") or {0: "", 1: ""}
+        if len(labels) != changes["num_labels"]:
+            raise UsageError(
+                f"{checkpoint.address} classifies into {len(labels)} labels, and the training data has "
+                f"{changes['num_labels']}. Give a model without a head, or data with the same labels."
+            )
+        # Else the model writes it into its config when it first sees labels: another one where a run goes on.
+        return {} if checkpoint.config.get("problem_type") else {"problem_type": changes["problem_type"]}
+    return changes
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """That of most of the checkpoint's floating-point elements."""
+    counts: dict[str, int] = {}
+    for entry in checkpoint.entries.values():
+        if entry.dtype in FLOATING:
+            counts[entry.dtype] = counts.get(entry.dtype, 0) + entry.elements
+    found = TORCH_DTYPES[max(counts, key=lambda dtype: counts[dtype])]
+    return found if found.itemsize <= 4 else torch.float32
+
+
+def _plan(model: nn.Module, checkpoint: Checkpoint, recipe: Recipe, dtype: torch.dtype, threshold: str) -> Plan:
+    """Rank of each layer, and the entries that its S keeps at last."""
+    linears, skipped = classify(model)
+    if not checkpoint.is_compressed:
+        if ":" in recipe.pattern:
+            raise UsageError(
+                f"Training prunes neurons or single entries, and --pattern {recipe.pattern} is neither. Give rows, "
+                "columns or unstructured."
+            )
+        chosen, skipped = choose(Skeleton(model, linears, skipped), recipe.targets, recipe.ignore)
+        layers = [_layer(linear.name, linear.shape, linear.transposed, dtype) for linear in chosen]
+        changes: dict[str, Any] = {k: v for k, v in DEFAULTS.items() if getattr(recipe, k) is None}
+        if any(getattr(recipe, name) is not None for name in SIZE_CHOICES):
+            changes.pop("keep_parameters", None)
+        if any(getattr(recipe, name) is not None for name in RANK_CHOICES):
+            changes.pop("rank_ratio", None)
+        return make_plan(layers, skipped, replace(recipe, **changes))
+    specs: dict[str, LayerSpec] = {name: layer.spec for name, layer in compressed_layers(model).items()}
+    layers = [_layer(name, spec.shape, spec.transposed, dtype) for name, spec in specs.items()]
+    present = plan_as_stored(layers, skipped, specs)
+    asked = any(getattr(recipe, name) is not None for name in SIZE_CHOICES)
+    if any(getattr(recipe, name) is not None for name in RANK_CHOICES) or recipe.targets or recipe.ignore:
+        raise UsageError(
+            "Ranks and layers of a compressed model stay as they are: leave out --rank, --rank-ratio, --targets and "
+            "--ignore, or start from the dense model."
+        )
+    return _smaller(present, recipe, threshold) if asked else present
+
+
+def _smaller(present: Plan, recipe: Recipe, threshold: str) -> Plan:
+    """What `recipe` leaves of compressed layers, whose ranks and patterns stay.
+
+    With one threshold for all only the sum counts, and earlier training has left layers of very different size; with
+    one for each, a layer that is smaller already stays as it is.
+    """
+    wanted = [plan_layer(p.layer, replace(recipe, rank=p.rank, pattern=p.pattern)) for p in present.layers]
+    if threshold == "layer":
+        wanted = [w if w.nnz < p.nnz else p for w, p in zip(wanted, present.layers, strict=True)]
+    now, then = (sum(p.nnz for p in plans) for plans in (present.layers, wanted))
+    if then > now:
+        raise UsageError(
+            f"S has {now:,} entries now, and {then:,} are asked for: training a compressed model can only prune. Ask "
+            "for less, or start from the dense model."
+        )
+    return Plan(tuple(wanted), present.skipped)
+
+
+def _layer(name: str, shape: tuple[int, int], transposed: bool, dtype: torch.dtype) -> Layer:
+    return Layer(name, f"{name}.weight", name, (shape[0], shape[1]), dtype.itemsize, transposed)
+
+
+def _state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Of a folder, all that decides what its model does."""
+    beside = {"config": digest(checkpoint.config), "companions": companion_states(checkpoint)}
+    return beside | {"weights": file_states(checkpoint)}
+
+
+def _steps(how: Finetuning, examples: int) -> int:
+    each = how.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+    # Each epoch ends with a step, if need be of fewer passes.
+    of_epoch = math.ceil(math.ceil(examples / each) / how.gradient_accumulation_steps)
+    return max(1, math.ceil(of_epoch * how.epochs))
+
+
+def _fingerprint(
+    checkpoint: Checkpoint,
+    teacher: Checkpoint | None,
+    task: TaskRequest,
+    rows: list[int],
+    how: Finetuning,
+    plan: Plan,
+    device: torch.device,
+) -> dict[str, Any]:
+    """What must be equal for a run to go on; rows: how many there are of a dataset that may have changed."""
+    from .trainer import chosen_precision
+
+    files = {
+        name: sha256(Path(file).expanduser())
+        for name, file in (("train", task.train_file), ("validation", task.validation_file))
+        if file is not None
+    }
+    return versions() | {
+        "source": checkpoint.commit or _state(checkpoint),
+        "teacher": teacher and (teacher.commit or _state(teacher)),
+        "rows": rows,
+        "task": asdict(task),
+        "data": files,
+        "training": how.to_dict(),
+        "plan": [[p.layer.name, p.rank, p.nnz, p.pattern] for p in plan.layers],
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "precision": chosen_precision(how.precision, device),
+        "processes": os.environ.get("WORLD_SIZE", "1"),
+        "threads": torch.get_num_threads(),
+    }
