@@ -17,7 +17,6 @@ from typing import Any, get_args, get_origin, get_type_hints
 import typer.main
 
 from losparse_cli.cli import app as terminal
-from losparse_cli.cli import commands  # noqa: F401 - registers the commands
 
 PAGE = Path(__file__).with_name("reference.md")
 VALUES = {int: " INTEGER", float: " FLOAT", str: " TEXT", Path: " PATH", bool: ""}
@@ -41,7 +40,7 @@ def reference() -> str:
     text = HEAD + f"Exit codes: {codes[1]}.\n" + tables(root, callback.callback) + COMPLETION
     for info in terminal.app.registered_commands:
         function: Any = info.callback
-        name = info.name or function.__name__.replace("_", "-")
+        name = info.name or ""
         command = root.commands[name]
         arguments = [p.name.upper() for p in command.params if p.param_type_name == "argument"]
         usage = " ".join(["losparse", name, *arguments, "[OPTIONS]"])

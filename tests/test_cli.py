@@ -34,7 +34,6 @@ def compressed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 HELP = """
 import sys
-from losparse_cli.cli import commands
 from losparse_cli.cli.app import app, main
 names = [command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands]
 assert {"compress", "inspect", "export", "verify", "push"} <= set(names), names

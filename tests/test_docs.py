@@ -26,7 +26,7 @@ import losparse_cli
 from losparse_cli.budget.plan import Layer, plan_layer
 from losparse_cli.budget.recipe import make_recipe
 from losparse_cli.checkpoint.report import LayerReport, Report
-from losparse_cli.cli import app, commands  # noqa: F401 - registers the commands
+from losparse_cli.cli import app
 from losparse_cli.shim.codec import decode, encode, smallest
 from losparse_cli.shim.layouts import (
     FORMAT_VERSION,

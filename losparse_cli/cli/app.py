@@ -10,6 +10,7 @@ import typer
 
 from .. import __version__
 from ..errors import LosparseError
+from .commands import COMMANDS
 
 app = typer.Typer(
     name="losparse",
@@ -36,13 +37,15 @@ def root(
     """Compress any Hugging Face transformer to a low-rank part plus a sparse part: W ≈ U V + S."""
 
 
+for command in COMMANDS:
+    app.command(name=command.__name__.rstrip("_"))(command)
+
+
 def main() -> None:
     """Entry point of the `losparse` command. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     if not _measures(sys.argv[1:]):
         # OpenMP's threads spin while they wait: on a machine whose cores are busy that costs up to ten times the time.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from . import commands  # noqa: F401 - registers the commands
-
     try:
         app()
     except LosparseError as error:

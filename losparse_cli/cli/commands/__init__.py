@@ -1,15 +1,15 @@
 """A file per command: its signature, then one call. Heavy imports happen inside the bodies."""
 
-# In the order in which `losparse --help` lists them.
-from . import compress  # isort: skip
-from . import refine  # isort: skip
-from . import finetune  # isort: skip
-from . import inspect  # isort: skip
-from . import eval  # isort: skip
-from . import bench  # isort: skip
-from . import export  # isort: skip
-from . import verify  # isort: skip
-from . import push  # isort: skip
-from . import demo  # isort: skip
+from .bench import bench
+from .compress import compress
+from .demo import demo
+from .eval import eval_
+from .export import export
+from .finetune import finetune
+from .inspect import inspect
+from .push import push
+from .refine import refine
+from .verify import verify
 
-__all__ = ["bench", "compress", "demo", "eval", "export", "finetune", "inspect", "push", "refine", "verify"]
+COMMANDS = (compress, refine, finetune, inspect, eval_, bench, export, verify, push, demo)
+"""In the order in which `losparse --help` lists them."""

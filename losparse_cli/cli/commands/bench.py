@@ -9,10 +9,8 @@ import typer
 
 from ...errors import UsageError
 from .. import options as o
-from ..app import app
 
 
-@app.command()
 def bench(
     source: o.Source,
     against: Annotated[

@@ -8,10 +8,8 @@ from typing import Annotated
 import typer
 
 from .. import options as o
-from ..app import app
 
 
-@app.command()
 def compress(
     model: o.Source,
     output: Annotated[

@@ -8,10 +8,8 @@ from typing import Annotated
 import typer
 
 from .. import options as o
-from ..app import app
 
 
-@app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("losparse-demo"),
     debug: o.Debug = False,

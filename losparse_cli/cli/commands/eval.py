@@ -11,7 +11,6 @@ from rich.markup import escape
 from ...errors import UsageError, flag
 from ...tasks.request import TaskRequest
 from .. import options as o
-from ..app import app
 
 HARNESS = "Evaluation harness"
 
@@ -38,7 +37,6 @@ _INSTEAD = {
 }
 
 
-@app.command(name="eval")
 def eval_(
     source: o.Source,
     text: Annotated[Path | None, typer.Option(help="UTF-8 file to measure perplexity on.", show_default=False)] = None,

@@ -8,10 +8,8 @@ from typing import Annotated
 import typer
 
 from .. import options as o
-from ..app import app
 
 
-@app.command()
 def export(
     source: o.Source,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)],

@@ -8,12 +8,10 @@ from typing import Annotated
 import typer
 
 from .. import options as o
-from ..app import app
 
 TRAIN, PRUNE, DISTILL = "Training", "Pruning", "Distillation"
 
 
-@app.command()
 def finetune(
     source: o.Source,
     output: Annotated[

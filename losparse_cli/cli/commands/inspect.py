@@ -8,10 +8,8 @@ from typing import Annotated
 import typer
 
 from .. import options as o
-from ..app import app
 
 
-@app.command()
 def inspect(
     source: o.Source,
     layers: Annotated[bool, typer.Option("--layers", help="A line for every layer, not every block.")] = False,

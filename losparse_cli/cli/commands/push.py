@@ -8,10 +8,8 @@ from typing import Annotated
 import typer
 
 from .. import options as o
-from ..app import app
 
 
-@app.command()
 def push(
     folder: Annotated[Path, typer.Argument(help="A compressed checkpoint.", show_default=False)],
     repository: Annotated[str, typer.Argument(help="Hub id, such as user/name.", show_default=False)],

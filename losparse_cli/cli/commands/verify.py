@@ -5,10 +5,8 @@ from __future__ import annotations
 import typer
 
 from .. import options as o
-from ..app import app
 
 
-@app.command()
 def verify(
     source: o.Source,
     json: o.Json = False,
