@@ -18,6 +18,7 @@ from torch import Tensor
 from .budget.recipe import Recipe
 from .checkpoint.card import copy_companions
 from .checkpoint.config import write_config
+from .checkpoint.fingerprint import digest
 from .checkpoint.finish import close, finished, versions
 from .checkpoint.journal import Journal, Unit
 from .checkpoint.output import begin, check_output, check_resume, clear_away, publish, write_errors
@@ -29,9 +30,9 @@ from .compression.calibrated import Progress as BlockProgress
 from .compression.decisions import Progress as DecisionProgress
 from .compression.decisions import allocated, kept_text, own_text
 from .compression.estimate import Estimate, estimate
-from .compression.fingerprint import digest, fingerprint
+from .compression.fingerprint import fingerprint
 from .compression.plan import Job, prepare
-from .compression.solve import encode_layer, solve_layer
+from .compression.solve import encode, solve_layer
 from .errors import OutputError
 from .models.device import peak_memory
 from .shim.layouts import LayerSpec
@@ -181,9 +182,9 @@ def _compress_units(job: Job, writer: ShardWriter, progress: Progress | None) ->
                 begun = time.monotonic()
                 stored, ahead = ahead.result(), read_next()
                 solved = solve_layer(plan, stored, job.recipe, job.device)
-                report, spec, tensors = encode_layer(plan, solved, stored.dtype)
+                report, tensors = encode(plan, solved, stored.dtype)
                 parts = [tensor_part(f"{plan.layer.disk_module}.{suffix}", t) for suffix, t in tensors.items()]
-                stats, seconds = {"spec": spec.to_dict(), **report.to_dict()}, time.monotonic() - begun
+                stats, seconds = {"spec": report.spec.to_dict(), **report.measured()}, time.monotonic() - begun
                 if progress is not None:
                     progress.layer(report)
                     progress.advance(entry.nbytes)
@@ -228,7 +229,7 @@ def _finish(job: Job, work: Path, journal: Journal, hashes: dict[str, Any], run_
         copy_companions(job.source.folder, work)
         write_config(work, job.source.config, specs, job.plan.skipped)
         report = Report(
-            layers=tuple(LayerReport.from_dict(line) for line in stats),
+            layers=tuple(LayerReport.from_dict(line, specs[line["name"]]) for line in stats),
             skipped=job.plan.skipped,
             model_bytes_before=job.source.nbytes,
             model_bytes_after=sum(unit.end - unit.begin for unit in journal.units),

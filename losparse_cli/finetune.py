@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from .checkpoint.card import copy_companions
 from .checkpoint.config import write_config
+from .checkpoint.fingerprint import digest
 from .checkpoint.finish import close, finished, versions
 from .checkpoint.journal import FILE as JOURNAL
+from .checkpoint.layers import encode_layer
 from .checkpoint.output import (
     STATES,
     begin,
@@ -32,11 +34,9 @@ from .checkpoint.output import (
 )
 from .checkpoint.report import LayerReport, Report
 from .checkpoint.source import read_json
-from .compression.fingerprint import digest
-from .compression.solve import encode_layer
 from .finetuning.conversion import finish, trained_layers
 from .finetuning.prepare import Progress, Silent, Training, prepare_finetuning
-from .linalg.factors import Decomposition, LowRankSparse
+from .linalg.factors import LowRankSparse
 from .linalg.precision import fast_float32
 from .shim.layouts import LayerSpec
 from .tasks.request import TaskRequest
@@ -202,9 +202,8 @@ def _write(training: Training, model: Any, work: Path, seconds: float, told: Pro
     specs: dict[str, LayerSpec] = {}
 
     def encode(name: str, factors: LowRankSparse) -> tuple[LayerSpec, dict[str, Tensor]]:
-        found = Decomposition(factors, (), 0.0, 0.0)
-        report, spec, tensors = encode_layer(plans[name], found, training.dtype)
-        reports.append(replace(report, weight_squared=None, residual_squared=None))
+        spec, tensors = encode_layer(plans[name], factors.U, factors.V, factors.values, factors.support)
+        reports.append(LayerReport(name, spec, plans[name].layer.dense_bytes, spec.nbytes(training.dtype)))
         specs[name] = spec
         return spec, tensors
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,52 +79,27 @@ def inspect(
 
 def compressed_report(checkpoint: Checkpoint) -> Report:
     """The Report of a compressed checkpoint: sizes from headers and config, errors from its own report."""
+    specs = layer_specs(checkpoint)
     recorded = checkpoint.report()
-    known: dict[str, LayerReport] = {}
-    base: Report | None = None
-    if recorded:
-        base = Report.from_dict(recorded, str(checkpoint.folder / REPORT))
-        known = {layer.name: layer for layer in base.layers}
+    base = Report.from_file(recorded, specs, str(checkpoint.folder / REPORT)) if recorded else Report((), {}, 0, 0, 0)
+    known = {layer.name: layer for layer in base.layers}
     layers = []
     inside = 0  # elements of the compressed layers' tensors
-    for name, spec in layer_specs(checkpoint).items():
+    for name, spec in specs.items():
         entries = layer_tensors(checkpoint, name, spec)
         inside += sum(entry.elements for entry in entries.values())
         m, n = spec.shape
-        before = known.get(name)
-        layers.append(
-            LayerReport(
-                name,
-                spec.shape,
-                spec.rank,
-                spec.nnz,
-                spec.pattern,
-                spec.layout,
-                m * n * BITS[entries["weight"].dtype] // 8,
-                sum(entry.nbytes for entry in entries.values()),
-                before.weight_squared if before else None,
-                before.residual_squared if before else None,
-                before.errors if before else (),
-                before.output_errors if before else (),
-            )
-        )
+        sizes = m * n * BITS[entries["weight"].dtype] // 8, sum(entry.nbytes for entry in entries.values())
+        line = known.get(name, LayerReport(name, spec, *sizes))
+        layers.append(replace(line, bytes_before=sizes[0], bytes_after=sizes[1]))
     stored = checkpoint.nbytes
-    saved = sum(layer.bytes_before - layer.bytes_after for layer in layers)
-    return Report(
+    return replace(
+        base,
         layers=tuple(layers),
         skipped=dict((checkpoint.quantization or {}).get("skipped") or {}),
-        model_bytes_before=stored + saved,
+        model_bytes_before=stored + sum(layer.bytes_before - layer.bytes_after for layer in layers),
         model_bytes_after=stored,
-        parameters=base.parameters
-        if base
-        else checkpoint.elements - inside + sum(layer.parameters for layer in layers),
-        source=base.source if base else {},
-        recipe=base.recipe if base else {},
-        versions=base.versions if base else {},
-        files=base.files if base else {},
-        fingerprint=base.fingerprint if base else "",
-        calibration=base.calibration if base else {},
-        blocks=base.blocks if base else (),
+        parameters=base.parameters or checkpoint.elements - inside + sum(layer.parameters for layer in layers),
     )
 
 

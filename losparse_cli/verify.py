@@ -14,6 +14,7 @@ from .checkpoint.report import Report
 from .checkpoint.source import REPORT, Checkpoint, open_checkpoint
 from .checkpoint.writer import sha256
 from .errors import CheckpointError
+from .shim.layouts import LayerSpec
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def verify(source: str | Path, *, on_layer: Callable[[str, int], None] | None = 
         and len(entry.shape) == 1
         and f"{name.removesuffix('weight')}V" in checkpoint.entries
     ]
-    hashed = _check_hashes(checkpoint, problems)
+    hashed = _check_hashes(checkpoint, specs, problems)
     return Verification(tuple(problems), len(specs), len(checkpoint.entries), hashed)
 
 
@@ -73,11 +74,11 @@ def require_sound(source: str | Path) -> None:
         raise CheckpointError(found.problems[0] + more)
 
 
-def _check_hashes(checkpoint: Checkpoint, problems: list[str]) -> int:
+def _check_hashes(checkpoint: Checkpoint, specs: dict[str, LayerSpec], problems: list[str]) -> int:
     recorded = checkpoint.report()
     if not recorded:
         return 0  # saved again by transformers: there is nothing to compare with
-    report = Report.from_dict(recorded, str(checkpoint.folder / REPORT))
+    report = Report.from_file(recorded, specs, str(checkpoint.folder / REPORT))
     problems += [
         f"{file.path} is not among the files that losparse wrote. Remove it, or download the checkpoint again."
         for file in checkpoint.files

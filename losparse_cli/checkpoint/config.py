@@ -49,34 +49,35 @@ def dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def layer_specs(checkpoint: Checkpoint) -> dict[str, LayerSpec]:
-    """Module name -> LayerSpec of a compressed checkpoint, from its config.json.
+    """Module name -> LayerSpec of a compressed checkpoint, as `specs_of`."""
+    return specs_of(checkpoint.config, checkpoint.address)
+
+
+def specs_of(config: Mapping[str, Any], address: str) -> dict[str, LayerSpec]:
+    """Module name -> LayerSpec, from the config.json of the compressed checkpoint at `address`.
 
     UsageError if it is not compressed; FormatVersionError if it is newer than this code; CheckpointError
     if an entry is wrong.
     """
-    quantization = checkpoint.quantization or {}
-    if not checkpoint.is_compressed:
-        raise UsageError(
-            f"{checkpoint.address} is no losparse checkpoint. Make one with: losparse compress {checkpoint.address}"
-        )
+    quantization = config.get("quantization_config") or {}
+    if quantization.get("quant_method") != "losparse":
+        raise UsageError(f"{address} is no losparse checkpoint. Make one with: losparse compress {address}")
     version = quantization.get("format_version")
     if version != FORMAT_VERSION:
         raise FormatVersionError(
-            f"{checkpoint.address} has losparse format version {version}; this losparse reads version "
+            f"{address} has losparse format version {version}; this losparse reads version "
             f"{FORMAT_VERSION}. Upgrade with: pip install --upgrade losparse"
         )
     modules = quantization.get("modules")
     if not isinstance(modules, dict):
-        raise CheckpointError(f"config.json of {checkpoint.address} lists no compressed modules. Compress it again.")
+        raise CheckpointError(f"config.json of {address} lists no compressed modules. Compress it again.")
     specs = {}
     for name, fields in modules.items():
         try:
             specs[name] = LayerSpec.from_dict(fields)
             specs[name].tensor_shapes(torch.float32)
         except (ValueError, OverflowError) as error:
-            raise CheckpointError(
-                f"config.json of {checkpoint.address}, layer {name}: {error}. Compress it again."
-            ) from error
+            raise CheckpointError(f"config.json of {address}, layer {name}: {error}. Compress it again.") from error
     return specs
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..errors import CheckpointError
+from ..errors import LosparseError
 from .card import base_metadata, write_card
+from .config import specs_of
 from .journal import FILE as JOURNAL
 from .output import ALLOCATION, GENERATED, STATES
 from .report import Report
-from .source import REPORT, TIMING, read_json
+from .source import REPORT, TIMING, read_config, read_json
 from .writer import sha256, write_json
 
 
@@ -23,7 +24,7 @@ def close(work: Path, report: Report, base: Path, place: str) -> Report:
     loading snippet names.
     """
     report = replace(report, files=_hashes(work))
-    write_json(work / REPORT, report.to_dict())
+    write_json(work / REPORT, report.to_file())
     write_card(work, report, base_metadata(base), place=place)
     return report
 
@@ -34,9 +35,10 @@ def finished(output: Path, fingerprint: str) -> Report | None:
     if not path.is_file():
         return None
     try:
-        report = Report.from_dict(read_json(path), str(path))
+        specs = specs_of(read_config(output / "config.json"), str(output))
+        report = Report.from_file(read_json(path), specs, str(path))
         whole = all((output / name).stat().st_size == file["size"] for name, file in report.files.items())
-    except (CheckpointError, OSError, KeyError):
+    except (LosparseError, OSError, KeyError):
         return None  # not ours, or damaged: then it is in the way, like any other folder
     return report if whole and report.fingerprint == fingerprint else None
 

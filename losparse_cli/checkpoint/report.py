@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import CheckpointError
+from ..shim.layouts import LayerSpec
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One compressed layer. Bytes count U, V, S and every index, not the bias.
+    """One compressed layer: how it is stored, and what was measured. Bytes count U, V, S and every index, not the bias.
 
     weight_squared and residual_squared: squared Frobenius norms of W and of W − U V − S, None if unknown.
     errors: relative Frobenius error after each iteration. output_errors: relative error of the layer's output on
@@ -19,17 +20,18 @@ class LayerReport:
     """
 
     name: str
-    shape: tuple[int, int]
-    rank: int
-    nnz: int
-    pattern: str
-    layout: str
+    spec: LayerSpec
     bytes_before: int
     bytes_after: int
     weight_squared: float | None = None
     residual_squared: float | None = None
     errors: tuple[float, ...] = ()
     output_errors: tuple[float, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.spec.shape
 
     @property
     def output_error(self) -> float | None:
@@ -44,24 +46,30 @@ class LayerReport:
     @property
     def kept(self) -> int:
         """r(m + n) + nnz."""
-        return self.rank * sum(self.shape) + self.nnz
+        return self.spec.rank * sum(self.shape) + self.spec.nnz
 
     @property
     def density(self) -> float:
-        return self.nnz / self.parameters
+        return self.spec.nnz / self.parameters
 
     @property
     def relative_error(self) -> float | None:
         """‖W − U V − S‖_F / ‖W‖_F, None if it was not recorded."""
         return total_error([self])
 
+    def measured(self) -> dict[str, Any]:
+        """JSON form without the spec, which stands in config.json."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "spec"}
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """JSON form, complete."""
+        stored = {name: getattr(self.spec, name) for name in ("shape", "rank", "nnz", "pattern", "layout")}
+        return {"name": self.name, **stored, **self.measured()}
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> LayerReport:
-        known = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
-        known["shape"] = tuple(known["shape"])
+    def from_dict(cls, fields: dict[str, Any], spec: LayerSpec) -> LayerReport:
+        """What `measured` or `to_dict` wrote of the layer that is stored as `spec` says."""
+        known = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields} | {"spec": spec}
         for stages in ("errors", "output_errors"):
             known[stages] = tuple(known.get(stages, ()))
         return cls(**known)
@@ -126,16 +134,23 @@ class Report:
         return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; `totals` is derived and only for reading."""
+        """JSON form, complete; `totals` is derived and only for reading."""
+        return self._fields() | {"layers": [layer.to_dict() for layer in self.layers]}
+
+    def to_file(self) -> dict[str, Any]:
+        """What losparse_report.json holds: how layers are stored says config.json, beside it."""
+        return self._fields() | {"layers": [layer.measured() for layer in self.layers]}
+
+    def _fields(self) -> dict[str, Any]:
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "layers"}
-        return fields | {"totals": self.totals(), "layers": [layer.to_dict() for layer in self.layers]}
+        return fields | {"totals": self.totals()}
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any], where: str) -> Report:
-        """CheckpointError that names `where` if a field is missing or wrong."""
+    def from_file(cls, fields: dict[str, Any], specs: Mapping[str, LayerSpec], where: str) -> Report:
+        """What `to_file` wrote, with the layers of config.json; CheckpointError that names `where` if it is wrong."""
         try:
             known = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
-            known["layers"] = tuple(LayerReport.from_dict(layer) for layer in fields["layers"])
+            known["layers"] = tuple(LayerReport.from_dict(layer, specs[layer["name"]]) for layer in fields["layers"])
             for name in ("skipped", "source", "recipe", "versions", "files", "calibration", "training"):
                 known[name] = dict(known.get(name, {}))
             known["blocks"] = tuple(dict(block) for block in fields.get("blocks", ()))

@@ -113,8 +113,8 @@ def _compressed_rows(report: Report) -> tuple[list[str], Iterator[list[Cell]]]:
     heads = ["layer", "shape", "rank", "non-zeros", "density", "pattern", "layout", "bytes before", "bytes after"]
     rows = (
         [
-            _text(layer.name), _shape(layer.shape), _count(layer.rank), _count(layer.nnz),
-            _share(layer.density), _text(layer.pattern), _text(layer.layout), _count(layer.bytes_before),
+            _text(layer.name), _shape(layer.shape), _count(layer.spec.rank), _count(layer.spec.nnz),
+            _share(layer.density), _text(layer.spec.pattern), _text(layer.spec.layout), _count(layer.bytes_before),
             _count(layer.bytes_after), _share(layer.bytes_after / max(1, layer.bytes_before)),
             Cell("unknown", "") if error is None else Cell(f"{error:.4f}", repr(error)),
         ]

@@ -28,8 +28,8 @@ SORTS: dict[str, Callable[[Any], Any]] = {
     "error": lambda group: -(group.output_error or group.error or 0.0),
     "bytes": lambda group: -group.after,
     "share": lambda group: -group.after / max(1, group.before),
-    "rank": lambda group: -max(x.rank for x in group.layers),
-    "nnz": lambda group: -sum(x.nnz for x in group.layers),
+    "rank": lambda group: -max(x.spec.rank for x in group.layers),
+    "nnz": lambda group: -sum(x.spec.nnz for x in group.layers),
     "density": lambda group: -group.density,
 }
 
@@ -43,7 +43,7 @@ class Group:
         self.name, self.layers = name, layers
         self.before = sum(x.bytes_before for x in layers)
         self.after = sum(x.bytes_after for x in layers)
-        self.density = sum(x.nnz for x in layers) / max(1, sum(x.parameters for x in layers))
+        self.density = sum(x.spec.nnz for x in layers) / max(1, sum(x.parameters for x in layers))
         self.error = total_error(layers)
         self.output_error = mean_output_error(layers)
 
@@ -79,11 +79,11 @@ def _show_compressed(out: Console, report: Report, every_layer: bool, sort: str)
     largest = max((error or 0.0 for error in errors), default=0.0) or 1.0
     columns: list[tuple[str, Callable[[Group], str], str]] = [
         ("shape", lambda g: _one(f"{x.shape[0]} x {x.shape[1]}" for x in g.layers), ""),
-        ("rank", lambda g: _range([x.rank for x in g.layers]), ""),
-        ("nnz", lambda g: f"{sum(x.nnz for x in g.layers):,}", f"{sum(x.nnz for x in report.layers):,}"),
+        ("rank", lambda g: _range([x.spec.rank for x in g.layers]), ""),
+        ("nnz", lambda g: f"{sum(x.spec.nnz for x in g.layers):,}", f"{sum(x.spec.nnz for x in report.layers):,}"),
         ("density", lambda g: f"{g.density:.3f}", f"{whole.density:.3f}"),
-        ("pattern", lambda g: _one(x.pattern for x in g.layers), ""),
-        ("layout", lambda g: _one(x.layout for x in g.layers), ""),
+        ("pattern", lambda g: _one(x.spec.pattern for x in g.layers), ""),
+        ("layout", lambda g: _one(x.spec.layout for x in g.layers), ""),
         ("before", lambda g: size(g.before), size(whole.before)),
         ("after", lambda g: size(g.after), size(whole.after)),
     ]
@@ -196,8 +196,8 @@ def _write_csv(report: Report | DenseReport) -> None:
         )  # fmt: skip
         for x in report.layers:
             writer.writerow(
-                [x.name, *x.shape, x.rank, x.nnz, f"{x.density:.6g}", x.pattern, x.layout, x.bytes_before,
-                 x.bytes_after,
+                [x.name, *x.shape, x.spec.rank, x.spec.nnz, f"{x.density:.6g}", x.spec.pattern, x.spec.layout,
+                 x.bytes_before, x.bytes_after,
                  "" if x.relative_error is None else f"{x.relative_error:.6g}",
                  "" if x.output_error is None else f"{x.output_error:.6g}"]
             )  # fmt: skip

@@ -24,7 +24,7 @@ from ..shim.layouts import LayerSpec
 from .assembly import Assembly
 from .matching import match_block
 from .plan import Job
-from .solve import as_matrix, encode_layer, solve_layer, solve_layers
+from .solve import as_matrix, encode, solve_layer, solve_layers
 
 
 class Block:
@@ -49,7 +49,7 @@ class Block:
             elif parameter is not None and len(entry.shape) == 1 and entry.dtype in FLOATING:
                 self.norms[entry.name] = parameter
         self.solved: dict[str, Decomposition] = {}
-        self._encoded: dict[str, tuple[LayerReport, LayerSpec, dict[str, Tensor]]] = {}
+        self._encoded: dict[str, tuple[LayerReport, dict[str, Tensor]]] = {}
 
     def _say(self, text: str) -> None:
         self._tell(f"{self.name or 'the model'}: {text}")
@@ -135,11 +135,11 @@ class Block:
 
     # --- what is written ------------------------------------------------------------------------
 
-    def encode(self, layer: str) -> tuple[LayerReport, LayerSpec, dict[str, Tensor]]:
-        """The layer's line of the report, its entry in config.json, its tensors by suffix."""
+    def encode(self, layer: str) -> tuple[LayerReport, dict[str, Tensor]]:
+        """The layer's line of the report, with its entry in config.json, and its tensors by suffix."""
         if layer not in self._encoded:  # asked for when it is solved, and again when it is written
             one = self.solved[layer]
-            self._encoded[layer] = encode_layer(self.plans[layer], one, one.factors.values.dtype)
+            self._encoded[layer] = encode(self.plans[layer], one, one.factors.values.dtype)
         return self._encoded[layer]
 
     def norm(self, tensor: str) -> Tensor:

@@ -101,9 +101,9 @@ class CalibratedRun:
             if plan is None:
                 tensors: dict[str, Tensor] = {entry.name: block.norm(entry.name)}
             else:
-                report, spec, parts = block.encode(inside[entry.name])
+                report, parts = block.encode(inside[entry.name])
                 tensors = {f"{plan.layer.disk_module}.{suffix}": tensor for suffix, tensor in parts.items()}
-                stats = {"spec": spec.to_dict(), **report.to_dict()}
+                stats = {"spec": report.spec.to_dict(), **report.measured()}
                 if summary:
                     stats["block"], summary = summary, {}  # once a block, with its first layer
             share = seconds / len(block.plans) if plan is not None else 0.0

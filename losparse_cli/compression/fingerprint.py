@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 from dataclasses import asdict
 from typing import Any
@@ -11,8 +9,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..checkpoint.card import companion_files
-from ..checkpoint.source import Checkpoint
+from ..checkpoint.fingerprint import companion_states, digest, file_states
 from .plan import Job
 
 
@@ -40,20 +37,3 @@ def fingerprint(job: Job) -> dict[str, Any]:
         "text": job.windows and job.windows.digest(),
         "plan": digest([plan, [[s.file, s.header] for s in job.shards]]),
     }
-
-
-def file_states(checkpoint: Checkpoint) -> dict[str, list[int]]:
-    """Weight file -> size and time of its last change, in ns."""
-    status = {file.path.name: file.path.stat() for file in checkpoint.files}
-    return {name: [found.st_size, found.st_mtime_ns] for name, found in status.items()}
-
-
-def companion_states(checkpoint: Checkpoint) -> list[list[str | int]]:
-    """File beside the weights, its size and time of its last change, in ns."""
-    status = [(path, (checkpoint.folder / path).stat()) for path in companion_files(checkpoint.folder)]
-    return [[str(path), found.st_size, found.st_mtime_ns] for path, found in status]
-
-
-def digest(content: Any) -> str:
-    """SHA-256 of a JSON value."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..budget.plan import Layer, LayerPlan
 from ..budget.recipe import Recipe
+from ..checkpoint.layers import encode_layer
 from ..checkpoint.report import LayerReport
 from ..errors import CheckpointError
 from ..linalg.admm import Budget, solve
@@ -17,8 +17,6 @@ from ..linalg.alternating import decompose, decompose_scaled
 from ..linalg.factors import Decomposition
 from ..linalg.patterns import parse_pattern
 from ..linalg.svd import seed_of
-from ..shim.codec import smallest
-from ..shim.layouts import LayerSpec
 
 
 def as_matrix(stored: Tensor, layer: Layer, device: torch.device) -> Tensor:
@@ -85,31 +83,21 @@ def solve_layers(
     return [one for one in found if one is not None]
 
 
-def encode_layer(
-    plan: LayerPlan, solved: Decomposition, dtype: torch.dtype
-) -> tuple[LayerReport, LayerSpec, dict[str, Tensor]]:
-    """The layer's line of the report, its entry in config.json, and its tensors as stored, by suffix."""
-    layer, factors = plan.layer, solved.factors
-    spec, index = smallest(factors.support, factors.rank, plan.pattern)
-    disk = layer.disk_module if layer.disk_module != layer.name else ""
-    spec = replace(spec, transposed=layer.transposed, tensor=disk)
-    tensors = {"U": factors.U, "V": factors.V} if factors.rank else {}
-    tensors |= {"weight": factors.values, **index}
+def encode(plan: LayerPlan, solved: Decomposition, dtype: torch.dtype) -> tuple[LayerReport, dict[str, Tensor]]:
+    """The layer's line of the report, with its entry in config.json, and its tensors as stored, by suffix."""
+    factors = solved.factors
+    spec, tensors = encode_layer(plan, factors.U, factors.V, factors.values, factors.support)
     report = LayerReport(
-        layer.name,
-        layer.shape,
-        factors.rank,
-        factors.nnz,
-        plan.pattern,
-        spec.layout,
-        layer.dense_bytes,
+        plan.layer.name,
+        spec,
+        plan.layer.dense_bytes,
         spec.nbytes(dtype),
         solved.weight_squared,
         solved.residual_squared,
         solved.errors,
         solved.output_errors,
     )
-    return report, spec, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    return report, tensors
 
 
 def _require_finite(W: Tensor, layer: Layer) -> None:

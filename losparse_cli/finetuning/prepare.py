@@ -14,12 +14,12 @@ from torch import nn
 
 from ..budget.plan import Layer, Plan, make_plan, plan_as_stored, plan_layer
 from ..budget.recipe import RANK_CHOICES, SIZE_CHOICES, Recipe
+from ..checkpoint.fingerprint import companion_states, digest, file_states
 from ..checkpoint.finish import versions
 from ..checkpoint.output import check_output, output_path, parse_size
 from ..checkpoint.reader import FLOATING, TORCH_DTYPES
 from ..checkpoint.source import REPORT, Checkpoint, open_checkpoint
 from ..checkpoint.writer import sha256
-from ..compression.fingerprint import companion_states, digest, file_states
 from ..errors import MissingExtraError, UsageError
 from ..load import load
 from ..models.device import find_device

@@ -19,8 +19,9 @@ from losparse_cli.checkpoint.card import (
 )
 from losparse_cli.checkpoint.report import LayerReport, Report
 from losparse_cli.errors import CheckpointError
+from losparse_cli.shim.layouts import LayerSpec
 
-LAYER = LayerReport("a", (10, 20), 2, 30, "unstructured", "gaps4", 400, 200, 100.0, 4.0, (0.2,))
+LAYER = LayerReport("a", LayerSpec((10, 20), 2, 30, "unstructured", "gaps4", 4, 20), 400, 200, 100.0, 4.0, (0.2,))
 
 
 def report(commit: str | None = "0" * 40, architecture: str = "LlamaForCausalLM") -> Report:

@@ -9,16 +9,19 @@ import pytest
 
 from losparse_cli.checkpoint.report import LayerReport, Report, total_error
 from losparse_cli.errors import CheckpointError
+from losparse_cli.shim.layouts import LayerSpec
 
-A = LayerReport("a", (10, 20), 2, 30, "unstructured", "gaps4", 400, 200, 100.0, 4.0, (0.3, 0.2))
-B = LayerReport("b", (5, 4), 0, 10, "rows", "rows", 40, 30, 25.0, 0.0, (0.0,))
+A = LayerReport("a", LayerSpec((10, 20), 2, 30, "unstructured", "gaps4", 4, 20), 400, 200, 100.0, 4.0, (0.3, 0.2))
+B = LayerReport("b", LayerSpec((5, 4), 0, 10, "rows", "rows"), 40, 30, 25.0, 0.0, (0.0,))
 REPORT = Report(
     (A, B), {"head": "output head"}, 1000, 790, 500, files={"x": {"size": 1, "sha256": "0"}}, fingerprint="f"
 )
 
+SPECS = {"a": A.spec, "b": B.spec}
+
 
 def test_a_report_survives_json() -> None:
-    assert Report.from_dict(json.loads(json.dumps(REPORT.to_dict())), "x") == REPORT
+    assert Report.from_file(json.loads(json.dumps(REPORT.to_file())), SPECS, "x") == REPORT
 
 
 def test_sums() -> None:
@@ -43,22 +46,22 @@ def test_errors_that_are_not_known() -> None:
 
 @pytest.mark.parametrize("key", ["layers", "skipped", "model_bytes_before", "model_bytes_after", "parameters"])
 def test_a_report_without_a_field_names_the_file(key: str) -> None:
-    fields = REPORT.to_dict()
+    fields = REPORT.to_file()
     del fields[key]
     if key == "skipped":  # a map: absent means empty
-        assert Report.from_dict(fields, "x").skipped == {}
+        assert Report.from_file(fields, SPECS, "x").skipped == {}
         return
     with pytest.raises(CheckpointError, match=r"^here/losparse_report\.json is incomplete.*again"):
-        Report.from_dict(fields, "here/losparse_report.json")
+        Report.from_file(fields, SPECS, "here/losparse_report.json")
 
 
 @pytest.mark.parametrize(
     ("key", "value"), [("layers", 5), ("layers", [5]), ("files", []), ("files", {"x": 5}), ("recipe", "x")]
 )
 def test_a_report_of_the_wrong_kind_names_the_file(key: str, value: object) -> None:
-    fields = REPORT.to_dict() | {key: value}
+    fields = REPORT.to_file() | {key: value}
     if value == []:
-        assert Report.from_dict(fields, "x").files == {}
+        assert Report.from_file(fields, SPECS, "x").files == {}
         return
     with pytest.raises(CheckpointError, match=r"^here is incomplete"):
-        Report.from_dict(fields, "here")
+        Report.from_file(fields, SPECS, "here")

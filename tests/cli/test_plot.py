@@ -21,6 +21,7 @@ from losparse_cli.cli.figures import MOST_KINDS, places, styles
 from losparse_cli.cli.plot import render, save_plot
 from losparse_cli.errors import MissingExtraError, OutputError, UsageError
 from losparse_cli.inspection import DenseReport, inspect
+from losparse_cli.shim.layouts import LayerSpec
 
 pytest.importorskip("matplotlib")
 
@@ -31,7 +32,7 @@ LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 def report_of(*names: str, model: str = "some model") -> Report:
     """Layers of growing error, 1000 bytes before and 600 after."""
     layers = tuple(
-        LayerReport(name, (20, 25), 2, 100, "unstructured", "csr", 1000, 600, 1.0, (0.01 * (i + 1)) ** 2)
+        LayerReport(name, LayerSpec((20, 25), 2, 100, "unstructured", "csr"), 1000, 600, 1.0, (0.01 * (i + 1)) ** 2)
         for i, name in enumerate(names)
     )
     return Report(layers, {}, 10_000, 5_000, 1000 * len(names), source={"name": model})

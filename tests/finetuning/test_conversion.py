@@ -15,9 +15,9 @@ from transformers import Conv1D
 import losparse_cli
 from losparse_cli.budget.plan import Layer, plan_layer
 from losparse_cli.budget.recipe import Recipe
-from losparse_cli.compression.solve import encode_layer
+from losparse_cli.checkpoint.layers import encode_layer
 from losparse_cli.finetuning.conversion import compressed_layers, finish, start_compressed, start_dense, trained_layers
-from losparse_cli.linalg.factors import Decomposition, LowRankSparse
+from losparse_cli.linalg.factors import LowRankSparse
 from losparse_cli.models.skeleton import classify
 from losparse_cli.shim.layouts import LayerSpec
 from losparse_cli.shim.linear import LowRankSparseLinear
@@ -38,7 +38,7 @@ def put_together(model: Any, dtype: torch.dtype = torch.float32) -> dict[str, La
         trained = trained_layers(model)[name]
         layer = Layer(name, f"{name}.weight", name, trained.shape, dtype.itemsize, trained.transposed)
         plan = replace(plan_layer(layer, Recipe(rank=1, sparsity=0.5)), pattern=trained.pattern)
-        _, specs[name], tensors = encode_layer(plan, Decomposition(factors, (), 0.0, 0.0), dtype)
+        specs[name], tensors = encode_layer(plan, factors.U, factors.V, factors.values, factors.support)
         return specs[name], tensors
 
     finish(model, dtype, encode)

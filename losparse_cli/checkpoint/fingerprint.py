@@ -1,0 +1,27 @@
+"""What tells two states of a checkpoint apart without reading its weights, so that a run goes on with its own work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from .card import companion_files
+from .source import Checkpoint
+
+
+def file_states(checkpoint: Checkpoint) -> dict[str, list[int]]:
+    """Weight file -> size and time of its last change, in ns."""
+    status = {file.path.name: file.path.stat() for file in checkpoint.files}
+    return {name: [found.st_size, found.st_mtime_ns] for name, found in status.items()}
+
+
+def companion_states(checkpoint: Checkpoint) -> list[list[str | int]]:
+    """File beside the weights, its size and time of its last change, in ns."""
+    status = [(path, (checkpoint.folder / path).stat()) for path in companion_files(checkpoint.folder)]
+    return [[str(path), found.st_size, found.st_mtime_ns] for path, found in status]
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
