@@ -21,7 +21,7 @@ from .checkpoint.config import write_config
 from .checkpoint.fingerprint import digest
 from .checkpoint.finish import close, finished, versions
 from .checkpoint.journal import Journal, Unit
-from .checkpoint.output import begin, check_output, check_resume, clear_away, publish, write_errors
+from .checkpoint.output import begin, check_output, check_resume, clear_away, publish
 from .checkpoint.report import LayerReport, Report
 from .checkpoint.source import TIMING, Checkpoint
 from .checkpoint.writer import ShardWriter, sha256, tensor_part, write_json
@@ -33,7 +33,7 @@ from .compression.estimate import Estimate, estimate
 from .compression.fingerprint import fingerprint
 from .compression.plan import Job, prepare
 from .compression.solve import encode, solve_layer
-from .errors import OutputError
+from .errors import OutputError, write_errors
 from .models.device import peak_memory
 from .shim.layouts import LayerSpec
 

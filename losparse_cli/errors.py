@@ -16,6 +16,11 @@ LosparseError                      exit code 1
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 def flag(name: str) -> str:
     """The option of the command line that sets the field `name`, for messages."""
@@ -77,3 +82,25 @@ class Interrupted(LosparseError):
     """Stopped by the user; what is finished is kept."""
 
     exit_code = 130
+
+
+@contextmanager
+def write_errors(place: Path) -> Iterator[None]:
+    """Turns an OSError while writing under `place` into an OutputError with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(
+                f"The disk is full: {place} could not be written further. Free some space and repeat the command; "
+                "it goes on where it stopped."
+            ) from error
+        if error.errno == errno.EFBIG:
+            raise OutputError(
+                f"{place} lies on a file system, or under a limit, that takes no file so large. Lower "
+                "--max-shard-size, or choose another place with --output."
+            ) from error
+        reason = error.strerror or str(error)
+        raise OutputError(
+            f"Cannot write {error.filename or place}: {reason}. Choose another place with --output."
+        ) from error

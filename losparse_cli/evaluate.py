@@ -11,18 +11,17 @@ from typing import Any
 
 import torch
 
-from .checkpoint.output import write_errors
 from .checkpoint.source import Checkpoint
-from .errors import OutputError, UsageError
+from .errors import OutputError, UsageError, write_errors
 from .evaluation.evaluation import Evaluation, Protocol, with_figures
 from .evaluation.harness import HarnessEvaluation, evaluate_harness
 from .evaluation.memory import fit_together
-from .evaluation.models import DTYPES, check_choice, dtype_of, open_models, release
+from .evaluation.models import DTYPES, check_choice, dtype_of, open_models
 from .evaluation.scores import Estimate, Scores, Sums, Vector, compare, embed, exponential, score
 from .evaluation.task_evaluation import TaskEvaluation, evaluate_task
 from .evaluation.windows import Cut, Line, Window, cut, lines
 from .load import load
-from .models.device import find_device
+from .models.device import find_device, release
 from .text import files
 from .text.request import length_limit
 

@@ -16,10 +16,11 @@ from .checkpoint.config import dense_config, layer_specs, layer_tensors
 from .checkpoint.journal import FILE as JOURNAL
 from .checkpoint.journal import Journal
 from .checkpoint.layers import read_layer
-from .checkpoint.output import check_output, clear_away, output_path, parse_size, publish, working_folder, write_errors
+from .checkpoint.output import check_output, clear_away, output_path, parse_size, publish, working_folder
 from .checkpoint.reader import TensorEntry
 from .checkpoint.source import Checkpoint, open_checkpoint
 from .checkpoint.writer import ShardWriter, Slot, plan_shards, tensor_part, write_json
+from .errors import write_errors
 from .linalg.factors import LowRankSparse
 from .shim.layouts import LayerSpec
 from .shim.loader import is_loader

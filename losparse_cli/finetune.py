@@ -30,10 +30,10 @@ from .checkpoint.output import (
     clear_away,
     publish,
     working_folder,
-    write_errors,
 )
 from .checkpoint.report import LayerReport, Report
 from .checkpoint.source import read_json
+from .errors import write_errors
 from .finetuning.conversion import finish, trained_layers
 from .finetuning.prepare import Progress, Silent, Training, prepare_finetuning
 from .linalg.factors import LowRankSparse

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from . import kernels
-from .checkpoint.source import TOKENIZER_FILES, has_tokenizer
 from .errors import CheckpointError, SourceError
 from .shim import quantizer
+from .text.tokenizer import TOKENIZER_FILES, has_tokenizer
 
 __all__ = ["load", "register"]
 

@@ -7,9 +7,8 @@ from pathlib import Path
 from .checkpoint.card import address_card
 from .checkpoint.hub import hub_errors
 from .checkpoint.journal import FILE as JOURNAL
-from .checkpoint.output import write_errors
 from .checkpoint.source import HUB_ID, open_checkpoint
-from .errors import UsageError
+from .errors import UsageError, write_errors
 from .verify import require_sound
 
 # What an earlier upload to the same repository may have left, and this one does not bring.

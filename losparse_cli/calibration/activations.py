@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint.output import write_errors
+from ..errors import write_errors
 
 _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
 

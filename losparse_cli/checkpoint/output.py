@@ -2,44 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import OutputError, ResumeError, UsageError
+from ..errors import ResumeError, UsageError, write_errors
 from .journal import FILE as JOURNAL
 from .journal import Journal
 
 ALLOCATION = "losparse_allocation.json"  # what --allocate error decided; of a run under way
 GENERATED = "losparse_generated.safetensors"  # text that the model wrote for its own calibration; of a run under way
 STATES = "training"  # folder of the states that a fine-tuning saves; of a run under way
-
-
-@contextmanager
-def write_errors(place: Path) -> Iterator[None]:
-    """Turns an OSError while writing under `place` into an OutputError with a remedy."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(
-                f"The disk is full: {place} could not be written further. Free some space and repeat the command; "
-                "it goes on where it stopped."
-            ) from error
-        if error.errno == errno.EFBIG:
-            raise OutputError(
-                f"{place} lies on a file system, or under a limit, that takes no file so large. Lower "
-                "--max-shard-size, or choose another place with --output."
-            ) from error
-        reason = error.strerror or str(error)
-        raise OutputError(
-            f"Cannot write {error.filename or place}: {reason}. Choose another place with --output."
-        ) from error
 
 
 def output_path(output: str | Path) -> Path:

@@ -20,18 +20,6 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 REPORT = "losparse_report.json"
 TIMING = "losparse_timing.json"
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "spm.model",
-    "sentencepiece.bpe.model",
-)
-"""One of these stands beside every model that has a tokenizer."""
-
 HUB_ID = re.compile(r"(?![.\-])[A-Za-z0-9_.\-]{1,96}(/[A-Za-z0-9_.\-]{1,96})?")
 
 
@@ -83,13 +71,6 @@ class Checkpoint:
                 return int(part["vocab_size"])
         return None
 
-    def check_tokenizer(self) -> None:
-        """SourceError if no tokenizer lies beside the model."""
-        if not has_tokenizer(self.folder):
-            raise SourceError(
-                f"{self.address} has no tokenizer. Copy the tokenizer files of the original model into its folder."
-            )
-
     def check_vocabulary(self, dense: Checkpoint) -> None:
         """UsageError if `dense` cannot be what this one was made from, as the sizes of their vocabularies differ."""
         if None not in (self.vocabulary, dense.vocabulary) and self.vocabulary != dense.vocabulary:
@@ -102,10 +83,6 @@ class Checkpoint:
         """losparse_report.json, or {} if the checkpoint has none."""
         path = self.folder / REPORT
         return read_json(path) if path.is_file() else {}
-
-
-def has_tokenizer(folder: Path) -> bool:
-    return any((folder / file).is_file() for file in TOKENIZER_FILES)
 
 
 def open_checkpoint(

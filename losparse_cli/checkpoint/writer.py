@@ -15,9 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, write_errors
 from .journal import Journal, Unit, crc_of
-from .output import write_errors
 from .reader import TORCH_DTYPES
 from .source import INDEX, WEIGHTS
 

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Protocol
 
 from ..checkpoint.journal import Journal
-from ..checkpoint.output import ALLOCATION, GENERATED, write_errors
+from ..checkpoint.output import ALLOCATION, GENERATED
 from ..checkpoint.source import read_json
 from ..checkpoint.writer import write_json
-from ..errors import CheckpointError
+from ..errors import CheckpointError, write_errors
+from ..load import load
+from ..models.device import release
 from ..text.generated import generate_text, kept_windows, write_windows
 from ..text.windows import Windows
 from .allocation import Allocation, allocate_by_error
@@ -42,14 +44,11 @@ def own_text(job: Job, work: Path, progress: Progress | None) -> Windows:
         if progress is not None:
             progress.phase(f"generating text: {done:,} of {total:,} tokens")
 
-    windows = generate_text(
-        job.calibration,
-        job.source.folder,
-        seed=job.recipe.seed,
-        device=job.device,
-        trust_remote_code=job.trust_remote_code,
-        on_tokens=say,
-    )
+    options = {"trust_remote_code": True} if job.trust_remote_code else {}
+    model, tokenizer = load(job.source.folder, dtype="auto", **options)
+    windows = generate_text(job.calibration, model, tokenizer, seed=job.recipe.seed, device=job.device, on_tokens=say)
+    del model
+    release(job.device)
     with write_errors(work):
         write_windows(windows, work / GENERATED)
     return windows

@@ -21,10 +21,10 @@ import torch
 from ..checkpoint.source import Checkpoint
 from ..errors import MissingExtraError, SourceError, UsageError
 from ..load import load
-from ..models.device import find_device, memory_errors
+from ..models.device import find_device, memory_errors, release
 from .evaluation import plain
 from .harness_scores import RESAMPLES, SEED, Estimates, differences, estimates
-from .models import DTYPES, check_batch_size, check_choice, dtype_of, open_models, release
+from .models import DTYPES, check_batch_size, check_choice, dtype_of, open_models
 
 _LEFT_OUT = ("get_git_commit_hash", "add_env_info")
 """Of the harness's report: it asks git about the folder one happens to be in, which complains aloud where there is

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import UsageError
+from ..text.tokenizer import check_tokenizer
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -33,15 +33,8 @@ def open_models(
     ours = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
     dense = None if against is None else open_checkpoint(against, cache_dir=cache_dir)
     for checkpoint in (ours,) if dense is None else (dense, ours):
-        checkpoint.check_tokenizer()
+        check_tokenizer(checkpoint.folder, checkpoint.address)
     return ours, dense
-
-
-def release(device: torch.device) -> None:
-    """Give back what a model held that nothing refers to any more."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def dtype_of(model: Any) -> str:

@@ -12,12 +12,12 @@ import torch
 from ..checkpoint.source import Checkpoint
 from ..errors import UsageError
 from ..load import load
-from ..models.device import find_device, memory_errors
+from ..models.device import find_device, memory_errors, release
 from ..tasks.request import TaskRequest
 from ..tasks.rows import Rows, read_rows
 from ..tasks.task import open_task
 from .evaluation import plain
-from .models import DTYPES, check_batch_size, check_choice, dtype_of, open_models, release
+from .models import DTYPES, check_batch_size, check_choice, dtype_of, open_models
 from .paired import RESAMPLES
 from .scores import Estimate
 from .task_scores import Judged, judge

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..text.framing import frame
+from ..text.tokenizer import frame
 
 # A token stands for fewer characters than this in any common text: enough of a long file is read, and not all.
 CHARACTERS_A_TOKEN = 16

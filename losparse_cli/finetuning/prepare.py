@@ -28,6 +28,7 @@ from ..shim.layouts import LayerSpec
 from ..tasks.request import TaskRequest
 from ..tasks.rows import read_rows
 from ..tasks.task import open_task
+from ..text.tokenizer import check_tokenizer
 from .conversion import compressed_layers, start_compressed, start_dense, trained_layers
 from .inputs import input_moments
 from .pruner import Pruner
@@ -118,7 +119,7 @@ def prepare_finetuning(
     place = find_device(device)
     parse_size(max_shard_size)  # an error now, not after hours; transformers reads the text itself
     checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
-    checkpoint.check_tokenizer()
+    check_tokenizer(checkpoint.folder, checkpoint.address)
     output = output_path(output or f"{checkpoint.name.rpartition('/')[2]}-finetuned")
     # A result with a report may be that of this very run, which `run` finds out.
     check_output(output, overwrite=overwrite or (output / REPORT).is_file(), source=checkpoint.folder)

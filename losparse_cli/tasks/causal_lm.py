@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import UsageError
-from ..text.framing import frame
+from ..text.tokenizer import frame
 from .columns import columns_of, texts
 from .rows import Rows
 from .task import Collate, Features, Progress, Task, passes, scoring

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..load import load
 from .request import Calibration
 from .windows import Windows
 
@@ -24,39 +22,30 @@ CACHE_BYTES = 1 << 30  # that the keys and values of a batch may take
 
 def generate_text(
     calibration: Calibration,
-    folder: Path,
+    model: Any,
+    tokenizer: Any,
     *,
     seed: int,
     device: torch.device,
-    trust_remote_code: bool = False,
     on_tokens: Callable[[int, int], None] | None = None,
 ) -> Windows:
-    """The windows of a settled `calibration`, written by the model in `folder` itself.
+    """The windows of a settled `calibration`, written by the model itself, which is moved to `device`.
 
-    The whole model is in memory meanwhile, in the dtype that it is stored in. `on_tokens` hears how many tokens there
-    are, and how many there will be. UsageError if the model names no token to begin with.
+    tokenizer: the model's, or None. `on_tokens` hears how many tokens there are, and how many there will be.
+    UsageError if neither names a token to begin with.
     """
     assert calibration.length is not None
-    options = {"trust_remote_code": True} if trust_remote_code else {}
-    model, tokenizer = load(folder, dtype="auto", **options)
     start_token(model, tokenizer)  # before the model is moved
-    model = model.to(device)
-    try:
-        ids = generate_windows(
-            model,
-            tokens=calibration.windows * calibration.length,
-            length=calibration.length,
-            seed=seed,
-            batch=batch_that_fits(model, min(PIECE, calibration.length)),
-            device=device,
-            on_tokens=on_tokens,
-            tokenizer=tokenizer,
-        )
-    finally:
-        del model
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    ids = generate_windows(
+        model.to(device),
+        tokens=calibration.windows * calibration.length,
+        length=calibration.length,
+        seed=seed,
+        batch=batch_that_fits(model, min(PIECE, calibration.length)),
+        device=device,
+        on_tokens=on_tokens,
+        tokenizer=tokenizer,
+    )
     return Windows(ids)
 
 

@@ -12,15 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.source import has_tokenizer
-from ..errors import SourceError, UsageError
+from ..errors import UsageError
 from .documents import SELF, Documents, read_documents
-from .framing import frame
-from .request import Calibration, length_limit, settle
+from .request import Calibration, settle
+from .tokenizer import frame, load_tokenizer
 
-__all__ = [
-    "Calibration", "Windows", "length_limit", "load_tokenizer", "pack", "pack_pairs", "read_windows", "settle"
-]  # fmt: skip
+__all__ = ["Calibration", "Windows", "pack", "pack_pairs", "read_windows", "settle"]
 
 LONG = 4 << 20  # characters of a text, the only one, of which only pieces are tokenized
 LONG_ROW = 64  # the same of one document among others, for each token of a window: about sixteen windows
@@ -97,22 +94,6 @@ def read_windows(
         windows = Windows(ids, _shifted(target_ids, _decoder_start(model)))
     _check_vocabulary(windows, model, folder)
     return windows
-
-
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in `folder`; SourceError if there is none, or none that can be loaded."""
-    import transformers
-
-    if not has_tokenizer(folder):
-        raise SourceError(
-            f"{folder} has no tokenizer to cut the calibration text with. Copy the model's tokenizer files into it, or "
-            "compress without --calibration."
-        )
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a file can make a tokenizer raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise SourceError(f"The tokenizer of {folder} cannot be loaded: {reason}. Download it again.") from error
 
 
 def pack(tokenizer: Any, documents: list[str], *, length: int, tokens: int, seed: int, close: bool) -> Tensor:

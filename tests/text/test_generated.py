@@ -15,6 +15,7 @@ from conftest import VOCABULARY, toy_model
 from safetensors.torch import save_file
 from terminal import done, losparse, shared
 
+from losparse_cli import load
 from losparse_cli.budget.recipe import Recipe
 from losparse_cli.compress import run
 from losparse_cli.compression.plan import prepare
@@ -160,7 +161,7 @@ def test_a_batch_whose_cache_fits() -> None:
 def test_a_checkpoint_in_its_stored_dtype(toy: Callable[..., Path]) -> None:
     folder = toy("llama", dtype=torch.bfloat16)
     calibration = Calibration("self", tokens=96, length=16)
-    one, two = (generate_text(calibration, folder, seed=0, device=CPU) for _ in range(2))
+    one, two = (generate_text(calibration, *load(folder, dtype="auto"), seed=0, device=CPU) for _ in range(2))
     assert one.ids.shape == (6, 16)
     assert one.digest() == two.digest()
 

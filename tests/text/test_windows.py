@@ -495,7 +495,13 @@ def test_options_without_calibration(model: Path, tmp_path: Path) -> None:
 def test_a_model_without_a_tokenizer(model: Path, tmp_path: Path) -> None:
     bare = shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*", "special*"))
     (tmp_path / "a.txt").write_text("text " * 100)
-    refused(tmp_path, bare, "a.txt", says=("bare has no tokenizer", "Copy the model's tokenizer files"), code=1)
+    refused(
+        tmp_path,
+        bare,
+        "a.txt",
+        says=("bare has no tokenizer", "Copy the tokenizer files"),
+        code=1,
+    )
     (bare / "tokenizer.json").write_text("{}")
     refused(tmp_path, bare, "a.txt", says=("The tokenizer of", "cannot be loaded"), code=1)
 
