@@ -16,7 +16,8 @@ class Layer:
     """A layer that can be compressed: module name in memory, its weight's tensor on disk.
 
     shape: (out_features, in_features). itemsize: bytes of one stored weight. transposed: the tensor lies
-    on disk as (in, out). disk_module: what its tensors are called on disk, without `.weight`.
+    on disk as (in, out). disk_module: what its tensors are called on disk, without `.weight`. kinds: its class and
+    those that it is made from, by name.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Layer:
     shape: tuple[int, int]
     itemsize: int
     transposed: bool = False
+    kinds: tuple[str, ...] = ()
 
     @property
     def dense_bytes(self) -> int:
@@ -90,7 +92,7 @@ def make_plan(layers: Iterable[Layer], skipped: dict[str, str], recipe: Recipe) 
     skipped = dict(skipped)
     too_small: list[str] = []
     for layer in layers:
-        request = recipe.for_layer(layer.name)
+        request = recipe.for_layer(layer.name, layer.kinds)
         m, n = layer.shape
         if request.rank is not None and request.rank * (m + n) >= m * n:
             skipped[layer.name] = f"rank {request.rank} factors are no smaller than the {m} x {n} matrix"

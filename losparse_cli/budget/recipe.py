@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from fnmatch import fnmatchcase
-from glob import escape
 from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError, UsageError, flag
+from .targets import check_expressions, matches, only
 
 RANK_CHOICES = ("rank", "rank_ratio")
 SIZE_CHOICES = ("sparsity", "keep", "keep_parameters")
@@ -31,7 +30,7 @@ then gets."""
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to do with every targeted layer; `overrides` holds glob -> fields for some of them.
+    """What to do with every targeted layer; `overrides` holds target -> fields for some of them.
 
     At most one of rank (columns of U) and rank_ratio (share of the kept parameters in U and V), and at
     most one of sparsity (share of S that is zero), keep (stored bytes over dense bytes) and
@@ -63,7 +62,8 @@ class Recipe:
         for name in ("rank_ratio", *SIZE_CHOICES):
             value = getattr(self, name)
             if value is not None and (not _is_number(value) or not 0 <= value <= 1):
-                raise UsageError(f"{flag(name)} is a share between 0 and 1, not {value!r}.")
+                percent = f" Did you mean {value / 100:g}?" if _is_number(value) and 1 < value <= 100 else ""
+                raise UsageError(f"{flag(name)} is a share between 0 and 1, not {value!r}.{percent}")
         if self.rank_ratio == 1 and self.sparsity not in (None, 1):
             raise UsageError(
                 "--rank-ratio 1 leaves no parameters for S, but --sparsity asks for some: lower one of them."
@@ -81,21 +81,28 @@ class Recipe:
         if not isinstance(self.exact_svd, bool):
             raise UsageError(f"--exact-svd is true or false, not {self.exact_svd!r}.")
         for name in ("targets", "ignore"):
-            if not all(isinstance(glob, str) and glob for glob in getattr(self, name)):
-                raise UsageError(f"{flag(name)} takes globs of module names, not {getattr(self, name)!r}.")
+            given = getattr(self, name)
+            asked = (given,) if isinstance(given, str) else tuple(given or ())
+            if not all(isinstance(target, str) for target in asked):
+                raise UsageError(f"{flag(name)} takes names of layers, such as q_proj, not {given!r}.")
+            for target in asked:
+                check_expressions(target, flag(name))
+            object.__setattr__(self, name, asked)
+        for target, _ in self.overrides:
+            check_expressions(target, "layers:")
         _check_pattern(self)
 
-    def for_layer(self, name: str) -> Recipe:
-        """This recipe with the overrides whose glob matches the module `name`; later ones win."""
+    def for_layer(self, name: str, kinds: tuple[str, ...] = ()) -> Recipe:
+        """This recipe with the overrides that mean the module `name`, of the classes `kinds`; later ones win."""
         recipe = self
-        for glob, fields in self.overrides:
-            if fnmatchcase(name, glob):
+        for target, fields in self.overrides:
+            if matches(target, name, kinds):
                 recipe = _override(recipe, dict(fields))
         return recipe
 
     def with_overrides(self, layers: Mapping[str, Mapping[str, Any]]) -> Recipe:
         """This recipe with further fields for the layers of these names, which win over what was there."""
-        added = tuple((escape(name), tuple(sorted(fields.items()))) for name, fields in layers.items())
+        added = tuple((only(name), tuple(sorted(fields.items()))) for name, fields in layers.items())
         return replace(self, overrides=(*self.overrides, *added))
 
     def settled(self, *, calibrated: bool = False) -> Recipe:
@@ -178,8 +185,8 @@ def _read_file(file: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     _only_known(file, content, known, "")
     for name in ("targets", "ignore"):
         if name in content:
-            globs = content[name] or ()
-            content[name] = tuple(globs) if isinstance(globs, list | tuple) else (globs,)
+            targets = content[name] or ()
+            content[name] = tuple(targets) if isinstance(targets, list | tuple) else (targets,)
     if not isinstance(overrides, dict) or not all(isinstance(fields, dict) for fields in overrides.values()):
         raise RecipeError(f"'layers' in {file} must map each glob to its settings, as in '*.mlp.*: {{rank: 16}}'.")
     for glob, fields in overrides.items():

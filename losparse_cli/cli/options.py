@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..budget.recipe import DEFAULT_ITERATIONS, MANY_ITERATIONS, MANY_KEPT, Recipe
 from ..errors import UsageError
+from ..tasks.request import TaskRequest
 
 if TYPE_CHECKING:
     from ..compression.matching import Refinement
-    from ..tasks.request import TaskRequest
     from ..text.request import Calibration
 
 SIZE, TEXT, RUN, HUB, SHOW = "Size", "Calibration", "Run", "Hub", "Output"
@@ -41,6 +42,26 @@ MemoryLimit = Annotated[
         rich_help_panel=RUN,
         show_default="3/4 of what is free",
     ),
+]
+
+_PLAIN, _CALIBRATED = Recipe().settled(), Recipe().settled(calibrated=True)
+
+
+def by_calibration(name: str) -> str:
+    """The default of a field of the recipe: without calibration text, and with it."""
+    plain, calibrated = (getattr(recipe, name) for recipe in (_PLAIN, _CALIBRATED))
+    return f"{plain}; with --calibration {calibrated}"
+
+
+ITERATIONS = ", ".join(f"{solver} {count}" for solver, count in DEFAULT_ITERATIONS.items()) + (
+    f", or {MANY_ITERATIONS} where {MANY_KEPT:g} or more is kept"
+)
+NAMES = "by name (q_proj), glob, class (Linear) or re:EXPRESSION; with commas, or repeated."
+Targets = Annotated[
+    list[str] | None, typer.Option(help=f"Layers to compress, {NAMES}", rich_help_panel=SIZE, show_default="all")
+]
+Ignore = Annotated[
+    list[str] | None, typer.Option(help=f"Layers to leave dense, {NAMES}", rich_help_panel=SIZE, show_default=False)
 ]
 
 CalibrationSource = Annotated[
@@ -99,8 +120,8 @@ TrainFile = _data(str | None, "Rows to train on: .jsonl, .json, .csv, .tsv, .par
 ValidationFile = _data(str | None, "Rows to score on.")
 DatasetName = _data(str | None, "Dataset of the Hub, in place of files.")
 DatasetConfigName = _data(str | None, "Its configuration.")
-TrainSplit = _data(str | None, "Its split to train on.", "train")
-ValidationSplit = _data(str | None, "Its split to score on.", "validation")
+TrainSplit = _data(str | None, "Its split to train on.", TaskRequest.train_split)
+ValidationSplit = _data(str | None, "Its split to score on.", TaskRequest.validation_split)
 TextColumn = _data(str | None, "Column with the text.", "by its usual names")
 TextPairColumn = _data(str | None, "Column with a second text.", "by its usual names")
 LabelColumn = _data(str | None, "Column with labels, or with numbers to predict.", "label")
@@ -110,18 +131,18 @@ AnswersColumn = _data(str | None, "Column with answers, in SQuAD's form.", "answ
 SummaryColumn = _data(str | None, "Column with what is to be written.", "by its usual names")
 SourcePrefix = _data(str | None, "Put before every text, as T5 wants it.")
 MaxLength = _data(int | None, "Tokens of an input.", "by the task")
-MaxTargetLength = _data(int | None, "Tokens of what is written.", "128")
-DocStride = _data(int | None, "Tokens that two windows of a context share.", "128")
-NBest = _data(int | None, "Starts and ends of answers that are combined.", "20")
-MaxAnswerLength = _data(int | None, "Tokens of an answer.", "30")
-NumBeams = _data(int | None, "Of the search by which text is written.", "4")
+MaxTargetLength = _data(int | None, "Tokens of what is written.", str(TaskRequest.max_target_length))
+DocStride = _data(int | None, "Tokens that two windows of a context share.", str(TaskRequest.doc_stride))
+NBest = _data(int | None, "Starts and ends of answers that are combined.", str(TaskRequest.n_best))
+MaxAnswerLength = _data(int | None, "Tokens of an answer.", str(TaskRequest.max_answer_length))
+NumBeams = _data(int | None, "Of the search by which text is written.", str(TaskRequest.num_beams))
 MaxTrainSamples = _data(int | None, "Train on so many rows.", "all")
 MaxValidationSamples = _data(int | None, "Score on so many rows.", "all")
 
 
 def task_request(given: dict[str, Any], *, objective: str = "task") -> TaskRequest:
     """What --task and the options of its data ask for; UsageError if they contradict one another."""
-    from ..tasks.request import TASKS, TaskRequest
+    from ..tasks.request import TASKS
 
     fields = {name: given[name] for name in TaskRequest.__dataclass_fields__ if given.get(name) is not None}
     if "task" not in fields:

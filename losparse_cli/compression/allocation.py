@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from ..budget.allocate import REACH, Curve, allocate
 from ..budget.plan import Layer, plan_layer
 from ..budget.recipe import RANK_CHOICES, SIZE_CHOICES, Recipe
+from ..budget.targets import matches
 from ..calibration.moments import gather_moments
 from ..errors import UsageError
 from ..linalg.factors import Decomposition
@@ -66,11 +66,11 @@ def allocate_by_error(job: Job, on_phase: Callable[[str], None] = lambda text: N
     return Allocation(layers if gain < 1 else {}, gain)
 
 
-def names_size(recipe: Recipe, layer: str) -> bool:
+def names_size(recipe: Recipe, layer: Layer) -> bool:
     """Whether the recipe asks for a size, a rank or a pattern of this layer by name: then it stays as asked."""
     return any(
-        fnmatchcase(layer, glob) and {*RANK_CHOICES, *SIZE_CHOICES, "pattern"} & dict(fields).keys()
-        for glob, fields in recipe.overrides
+        matches(target, layer.name, layer.kinds) and {*RANK_CHOICES, *SIZE_CHOICES, "pattern"} & dict(fields).keys()
+        for target, fields in recipe.overrides
     )
 
 
@@ -86,7 +86,7 @@ class _Survey:
         self._measured = _part(job.windows, 0, min(WINDOWS, count - 2 * each))
         self._weighing = _part(job.windows, count - 2 * each, count - each) if self.may_check else self._measured
         self._checking = _part(job.windows, count - each, count)
-        self.plans = {plan.layer.name: plan for plan in job.plan.layers if not names_size(job.recipe, plan.layer.name)}
+        self.plans = {plan.layer.name: plan for plan in job.plan.layers if not names_size(job.recipe, plan.layer)}
         self.curves: dict[str, Curve] = {}
         self.split: dict[str, float] = {}
         self._coarse: dict[str, Tensor] = {}  # layer -> its weight at the uniform size, coarsely solved

@@ -9,6 +9,7 @@ import torch
 
 from ..budget.plan import Layer, LayerPlan, Plan, make_plan, plan_as_stored
 from ..budget.recipe import Recipe
+from ..budget.targets import choose, require_match
 from ..checkpoint.card import companion_files
 from ..checkpoint.config import layer_specs
 from ..checkpoint.output import output_path, parse_size
@@ -19,7 +20,7 @@ from ..errors import CheckpointError, SourceError, UsageError
 from ..models.blocks import block_of, call_order, find_blocks, hidden_size
 from ..models.device import find_device
 from ..models.names import NameMap
-from ..models.skeleton import Skeleton, build_skeleton, choose, require_match
+from ..models.skeleton import Skeleton, build_skeleton
 from ..shim.layouts import INDEX_TENSORS, candidates
 from ..shim.loader import loader_bytes
 from ..text.windows import Calibration, Windows, read_windows, settle
@@ -225,12 +226,13 @@ def _by_block(units: Units, source: Checkpoint, skeleton: Skeleton, plan: Plan) 
 
 def find_layers(source: Checkpoint, skeleton: Skeleton, recipe: Recipe) -> tuple[list[Layer], dict[str, str]]:
     """Targeted layers with their tensors on disk, and every layer left dense with the reason."""
-    chosen, skipped = choose(skeleton, recipe.targets, recipe.ignore)
-    for glob, _ in recipe.overrides:
-        require_match(skeleton, glob, "layers:")
+    kinds = skeleton.kinds
+    chosen, skipped = choose(kinds, skeleton.skipped, recipe.targets, recipe.ignore)
+    for target, _ in recipe.overrides:
+        require_match(target, kinds, skeleton.linears, "layers:")
     names = NameMap(skeleton.model, source.entries)
     layers = []
-    for linear in chosen:
+    for linear in (skeleton.linears[name] for name in chosen):
         parameter = f"{linear.name}.weight"
         tensors = names.disk.get(parameter, [])
         if len(tensors) != 1 or not tensors[0].endswith(".weight"):
@@ -259,7 +261,9 @@ def find_layers(source: Checkpoint, skeleton: Skeleton, recipe: Recipe) -> tuple
             skipped[linear.name] = "transformers would rename its factors at load"
             continue
         itemsize = BITS[entry.dtype] // 8
-        layers.append(Layer(linear.name, entry.name, disk_module, linear.shape, itemsize, linear.transposed))
+        layers.append(
+            Layer(linear.name, entry.name, disk_module, linear.shape, itemsize, linear.transposed, kinds[linear.name])
+        )
     return layers, skipped
 
 

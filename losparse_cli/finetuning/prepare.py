@@ -14,6 +14,7 @@ from torch import nn
 
 from ..budget.plan import Layer, Plan, make_plan, plan_as_stored, plan_layer
 from ..budget.recipe import RANK_CHOICES, SIZE_CHOICES, Recipe
+from ..budget.targets import choose
 from ..checkpoint.fingerprint import companion_states, digest, file_states
 from ..checkpoint.finish import versions
 from ..checkpoint.output import check_output, output_path, parse_size
@@ -23,7 +24,7 @@ from ..checkpoint.writer import sha256
 from ..errors import MissingExtraError, UsageError
 from ..load import load
 from ..models.device import find_device
-from ..models.skeleton import Skeleton, choose, classify
+from ..models.skeleton import Skeleton, classify
 from ..shim.layouts import LayerSpec
 from ..tasks.request import TaskRequest
 from ..tasks.rows import read_rows
@@ -215,8 +216,9 @@ def _plan(model: nn.Module, checkpoint: Checkpoint, recipe: Recipe, dtype: torch
                 f"Training prunes neurons or single entries, and --pattern {recipe.pattern} is neither. Give rows, "
                 "columns or unstructured."
             )
-        chosen, skipped = choose(Skeleton(model, linears, skipped), recipe.targets, recipe.ignore)
-        layers = [_layer(linear.name, linear.shape, linear.transposed, dtype) for linear in chosen]
+        kinds = Skeleton(model, linears, skipped).kinds
+        chosen, skipped = choose(kinds, skipped, recipe.targets, recipe.ignore)
+        layers = [_layer(name, linears[name].shape, linears[name].transposed, dtype, kinds[name]) for name in chosen]
         changes: dict[str, Any] = {k: v for k, v in DEFAULTS.items() if getattr(recipe, k) is None}
         if any(getattr(recipe, name) is not None for name in SIZE_CHOICES):
             changes.pop("keep_parameters", None)
@@ -253,8 +255,10 @@ def _smaller(present: Plan, recipe: Recipe, threshold: str) -> Plan:
     return Plan(tuple(wanted), present.skipped)
 
 
-def _layer(name: str, shape: tuple[int, int], transposed: bool, dtype: torch.dtype) -> Layer:
-    return Layer(name, f"{name}.weight", name, (shape[0], shape[1]), dtype.itemsize, transposed)
+def _layer(
+    name: str, shape: tuple[int, int], transposed: bool, dtype: torch.dtype, kinds: tuple[str, ...] = ()
+) -> Layer:
+    return Layer(name, f"{name}.weight", name, (shape[0], shape[1]), dtype.itemsize, transposed, kinds)
 
 
 def _state(checkpoint: Checkpoint) -> dict[str, Any]:

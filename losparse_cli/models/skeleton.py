@@ -6,7 +6,6 @@ import ast
 import inspect
 import re
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from textwrap import dedent
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import SourceError, UsageError
+from ..errors import SourceError
 
 PLAIN = ("Linear", "Conv1D", "FalconLinear")
 """Classes whose output is x Wᵀ + b and nothing else."""
@@ -37,6 +36,17 @@ class Skeleton:
     model: Any
     linears: dict[str, Linear]
     skipped: dict[str, str]
+
+    @property
+    def kinds(self) -> dict[str, tuple[str, ...]]:
+        """Every layer, compressible or not -> name of its class, and of those that it is made from."""
+        return {name: kinds_of(self.model.get_submodule(name)) for name in (*self.linears, *self.skipped)}
+
+
+def kinds_of(module: nn.Module) -> tuple[str, ...]:
+    """Names of the module's class and of its bases, up to nn.Module."""
+    mro = type(module).__mro__
+    return tuple(kind.__name__ for kind in mro[: mro.index(nn.Module)])
 
 
 def build_skeleton(folder: Path, config: dict[str, Any], *, trust_remote_code: bool = False) -> Skeleton:
@@ -191,41 +201,3 @@ def _expert_count(model: Any) -> int | None:
         if isinstance(count, int):
             return count
     return None
-
-
-def choose(
-    skeleton: Skeleton, targets: tuple[str, ...], ignore: tuple[str, ...]
-) -> tuple[list[Linear], dict[str, str]]:
-    """The layers that `targets` and `ignore` (globs on module names) leave, and all skipped with the reason.
-
-    A glob that matches no layer raises UsageError with near misses.
-    """
-    for option, globs in (("--targets", targets), ("--ignore", ignore)):
-        for glob in globs:
-            require_match(skeleton, glob, option)
-    chosen, skipped = [], dict(skeleton.skipped)
-    for name, linear in skeleton.linears.items():
-        if targets and not any(fnmatchcase(name, glob) for glob in targets):
-            skipped[name] = "not among --targets"
-        elif any(fnmatchcase(name, glob) for glob in ignore):
-            skipped[name] = "named by --ignore"
-        else:
-            chosen.append(linear)
-    return chosen, skipped
-
-
-def require_match(skeleton: Skeleton, glob: str, option: str) -> None:
-    """UsageError with near misses if `glob`, given by `option`, matches no layer, compressible or not."""
-    if not any(fnmatchcase(name, glob) for name in (*skeleton.linears, *skeleton.skipped)):
-        raise UsageError(f"{option} {glob!r} matches no layer. {near_misses(glob, list(skeleton.linears))}")
-
-
-def near_misses(glob: str, names: list[str]) -> str:
-    """A sentence with a few module names that resemble `glob`."""
-    from difflib import get_close_matches
-
-    core = glob.strip("*.")
-    close = [name for name in names if core.lower() in name.lower()] or get_close_matches(core, names, 3, 0.3)
-    suffixes = {name.rpartition(".")[2]: name for name in names}
-    close = close or [suffixes[s] for s in get_close_matches(core.rpartition(".")[2], list(suffixes), 3, 0.4)]
-    return f"Close names: {', '.join((close or names)[:3])}. Names are those of the modules; * stands for any text."

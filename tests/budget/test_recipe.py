@@ -66,6 +66,22 @@ def test_a_recipe_at_the_edge_of_what_may_be(fields: dict[str, Any]) -> None:
     assert all(getattr(recipe, name) == value for name, value in fields.items())
 
 
+@pytest.mark.parametrize(
+    ("fields", "meant"),
+    [
+        ({"keep": 60}, "0.6"),
+        ({"sparsity": 90}, "0.9"),
+        ({"rank_ratio": 20}, "0.2"),
+        ({"keep_parameters": 12.5}, "0.125"),
+    ],
+)
+def test_a_share_given_in_percent_is_asked_about(fields: dict[str, Any], meant: str) -> None:
+    with pytest.raises(UsageError, match=rf"between 0 and 1, not \d[\d.]*\. Did you mean {meant}\?$"):
+        Recipe(**fields)
+    with pytest.raises(UsageError, match=r"a share between 0 and 1, not 1000\.$"):
+        Recipe(keep=1000)
+
+
 def test_overrides_apply_where_their_glob_matches_and_later_ones_win(tmp_path: Path) -> None:
     recipe = from_text(
         "rank: 8\nsparsity: 0.9\n"

@@ -16,7 +16,7 @@ from transformers import Conv1D
 
 import losparse_cli
 from losparse_cli.errors import SourceError, UsageError
-from losparse_cli.models.skeleton import build_skeleton, choose, classify
+from losparse_cli.models.skeleton import build_skeleton, classify, kinds_of
 
 # Toy -> the linear layers of one block (the last one), by the end of their names.
 _LLAMA = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
@@ -169,41 +169,11 @@ def test_heads_in_a_list_are_heads() -> None:
     assert list(linears) == ["blocks.0.plain"]
 
 
-# --- choosing ---------------------------------------------------------------------------------------
-
-
-def test_targets_and_ignore_are_globs_on_whole_names(toy: Any) -> None:
-    skeleton = skeleton_of(toy, "llama")
-    chosen, skipped = choose(skeleton, ("*.self_attn.*",), ("*.1.*.q_proj", "*.v_proj"))
-    kept = [f"model.layers.0.self_attn.{p}_proj" for p in "qko"] + [f"model.layers.1.self_attn.{p}_proj" for p in "ko"]
-    assert [linear.name for linear in chosen] == kept
-    assert skipped["model.layers.1.self_attn.q_proj"] == "named by --ignore"
-    assert skipped["model.layers.0.mlp.up_proj"] == "not among --targets"
-    assert skipped["lm_head"] == "output head"
-    assert {linear.name for linear in chosen} | skipped.keys() == skeleton.linears.keys() | skeleton.skipped.keys()
-    everything, _ = choose(skeleton, (), ())
-    assert [linear.name for linear in everything] == list(skeleton.linears)
-    assert "named by --ignore" not in skeleton.skipped.values()  # the skeleton itself is left as it was
-
-
-@pytest.mark.parametrize(
-    ("targets", "ignore", "option", "near"),
-    [
-        (("q_proj",), (), "--targets", "self_attn.q_proj"),  # a glob is of the whole name
-        (("*.q_porj",), (), "--targets", "q_proj"),
-        (("*.MLP.*",), (), "--targets", "mlp"),
-        (("*.mlp.*", "*.nothing_like_it"), (), "--targets", "model.layers"),
-        ((), ("*.layers.7.*",), "--ignore", "model.layers"),
-    ],
-)
-def test_a_glob_that_matches_nothing_names_near_misses(
-    targets: tuple[str, ...], ignore: tuple[str, ...], option: str, near: str, toy: Any
-) -> None:
-    wrong = (*targets, *ignore)[-1]
-    with pytest.raises(UsageError) as raised:
-        choose(skeleton_of(toy, "llama"), targets, ignore)
-    assert str(raised.value).startswith(f"{option} {wrong!r} matches no layer.")
-    assert near in str(raised.value)
+def test_kinds_are_the_classes_of_every_layer_and_their_bases(toy: Any) -> None:
+    kinds = skeleton_of(toy, "llama").kinds
+    assert kinds["model.layers.0.self_attn.q_proj"] == kinds["lm_head"] == ("Linear",)
+    assert kinds["model.embed_tokens"] == ("Embedding",)
+    assert kinds_of(type("FalconLinear", (nn.Linear,), {})(8, 8)) == ("FalconLinear", "Linear")
 
 
 def test_choosing_only_what_stays_dense_says_so(toy: Any, tmp_path: Path) -> None:

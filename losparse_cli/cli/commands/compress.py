@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ...budget.recipe import Recipe
 from .. import options as o
 
 
@@ -20,7 +21,11 @@ def compress(
     ] = None,
     rank_ratio: Annotated[
         float | None,
-        typer.Option(help="Share of the kept parameters in U and V.", rich_help_panel=o.SIZE, show_default="0"),
+        typer.Option(
+            help="Share of the kept parameters in U and V.",
+            rich_help_panel=o.SIZE,
+            show_default=o.by_calibration("rank_ratio"),
+        ),
     ] = None,
     sparsity: Annotated[
         float | None, typer.Option(help="Share of S that is zero.", rich_help_panel=o.SIZE, show_default=False)
@@ -30,7 +35,7 @@ def compress(
         typer.Option(
             help="Stored bytes of the compressed layers over their dense bytes, every index counted.",
             rich_help_panel=o.SIZE,
-            show_default="0.85",
+            show_default=o.by_calibration("keep"),
         ),
     ] = None,
     keep_parameters: Annotated[
@@ -42,41 +47,37 @@ def compress(
         typer.Option(
             help="Where S may be non-zero: unstructured, rows, columns, or N:M (N non-zeros in every M).",
             rich_help_panel=o.SIZE,
-            show_default="unstructured",
+            show_default=Recipe.pattern,
         ),
     ] = None,
     threshold_scope: Annotated[
         str | None,
         typer.Option(
-            help="Largest entries of each row, or of the matrix.", rich_help_panel=o.SIZE, show_default="matrix"
+            help="Largest entries of each row, or of the matrix.",
+            rich_help_panel=o.SIZE,
+            show_default=o.by_calibration("threshold_scope"),
         ),
     ] = None,
     iterations: Annotated[
         int | None,
         typer.Option(
-            help="Alternations between U V and S; 1 is the paper's one pass.", rich_help_panel=o.SIZE, show_default="4"
+            help="Passes of the solver over a layer; of magnitude 1 is the paper's one.",
+            rich_help_panel=o.SIZE,
+            show_default=o.ITERATIONS,
         ),
     ] = None,
     exact_svd: Annotated[
         bool | None,
         typer.Option("--exact-svd", help="LAPACK's SVD instead of a randomized one.", rich_help_panel=o.SIZE),
     ] = None,
-    targets: Annotated[
-        list[str] | None,
-        typer.Option(help="Glob of module names to compress; repeatable.", rich_help_panel=o.SIZE, show_default="all"),
-    ] = None,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Glob of module names to leave dense; repeatable.", rich_help_panel=o.SIZE, show_default=False
-        ),
-    ] = None,
+    targets: o.Targets = None,
+    ignore: o.Ignore = None,
     solver: Annotated[
         str | None,
         typer.Option(
             help="admm, oats or magnitude.",
             rich_help_panel=o.TEXT,
-            show_default="by --calibration",
+            show_default=o.by_calibration("solver"),
         ),
     ] = None,
     calibration: o.CalibrationSource = None,
@@ -90,7 +91,7 @@ def compress(
         typer.Option(
             help="uniform, or error: sizes by what each layer's error does to the model's output.",
             rich_help_panel=o.TEXT,
-            show_default="uniform",
+            show_default=Recipe.allocate,
         ),
     ] = None,
     refine: Annotated[
@@ -106,11 +107,11 @@ def compress(
     recipe: Annotated[
         Path | None,
         typer.Option(
-            help="YAML file of these settings, also per glob; flags win.", rich_help_panel=o.SIZE, show_default=False
+            help="YAML file of these settings, also per layer; flags win.", rich_help_panel=o.SIZE, show_default=False
         ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of the randomized SVD.", rich_help_panel=o.RUN, show_default="0")
+        int | None, typer.Option(help="Of the randomized SVD.", rich_help_panel=o.RUN, show_default=str(Recipe.seed))
     ] = None,
     device: o.Device = "auto",
     max_shard_size: o.MaxShardSize = "5GB",

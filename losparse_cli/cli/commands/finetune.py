@@ -70,16 +70,8 @@ def finetune(
             show_default="rows",
         ),
     ] = None,
-    targets: Annotated[
-        list[str] | None,
-        typer.Option(help="Glob of module names to compress; repeatable.", rich_help_panel=o.SIZE, show_default="all"),
-    ] = None,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Glob of module names to leave dense; repeatable.", rich_help_panel=o.SIZE, show_default=False
-        ),
-    ] = None,
+    targets: o.Targets = None,
+    ignore: o.Ignore = None,
     low_rank_init: Annotated[
         str | None,
         typer.Option(
