@@ -22,6 +22,7 @@ from .checkpoint.source import Checkpoint, open_checkpoint
 from .errors import UsageError
 from .load import load
 from .models.device import find_device, memory_errors
+from .text.tokenizer import length_limit, positions
 
 ROWS = (1, 16, 256)
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -127,14 +128,14 @@ def _runner(
     runner = Runner(model.to(device), *sizes)
     _, prompt, new_tokens = sizes
     # Before it runs: on a GPU an index out of range ends the process.
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or prompt + new_tokens
-    if not runner.generates:
-        new_tokens = 0
-        limit = min(limit, tokenizer.model_max_length if tokenizer is not None else limit)
+    new_tokens = new_tokens if runner.generates else 0
+    named = None if runner.generates or tokenizer is None else tokenizer.model_max_length
+    limit = length_limit(model, named) or prompt + new_tokens
     if model.config.is_encoder_decoder:  # each side has positions of its own
-        if max(prompt, new_tokens + 1) > limit:
+        written = positions(model, decoder=True) or new_tokens + 1
+        if prompt > limit or new_tokens + 1 > written:
             raise UsageError(f"{name} takes at most {limit} tokens. Give --prompt {limit} or less, and --new-tokens "
-                             f"below {limit}.")  # fmt: skip
+                             f"below {written}.")  # fmt: skip
     elif prompt + new_tokens > limit:
         fewer = f"a smaller --prompt or fewer --new-tokens: together {limit}" if new_tokens else f"--prompt {limit}"
         raise UsageError(f"{name} takes at most {limit} tokens. Give {fewer} or less.")

@@ -23,7 +23,7 @@ from .evaluation.windows import Cut, Line, Window, cut, lines
 from .load import load
 from .models.device import find_device, release
 from .text import files
-from .text.request import length_limit
+from .text.tokenizer import check_tokens, length_limit
 
 MEMORY = ("auto", "together", "apart")
 
@@ -162,7 +162,7 @@ class _Request:
         options = {"trust_remote_code": True} if self.trust_remote_code else {}
         model, tokenizer = load(checkpoint.folder, dtype=self.dtype or "auto", **options)
         kind, name = _kind(model, checkpoint.address), checkpoint.address
-        limit = length_limit(model, checkpoint.folder) or self.length
+        limit = length_limit(model, tokenizer.model_max_length) or self.length
         if kind == "encoder":
             if not comparing:
                 raise UsageError(
@@ -179,14 +179,7 @@ class _Request:
             found = cut(
                 tokenizer, self.text, length=length, stride=self.stride, count=self.count, seq2seq=kind == "seq2seq"
             )
-        # Before it runs: on a GPU an index out of range ends the process.
-        known = getattr(model.get_input_embeddings(), "num_embeddings", None)
-        largest = max(int(unit.ids.max()) for unit in found.units)
-        if known is not None and largest >= known:
-            raise UsageError(
-                f"The tokenizer of {name} yields token {largest}, and the model knows {known}. Give a checkpoint with "
-                "its own tokenizer."
-            )
+        check_tokens(max(int(unit.ids.max()) for unit in found.units), model, name)
         return _Subject(checkpoint.name, kind, model.to(self.device), found, length, dtype_of(model))
 
 

@@ -132,7 +132,7 @@ class Run:
         assert [step.step for step in self.steps] == list(range(1, result.steps + 1))
         if self.prepared.unseen is not None:
             task = open_task(self.task)
-            rows = task.prepare(self.prepared.unseen.rows, tokenizer, model.config, training=False)
+            rows = task.prepare(self.prepared.unseen.rows, tokenizer, model, training=False)
             again = task.score(model, tokenizer, rows, batch_size=16, device=CPU)
             assert again == pytest.approx(result.scores, rel=1e-3, abs=1e-3)
             assert report.training["scores"] == result.scores
@@ -200,7 +200,7 @@ def test_a_model_of_bfloat16_stays_one(kind: str, tmp_path: Path) -> None:
     assert {kind for kind, _, _ in toys.tensor_bytes(run.result.output).values()} <= {"BF16", "I32"}
     model, tokenizer = losparse_cli.load(run.result.output)
     task = open_task(run.task)
-    rows = task.prepare(run.prepared.unseen.rows, tokenizer, model.config, training=False)
+    rows = task.prepare(run.prepared.unseen.rows, tokenizer, model, training=False)
     again = task.score(model, tokenizer, rows, batch_size=32, device=CPU)
     assert again == run.result.scores
 

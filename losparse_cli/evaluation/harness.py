@@ -22,6 +22,7 @@ from ..checkpoint.source import Checkpoint
 from ..errors import MissingExtraError, SourceError, UsageError
 from ..load import load
 from ..models.device import find_device, memory_errors, release
+from ..text.tokenizer import positions
 from .evaluation import plain
 from .harness_scores import RESAMPLES, SEED, Estimates, differences, estimates
 from .models import DTYPES, check_batch_size, check_choice, dtype_of, open_models
@@ -192,7 +193,10 @@ class _Run:
                 "or score it with --task."
             )
         with _quiet(self.bars), memory_errors("Lower --batch-size."):
-            lm = HFLM(pretrained=model.to(self.device), tokenizer=tokenizer, batch_size=self.batch_size)
+            lm = HFLM(
+                pretrained=model.to(self.device), tokenizer=tokenizer, batch_size=self.batch_size,
+                max_length=positions(model),
+            )  # fmt: skip
             return self._ask(lm), dtype_of(model)
 
     def _ask(self, lm: Any) -> dict[str, Any]:

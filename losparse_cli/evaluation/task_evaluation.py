@@ -153,7 +153,7 @@ class _Run:
         model, tokenizer = load(checkpoint.folder, model_class=head, dtype=self.dtype or "auto", **options)
         task.check_model(model)
         task.check(self.rows, model.config)
-        features = task.prepare(self.rows, tokenizer, model.config, training=False)
+        features = task.prepare(self.rows, tokenizer, model, training=False)
         heard = 0
 
         def hear(done: int, total: int) -> None:

@@ -144,8 +144,8 @@ def prepare_finetuning(
     for part in (rows, validation):
         if part is not None:
             opened.check(part, model.config)
-    features = opened.prepare(rows, tokenizer, model.config, training=True)
-    unseen = None if validation is None else opened.prepare(validation, tokenizer, model.config, training=False)
+    features = opened.prepare(rows, tokenizer, model, training=True)
+    unseen = None if validation is None else opened.prepare(validation, tokenizer, model, training=False)
     dtype = _stored_dtype(checkpoint)
     plan = _plan(model, checkpoint, recipe or Recipe(pattern=PATTERN), dtype, how.pruning.threshold)
     longest = max(len(item["input_ids"]) for part in (features, unseen) if part is not None for item in part.items)

@@ -11,7 +11,7 @@ from torch import nn
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import UsageError
 from ..load import load
-from ..tasks.tokens import positions
+from ..text.tokenizer import positions
 from .request import Finetuning
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _check(found: Checkpoint, model: Any, config: Any, how: Finetuning, task: Ta
             f"The teacher {found.address} knows {model.config.num_labels} labels, and the model that is to learn "
             f"{config.num_labels}. Give a teacher of the same labels."
         )
-    known = positions(model.config)
+    known = positions(model)
     if known is not None and longest > known:
         raise UsageError(
             f"The teacher {found.address} reads {known} tokens at most, and the longest input has {longest}. Lower "

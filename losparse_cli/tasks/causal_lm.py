@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import UsageError
-from ..text.tokenizer import frame
+from ..text.tokenizer import check_tokens, frame
 from .columns import columns_of, texts
 from .rows import Rows
 from .task import Collate, Features, Progress, Task, passes, scoring
-from .tokens import check_vocabulary, chunks, length_of
+from .tokens import chunks, length_of
 
 LENGTH = 1024  # tokens of a window, if nothing else is asked for and the model takes as many
 PIECE = 1 << 20  # characters that are tokenized at once
@@ -59,10 +59,10 @@ class CausalLM(Task):
                 "changes with those after it. Give a language model that reads from left to right."
             )
 
-    def prepare(self, rows: Rows, tokenizer: Any, config: Any, *, training: bool) -> Features:
+    def prepare(self, rows: Rows, tokenizer: Any, model: Any, *, training: bool) -> Features:
         """Items: windows; the row of one is that in which it begins."""
-        self.check(rows, config)
-        length = length_of(self.request.max_length, tokenizer, config, LENGTH)
+        self.check(rows, model.config)
+        length = length_of(self.request.max_length, tokenizer, model, LENGTH)
         column = columns_of(self.request, rows.columns, rows.name)["text_column"]
         streams: list[np.ndarray[Any, Any]] = []
         for part in chunks(list(texts(rows.rows, column, "text_column", rows.place))):
@@ -76,7 +76,7 @@ class CausalLM(Task):
             )
         windows = torch.from_numpy(np.concatenate(streams)[: count * length]).view(count, length)
         items = [{"input_ids": window, "labels": window} for window in windows]
-        check_vocabulary([{"input_ids": [int(windows.max())]}], config)
+        check_tokens(int(windows.max()), model)
         return Features(items, rows, np.searchsorted(ends, np.arange(count) * length, side="right").tolist())
 
     def collator(self, tokenizer: Any, model: Any) -> Collate:

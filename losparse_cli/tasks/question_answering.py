@@ -14,7 +14,7 @@ from .columns import columns_of, texts
 from .rows import Rows
 from .spans import Window, best_span, cut_windows, find_span
 from .task import Collate, Features, Progress, Task, passes, scoring
-from .tokens import check_vocabulary, chunks, length_of, pad, settle_padding
+from .tokens import check_items, chunks, length_of, pad, settle_padding
 
 LENGTH = 384  # tokens of a question and a part of its context, as is usual for SQuAD
 _LABELS = ["start_positions", "end_positions"]
@@ -54,15 +54,15 @@ class QuestionAnswering(Task):
             found.append(pairs)
         return found
 
-    def prepare(self, rows: Rows, tokenizer: Any, config: Any, *, training: bool) -> Features:
+    def prepare(self, rows: Rows, tokenizer: Any, model: Any, *, training: bool) -> Features:
         if not tokenizer.is_fast:
             raise UsageError(
                 f"{type(tokenizer).__name__} does not say where in a text its tokens lie, and question-answering needs "
                 "that. Give a model with a fast tokenizer (tokenizer.json)."
             )
         answers = self.answers(rows)
-        settle_padding(tokenizer, config)
-        length = length_of(self.request.max_length, tokenizer, config, LENGTH)
+        settle_padding(tokenizer, model.config)
+        length = length_of(self.request.max_length, tokenizer, model, LENGTH)
         columns = self._columns(rows)
         questions, contexts = (
             list(texts(rows.rows, columns[field], field, rows.place)) for field in ("question_column", "context_column")
@@ -82,7 +82,7 @@ class QuestionAnswering(Task):
                         window.inputs.update(zip(_LABELS, label, strict=True))
                     else:
                         offsets.append(window.offsets)
-        check_vocabulary(items, config)
+        check_items(items, model)
         return Features(items, rows, where, tuple(offsets))
 
     def collator(self, tokenizer: Any, model: Any) -> Collate:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UsageError, flag
+from ..text.tokenizer import SHORTEST
 
 TASKS = ("text-classification", "question-answering", "summarization", "seq2seq", "causal-lm")
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-SHORTEST = 8  # tokens of an input in which there is anything to read beside special ones
 
 _SEQ2SEQ = ("summarization", "seq2seq")
 _USED_BY: dict[str, tuple[str, ...]] = {

@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import UsageError
+from ..text.tokenizer import positions
 from . import metrics
 from .columns import columns_of, texts
 from .request import TaskRequest
 from .rows import Rows
 from .task import Collate, Features, Progress, Task, passes, scoring
-from .tokens import IGNORED, check_vocabulary, chunks, length_of, pad, positions, settle_padding
+from .tokens import IGNORED, check_items, chunks, length_of, pad, settle_padding
 
 LENGTH = 1024  # tokens of a text, if nothing else is asked for and the model takes as many
 
@@ -54,11 +55,11 @@ class Seq2Seq(Task):
         """What is to be written for every row."""
         return self._texts(rows, "summary_column")
 
-    def prepare(self, rows: Rows, tokenizer: Any, config: Any, *, training: bool) -> Features:
-        self.check(rows, config)
-        settle_padding(tokenizer, config)
-        length = length_of(self.request.max_length, tokenizer, config, LENGTH)
-        written = min(self.request.max_target_length, positions(config) or self.request.max_target_length)
+    def prepare(self, rows: Rows, tokenizer: Any, model: Any, *, training: bool) -> Features:
+        self.check(rows, model.config)
+        settle_padding(tokenizer, model.config)
+        length = length_of(self.request.max_length, tokenizer, model, LENGTH)
+        written = min(self.request.max_target_length, positions(model, decoder=True) or self.request.max_target_length)
         sources = [self.request.source_prefix + text for text in self._texts(rows, "text_column")]
         targets = self.targets(rows)
         items: list[dict[str, Any]] = []
@@ -74,8 +75,8 @@ class Seq2Seq(Task):
         for k, item in enumerate(items):
             if not item["input_ids"]:
                 raise UsageError(f"{rows.place(k)} has no text. Leave the row out.")
-        check_vocabulary(items, config)
-        check_vocabulary(({"input_ids": item["labels"]} for item in items), config)
+        check_items(items, model)
+        check_items(items, model, "labels")
         return Features(items, rows, list(range(len(items))))
 
     def collator(self, tokenizer: Any, model: Any) -> Collate:
@@ -96,7 +97,7 @@ class Seq2Seq(Task):
         on_batch: Progress | None = None,
     ) -> list[str]:  # fmt: skip
         """What the model writes for every row, in the order of the rows."""
-        limit = positions(model.config)
+        limit = positions(model, decoder=True)
         # The token that a decoder begins with takes a place, too.
         tokens = min(self.request.max_target_length, self.request.max_target_length if limit is None else limit - 1)
         found = [""] * len(features)

@@ -77,11 +77,11 @@ class Task(ABC):
         return  # most have none
 
     @abstractmethod
-    def prepare(self, rows: Rows, tokenizer: Any, config: Any, *, training: bool) -> Features:
+    def prepare(self, rows: Rows, tokenizer: Any, model: Any, *, training: bool) -> Features:
         """The rows as the model reads them, cut to what it takes.
 
-        May give the tokenizer a padding token and config its id. UsageError, naming the row, for a value of the wrong
-        kind, and for a --max-length that the model does not take.
+        May give the tokenizer a padding token and the model's config its id. UsageError, naming the row, for a value of
+        the wrong kind, and for a --max-length that the model does not take.
         """
 
     @abstractmethod

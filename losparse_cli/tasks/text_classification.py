@@ -14,7 +14,7 @@ from .columns import columns_of, texts
 from .request import TaskRequest
 from .rows import Rows
 from .task import Collate, Features, Progress, Task, passes, scoring
-from .tokens import check_vocabulary, chunks, length_of, pad, settle_padding
+from .tokens import check_items, chunks, length_of, pad, settle_padding
 
 LENGTH = 512  # tokens of an input, if nothing else is asked for and the model takes as many
 
@@ -67,16 +67,16 @@ class TextClassification(Task):
     def check(self, rows: Rows, config: Any) -> None:
         self._labels(rows, config)
 
-    def prepare(self, rows: Rows, tokenizer: Any, config: Any, *, training: bool) -> Features:
-        labels = self._labels(rows, config)
+    def prepare(self, rows: Rows, tokenizer: Any, model: Any, *, training: bool) -> Features:
+        labels = self._labels(rows, model.config)
         columns = columns_of(self.request, rows.columns, rows.name)
         given = [
             list(texts(rows.rows, columns[field], field, rows.place))
             for field in ("text_column", "text_pair_column")
             if field in columns
         ]
-        settle_padding(tokenizer, config)
-        length = length_of(self.request.max_length, tokenizer, config, LENGTH)
+        settle_padding(tokenizer, model.config)
+        length = length_of(self.request.max_length, tokenizer, model, LENGTH)
         items: list[dict[str, Any]] = []
         for part in chunks(range(len(rows))):
             made = tokenizer(
@@ -91,7 +91,7 @@ class TextClassification(Task):
             if not item["input_ids"]:
                 raise UsageError(f"{rows.place(k)} has no text. Leave the row out.")
             item["labels"] = label
-        check_vocabulary(items, config)
+        check_items(items, model)
         return Features(items, rows, list(range(len(items))))
 
     def collator(self, tokenizer: Any, model: Any) -> Collate:

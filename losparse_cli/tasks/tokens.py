@@ -9,16 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UsageError
-from .request import SHORTEST
+from ..text.tokenizer import check_tokens, length_limit
 
 CHUNK = 1000  # texts that are tokenized at once
 IGNORED = -100  # a label that no loss counts
-
-# Their first position comes after that of padding, so that of max_position_embeddings some are never used.
-_POSITIONS_AFTER_PADDING = (
-    "camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm",
-    "xlm-roberta", "xlm-roberta-xl", "xmod",
-)  # fmt: skip
 
 
 def chunks(items: Sequence[Any]) -> Iterable[Sequence[Any]]:
@@ -26,31 +20,18 @@ def chunks(items: Sequence[Any]) -> Iterable[Sequence[Any]]:
     return (items[start : start + CHUNK] for start in range(0, len(items), CHUNK))
 
 
-def positions(config: Any) -> int | None:
-    """Tokens that the model's tables of positions hold; None if it has none."""
-    settings = config.get_text_config()
-    names = ("max_position_embeddings", "n_positions", "max_encoder_position_embeddings")
-    found = [n for n in (getattr(settings, name, None) for name in names) if isinstance(n, int) and n >= SHORTEST]
-    if not found:
-        return None
-    padding = settings.pad_token_id if settings.model_type in _POSITIONS_AFTER_PADDING else None
-    return min(found) - (0 if padding is None else padding + 1)
-
-
-def length_of(asked: int | None, tokenizer: Any, config: Any, default: int) -> int:
+def length_of(asked: int | None, tokenizer: Any, model: Any, default: int) -> int:
     """Tokens of an input: `asked`, or `default` where that is None and the model takes as many.
 
     UsageError if model or tokenizer take fewer than were asked for.
     """
-    # A tokenizer that knows no limit says 10^30.
-    limits = [n for n in (positions(config), tokenizer.model_max_length) if n is not None and n < 1 << 30]
-    limit = int(min(limits, default=default if asked is None else asked))
+    limit = length_limit(model, tokenizer.model_max_length)
     if asked is None:
-        return min(default, limit)
-    if asked > limit:
+        return min(default, limit or default)
+    if limit is not None and asked > limit:
         raise UsageError(
-            f"A {config.model_type} model of {limit} tokens at most cannot read --max-length {asked}. Give {limit} or "
-            "less, or leave it out."
+            f"A {model.config.model_type} model of {limit} tokens at most cannot read --max-length {asked}. Give "
+            f"{limit} or less, or leave it out."
         )
     return asked
 
@@ -83,15 +64,9 @@ def settle_padding(tokenizer: Any, config: Any) -> None:
             one.pad_token_id = tokenizer.pad_token_id
 
 
-def check_vocabulary(items: Iterable[dict[str, Any]], config: Any) -> None:
-    """Before it runs: on a GPU an index out of range ends the process. UsageError for a token that the model lacks."""
-    known = getattr(config.get_text_config(), "vocab_size", None)
-    largest = max((int(max(item["input_ids"])) for item in items if len(item["input_ids"])), default=0)
-    if isinstance(known, int) and largest >= known:
-        raise UsageError(
-            f"The tokenizer yields token {largest}, and the model knows {known}. Give a checkpoint with its own "
-            "tokenizer."
-        )
+def check_items(items: Iterable[dict[str, Any]], model: Any, name: str = "input_ids") -> None:
+    """UsageError for a token among those of `name` that the model lacks."""
+    check_tokens(max((int(max(item[name])) for item in items if len(item[name])), default=0), model)
 
 
 def pad(tokenizer: Any, model: Any, items: Sequence[dict[str, Any]], leave: Sequence[str]) -> dict[str, Tensor]:

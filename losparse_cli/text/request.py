@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from ..errors import UsageError
 from .documents import SELF, kind_of
+from .tokenizer import SHORTEST, length_limit, named_length
 
 LENGTH = 512  # tokens of a window, if nothing else is asked for and the model takes as many
-SHORTEST = 8  # tokens of a window in which there is anything to attend to
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ def settle(calibration: Calibration, model: Any, folder: Path) -> Calibration:
             "dataset."
         )
     _check_options(calibration, kind, name, seq2seq)
-    limit = length_limit(model, folder)
+    limit = length_limit(model, named_length(folder))
     if limit is not None and calibration.length is not None and calibration.length > limit:
         raise UsageError(
             f"{name} takes at most {limit} tokens, fewer than --calibration-length {calibration.length}. Give {limit} "
@@ -92,22 +89,3 @@ def _check_options(calibration: Calibration, kind: str, name: str, seq2seq: bool
             raise UsageError(f"{calibration.source} is {what[kind]} with {part}. Leave out {option} {given}.")
     if calibration.target_field is not None and not seq2seq:
         raise UsageError(f"{name} has no decoder beside an encoder. Leave out --calibration-target-field.")
-
-
-def length_limit(model: Any, folder: Path) -> int | None:
-    """The longest text, in tokens, that both the model and the tokenizer in `folder` name; None if neither does."""
-    settings = model.config.get_text_config()
-    positions = [getattr(settings, name, None) for name in ("max_position_embeddings", "n_positions")]
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    for module in tables:  # RoBERTa's first position comes after the one of padding
-        own = module is not model.get_input_embeddings() and module.num_embeddings in positions
-        if own and module.padding_idx is not None:
-            positions.append(module.num_embeddings - module.padding_idx - 1)
-    try:
-        written = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        positions.append(written.get("model_max_length"))
-    except (OSError, ValueError, AttributeError):  # then the tokenizer itself cannot be loaded either, and says so
-        pass
-    # A tokenizer that knows no limit writes 10^30.
-    sane = [int(n) for n in positions if isinstance(n, int | float) and SHORTEST <= n < 1 << 30]
-    return min(sane, default=None)

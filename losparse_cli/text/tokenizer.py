@@ -1,11 +1,12 @@
-"""A model's tokenizer: its files, and what it puts around a text."""
+"""A model's tokenizer: its files, what it puts around a text, how many tokens fit, and whether the model knows them."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import SourceError
+from ..errors import SourceError, UsageError
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -18,6 +19,7 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
 )
 """One of these stands beside every model that has a tokenizer."""
+SHORTEST = 8  # tokens of a text in which there is anything to read beside special ones
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -54,3 +56,70 @@ def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
         if framed[start : start + len(plain)] == plain:
             return framed[:start], framed[start + len(plain) :]
     return [], []
+
+
+# --- how much text fits -----------------------------------------------------------------------------
+
+
+def positions(model: Any, *, decoder: bool = False) -> int | None:
+    """Tokens that a `model`, with or without weights, has positions for; None if it names no limit.
+
+    decoder: of what its decoder reads, where encoder and decoder differ.
+    """
+    settings = model.config.get_text_config()
+    side = "max_decoder_position_embeddings" if decoder else "max_encoder_position_embeddings"
+    named = [getattr(settings, name, None) for name in ("max_position_embeddings", "n_positions", side)]
+    found = [n for n in named if isinstance(n, int) and n >= SHORTEST]
+    tokens = _token_table(model)
+    for module in model.modules():
+        # RoBERTa's first position, and that of all who followed it, comes after the one of padding.
+        padding, rows = getattr(module, "padding_idx", None), _rows(module)
+        if module is not tokens and isinstance(padding, int) and rows in found:
+            found.append(rows - padding - 1)
+    return min((n for n in found if n >= SHORTEST), default=None)
+
+
+def length_limit(model: Any, named: float | None) -> int | None:
+    """The longest text, in tokens, that the model has positions for and its tokenizer names; None if neither does.
+
+    named: `model_max_length` of the tokenizer.
+    """
+    # A tokenizer that knows no limit says 10^30.
+    limits = [positions(model), int(named) if named is not None and SHORTEST <= named < 1 << 30 else None]
+    return min((n for n in limits if n is not None), default=None)
+
+
+def named_length(folder: Path) -> float | None:
+    """`model_max_length` of the tokenizer in `folder`, which is not loaded; None if its files do not say."""
+    try:
+        found = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("model_max_length")
+    except (OSError, ValueError, AttributeError):  # then the tokenizer itself cannot be loaded either, and says so
+        return None
+    return found if isinstance(found, int | float) else None
+
+
+def check_tokens(largest: int, model: Any, address: str | Path | None = None) -> None:
+    """UsageError if the model lacks the token `largest`; address: what a person calls the tokenizer's checkpoint.
+
+    Before it runs: on a GPU an index out of range ends the process.
+    """
+    known = _rows(_token_table(model)) or getattr(model.config.get_text_config(), "vocab_size", None)
+    if isinstance(known, int) and largest >= known:
+        of = "" if address is None else f" of {address}"
+        raise UsageError(
+            f"The tokenizer{of} yields token {largest}, and the model knows {known}. Give a checkpoint with its own "
+            "tokenizer."
+        )
+
+
+def _token_table(model: Any) -> Any:
+    """The model's embeddings of tokens; None where it does not say which they are."""
+    try:
+        return model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None
+
+
+def _rows(module: Any) -> int | None:
+    weight: Any = getattr(module, "weight", None)
+    return int(weight.shape[0]) if getattr(weight, "ndim", 0) == 2 else None

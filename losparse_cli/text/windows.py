@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import UsageError
 from .documents import SELF, Documents, read_documents
 from .request import Calibration, settle
-from .tokenizer import frame, load_tokenizer
+from .tokenizer import check_tokens, frame, load_tokenizer
 
 __all__ = ["Calibration", "Windows", "pack", "pack_pairs", "read_windows", "settle"]
 
@@ -92,7 +92,8 @@ def read_windows(
     else:
         ids, target_ids = pack_pairs(tokenizer, documents, **cut)
         windows = Windows(ids, _shifted(target_ids, _decoder_start(model)))
-    _check_vocabulary(windows, model, folder)
+    largest = max(int(ids.max()) for ids in (windows.ids, windows.target_ids) if ids is not None)
+    check_tokens(largest, model, folder)
     return windows
 
 
@@ -223,14 +224,3 @@ def _decoder_start(model: Any) -> int:
         f"config.json of {type(model).__name__} names no token that its decoder begins with. Add "
         "decoder_start_token_id, or compress without --calibration."
     )
-
-
-def _check_vocabulary(windows: Windows, model: Any, folder: Path) -> None:
-    """Before it runs: on a GPU an index out of range ends the process."""
-    known = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    largest = max(int(ids.max()) for ids in (windows.ids, windows.target_ids) if ids is not None)
-    if known is not None and largest >= known:
-        raise UsageError(
-            f"The tokenizer in {folder} yields token {largest}, and the model knows {known}. Give a checkpoint with "
-            "its own tokenizer."
-        )

@@ -104,7 +104,7 @@ def dense_polarity(options: Options) -> Path:
     rows = read_rows(task.request, "train")
     transformers.set_seed(0)
     model, tokenizer = load(minilm(), model_class=task.auto_class, dtype=torch.float32, **task.config_changes(rows))
-    features = task.prepare(rows, tokenizer, model.config, training=True)
+    features = task.prepare(rows, tokenizer, model, training=True)
     arguments = transformers.TrainingArguments(
         output_dir=str(options.folder / "polarity-states"), num_train_epochs=1 if options.small else 3,
         per_device_train_batch_size=32, learning_rate=5e-5, warmup_steps=0.1, seed=0, use_cpu=True,
@@ -140,7 +140,7 @@ def _record(options: Options, row: str, folder: Path, seconds: float, **more: An
     rows = read_rows(task.request, "validation")
     model, tokenizer = load(folder, dtype=torch.float32)
     task.check(rows, model.config)
-    features = task.prepare(rows, tokenizer, model.config, training=False)
+    features = task.prepare(rows, tokenizer, model, training=False)
     logits = task.predict(model, tokenizer, features, batch_size=64, device=torch.device("cpu"))
     labels = torch.tensor([int(line["label"]) for line in rows.rows])
     right = (logits.argmax(-1).cpu() == labels).tolist()
@@ -357,7 +357,7 @@ def speed_of(form: str, precision: str, train_file: str, folder: str) -> None:
         rows = read_rows(request, "train")
         transformers.set_seed(0)
         model, tokenizer = load(minilm(), model_class=task.auto_class, dtype=torch.float32, **task.config_changes(rows))
-        features = task.prepare(rows, tokenizer, model.config, training=True)
+        features = task.prepare(rows, tokenizer, model, training=True)
         trainer = FinetuneTrainer(
             model, how, Pruner([], [], how.pruning, how.max_steps or 0), folder=output, steps=30,
             device=torch.device("cpu"), train=features, collate=task.collator(tokenizer, model), within=fast_float32,

@@ -19,7 +19,7 @@ from tests.tasks.made import CPU, Says, encoder_tokenizer, request_of, rows_of
 
 def judged(task: Any, model: Any, tokenizer: Any, rows: Any) -> tuple[Judged, dict[str, float]]:
     """What `judge` and the task itself say."""
-    features = task.prepare(rows, tokenizer, model.config, training=False)
+    features = task.prepare(rows, tokenizer, model, training=False)
     how = {"batch_size": 2, "device": CPU}
     return judge(task, model, tokenizer, features, seed=0, **how), task.score(model, tokenizer, features, **how)
 

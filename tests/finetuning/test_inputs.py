@@ -28,7 +28,7 @@ class Ready:
         )
         self.layers = list(classify(self.model)[0])
         rows = read_rows(self.task.request, "train")
-        self.items = self.task.prepare(rows, self.tokenizer, self.model.config, training=True).items
+        self.items = self.task.prepare(rows, self.tokenizer, self.model, training=True).items
         self.collate: Any = self.task.collator(self.tokenizer, self.model)
 
     def moments(self, items: list[dict[str, Any]], seed: int = 0) -> dict[str, Tensor]:

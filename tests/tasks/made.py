@@ -40,6 +40,13 @@ def request_of(task: str, **options: Any) -> TaskRequest:
     return TaskRequest(task, validation_file="rows.jsonl", **options)
 
 
+def bare(config: Any) -> Any:
+    """What is asked for its config alone."""
+    made = nn.Module()
+    made.config = config
+    return made
+
+
 def write_lines(path: Path, *rows: Any) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

@@ -15,7 +15,7 @@ from losparse_cli.errors import UsageError
 from losparse_cli.tasks import causal_lm
 from losparse_cli.tasks.task import open_task
 from tests.finetuning.learners import words_tokenizer
-from tests.tasks.made import CPU, Says, request_of, rows_of
+from tests.tasks.made import CPU, Says, bare, request_of, rows_of
 
 TEXTS = ["abcdefghijklm", "", "nop", "qrstuvwxyz" * 3]
 
@@ -26,7 +26,7 @@ def task_of(**options: Any) -> Any:
 
 def features_of(task: Any, model: Any, training: bool = False) -> Any:
     rows = rows_of(*({"text": text} for text in TEXTS))
-    return task.prepare(rows, character_tokenizer(), model.config, training=training)
+    return task.prepare(rows, character_tokenizer(), model, training=training)
 
 
 def test_documents_are_packed_and_the_tail_is_dropped() -> None:
@@ -48,7 +48,7 @@ def test_a_long_document_is_read_in_pieces(frame: str, monkeypatch: pytest.Monke
     texts = ["w1 w2\nw3\n\nw4 w5 w6\nkey w7\n", "w8 w9\n", "w1 " * 30]
     rows = rows_of(*({"text": text} for text in texts))
     config = toy_model("llama").config
-    whole = task_of(max_length=8).prepare(rows, words, config, training=True)
+    whole = task_of(max_length=8).prepare(rows, words, bare(config), training=True)
     calls: list[int] = []
 
     class Watching(type(words)):  # type: ignore[misc]
@@ -58,7 +58,7 @@ def test_a_long_document_is_read_in_pieces(frame: str, monkeypatch: pytest.Monke
 
     tokenizer = Watching(tokenizer_object=words.backend_tokenizer)
     monkeypatch.setattr(causal_lm, "PIECE", 12)
-    cut = task_of(max_length=8).prepare(rows, tokenizer, config, training=True)
+    cut = task_of(max_length=8).prepare(rows, tokenizer, bare(config), training=True)
     assert [item["input_ids"].tolist() for item in cut.items] == [item["input_ids"].tolist() for item in whole.items]
     assert cut.where == whole.where
     assert max(calls) <= 12
@@ -77,7 +77,7 @@ def test_a_model_that_sees_what_it_is_to_predict_is_refused(name: str, reads_on:
 
 def test_a_window_that_begins_with_a_document_is_of_that_row() -> None:
     rows = rows_of(*({"text": "abcdefghi"} for _ in range(3)))
-    features = task_of(max_length=10).prepare(rows, character_tokenizer(), toy_model("llama").config, training=True)
+    features = task_of(max_length=10).prepare(rows, character_tokenizer(), toy_model("llama"), training=True)
     assert features.where == [0, 1, 2]
 
 
@@ -126,7 +126,7 @@ def test_the_loss_is_the_models_own(name: str) -> None:
 def test_too_little_text_and_an_encoder_are_refused() -> None:
     model = toy_model("llama")
     with pytest.raises(UsageError) as raised:
-        task_of().prepare(rows_of({"text": "abc"}), character_tokenizer(), model.config, training=True)
+        task_of().prepare(rows_of({"text": "abc"}), character_tokenizer(), model, training=True)
     assert str(raised.value) == (
         "rows.jsonl has 4 tokens, fewer than one window of 48. Give more text, or lower --max-length."
     )
@@ -134,4 +134,4 @@ def test_too_little_text_and_an_encoder_are_refused() -> None:
         task_of().check(rows_of({"text": "abc"}), toy_model("t5").config)
     assert str(raised.value) == "A t5 model has an encoder. Give another, or --task seq2seq."
     with pytest.raises(UsageError, match=r"holds a list, not text"):
-        task_of().prepare(rows_of({"text": ["a"]}), character_tokenizer(), model.config, training=True)
+        task_of().prepare(rows_of({"text": ["a"]}), character_tokenizer(), model, training=True)

@@ -14,7 +14,7 @@ from conftest import character_tokenizer, toy_model
 from losparse_cli.errors import UsageError
 from losparse_cli.tasks.question_answering import null_position
 from losparse_cli.tasks.task import open_task
-from tests.tasks.made import CPU, Says, encoder_tokenizer, request_of, rows_of
+from tests.tasks.made import CPU, Says, bare, encoder_tokenizer, request_of, rows_of
 
 LETTERS = string.ascii_letters  # every character once, so that an answer stands in one place
 CONFIG = transformers.BertConfig(vocab_size=101, max_position_embeddings=24)
@@ -48,7 +48,7 @@ def pointing(answers: dict[int, str], strength: float = 9.0) -> Any:
 
 def predict(task: Any, model: Any, *rows: dict[str, Any], side: str = "right") -> list[str]:
     tokenizer = encoder_tokenizer(side)
-    features = task.prepare(rows_of(*rows), tokenizer, CONFIG, training=False)
+    features = task.prepare(rows_of(*rows), tokenizer, bare(CONFIG), training=False)
     found: list[str] = task.predict(model, tokenizer, features, batch_size=3, device=CPU)
     return found
 
@@ -68,7 +68,7 @@ def test_scores_count_the_best_of_several_answers() -> None:
         asked("four", context="one two three four", question="??"),
     ]
     model, tokenizer, task = pointing({1: "two three", 2: "three four"}), encoder_tokenizer(), task_of()
-    features = task.prepare(rows_of(*rows), tokenizer, CONFIG, training=False)
+    features = task.prepare(rows_of(*rows), tokenizer, bare(CONFIG), training=False)
     found = task.score(model, tokenizer, features, batch_size=2, device=CPU)
     assert found == pytest.approx({"exact_match": 1 / 2, "f1": (1 + 2 / 3) / 2})
 
@@ -109,7 +109,7 @@ def test_longer_answers_than_allowed_are_never_given() -> None:
 def test_labels_point_at_the_answer_or_at_the_first_token(tokenizer: Any) -> None:
     rows = rows_of(*(asked(LETTERS[k : k + 4]) for k in range(48)), asked())
     task = task_of()
-    features = task.prepare(rows, tokenizer, CONFIG, training=True)
+    features = task.prepare(rows, tokenizer, bare(CONFIG), training=True)
     assert features.offsets == ()
     inputs = set(features[0]) - {"start_positions", "end_positions"}
     assert inputs <= {"input_ids", "token_type_ids", "attention_mask"}
@@ -132,7 +132,7 @@ def test_labels_point_at_the_answer_or_at_the_first_token(tokenizer: Any) -> Non
 @pytest.mark.parametrize("toy", ["bert-qa"])
 def test_a_batch_trains(toy: str) -> None:
     model, tokenizer, task = toy_model(toy), encoder_tokenizer(), task_of()
-    features = task.prepare(rows_of(asked("abc"), asked()), tokenizer, model.config, training=True)
+    features = task.prepare(rows_of(asked("abc"), asked()), tokenizer, model, training=True)
     loss = model(**task.collator(tokenizer, model)(features.items)).loss
     loss.backward()
     assert torch.isfinite(loss)
@@ -176,20 +176,20 @@ def test_answers_may_be_a_list_of_objects() -> None:
 def test_an_answer_that_stands_elsewhere_is_refused_in_training(start: int) -> None:
     row = {**asked("abc"), "answers": {"text": ["abc"], "answer_start": [start]}}
     with pytest.raises(UsageError) as raised:
-        task_of().prepare(rows_of(asked("a"), row), encoder_tokenizer(), CONFIG, training=True)
+        task_of().prepare(rows_of(asked("a"), row), encoder_tokenizer(), bare(CONFIG), training=True)
     assert str(raised.value) == (
         f"rows.jsonl, row 2 has the answer 'abc', which does not stand at character {start} of its context. Correct "
         "answer_start, or leave the row out."
     )
-    task_of().prepare(rows_of(row), encoder_tokenizer(), CONFIG, training=False)  # only the text is compared
+    task_of().prepare(rows_of(row), encoder_tokenizer(), bare(CONFIG), training=False)  # only the text is compared
 
 
 def test_a_tokenizer_without_places_is_refused() -> None:
     slow = SimpleNamespace(is_fast=False)
     with pytest.raises(UsageError, match=r"does not say where in a text its tokens lie.*Give a model with a fast"):
-        task_of().prepare(rows_of(asked("a")), slow, CONFIG, training=False)
+        task_of().prepare(rows_of(asked("a")), slow, bare(CONFIG), training=False)
     with pytest.raises(UsageError) as raised:
-        task_of(max_length=25).prepare(rows_of(asked("a")), encoder_tokenizer(), CONFIG, training=False)
+        task_of(max_length=25).prepare(rows_of(asked("a")), encoder_tokenizer(), bare(CONFIG), training=False)
     assert str(raised.value) == (
         "A bert model of 24 tokens at most cannot read --max-length 25. Give 24 or less, or leave it out."
     )

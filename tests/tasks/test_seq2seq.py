@@ -11,7 +11,7 @@ from tokenizers import processors
 
 from losparse_cli.errors import UsageError
 from losparse_cli.tasks.task import open_task
-from tests.tasks.made import CPU, Says, encoder_tokenizer, request_of, rows_of
+from tests.tasks.made import CPU, Says, bare, encoder_tokenizer, request_of, rows_of
 
 ROWS = rows_of(*({"document": f"doc {'x' * k}", "summary": "word" * k} for k in (3, 1, 4, 2)))
 
@@ -35,7 +35,7 @@ def ending_tokenizer(side: str = "right") -> Any:
 def test_a_batch_is_padded_and_shifted(name: str, side: str) -> None:
     model, tokenizer = toy_model(name), ending_tokenizer(side)
     task = task_of(source_prefix="sum: ", max_target_length=9, max_length=12)
-    features = task.prepare(ROWS, tokenizer, model.config, training=True)
+    features = task.prepare(ROWS, tokenizer, model, training=True)
     batch = task.collator(tokenizer, model)(features.items)
     texts = tokenizer.batch_decode(batch["input_ids"])
     assert texts == ["sum: doc xx</s>", "sum: doc x</s><pad>", "sum: doc xx</s>", "sum: doc xx</s>"]
@@ -53,7 +53,7 @@ def test_a_batch_is_padded_and_shifted(name: str, side: str) -> None:
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_what_is_written_is_that_of_each_text_alone(name: str, capsys: Any) -> None:
     model, tokenizer, task = toy_model(name), ending_tokenizer("left"), task_of(max_target_length=7, num_beams=3)
-    features = task.prepare(ROWS, tokenizer, model.config, training=False)
+    features = task.prepare(ROWS, tokenizer, model, training=False)
     found = task.predict(model, tokenizer, features, batch_size=3, device=CPU)
     for item, text in zip(features.items, found, strict=True):
         ids = torch.tensor([item["input_ids"]])
@@ -67,7 +67,7 @@ def test_a_decoder_writes_no_more_than_it_has_positions_for() -> None:
     model, tokenizer, task = Writes({3: "x"}), encoder_tokenizer(), task_of()
     model.config.is_encoder_decoder = True
     rows = rows_of({"document": "a", "summary": "b" * 60})
-    features = task.prepare(rows, tokenizer, model.config, training=True)
+    features = task.prepare(rows, tokenizer, model, training=True)
     task.predict(model, tokenizer, features, batch_size=4, device=CPU)
     assert model.asked[0]["max_new_tokens"] == model.config.max_position_embeddings - 1  # it begins with one more
     assert len(features[0]["labels"]) == model.config.max_position_embeddings
@@ -95,7 +95,7 @@ def test_scores(name: str) -> None:
     rows = rows_of({"text": "a", "summary": "the cat sat"}, {"text": "ab", "summary": "a dog"})
     model = Writes({3: "the cat sat ", 4: "a cat"})
     model.config.is_encoder_decoder = True
-    features = task.prepare(rows, tokenizer, model.config, training=False)
+    features = task.prepare(rows, tokenizer, model, training=False)
     found = task.score(model, tokenizer, features, batch_size=1, device=CPU)
     expected = {"rouge1": 0.75, "rouge2": 0.5, "rougeL": 0.75, "rougeLsum": 0.75}
     assert found == pytest.approx(expected | ({"exact_match": 0.5} if name == "seq2seq" else {}))
@@ -114,9 +114,9 @@ def test_what_cannot_be_written_is_refused() -> None:
         "rows.jsonl, row 2 has no text to write. Leave it out, or choose with --summary-column."
     )
     with pytest.raises(UsageError) as raised:
-        task_of().prepare(rows_of({"document": 3, "summary": "b"}), ending_tokenizer(), config, training=True)
+        task_of().prepare(rows_of({"document": 3, "summary": "b"}), ending_tokenizer(), bare(config), training=True)
     assert str(raised.value) == (
         "The column 'document' of rows.jsonl, row 1 holds a number, not text. Name a column of text with --text-column."
     )
     with pytest.raises(UsageError, match=r"--max-length 49\. Give 48 or less"):
-        task_of(max_length=49).prepare(ROWS, ending_tokenizer(), toy_model("bart").config, training=True)
+        task_of(max_length=49).prepare(ROWS, ending_tokenizer(), toy_model("bart"), training=True)

@@ -13,7 +13,7 @@ import transformers
 from losparse_cli.errors import MissingExtraError
 from losparse_cli.tasks.request import TASKS
 from losparse_cli.tasks.task import open_task
-from tests.tasks.made import CPU, Says, encoder_tokenizer, request_of, rows_of
+from tests.tasks.made import CPU, Says, bare, encoder_tokenizer, request_of, rows_of
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_scoring_leaves_modes_as_they_were_and_tells_how_far_it_is() -> None:
     model, tokenizer = Says(say).train(), encoder_tokenizer()
     model.inner.eval()  # frozen in the midst of training
     rows = rows_of(*({"text": "ab" * k, "label": k % 2} for k in (3, 1, 4, 2, 5)))
-    features = task.prepare(rows, tokenizer, model.config, training=False)
+    features = task.prepare(rows, tokenizer, model, training=False)
     told: list[tuple[int, int]] = []
     task.score(model, tokenizer, features, batch_size=2, device=CPU, on_batch=lambda *step: told.append(step))
     assert told == [(2, 5), (4, 5), (5, 5)]
@@ -80,7 +80,7 @@ def test_the_callers_autocast_is_honoured() -> None:
 
     task: Any = open_task(request_of("text-classification"))
     model, tokenizer = Says(say), encoder_tokenizer()
-    features = task.prepare(rows_of({"text": "a", "label": 1}), tokenizer, model.config, training=False)
+    features = task.prepare(rows_of({"text": "a", "label": 1}), tokenizer, model, training=False)
     with torch.autocast("cpu", torch.bfloat16):
         logits = task.predict(model, tokenizer, features, batch_size=1, device=CPU)
     assert (seen, logits.dtype) == ([torch.bfloat16], torch.float32)
@@ -90,7 +90,7 @@ def test_features_serve_as_a_dataset() -> None:
     task = open_task(request_of("text-classification"))
     rows = rows_of({"text": "a", "label": 1}, {"text": "bc", "label": 0})
     config = transformers.BertConfig(vocab_size=101)
-    features = task.prepare(rows, encoder_tokenizer(), config, training=True)
+    features = task.prepare(rows, encoder_tokenizer(), bare(config), training=True)
     loader = torch.utils.data.DataLoader(features, batch_size=2, collate_fn=lambda items: items)
     assert [item["labels"] for batch in loader for item in batch] == [1, 0]
     assert set(features[0]) == {"input_ids", "token_type_ids", "attention_mask", "labels"}

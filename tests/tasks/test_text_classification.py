@@ -12,7 +12,7 @@ from conftest import TOYS, character_tokenizer, toy_model
 
 from losparse_cli.errors import UsageError
 from losparse_cli.tasks.task import open_task
-from tests.tasks.made import CPU, Says, encoder_tokenizer, request_of, rows_of
+from tests.tasks.made import CPU, Says, bare, encoder_tokenizer, request_of, rows_of
 
 
 def task_of(**options: Any) -> Any:
@@ -28,7 +28,7 @@ def config_of(*names: str, **changes: Any) -> Any:
 
 
 def ids_of(rows: Any, config: Any) -> list[Any]:
-    features = task_of().prepare(rows, encoder_tokenizer(), config, training=False)
+    features = task_of().prepare(rows, encoder_tokenizer(), bare(config), training=False)
     return [item["labels"] for item in features.items]
 
 
@@ -218,7 +218,7 @@ def test_one_class_and_many_at_once_are_refused() -> None:
 
 def test_texts_are_cut_and_pairs_keep_both() -> None:
     rows = rows_of({"sentence1": "abcdefgh", "sentence2": "xyz", "label": 0})
-    features = task_of(max_length=10).prepare(rows, encoder_tokenizer(), config_of("a", "b"), training=True)
+    features = task_of(max_length=10).prepare(rows, encoder_tokenizer(), bare(config_of("a", "b")), training=True)
     text = encoder_tokenizer().decode(features[0]["input_ids"])
     assert text == "<s>abcd</s>xyz</s>"
     assert features[0]["token_type_ids"] == [0] * 6 + [1] * 4
@@ -231,7 +231,10 @@ def test_a_text_without_a_token_is_refused() -> None:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
     with pytest.raises(UsageError) as raised:
         task_of().prepare(
-            rows_of({"text": "a", "label": 0}, {"text": "", "label": 1}), tokenizer, config_of("a", "b"), training=True
+            rows_of({"text": "a", "label": 0}, {"text": "", "label": 1}),
+            tokenizer,
+            bare(config_of("a", "b")),
+            training=True,
         )
     assert str(raised.value) == "rows.jsonl, row 2 has no text. Leave the row out."
 
@@ -259,7 +262,7 @@ def test_logits_are_those_of_each_text_alone_in_the_order_of_rows(name: str, sid
     rows = rows_of(
         *({"sentence1": "xyz"[: 1 + k % 3] * k, "sentence2": "q" * (9 - k), "label": k % 3} for k in range(1, 9))
     )
-    features = task.prepare(rows, tokenizer, model.config, training=False)
+    features = task.prepare(rows, tokenizer, model, training=False)
     found = task.predict(model, tokenizer, features, batch_size=3, device=CPU)
     with torch.no_grad():
         alone = [
@@ -277,7 +280,7 @@ def test_scores_are_those_of_the_likeliest_class() -> None:
 
     model, task, tokenizer = Says(say, num_labels=3), task_of(), encoder_tokenizer()
     rows = rows_of({"text": "a", "label": 0}, {"text": "abc", "label": 2}, {"text": "ab", "label": 2})
-    features = task.prepare(rows, tokenizer, model.config, training=False)
+    features = task.prepare(rows, tokenizer, model, training=False)
     found = task.score(model, tokenizer, features, batch_size=2, device=CPU)
     assert found["accuracy"] == pytest.approx(2 / 3)
     assert found["f1"] == pytest.approx((1 + 0 + 2 / 3) / 3)
@@ -289,7 +292,7 @@ def test_a_regression_is_scored_by_correlation() -> None:
 
     model, task, tokenizer = Says(say, num_labels=1), task_of(), encoder_tokenizer()
     rows = rows_of(*({"text": "a" * k, "label": float(k)} for k in (4, 1, 3, 2)))
-    features = task.prepare(rows, tokenizer, model.config, training=False)
+    features = task.prepare(rows, tokenizer, model, training=False)
     found = task.score(model, tokenizer, features, batch_size=3, device=CPU)
     assert found["spearman"] == pytest.approx(1)
     assert 0.9 < found["pearson"] < 0.9999
@@ -302,7 +305,7 @@ def test_a_batch_trains(name: str) -> None:
     model, task = model_of(name), task_of()
     tokenizer = encoder_tokenizer()
     rows = labelled(0, 1, 2)
-    features = task.prepare(rows, tokenizer, model.config, training=True)
+    features = task.prepare(rows, tokenizer, model, training=True)
     loss = model(**task.collator(tokenizer, model)(features.items)).loss
     loss.backward()
     assert torch.isfinite(loss)

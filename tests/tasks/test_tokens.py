@@ -5,46 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from conftest import LENGTH, character_tokenizer, toy_model
 
 from losparse_cli.errors import UsageError
-from losparse_cli.tasks.tokens import check_vocabulary, length_of, pad, positions, settle_padding
-from tests.tasks.made import encoder_tokenizer
+from losparse_cli.tasks.tokens import check_items, length_of, pad, settle_padding
+from tests.tasks.made import bare, encoder_tokenizer
 
 
 def test_the_length_is_the_least_of_what_limits_it() -> None:
-    tokenizer, config = character_tokenizer(), transformers.BertConfig(max_position_embeddings=40)
-    assert length_of(None, tokenizer, config, 30) == 30
-    assert length_of(None, tokenizer, config, 50) == 40
+    tokenizer, model = character_tokenizer(), bare(transformers.BertConfig(max_position_embeddings=40))
+    assert length_of(None, tokenizer, model, 30) == 30
+    assert length_of(None, tokenizer, model, 50) == 40
     tokenizer.model_max_length = 20
-    assert length_of(None, tokenizer, config, 30) == 20
-    assert length_of(20, tokenizer, config, 5) == 20
+    assert length_of(None, tokenizer, model, 30) == 20
+    assert length_of(20, tokenizer, model, 5) == 20
     with pytest.raises(UsageError) as raised:
-        length_of(21, tokenizer, config, 30)
+        length_of(21, tokenizer, model, 30)
     assert str(raised.value) == (
         "A bert model of 20 tokens at most cannot read --max-length 21. Give 20 or less, or leave it out."
     )
 
 
 def test_a_model_without_positions_has_no_limit() -> None:
-    tokenizer, config = character_tokenizer(), transformers.T5Config()
-    assert positions(config) is None
-    assert length_of(4000, tokenizer, config, 30) == 4000
-
-
-def test_roberta_counts_positions_from_its_padding() -> None:
-    config = transformers.RobertaConfig(
-        vocab_size=101, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-        max_position_embeddings=20, pad_token_id=1,
-    )  # fmt: skip
-    limit = positions(config)
-    assert limit == 18
-    model = transformers.RobertaForSequenceClassification(config)
-    model(input_ids=torch.full((1, limit), 5))
-    with pytest.raises(Exception, match=r"index|size"):
-        model(input_ids=torch.full((1, limit + 1), 5))
+    assert length_of(4000, character_tokenizer(), toy_model("t5"), 30) == 4000
 
 
 @pytest.mark.parametrize(("known", "token"), [(None, "</s>"), (3, "<unk>")])
@@ -110,10 +94,9 @@ def test_a_model_with_one_kind_of_segment_is_given_none() -> None:
 
 
 def test_a_token_that_the_model_lacks_is_refused() -> None:
-    config = transformers.BertConfig(vocab_size=LENGTH)
-    check_vocabulary([{"input_ids": [LENGTH - 1]}, {"input_ids": []}], config)
-    with pytest.raises(UsageError) as raised:
-        check_vocabulary([{"input_ids": [1, LENGTH]}], config)
-    assert str(raised.value) == (
-        "The tokenizer yields token 48, and the model knows 48. Give a checkpoint with its own tokenizer."
-    )
+    model = bare(transformers.BertConfig(vocab_size=LENGTH))
+    check_items([{"input_ids": [LENGTH - 1], "labels": [LENGTH]}, {"input_ids": [], "labels": []}], model)
+    with pytest.raises(UsageError, match="yields token 48, and the model knows 48"):
+        check_items([{"input_ids": [1, LENGTH]}], model)
+    with pytest.raises(UsageError, match="yields token 48, and the model knows 48"):
+        check_items([{"input_ids": [1], "labels": [LENGTH]}], model, "labels")

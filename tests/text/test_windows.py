@@ -340,21 +340,6 @@ def test_a_length_left_open_is_what_the_model_takes(toy: Callable[..., Path], tm
         settle(Calibration(__file__, length=21), toy_model("llama"), tmp_path)
 
 
-def test_robertas_positions_begin_after_padding(tmp_path: Path) -> None:
-    import transformers
-
-    config = transformers.RobertaConfig(
-        vocab_size=50, hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=14,
-        max_position_embeddings=42,
-    )  # fmt: skip
-    model = transformers.RobertaForMaskedLM(config)
-    length = settle(Calibration(__file__), model, tmp_path).length
-    assert length == 40
-    model(torch.full((1, 40), 5))
-    with pytest.raises((IndexError, RuntimeError)):
-        model(torch.full((1, 41), 5))
-
-
 def test_what_is_recorded(toy: Callable[..., Path], tmp_path: Path) -> None:
     folder = toy("llama", tokenizer=True)
     text = settle(Calibration(__file__, tokens=100), toy_model("llama"), folder)
