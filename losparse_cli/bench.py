@@ -22,6 +22,7 @@ from .checkpoint.source import Checkpoint, open_checkpoint
 from .errors import UsageError
 from .load import load
 from .models.device import find_device, memory_errors
+from .models.reading import TEXT_MODELS, require_text, text_alone
 from .text.tokenizer import length_limit, positions
 
 ROWS = (1, 16, 256)
@@ -100,7 +101,8 @@ def bench(
             found.append(speed)
             hear(f"{speed.shape[0]} x {speed.shape[1]}, {speed.rows} row{'s' * (speed.rows > 1)} of x")
         names = [checkpoint.name for checkpoint in checkpoints]
-        run_in_turn(runners, rounds, lambda k: hear(names[k]))
+        with text_alone(checkpoints[0].address, TEXT_MODELS):
+            run_in_turn(runners, rounds, lambda k: hear(names[k]))
         tensors = [_tensor_bytes(runner.model) for runner in runners]
         # What they measured is kept; without the models there is room for one in another process.
         del layers
@@ -123,8 +125,7 @@ def _runner(
     options = {"trust_remote_code": True} if trust_remote_code else {}
     model, tokenizer = load(checkpoint.folder, dtype=DTYPES[dtype], **options)
     name = checkpoint.address
-    if model.main_input_name != "input_ids":
-        raise UsageError(f"{name} reads {model.main_input_name}, not text. Give a language model or a text encoder.")
+    require_text(model, name, TEXT_MODELS)
     runner = Runner(model.to(device), *sizes)
     _, prompt, new_tokens = sizes
     # Before it runs: on a GPU an index out of range ends the process.

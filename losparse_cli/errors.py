@@ -2,7 +2,8 @@
 
 LosparseError                      exit code 1
 ├── UsageError                     exit code 2: the request contradicts itself or the model
-│   └── RecipeError                a recipe file, or a pattern in it
+│   ├── RecipeError                a recipe file, or a pattern in it
+│   └── UnfitError                 a layer that the recipe leaves nothing of
 ├── SourceError                    the model to read: not found, gated, no network, unknown class
 ├── CheckpointError                a file that is there and wrong: header, index, shape, value
 │   └── FormatVersionError         written by a newer losparse
@@ -41,6 +42,14 @@ class UsageError(LosparseError):
 
 class RecipeError(UsageError):
     """A recipe file that cannot be read, or an entry that it may not hold."""
+
+
+class UnfitError(UsageError):
+    """A layer of which a recipe leaves nothing, or whose factors alone exceed it; reason: that in a few words."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class SourceError(LosparseError):

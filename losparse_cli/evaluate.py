@@ -22,6 +22,7 @@ from .evaluation.task_evaluation import TaskEvaluation, evaluate_task
 from .evaluation.windows import Cut, Line, Window, cut, lines
 from .load import load
 from .models.device import find_device, release
+from .models.reading import TEXT_MODELS, require_text, text_alone
 from .text import files
 from .text.tokenizer import check_tokens, length_limit
 
@@ -193,7 +194,8 @@ class _Subject:
     dtype: str
 
     def predict(self, unit: Window | Line) -> Scores | Vector:
-        return score(self.model, unit) if isinstance(unit, Window) else embed(self.model, unit)
+        with text_alone(self.name, TEXT_MODELS):
+            return score(self.model, unit) if isinstance(unit, Window) else embed(self.model, unit)
 
 
 def _run(
@@ -250,8 +252,7 @@ def _keep(subject: _Subject, folder: Path, hear: Callable[[str, int], None]) -> 
 
 def _kind(model: Any, name: str) -> str:
     """causal, seq2seq or encoder; UsageError if the model reads no text."""
-    if model.main_input_name != "input_ids":
-        raise UsageError(f"{name} reads {model.main_input_name}, not text. Give a language model or a text encoder.")
+    require_text(model, name, TEXT_MODELS)
     if not model.can_generate():
         return "encoder"
     return "seq2seq" if model.config.is_encoder_decoder else "causal"

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from ..models.reading import vocabulary
+
 
 class _Clock(LogitsProcessor):  # type: ignore[misc]
     """Notes when each step's logits are there."""
@@ -46,7 +48,7 @@ class Runner:
 
     def __post_init__(self) -> None:
         self.device = next(self.model.parameters()).device
-        self.vocabulary = int(self.model.get_input_embeddings().weight.shape[0])
+        self.vocabulary = vocabulary(self.model) or 1  # a model that names none knows token 0
         self.tokens = self._random_tokens().to(self.device)
         if self.generates:
             self.model.generation_config = self._plainly()

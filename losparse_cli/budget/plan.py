@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ..errors import UsageError
+from ..errors import UnfitError, UsageError
 from ..shim.layouts import LayerSpec, bound_index_bytes, candidates, expected_index_bytes, n_of_m
 from .recipe import Recipe
 
@@ -84,13 +84,14 @@ def _workspace(plan: LayerPlan) -> int:
 
 
 def make_plan(layers: Iterable[Layer], skipped: dict[str, str], recipe: Recipe) -> Plan:
-    """Rank and nnz of each layer by `recipe`; layers that would not shrink go to `skipped`.
+    """Rank and nnz of each layer by `recipe`; layers that would not shrink, or that it leaves empty, go to `skipped`.
 
     UsageError if nothing is left to compress, saying why.
     """
     plans: list[LayerPlan] = []
     skipped = dict(skipped)
     too_small: list[str] = []
+    unfit: UnfitError | None = None
     for layer in layers:
         request = recipe.for_layer(layer.name, layer.kinds)
         m, n = layer.shape
@@ -98,13 +99,20 @@ def make_plan(layers: Iterable[Layer], skipped: dict[str, str], recipe: Recipe) 
             skipped[layer.name] = f"rank {request.rank} factors are no smaller than the {m} x {n} matrix"
             too_small.append(layer.name)
             continue
-        plan = plan_layer(layer, request)
+        try:
+            plan = plan_layer(layer, request)
+        except UnfitError as error:  # a gate of one row, say, of whose S whole neurons leave nothing
+            skipped[layer.name] = error.reason
+            unfit = unfit or error
+            continue
         if plan.bound_bytes >= layer.dense_bytes:
             skipped[layer.name] = f"would not shrink: {plan.bound_bytes:,} of {layer.dense_bytes:,} bytes"
             too_small.append(layer.name)
         else:
             plans.append(plan)
     if not plans:
+        if unfit is not None:
+            raise unfit
         if too_small:
             name = too_small[-1]
             raise UsageError(
@@ -118,20 +126,22 @@ def make_plan(layers: Iterable[Layer], skipped: dict[str, str], recipe: Recipe) 
 
 
 def plan_layer(layer: Layer, recipe: Recipe) -> LayerPlan:
-    """Rank and nnz of one layer. UsageError if the budget cannot hold the factors asked for."""
+    """Rank and nnz of one layer. UnfitError if the budget cannot hold the factors asked for, or leaves nothing."""
     recipe = recipe.settled()
     assert recipe.threshold_scope is not None
     assert recipe.iterations is not None
     rank, nnz = _rank_and_nnz(layer.shape, layer.itemsize, recipe)
     if rank is None:
-        raise UsageError(
+        raise UnfitError(
             f"{layer.name} ({layer.shape[0]} x {layer.shape[1]}) does not fit the budget: its factors alone are "
-            "larger. Lower --rank, or raise --keep or --keep-parameters."
+            "larger. Lower --rank, or raise --keep or --keep-parameters.",
+            "does not fit the budget: its factors alone are larger",
         )
     if rank == 0 and nnz == 0:
-        raise UsageError(
+        raise UnfitError(
             f"Nothing would be left of {layer.name} ({layer.shape[0]} x {layer.shape[1]}): rank 0, and an empty S. "
-            "Raise --rank, --keep or --keep-parameters, lower --sparsity, or leave the layer out with --ignore."
+            "Raise --rank, --keep or --keep-parameters, lower --sparsity, or leave the layer out with --ignore.",
+            "nothing would be left of it: rank 0, and an empty S",
         )
     return LayerPlan(
         layer,

@@ -15,6 +15,7 @@ from ..checkpoint.writer import ShardWriter, tensor_part
 from ..linalg.precision import fast_float32
 from ..models.blocks import Call, Relay, block_of, hidden_states, run_block, with_hidden_states
 from ..models.device import available, memory_errors
+from ..models.reading import output_embeddings
 from ..models.skeleton import empty_model
 from ..shim.layouts import LayerSpec
 from .assembly import Assembly
@@ -131,9 +132,10 @@ class CalibratedRun:
 def parameters_outside(model: Any, blocks: Collection[str]) -> list[str]:
     """Parameters outside the blocks that run before the last block: all but the output head's own."""
     outside = [name for name, _ in model.named_parameters() if block_of(name, blocks) is None]
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = output_embeddings(model)
     own = {id(p) for p in head.parameters()} if head is not None else set()
-    own -= {id(p) for p in model.get_input_embeddings().parameters()}
+    # Embeddings that the head is tied to are read before: the decoder's, where the encoder has others.
+    own -= {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     return [name for name in outside if id(model.get_parameter(name)) not in own]
 
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import LosparseError, UsageError
+from ..errors import UsageError
+from .reading import input_embeddings, text_alone
 
 
 def find_blocks(model: nn.Module, layers: Collection[str]) -> tuple[str, ...]:
@@ -64,10 +65,11 @@ def call_order(model: Any, blocks: Collection[str]) -> tuple[str, ...] | None:
 
 
 def hidden_size(model: Any) -> int:
-    """Width of what flows between the blocks: that of the input embeddings where the config does not say."""
+    """Width of what flows between the blocks: that of the input embeddings where the config does not say, else 0."""
     settings = model.config.get_text_config()
     named = getattr(settings, "hidden_size", None) or getattr(settings, "d_model", None)
-    return int(named or model.get_input_embeddings().weight.shape[1])
+    words: Any = input_embeddings(model)
+    return int(named or (0 if words is None else words.weight.shape[1]))
 
 
 @dataclass
@@ -183,16 +185,8 @@ class Relay:
             yield expected, calls
 
     def _advance(self, runner: _Runner) -> None:
-        try:
+        with text_alone(type(self._model).__name__, "Compress it without --calibration."):
             runner.advance()
-        except (LosparseError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # whatever the model's own code raises, for want of an image, say
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            name = type(self._model).__name__
-            raise UsageError(
-                f"{name} cannot be run on text alone ({reason}). Compress it without --calibration."
-            ) from error
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for runner in self._runners:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import SourceError
+from .reading import output_embeddings
 
 PLAIN = ("Linear", "Conv1D", "FalconLinear")
 """Classes whose output is x Wᵀ + b and nothing else."""
@@ -120,7 +121,7 @@ def classify(model: nn.Module) -> tuple[dict[str, Linear], dict[str, str]]:
     owners: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    head = _output_embeddings(model)
+    head = output_embeddings(model)
     outputs = {id(module) for module in head.modules()} if head is not None else set()
     experts = _expert_count(model)
 
@@ -184,14 +185,6 @@ def _weights_read_by(parent: Any) -> frozenset[str]:
                 source = ast.unparse(method)
                 found |= set(re.findall(r"(?<!isinstance\()self\.(\w+)\.weight\b(?!\.dtype|\.device)", source))
     return frozenset(found)
-
-
-def _output_embeddings(model: Any) -> nn.Module | None:
-    try:
-        head: nn.Module | None = model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-    return head
 
 
 def _expert_count(model: Any) -> int | None:

@@ -51,10 +51,7 @@ def settle(calibration: Calibration, model: Any, folder: Path) -> Calibration:
     """
     name = type(model).__name__
     if model.main_input_name != "input_ids":
-        raise UsageError(
-            f"{name} reads {model.main_input_name}, and calibration needs a model that reads text. Compress it without "
-            "--calibration."
-        )
+        raise UsageError(f"{name} reads {model.main_input_name}, not text. Compress it without --calibration.")
     kind = kind_of(calibration.source)
     seq2seq = bool(model.config.is_encoder_decoder)
     if kind == SELF and (seq2seq or not model.can_generate()):

@@ -116,6 +116,29 @@ def test_a_budget_that_cannot_hold_the_factors_is_an_error() -> None:
             plan_layer(layer(64, 96), Recipe(**fields))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rank": 0, "sparsity": 0.7, "pattern": "rows"},
+        {"rank": 0, "sparsity": 0.995},
+        {"rank": 0, "sparsity": 0.995, "threshold_scope": "row"},
+        {"keep": 0.02},
+        {"keep": 0.3, "pattern": "rows"},
+        {"keep": 0.2, "rank_ratio": 1},
+        {"keep_parameters": 0.005},
+    ],
+    ids=lambda fields: "-".join(map(str, fields.values())),
+)
+def test_a_gate_of_one_row_is_left_dense_with_the_reason(fields: dict[str, Any]) -> None:
+    """ModelCloud/GPTQModel#1439: shared_expert_gate of Qwen's mixtures of experts has one output."""
+    gate, other = layer(1, 64, "shared_expert_gate"), layer(512, 512)
+    plan = make_plan([gate, other], {}, Recipe(**fields))
+    assert [p.layer for p in plan.layers] == [other]
+    assert "nothing would be left" in plan.skipped["shared_expert_gate"]
+    with pytest.raises(UsageError, match="Nothing would be left of shared_expert_gate"):
+        make_plan([gate], {}, Recipe(**fields))
+
+
 def test_the_sums_of_a_plan() -> None:
     plan = make_plan([layer(256, 256, "a"), layer(512, 256, "b")], {}, Recipe(rank=4, sparsity=0.9))
     assert plan.dense_bytes == 2 * (256 * 256 + 512 * 256)

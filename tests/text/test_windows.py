@@ -357,7 +357,7 @@ def test_a_model_that_reads_no_text(tmp_path: Path) -> None:
     config = transformers.ViTConfig(
         hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=14, image_size=8, patch_size=4
     )
-    with pytest.raises(UsageError, match=r"ViTModel reads pixel_values, and calibration needs a model that reads text"):
+    with pytest.raises(UsageError, match=r"ViTModel reads pixel_values, not text. Compress it"):
         settle(Calibration(__file__), transformers.ViTModel(config), tmp_path)
 
 
