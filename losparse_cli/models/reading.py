@@ -11,7 +11,6 @@ from torch import nn
 
 from ..errors import LosparseError, UsageError
 
-
 TEXT_MODELS = "Give a language model or a text encoder."
 """The remedy where a model that reads something else was given."""
 
