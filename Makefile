@@ -6,7 +6,8 @@ LOG := $(VENV)/setup.log
 PIP = @quietly() { "$$@" >> $(LOG) 2>&1 || { cat $(LOG) >&2; exit 1; }; }; quietly $(BIN)/python -m pip install
 CONSTRAINED = $(PIP) --constraint constraints.txt
 # A process a core, each with one thread (tests/conftest.py): threads that wait for each other cost minutes.
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+# What pytest makes of the tests is kept, even where bytecode is not: it takes ten seconds.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .PHONY: help install install-demo install-dev demo test test-fast lint docs bench bench-quality bench-training build clean
 

@@ -110,13 +110,15 @@ def demo(
 
 def _look(folder: Path, dense: Path | None, text: str) -> tuple[Estimate, Estimate | None, str]:
     """Perplexity, gap to dense, and what the model says."""
+    import torch
+
     from .evaluate import evaluate
     from .load import load
 
-    # In float32, so that the arithmetic adds nothing to what is measured.
+    # In float32, so that the arithmetic adds nothing to what is measured; many a CPU is slow in bfloat16, too.
     found = evaluate(folder, text, against=dense, windows=WINDOWS, dtype="float32")
     assert found.perplexity is not None
-    model, tokenizer = load(folder)
+    model, tokenizer = load(folder, dtype=torch.float32)
     prompt = tokenizer(PROMPT, return_tensors="pt")
     tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     sentence = " ".join(tokenizer.decode(tokens[0], skip_special_tokens=True).split())

@@ -166,15 +166,15 @@ def show_comparison(out: Console, rows: Sequence[Measured]) -> None:
     from ..demo import WINDOWS
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for head in ("", "layers", "whole model", "perplexity", "log gap", "took"):
+    for head in ("", "layers", "model", "perplexity", "log gap", "took"):
         table.add_column(head, justify="left" if not head else "right", no_wrap=True)
     dense, ours = rows[0], rows[-1]
     for row in rows:
         table.add_row(
             row.name,
-            f"{size(row.layer_bytes)} {row.layer_bytes / dense.layer_bytes:6.1%}",
+            f"{size(row.layer_bytes)} {row.layer_bytes / dense.layer_bytes:4.0%}",
             size(row.model_bytes),
-            _with_error(row.perplexity, ".1f" if row.perplexity.value < 1e4 else ".0e"),
+            _with_error(row.perplexity, ".1f" if row.perplexity.value < 1e4 else ".2g"),
             _with_error(row.gap, ".3f") if row.gap is not None else "",
             f"{row.seconds:.0f} s" if row.seconds else "",
             style="bold" if row is ours else "",
@@ -183,8 +183,9 @@ def show_comparison(out: Console, rows: Sequence[Measured]) -> None:
     for row in rows:
         out.out.print(f"[bold]{row.name}[/] says: {escape(row.sentence)}")
     out.out.print(
-        f"\nLog gap: log-perplexity above that of dense; ± one standard error. The text is {WINDOWS} of README's 32 "
-        "windows,\nwhose more calibration text and passes come closer, and --refine blocks closer still."
+        "\nLog gap: log-perplexity above that of dense; ± one standard error. The text is the"
+        f"\nfirst {WINDOWS} of README's 32 windows; with its longer calibration losparse comes closer,"
+        "\nand with --refine blocks closer still."
         f"\nGo on with: losparse inspect {ours.folder} --layers"
     )
 
