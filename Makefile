@@ -33,6 +33,7 @@ $(VENV)/.demo: $(VENV)/.installed
 $(VENV)/.dev: $(VENV)/.demo
 	@echo "Installing what tests and documentation need"
 	$(CONSTRAINED) --editable '.[demo,dev,docs]'
+	@$(BIN)/python -c 'from losparse_cli.kernels import native; native.library()'  # compiled once, before tests wait
 	@touch $@
 
 install: $(VENV)/.installed  ## Set up .venv with the losparse command
