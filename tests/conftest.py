@@ -133,6 +133,10 @@ def spectral_matrix(spectrum: Any, shape: tuple[int, int], seed: int = 0) -> Ten
 
 FAST = ("llama", "t5")
 """Of a test that every toy meets, the runs that are in `make test-fast`."""
+SLOW = (
+    "test_finetune.py", "test_harness.py", "test_peers.py", "test_push.py", "test_recovery.py", "test_resume.py",
+)  # fmt: skip
+"""Files that are not in it: whole runs, killed and begun again, a hub that is served, the harness, other methods."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -146,12 +150,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What is slow by its kind; a single test that takes more than a second is marked where it stands."""
     for item in items:
-        toy = (
-            item.callspec.params.get("name")
-            if isinstance(item, pytest.Function) and hasattr(item, "callspec")
-            else None
-        )
-        if item.get_closest_marker("real_model") or (toy in TOYS and toy not in FAST):
+        case = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        rare = item.path.name in SLOW or item.get_closest_marker("real_model") is not None
+        if rare or case.get("name") in set(TOYS) - set(FAST):
             item.add_marker("slow")
 
 

@@ -33,6 +33,7 @@ for order in ORDERS:
 """
 
 
+@pytest.mark.slow
 def test_public_functions_stay_functions() -> None:
     subprocess.run([sys.executable, "-c", f"ORDERS = {ORDERS!r}{SCRIPT}"], check=True)
 
