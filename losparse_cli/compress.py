@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .budget.recipe import Recipe
-from .checkpoint.card import copy_companions
+from .checkpoint.companions import copy_companions
 from .checkpoint.config import write_config
 from .checkpoint.fingerprint import digest
 from .checkpoint.finish import close, finished, versions
