@@ -11,15 +11,13 @@ from typing import Any
 import torch
 
 from . import __version__
-from .checkpoint.card import base_metadata, write_dense_card
-from .checkpoint.companions import companion_files, copy_companions
+from .checkpoint.card import base_metadata, companion_files, copy_companions, write_dense_card
 from .checkpoint.config import dense_config, layer_specs, layer_tensors
-from .checkpoint.journal import FILE as JOURNAL
-from .checkpoint.journal import Journal
 from .checkpoint.layers import read_layer
-from .checkpoint.output import check_output, clear_away, output_path, parse_size, publish, working_folder
+from .checkpoint.output import output_path, parse_size
 from .checkpoint.reader import TensorEntry
 from .checkpoint.source import Checkpoint, open_checkpoint
+from .checkpoint.workfolder import WorkFolder
 from .checkpoint.writer import ShardWriter, Slot, plan_shards, tensor_part, write_json
 from .errors import write_errors
 from .linalg.factors import LowRankSparse
@@ -55,20 +53,14 @@ def export(
     checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
     specs = layer_specs(checkpoint)
     output = output_path(output)
-    if (output / JOURNAL).is_file() and not overwrite:
-        clear_away(output)  # killed after its last step: only the journal was left to remove
-        return output
-    check_output(output, overwrite=overwrite, source=checkpoint.folder)
     companion_files(checkpoint.folder)  # what may not be copied is reported before the work, not after it
     units = _units(checkpoint, specs)
     shards = plan_shards([_slot(unit) for unit in units], parse_size(max_shard_size))
-    work = working_folder(output)
-    with write_errors(work):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        work.mkdir(exist_ok=True)
-        journal = Journal(work, _fingerprint(checkpoint, max_shard_size))
-    try:
-        writer = ShardWriter(work, shards, journal)
+    mark = _fingerprint(checkpoint, max_shard_size)
+    with WorkFolder(output, mark, overwrite=overwrite, source=checkpoint.folder) as work:
+        if work.finished:  # killed after its last step: only the journal was left to remove
+            return output
+        writer = ShardWriter(work.path, shards, work.journal)
         files = {file.path: file for file in checkpoint.files}
         for unit in units[writer.done :]:
             if unit.spec is None:
@@ -79,16 +71,14 @@ def export(
             if on_tensor is not None:
                 on_tensor(unit.entry.name, len(units))
         writer.finish()
-        with write_errors(work):
-            copy_companions(checkpoint.folder, work)
-            for path in work.glob("losparse_*.py"):
+        with write_errors(work.path):
+            copy_companions(checkpoint.folder, work.path)
+            for path in work.path.glob("losparse_*.py"):
                 if is_loader(path.name):
                     path.unlink()
-            write_json(work / "config.json", dense_config(checkpoint.config))
-            write_dense_card(work, base_metadata(checkpoint.folder), checkpoint.name)
-        publish(work, output)
-    finally:
-        journal.close()
+            write_json(work.path / "config.json", dense_config(checkpoint.config))
+            write_dense_card(work.path, base_metadata(checkpoint.folder), checkpoint.name)
+        work.publish()
     return output
 
 

@@ -16,23 +16,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .checkpoint.companions import copy_companions
+from .checkpoint.card import copy_companions
 from .checkpoint.config import write_config
 from .checkpoint.fingerprint import digest
-from .checkpoint.finish import close, finished, versions
+from .checkpoint.finish import close, read_report, versions
 from .checkpoint.journal import FILE as JOURNAL
 from .checkpoint.layers import encode_layer
-from .checkpoint.output import (
-    STATES,
-    begin,
-    check_output,
-    check_resume,
-    clear_away,
-    publish,
-    working_folder,
-)
+from .checkpoint.output import STATES
 from .checkpoint.report import LayerReport, Report
 from .checkpoint.source import read_json
+from .checkpoint.workfolder import WorkFolder
 from .errors import write_errors
 from .finetuning.conversion import finish, trained_layers
 from .finetuning.prepare import Progress, Silent, Training, prepare_finetuning
@@ -78,24 +71,24 @@ def run(
 ) -> Finetuned:
     """Carry out a prepared fine-tuning; see `finetune`. Of several processes the first alone writes the result."""
     begun, told = time.monotonic(), progress or Silent()
-    check_resume(resume)
-    done = None if overwrite else finished(training.output, digest(training.fingerprint))
-    if done is not None:
-        if is_main_process():
-            clear_away(training.output)
-        return Finetuned(training.output, done, done.training.get("scores", {}), training.steps, 0.0)
-    check_output(training.output, overwrite=overwrite, source=training.source.folder)
-    with _working_folder(training, resume) as work:
+    with WorkFolder(
+        training.output, training.fingerprint, resume=resume, overwrite=overwrite, source=training.source.folder,
+        owner=is_main_process(),
+    ) as work:  # fmt: skip
+        if work.finished:
+            done = read_report(training.output)
+            assert done is not None, "a result that is whole has one"
+            return Finetuned(training.output, done, done.training.get("scores", {}), training.steps, 0.0)
         caching = getattr(training.model.config, "use_cache", None)
-        model = _train(training, work, told)
+        model = _train(training, work.path, told)
         if caching is not None:
             model.config.use_cache = caching  # which Trainer turns off
         report = Report((), {}, 0, 0, 0)
         if is_main_process():
             told.phase("Writing the result")
-            with _disk_errors(work):
-                report = _write(training, model, work, time.monotonic() - begun, told)
-            publish(work, training.output)
+            with _disk_errors(work.path):
+                report = _write(training, model, work.path, time.monotonic() - begun, told)
+            work.publish()
     scores = report.training.get("scores", {})
     return Finetuned(training.output, report, scores, training.steps, time.monotonic() - begun)
 
@@ -106,21 +99,6 @@ def is_main_process() -> bool:
 
 
 # --- the work ---------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _working_folder(training: Training, resume: str) -> Iterator[Path]:
-    """The folder in which the run grows; of several processes the first holds its lock."""
-    work = working_folder(training.output)
-    if not is_main_process():
-        yield work
-        return
-    with write_errors(work):
-        work, journal = begin(training.output, training.fingerprint, resume)
-    try:
-        yield work
-    finally:
-        journal.close()
 
 
 _TORCH_WRITES = ("PytorchStreamWriter", "inline_container.cc", "iostream error")

@@ -81,7 +81,7 @@ def compressed_report(checkpoint: Checkpoint) -> Report:
     """The Report of a compressed checkpoint: sizes from headers and config, errors from its own report."""
     specs = layer_specs(checkpoint)
     recorded = checkpoint.report()
-    base = Report.from_file(recorded, specs, str(checkpoint.folder / REPORT)) if recorded else Report((), {}, 0, 0, 0)
+    base = Report.from_dict(recorded, specs, str(checkpoint.folder / REPORT)) if recorded else Report((), {}, 0, 0, 0)
     known = {layer.name: layer for layer in base.layers}
     layers = []
     inside = 0  # elements of the compressed layers' tensors

@@ -3,66 +3,94 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from .checkpoint.output import check_output, output_path
+from .checkpoint.output import output_path
 from .checkpoint.source import open_checkpoint
-from .compress import Progress, Result, run
+from .compress import Result, run
 from .compression.matching import Refinement
 from .compression.plan import Job, prepare
 from .errors import UsageError
+from .progress import Progress
 from .text.request import Calibration
 
 
 def refine(
     source: str | Path,
-    output: Path | None = None,
+    output: str | Path | None = None,
     *,
     calibration: Calibration,
+    refinement: Refinement | None = None,
+    against: str | Path | None = None,
+    device: str = "auto",
+    memory_limit: str | None = None,
+    max_shard_size: str = "5GB",
     resume: str = "auto",
     overwrite: bool = False,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
-    **options: Any,
 ) -> Result:
     """Refine a compressed checkpoint into `output`; options as in `prepare_refinement`, errors as in `compress`.
 
     Ranks, supports and sizes stay; a layer or block is left as it is where training does not bring it closer.
     """
-    job = prepare_refinement(source, output, calibration=calibration, overwrite=overwrite, **options)
+    job = prepare_refinement(
+        source,
+        output,
+        calibration=calibration,
+        refinement=refinement,
+        against=against,
+        device=device,
+        memory_limit=memory_limit,
+        max_shard_size=max_shard_size,
+        revision=revision,
+        cache_dir=cache_dir,
+        trust_remote_code=trust_remote_code,
+    )
     return run(job, resume=resume, overwrite=overwrite, progress=progress)
 
 
 def prepare_refinement(
     source: str | Path,
-    output: Path | None = None,
+    output: str | Path | None = None,
     *,
     calibration: Calibration,
     refinement: Refinement | None = None,
     against: str | Path | None = None,
-    overwrite: bool = False,
+    device: str = "auto",
+    memory_limit: str | None = None,
+    max_shard_size: str = "5GB",
     revision: str | None = None,
     cache_dir: Path | None = None,
-    **options: Any,
+    trust_remote_code: bool = False,
 ) -> Job:
     """The job that refines the compressed checkpoint `source` (folder or Hub id).
 
-    against: the dense model, None for the Hub model and commit that the report names (UsageError if it names none).
-    `revision` is of `source`; other options go to `compression.plan.prepare`.
+    against: the dense model, None for the Hub model and commit that the report names. `revision` is of `source`; the
+    other options are as in `compression.plan.prepare`. UsageError if `source` is not compressed, or names no dense
+    model.
     """
     start = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
-    output = output_path(output or f"{start.name.rpartition('/')[2]}-refined")
-    check_output(output, overwrite=True, source=start.folder)
+    if not start.is_compressed:
+        raise UsageError(
+            f"{start.address} is not compressed, so there is nothing to refine. Compress it first, with: losparse "
+            f"compress {start.address} --calibration FILE --refine blocks"
+        )
     made_from = start.report().get("source", {})
     commit = made_from.get("commit")
     if against is None and commit is None:
         raise UsageError(f"{start.address} does not say where its dense model is. Give it with --against.")
     return prepare(
         against or made_from["name"],
-        output,
+        output_path(output or f"{start.name.rpartition('/')[2]}-refined"),
         calibration=calibration,
         refinement=refinement or Refinement(),
         start=start,
-        cache_dir=cache_dir,
+        device=device,
+        memory_limit=memory_limit,
+        max_shard_size=max_shard_size,
         revision=None if against is not None else commit,
-        **options,
+        cache_dir=cache_dir,
+        trust_remote_code=trust_remote_code,
     )

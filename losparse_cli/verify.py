@@ -78,7 +78,7 @@ def _check_hashes(checkpoint: Checkpoint, specs: dict[str, LayerSpec], problems:
     recorded = checkpoint.report()
     if not recorded:
         return 0  # saved again by transformers: there is nothing to compare with
-    report = Report.from_file(recorded, specs, str(checkpoint.folder / REPORT))
+    report = Report.from_dict(recorded, specs, str(checkpoint.folder / REPORT))
     problems += [
         f"{file.path} is not among the files that losparse wrote. Remove it, or download the checkpoint again."
         for file in checkpoint.files

@@ -83,17 +83,18 @@ def _workspace(plan: LayerPlan) -> int:
     return (44 if sorted_in_groups else 30) + 2 * plan.layer.itemsize
 
 
-def make_plan(layers: Iterable[Layer], skipped: dict[str, str], recipe: Recipe) -> Plan:
+def make_plan(layers: Iterable[Layer], skipped: dict[str, str], recipe: Recipe, *, calibrated: bool = False) -> Plan:
     """Rank and nnz of each layer by `recipe`; layers that would not shrink, or that it leaves empty, go to `skipped`.
 
-    UsageError if nothing is left to compress, saying why.
+    calibrated: whether there is text, on which what the recipe leaves open depends. UsageError if nothing is left to
+    compress, saying why.
     """
     plans: list[LayerPlan] = []
     skipped = dict(skipped)
     too_small: list[str] = []
     unfit: UnfitError | None = None
     for layer in layers:
-        request = recipe.for_layer(layer.name, layer.kinds)
+        request = recipe.for_layer(layer.name, layer.kinds).settled(calibrated=calibrated)
         m, n = layer.shape
         if request.rank is not None and request.rank * (m + n) >= m * n:
             skipped[layer.name] = f"rank {request.rank} factors are no smaller than the {m} x {n} matrix"
@@ -126,8 +127,10 @@ def make_plan(layers: Iterable[Layer], skipped: dict[str, str], recipe: Recipe) 
 
 
 def plan_layer(layer: Layer, recipe: Recipe) -> LayerPlan:
-    """Rank and nnz of one layer. UnfitError if the budget cannot hold the factors asked for, or leaves nothing."""
-    recipe = recipe.settled()
+    """Rank and nnz of one layer by a settled recipe.
+
+    UnfitError if the budget cannot hold the factors asked for, or leaves nothing.
+    """
     assert recipe.threshold_scope is not None
     assert recipe.iterations is not None
     rank, nnz = _rank_and_nnz(layer.shape, layer.itemsize, recipe)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..errors import LosparseError
 from .card import base_metadata, write_card
 from .config import specs_of
 from .journal import FILE as JOURNAL
@@ -24,23 +23,18 @@ def close(work: Path, report: Report, base: Path, place: str) -> Report:
     loading snippet names.
     """
     report = replace(report, files=_hashes(work))
-    write_json(work / REPORT, report.to_file())
+    write_json(work / REPORT, report.to_dict())
     write_card(work, report, base_metadata(base), place=place)
     return report
 
 
-def finished(output: Path, fingerprint: str) -> Report | None:
-    """The report at `output`, if it is of this very run, killed after its last step or repeated, and whole."""
-    path = output / REPORT
+def read_report(folder: Path) -> Report | None:
+    """The report of the compressed checkpoint in `folder`, None without one; CheckpointError if it is damaged."""
+    path = folder / REPORT
     if not path.is_file():
         return None
-    try:
-        specs = specs_of(read_config(output / "config.json"), str(output))
-        report = Report.from_file(read_json(path), specs, str(path))
-        whole = all((output / name).stat().st_size == file["size"] for name, file in report.files.items())
-    except (LosparseError, OSError, KeyError):
-        return None  # not ours, or damaged: then it is in the way, like any other folder
-    return report if whole and report.fingerprint == fingerprint else None
+    specs = specs_of(read_config(folder / "config.json"), str(folder))
+    return Report.from_dict(read_json(path), specs, str(path))
 
 
 def versions() -> dict[str, str]:

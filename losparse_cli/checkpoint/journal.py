@@ -63,7 +63,7 @@ class Journal:
             if found is None and required:
                 raise ResumeError(f"There is nothing to resume at {folder}. Leave out --resume required to start anew.")
             if found is not None:
-                _require_same(folder, found, fingerprint)
+                require_same(folder, found, fingerprint)
             self._file.truncate(self._ends[-1] if self._ends else 0)
             if found is None:
                 self._append(fingerprint)
@@ -111,6 +111,16 @@ class Journal:
         self._file.close()
 
 
+def fingerprint_in(folder: Path) -> dict[str, Any] | None:
+    """The fingerprint of the run whose journal lies in `folder`; None if there is none that can be read."""
+    try:
+        with open(folder / FILE, "rb") as file:
+            found = json.loads(file.readline())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def _lock(file: Any, path: Path) -> None:
     """Take the lock for as long as `file` is open; ResumeError if another process has it, or just had it."""
     try:
@@ -134,14 +144,32 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
-def _require_same(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    expected = json.loads(json.dumps(expected))  # tuples are lists in a journal
-    different = sorted(k for k in {*found, *expected} if found.get(k) != expected.get(k))
+def require_same(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """ResumeError that names every setting in which the fingerprint `found` in `folder` is not `expected`."""
+    different = _differences(found, json.loads(json.dumps(expected)))  # tuples are lists in a journal
+    # Sizes follow from what was asked for, and say nothing where that differs.
+    different = [line for line in different if line != "plan"] or different
     if different:
         raise ResumeError(
             f"{folder} holds a partial result of a different run (different: {', '.join(different)}). Repeat the "
             "command that began it, delete that folder, or add --resume never."
         )
+
+
+SHORT = 40  # characters of a value that is shown
+
+
+def _differences(found: Any, expected: Any, name: str = "") -> list[str]:
+    """Such as `recipe.rank 4, now 8`; the name alone where a value is long, or says nothing to a person."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        keys = sorted({*found, *expected})
+        return [line for k in keys for line in _differences(found.get(k), expected.get(k), f"{name}.{k}".strip("."))]
+    if found == expected:
+        return []
+    shown = [json.dumps(value) for value in (found, expected)]
+    if any(len(text) > SHORT for text in shown):
+        return [name]
+    return [f"{name} {shown[0]}, now {shown[1]}"]
 
 
 def crc_of(path: Path, begin: int, end: int) -> int | None:

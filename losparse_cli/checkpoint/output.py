@@ -1,4 +1,4 @@
-"""Where a result goes: a working folder beside it, then one rename, so that it appears whole or not at all."""
+"""Where a result goes, and what keeps it from going there."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
-from ..errors import ResumeError, UsageError, write_errors
-from .journal import FILE as JOURNAL
-from .journal import Journal
+from ..errors import OutputError, UsageError, write_errors
 
 ALLOCATION = "losparse_allocation.json"  # what --allocate error decided; of a run under way
 GENERATED = "losparse_generated.safetensors"  # text that the model wrote for its own calibration; of a run under way
@@ -28,7 +25,7 @@ def working_folder(output: Path) -> Path:
 
 
 def check_output(output: Path, *, overwrite: bool, source: Path | None = None) -> None:
-    """UsageError if the result may not go to `output`.
+    """UsageError if the result may not go to `output`, OutputError if it cannot.
 
     It may not lie in the folder `source` that is read, nor hold it. A folder that is there must be empty, or
     be a checkpoint that may be overwritten.
@@ -40,6 +37,9 @@ def check_output(output: Path, *, overwrite: bool, source: Path | None = None) -
             raise UsageError(f"--output {output} lies inside the folder that is read. Choose a place outside it.")
         if read is not None and place in read.parents:
             raise UsageError(f"--output {output} holds the folder that is read. Choose another place.")
+        above = next(folder for folder in output.parents if folder.exists())
+        if not os.access(above, os.W_OK):
+            raise OutputError(f"Nothing can be written in {above}. Choose another place with --output.")
         if output.is_symlink():
             raise UsageError(f"{output} is a link. Choose another --output, or name the folder it leads to.")
         if output.exists() and not output.is_dir():
@@ -53,62 +53,19 @@ def check_output(output: Path, *, overwrite: bool, source: Path | None = None) -
                 )
 
 
-def check_resume(resume: str) -> None:
-    """UsageError if --resume is none of its three words."""
-    if resume not in ("auto", "required", "never"):
-        raise UsageError(f"--resume is auto, required or never, not {resume!r}.")
+def free_bytes(place: Path) -> int:
+    """On the disk of `place`, or of the nearest folder above it that is there."""
+    return shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.exists())).free
 
 
-def begin(output: Path, fingerprint: dict[str, Any], resume: str) -> tuple[Path, Journal]:
-    """The working folder of `output`, made if it is not there, and its open journal; ResumeError as of Journal."""
-    work = working_folder(output)
-    if resume == "required" and not work.is_dir():
-        raise ResumeError(f"There is nothing to resume at {work}. Leave out --resume required to start anew.")
-    work.mkdir(parents=True, exist_ok=True)
-    return work, Journal(work, fingerprint, required=resume == "required", discard=resume == "never")
-
-
-def publish(work: Path, output: Path) -> None:
-    """Move the finished working folder to `output`; a folder that stood there is replaced whole.
-
-    The journal goes last. Killed before that, the same command finds everything done and publishes again; and
-    until the rename its lock keeps a second process from taking the folder for its own.
-    """
-    with write_errors(output):
-        for path in work.rglob("*"):
-            if path.is_file():
-                _fsync(path)
-        _fsync(work)
-        old = _replaced(output)
-        if output.is_dir():
-            if old.exists():
-                shutil.rmtree(old)
-            output.rename(old)
-        work.rename(output)
-        _fsync(output.parent)
-        clear_away(output)
-
-
-def clear_away(output: Path) -> None:
-    """Remove what a published result no longer needs: text, states, the journal, and the folder that it replaced."""
-    with write_errors(output):
-        for name in (GENERATED, ALLOCATION):
-            (output / name).unlink(missing_ok=True)
-        shutil.rmtree(output / STATES, ignore_errors=True)
-        (output / JOURNAL).unlink(missing_ok=True)
-        shutil.rmtree(_replaced(output), ignore_errors=True)  # another process may be at it, too
-
-
-def _replaced(output: Path) -> Path:
-    return output.with_name(output.name + ".replaced-by-losparse")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def check_space(place: Path, need: int) -> None:
+    """OutputError if `place`, or the nearest folder above it that is there, has less than `need` bytes free."""
+    free = free_bytes(place)
+    if need > free:
+        raise OutputError(
+            f"{place.parent} has {free:,} bytes free, and the result needs about {need:,} more. Free some space, or "
+            "choose another disk with --output."
+        )
 
 
 def parse_size(text: str, option: str = "--max-shard-size") -> int:

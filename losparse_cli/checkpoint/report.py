@@ -58,7 +58,7 @@ class LayerReport:
         return total_error([self])
 
     def measured(self) -> dict[str, Any]:
-        """JSON form without the spec, which stands in config.json."""
+        """JSON form without the spec."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "spec"}
 
     def to_dict(self) -> dict[str, Any]:
@@ -134,20 +134,13 @@ class Report:
         return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form, complete; `totals` is derived and only for reading."""
-        return self._fields() | {"layers": [layer.to_dict() for layer in self.layers]}
-
-    def to_file(self) -> dict[str, Any]:
-        """What losparse_report.json holds: how layers are stored says config.json, beside it."""
-        return self._fields() | {"layers": [layer.measured() for layer in self.layers]}
-
-    def _fields(self) -> dict[str, Any]:
+        """JSON form; `totals`, and how layers are stored, are only for reading: config.json says it to the loader."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "layers"}
-        return fields | {"totals": self.totals()}
+        return fields | {"totals": self.totals(), "layers": [layer.to_dict() for layer in self.layers]}
 
     @classmethod
-    def from_file(cls, fields: dict[str, Any], specs: Mapping[str, LayerSpec], where: str) -> Report:
-        """What `to_file` wrote, with the layers of config.json; CheckpointError that names `where` if it is wrong."""
+    def from_dict(cls, fields: dict[str, Any], specs: Mapping[str, LayerSpec], where: str) -> Report:
+        """What `to_dict` wrote, with the layers of config.json; CheckpointError that names `where` if it is wrong."""
         try:
             known = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
             known["layers"] = tuple(LayerReport.from_dict(layer, specs[layer["name"]]) for layer in fields["layers"])

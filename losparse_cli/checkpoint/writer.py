@@ -89,6 +89,11 @@ class ShardWriter:
         return len(self._journal.units)
 
     @property
+    def nbytes(self) -> int:
+        """Of the tensors that are written."""
+        return sum(unit.end - unit.begin for unit in self._journal.units)
+
+    @property
     def folder(self) -> Path:
         return self._folder
 

@@ -17,25 +17,18 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     MofNCompleteColumn,
-    Progress,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as Bars
 from rich.table import Table
 
 from ..errors import Interrupted
+from ..progress import Progress
 
 if TYPE_CHECKING:
     from ..checkpoint.report import LayerReport
-    from ..compression.allocation import Allocation
-    from ..compression.plan import Job
-
-
-NO_BLOCKS = (
-    "the blocks of this model cannot be calibrated one after another, so it is calibrated as a whole: all of its "
-    "weights are in memory at once."
-)
 
 
 class Console:
@@ -100,70 +93,55 @@ class _NoStatus:
         """Nothing moves where there is no terminal."""
 
 
-class LayerProgress:
+class LayerProgress(Progress):
     """Two bars, layers and bytes, with the time left; a plain line every tenth where there is no terminal."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._bars: Progress | None = None
-        self._layers = self._bytes = TaskID(0)
+        self._bars: Bars | None = None
+        self._tasks: dict[str, TaskID] = {}
         self._done = self._total = self._said = 0
 
-    def start(self, job: Job, layers_done: int, bytes_done: int) -> None:
-        if tuple(job.blocks) == ("",) and not layers_done and not self._total:  # said once, though started twice
-            self._console.warn(NO_BLOCKS)
-        self._done, self._total = layers_done, len(job.plan.layers)
-        if layers_done:
-            self._console.say(f"Going on after layer {layers_done} of {self._total}.")
-        if self._bars is not None:  # after the sizes were decided, which has a part of the bar to itself
-            self._bars.update(self._layers, completed=layers_done, total=self._total)
-            self._bars.update(self._bytes, completed=bytes_done)
-        elif self._console.err.is_terminal and not self._console.quiet:
-            self._bars = Progress(
-                TextColumn("{task.description:<8}"), BarColumn(), _Amount(), TimeRemainingColumn(compact=True),
-                TextColumn("{task.fields[note]}", style="dim"), console=self._console.err,
-            )  # fmt: skip
-            self._bars.start()
-            self._layers = self._bars.add_task(
-                "Layers", total=self._total, completed=layers_done, note="", unit="layers"
-            )
-            self._bytes = self._bars.add_task(
-                "Bytes", total=job.source.nbytes, completed=bytes_done, note="", unit="bytes"
-            )
+    def start(self, unit: str, total: int, done: int = 0) -> None:
+        if unit == "layers":
+            self._done, self._total = done, total
+        if self._bars is None:
+            return
+        if unit in self._tasks:
+            self._bars.update(self._tasks[unit], total=total, completed=done)
+        else:
+            self._tasks[unit] = self._bars.add_task(unit.capitalize(), total=total, completed=done, note="", unit=unit)
+
+    def advance(self, unit: str, count: int = 1, name: str = "") -> None:
+        if self._bars is not None:
+            self._bars.update(self._tasks[unit], advance=count)
 
     def phase(self, text: str) -> None:
-        """What goes on between two layers."""
+        """What goes on between two layers, or before the first."""
         if self._bars is not None:
-            self._bars.update(self._layers, note=escape(text))
+            self._bars.update(self._tasks["layers"], note=escape(text))
 
-    def allocated(self, decided: Allocation) -> None:
-        """What --allocate error decided."""
-        shares = sorted(
-            max(fields.get("keep", 0), fields.get("keep_parameters", 0)) for fields in decided.layers.values()
-        )
-        if not shares:
-            self._console.say("The uniform plan stays: sizes by error gave no smaller divergence from the dense model.")
-            return
-        checked = "not checked, since the model does not fit in memory whole"
-        if decided.gain is not None:
-            checked = f"{decided.gain:.0%} of the uniform plan's divergence from the dense model, solved coarsely"
-        self._console.say(f"Sizes by error: {shares[0]:.0%} to {shares[-1]:.0%} of a layer; {checked}.")
+    def tell(self, sentence: str) -> None:
+        self._console.say(escape(sentence))
 
     def layer(self, report: LayerReport) -> None:
         self._done += 1
         error = report.relative_error if report.output_error is None else report.output_error
         note = report.name if error is None else f"{report.name}  error {error:.3f}"
         if self._bars is not None:
-            self._bars.update(self._layers, advance=1, note=escape(note))
+            self._bars.update(self._tasks["layers"], advance=1, note=escape(note))
         elif self._done * 10 // max(1, self._total) > self._said or self._done == self._total:
             self._said = self._done * 10 // max(1, self._total)
             self._console.say(f"layer {self._done}/{self._total}  {escape(note)}")
 
-    def advance(self, nbytes: int) -> None:
-        if self._bars is not None:
-            self._bars.update(self._bytes, advance=nbytes)
-
     def __enter__(self) -> LayerProgress:
+        if self._console.err.is_terminal and not self._console.quiet:
+            self._bars = Bars(
+                TextColumn("{task.description:<8}"), BarColumn(), _Amount(), TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[note]}", style="dim"), console=self._console.err,
+            )  # fmt: skip
+            self._bars.start()
+            self._tasks["layers"] = self._bars.add_task("Layers", total=None, note="", unit="layers")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -182,7 +160,7 @@ class CountProgress:
     """One bar over items that are named as they are finished."""
 
     def __init__(self, console: Console, verb: str) -> None:
-        self._bars = Progress(
+        self._bars = Bars(
             TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[note]}", style="dim"), console=console.err, transient=True,
             disable=console.quiet or not console.err.is_terminal,

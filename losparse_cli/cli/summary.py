@@ -8,11 +8,12 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from .console import NO_BLOCKS, Console, short, size
+from .console import Console, short, size
 
 if TYPE_CHECKING:
     from ..checkpoint.report import Report
     from ..compress import Result
+    from ..compression.estimate import Forecast
     from ..compression.plan import Job
     from ..finetune import Finetuned
 
@@ -22,43 +23,13 @@ NOTICED, RUINED = 0.75, 0.6
 CALIBRATED_RUINED = 0.4
 
 
-def show_plan(out: Console, job: Job) -> None:
+def show_plan(out: Console, found: Forecast) -> None:
     """What a run would do and need (--dry-run)."""
-    import shutil
-    from dataclasses import asdict
-
-    from ..compression.estimate import estimate
-
-    plan = job.plan
-    need = estimate(job) if job.calibration is not None else None
+    out.data(found.to_dict())
+    out.flush()
+    job, plan, need = found.job, found.made.plan, found.need
     kept = sum(p.parameters for p in plan.layers)
     targeted = sum(p.layer.shape[0] * p.layer.shape[1] for p in plan.layers)
-    existing = next(p for p in job.output.parents if p.exists())
-    free = shutil.disk_usage(existing).free
-    out.data(
-        {
-            "output": str(job.output),
-            "recipe": job.recipe.to_dict(),
-            "targeted_bytes": plan.dense_bytes,
-            "expected_bytes": plan.expected_bytes,
-            "bound_bytes": plan.bound_bytes,
-            "model_bytes": job.source.nbytes,
-            "disk_bytes": job.bound_bytes,
-            "free_bytes": free,
-            "peak_memory_bytes": need.peak_bytes if need else job.peak_memory,
-            "seconds": need.seconds if need else None,
-            "calibration": asdict(job.calibration) if job.calibration else None,
-            "blocks": list(job.blocks),
-            "shards": [shard.file for shard in job.shards],
-            "layers": [
-                {"name": p.layer.name, "shape": p.layer.shape, "rank": p.rank, "nnz": p.nnz, "pattern": p.pattern,
-                 "expected_bytes": p.expected_bytes, "bound_bytes": p.bound_bytes}
-                for p in plan.layers
-            ],
-            "skipped": plan.skipped,
-        }
-    )  # fmt: skip
-    out.flush()
     shapes = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for column, justify in (("layers", "left"), ("shape", "right"), ("rank", "right"), ("nnz", "right"),
                             ("before", "right"), ("about", "right"), ("at most", "right")):  # fmt: skip
@@ -76,7 +47,7 @@ def show_plan(out: Console, job: Job) -> None:
     out.say(f"Share    {share:.1%} of all parameters are targeted; {kept / targeted:.1%} of those are kept")
     about, most = size(plan.expected_bytes), size(plan.bound_bytes)
     out.say(f"Result   {about} of {size(plan.dense_bytes)} in those layers, at most {most}")
-    out.say(f"Disk     at most {size(job.bound_bytes)} in {short(job.output)}; {size(free)} free")
+    out.say(f"Disk     at most {size(found.disk_bytes)} in {short(job.output)}; {size(found.free_bytes)} free")
     if not job.source.files:
         out.say(f"Download {size(job.source.nbytes)} from the Hub, kept in its cache")
     if need is None:
@@ -84,12 +55,16 @@ def show_plan(out: Console, job: Job) -> None:
     else:
         out.say(f"Text     {_text(job)}")
         if tuple(job.blocks) == ("",):
+            from ..compression.plan import NO_BLOCKS
+
             out.warn(NO_BLOCKS)
         held = size(need.activation_bytes)
         out.say(f"Memory   about {size(need.peak_bytes)} at the peak, {held} of it activations, which can lie in files")
-        out.say(f"Time     about {minutes(need.seconds)} on this machine")
+        out.say(f"Time     about {_minutes(need.seconds)} on this machine")
         if job.recipe.allocate == "error":
             out.say("Sizes    --allocate error measures them at the start of the run; the table shows the uniform plan")
+    if found.finished:
+        out.say("This very run has finished before: there is nothing to do.")
     out.say("Nothing was written.")
 
 
@@ -102,8 +77,7 @@ def _text(job: Job) -> str:
     return f"{job.windows.tokens:,} tokens in {count} windows of {length}, from {escape(job.calibration.source)}"
 
 
-def minutes(seconds: float) -> str:
-    """30 s, 12 min, 2.5 h."""
+def _minutes(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
@@ -129,7 +103,7 @@ def show_result(out: Console, result: Result) -> None:
     if result.took.predicted is not None and not result.resumed:
         need = result.took.predicted
         out.say(
-            f"Predicted {minutes(need.seconds)} and {size(need.peak_bytes)}, took {minutes(result.seconds)} and "
+            f"Predicted {_minutes(need.seconds)} and {size(need.peak_bytes)}, took {_minutes(result.seconds)} and "
             f"{size(result.took.peak_bytes)} of memory"
         )
     if report.blocks:
@@ -184,7 +158,7 @@ def show_finetuned(out: Console, result: Finetuned) -> None:
             scores.add_row(name, f"{value:.4f}")
         out.table(scores)
     where = short(result.output)
-    out.say(f"[bold green]Done[/] in {minutes(result.seconds)}. The result is in {where}. To load it:")
+    out.say(f"[bold green]Done[/] in {_minutes(result.seconds)}. The result is in {where}. To load it:")
     _show_loading(out, where)
 
 

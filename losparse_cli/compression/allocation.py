@@ -47,18 +47,15 @@ class Allocation:
     gain: float | None
 
 
-def allocate_by_error(job: Job, on_phase: Callable[[str], None] = lambda text: None) -> Allocation:
+def allocate_by_error(job: Job, windows: Windows, on_phase: Callable[[str], None] = lambda text: None) -> Allocation:
     """Size and split of each layer by measured errors, or nothing where the uniform plan is as good."""
     recipe = job.recipe
     field = "keep" if recipe.keep is not None else "keep_parameters"
-    keep = getattr(recipe, field)
-    assert job.windows is not None
-    assert job.calibration is not None
-    survey = _Survey(job, field, keep, on_phase)
+    survey = _Survey(job, windows, field, getattr(recipe, field), on_phase)
     if not survey.plans:  # the recipe names the size of every layer
         return Allocation({}, None)
     survey.run()
-    shares = allocate(survey.curves, keep)
+    shares = allocate(survey.curves, survey.keep)
     layers = {name: {field: round(share, 4), "rank_ratio": survey.split[name]} for name, share in shares.items()}
     if survey.whole is None or not survey.may_check:
         return Allocation(layers, None)
@@ -77,15 +74,14 @@ def names_size(recipe: Recipe, layer: Layer) -> bool:
 class _Survey:
     """One pass over the dense blocks: error curves of their layers, and what each block's error does to the output."""
 
-    def __init__(self, job: Job, field: str, keep: float, on_phase: Callable[[str], None]) -> None:
+    def __init__(self, job: Job, windows: Windows, field: str, keep: float, on_phase: Callable[[str], None]) -> None:
         self.job, self.field, self.keep, self._say = job, field, keep, on_phase
-        assert job.windows is not None
-        count = len(job.windows.ids)
+        count = len(windows.ids)
         each = min(JUDGES, count // 3)
         self.may_check = each > 0
-        self._measured = _part(job.windows, 0, min(WINDOWS, count - 2 * each))
-        self._weighing = _part(job.windows, count - 2 * each, count - each) if self.may_check else self._measured
-        self._checking = _part(job.windows, count - each, count)
+        self._measured = _part(windows, 0, min(WINDOWS, count - 2 * each))
+        self._weighing = _part(windows, count - 2 * each, count - each) if self.may_check else self._measured
+        self._checking = _part(windows, count - each, count)
         self.plans = {plan.layer.name: plan for plan in job.plan.layers if not names_size(job.recipe, plan.layer)}
         self.curves: dict[str, Curve] = {}
         self.split: dict[str, float] = {}

@@ -23,26 +23,28 @@ from ..models.blocks import Call
 from ..shim.layouts import LayerSpec
 from .assembly import Assembly
 from .matching import match_block
-from .plan import Job
+from .plan import Job, Schedule
 from .solve import as_matrix, encode, solve_layer, solve_layers
 
 
 class Block:
-    """The block `name` of a job; `module` holds the dense weights in float32. Layers go by their names inside it.
+    """The block `name` of a job, written by a schedule; `module` holds the dense weights in float32.
+
+    Layers go by their names inside it.
 
     plans: layer -> its plan. solved: layer -> what was found, once it was. norms: tensor on disk -> one-dimensional
     parameter of the model that is trained along with the layers.
     """
 
-    def __init__(self, name: str, job: Job, assembly: Assembly, say: Callable[[str], None]) -> None:
+    def __init__(self, name: str, job: Job, made: Schedule, assembly: Assembly, say: Callable[[str], None]) -> None:
         self.name, self.job, self.assembly = name, job, assembly
+        self._units = {number: made.units[number] for number in job.blocks[name]}
         self.module: nn.Module = assembly.model.get_submodule(name)
         self.prefix = f"{name}." if name else ""
         self._tell = say
         self.plans: dict[str, LayerPlan] = {}
         self.norms: dict[str, str] = {}
-        for number in job.blocks[name]:
-            entry, plan = job.units[number]
+        for entry, plan in self._units.values():
             parameter = assembly.parameter(entry.name)
             if plan is not None:
                 self.plans[plan.layer.name.removeprefix(self.prefix)] = plan
@@ -101,8 +103,7 @@ class Block:
 
     def restore(self, tensors: dict[int, dict[str, Tensor]], specs: dict[int, LayerSpec]) -> None:
         """Take the weights that an earlier run has written: unit -> tensors by name, unit -> spec of a layer."""
-        for number in self.job.blocks[self.name]:
-            entry, plan = self.job.units[number]
+        for number, (entry, plan) in self._units.items():
             if plan is not None:
                 parts = {name.rpartition(".")[2]: t.to(self.job.device) for name, t in tensors[number].items()}
                 factors = LowRankSparse(*unpack_layer(specs[number], parts))

@@ -4,61 +4,61 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..calibration.activations import Activations
-from ..checkpoint.report import LayerReport
 from ..checkpoint.writer import ShardWriter, tensor_part
 from ..linalg.precision import fast_float32
 from ..models.blocks import Call, Relay, block_of, hidden_states, run_block, with_hidden_states
 from ..models.device import available, memory_errors
 from ..models.reading import output_embeddings
 from ..models.skeleton import empty_model
+from ..progress import Progress
 from ..shim.layouts import LayerSpec
+from ..text.windows import Windows
 from .assembly import Assembly
 from .block import Block
-from .estimate import Estimate
-from .plan import Job
-
-
-class Progress(Protocol):
-    """What a caller may watch. Bytes are of the dense model."""
-
-    def phase(self, text: str) -> None: ...
-    def layer(self, report: LayerReport) -> None: ...
-    def advance(self, nbytes: int) -> None: ...
+from .plan import Job, Schedule
 
 
 class CalibratedRun:
-    """The blocks of one job, solved and written in turn; those that `writer` holds already are only run."""
+    """The blocks of one job, solved and written in turn; those that `writer` holds already are only run.
 
-    def __init__(self, job: Job, writer: ShardWriter, progress: Progress | None, need: Estimate) -> None:
-        self.job, self.writer, self.progress = job, writer, progress
+    windows: the text. made: what is written. fixed_bytes: of memory that is needed beside activations.
+    """
+
+    def __init__(
+        self, job: Job, windows: Windows, made: Schedule, writer: ShardWriter, told: Progress, fixed_bytes: int
+    ) -> None:
+        self.job, self.windows, self.made, self.writer, self.told = job, windows, made, writer, told
         self.assembly = calibration_model(job)
         self.model = self.assembly.model
         copied = job.start or job.source
         self._files = {file.path: file for file in copied.files}
         self._entries = copied.entries
         limit = job.memory_limit if job.memory_limit is not None else available(job.device) * 3 // 4
-        self._activations = Activations(writer.folder, max(0, limit - need.fixed_bytes))
+        self._activations = Activations(writer.folder, max(0, limit - fixed_bytes))
 
     def run(self) -> None:
         job = self.job
         assert job.calibration is not None
-        assert job.windows is not None
         for number in range(self.writer.done, min(units.start for units in job.blocks.values())):
             self._copy(number)
         self.assembly.load(parameters_outside(self.model, job.blocks))
-        batches = job.windows.batches(job.calibration.batch, job.device)
+        batches = self.windows.batches(job.calibration.batch, job.device)
         # Where blocks are matched, the dense model's own stream runs along: it is what they are matched to.
         streams = 2 if job.refinement is not None else 1
         remedy = "Lower --calibration-tokens or --calibration-length, or set --memory-limit; what is finished is kept."
         with memory_errors(remedy), fast_float32(), Relay(self.model, list(job.blocks), batches * streams) as relay:
             for name, calls in relay:
-                self._block(Block(name, job, self.assembly, self._say), calls[: len(batches)], calls[len(batches) :])
+                self._block(
+                    Block(name, job, self.made, self.assembly, self.told.phase),
+                    calls[: len(batches)],
+                    calls[len(batches) :],
+                )
 
     def _block(self, block: Block, calls: list[Call], dense: list[Call]) -> None:
         """calls: with what the compressed blocks before gave. dense: with what the dense ones gave, or none."""
@@ -68,9 +68,9 @@ class CalibratedRun:
         self._run(block.module, dense)
         if self.writer.done < self.job.blocks[block.name].stop:
             if self.job.start is not None:
-                block.start_from(self.job.start, self._layer)
+                block.start_from(self.job.start, self.told.layer)
             else:
-                block.solve(calls, self._layer)
+                block.solve(calls, self.told.layer)
             summary = {}
             if self.job.refinement is not None:
                 summary = block.match(calls, [hidden_states(call.output) for call in dense])
@@ -94,7 +94,7 @@ class CalibratedRun:
     def _write(self, block: Block, summary: dict[str, Any], seconds: float) -> None:
         inside = {plan.layer.tensor: layer for layer, plan in block.plans.items()}
         for number in self.job.blocks[block.name]:
-            entry, plan = self.job.units[number]
+            entry, plan = self.made.units[number]
             if plan is None and (entry.name not in block.norms or self.job.refinement is None):
                 self._copy(number)
                 continue
@@ -109,24 +109,12 @@ class CalibratedRun:
                     stats["block"], summary = summary, {}  # once a block, with its first layer
             share = seconds / len(block.plans) if plan is not None else 0.0
             self.writer.append([tensor_part(name, tensor) for name, tensor in tensors.items()], stats, share)
-            self._advance(entry.nbytes)
+            self.told.advance("bytes", entry.nbytes)
 
     def _copy(self, number: int) -> None:
-        entry = self._entries[self.job.units[number][0].name]
+        entry = self._entries[self.made.units[number][0].name]
         self.writer.append([(entry.name, entry.dtype, entry.shape, self._files[entry.path].chunks(entry))])
-        self._advance(entry.nbytes)
-
-    def _say(self, text: str) -> None:
-        if self.progress is not None:
-            self.progress.phase(text)
-
-    def _layer(self, report: LayerReport) -> None:
-        if self.progress is not None:
-            self.progress.layer(report)
-
-    def _advance(self, nbytes: int) -> None:
-        if self.progress is not None:
-            self.progress.advance(nbytes)
+        self.told.advance("bytes", entry.nbytes)
 
 
 def parameters_outside(model: Any, blocks: Collection[str]) -> list[str]:

@@ -2,74 +2,90 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Protocol
-
-from ..checkpoint.journal import Journal
+from ..budget.plan import Plan, make_plan
 from ..checkpoint.output import ALLOCATION, GENERATED
 from ..checkpoint.source import read_json
+from ..checkpoint.workfolder import WorkFolder
 from ..checkpoint.writer import write_json
 from ..errors import CheckpointError, write_errors
 from ..load import load
 from ..models.device import release
+from ..progress import Progress
 from ..text.generated import generate_text, kept_windows, write_windows
 from ..text.windows import Windows
 from .allocation import Allocation, allocate_by_error
-from .plan import Job, replan
+from .plan import Job
 
 
-class Progress(Protocol):
-    """What a caller may watch."""
+def kept_text(job: Job, work: WorkFolder) -> Windows | None:
+    """The text of the job, or what the model wrote for itself before this run was killed.
 
-    def phase(self, text: str) -> None: ...
-    def allocated(self, decided: Allocation) -> None: ...
-
-
-def kept_text(job: Job, work: Path, journal: Journal) -> Windows | None:
-    """The text that the model wrote for itself before this run was killed; without it nothing that was done counts."""
+    None without calibration, or if the model has yet to write: then nothing that was done before counts.
+    """
     if job.calibration is None or job.windows is not None:
-        return None
-    kept = kept_windows(job.calibration, work / GENERATED)
+        return job.windows
+    kept = kept_windows(job.calibration, work.path / GENERATED)
     if kept is None:
-        with write_errors(work):
-            journal.keep(0)
+        with write_errors(work.path):
+            work.journal.keep(0)
     return kept
 
 
-def own_text(job: Job, work: Path, progress: Progress | None) -> Windows:
+def own_text(job: Job, work: WorkFolder, told: Progress) -> Windows:
     """Text that the model writes for itself, kept so that a run that goes on sees the same; see `generate_text`."""
     assert job.calibration is not None
-
-    def say(done: int, total: int) -> None:
-        if progress is not None:
-            progress.phase(f"generating text: {done:,} of {total:,} tokens")
-
     options = {"trust_remote_code": True} if job.trust_remote_code else {}
     model, tokenizer = load(job.source.folder, dtype="auto", **options)
-    windows = generate_text(job.calibration, model, tokenizer, seed=job.recipe.seed, device=job.device, on_tokens=say)
+    windows = generate_text(
+        job.calibration,
+        model,
+        tokenizer,
+        seed=job.recipe.seed,
+        device=job.device,
+        on_tokens=lambda done, total: told.phase(f"generating text: {done:,} of {total:,} tokens"),
+    )
     del model
     release(job.device)
-    with write_errors(work):
-        write_windows(windows, work / GENERATED)
+    with write_errors(work.path):
+        write_windows(windows, work.path / GENERATED)
     return windows
 
 
-def allocated(job: Job, work: Path, journal: Journal, progress: Progress | None) -> Job:
-    """The job with its budget allocated by error; what was decided is kept for a run that goes on with this one, and
-    without it nothing that was done counts."""
-    path = work / ALLOCATION
+def allocated_plan(job: Job, windows: Windows | None, work: WorkFolder, told: Progress) -> Plan:
+    """The plan to carry out: the job's, or with --allocate error one with sizes by error.
+
+    What was decided is kept for a run that goes on with this one; without it nothing that was done counts.
+    """
+    if job.recipe.allocate != "error":
+        return job.plan
+    assert windows is not None, "--allocate error is refused without text"
+    path = work.path / ALLOCATION
     if path.is_file():
         try:
-            return replan(job, job.recipe.with_overrides(read_json(path)["layers"]))
+            return _plan(job, read_json(path)["layers"])
         except (CheckpointError, KeyError, TypeError, ValueError):
             path.unlink()
-    with write_errors(work):
-        journal.keep(0)
-    decided = allocate_by_error(job, progress.phase if progress is not None else lambda text: None)
-    with write_errors(work):
+    with write_errors(work.path):
+        work.journal.keep(0)
+    decided = allocate_by_error(job, windows, told.phase)
+    with write_errors(work.path):
         part = path.with_name(path.name + ".part")
         write_json(part, {"layers": decided.layers, "gain": decided.gain})
         part.replace(path)
-    if progress is not None:
-        progress.allocated(decided)
-    return replan(job, job.recipe.with_overrides(decided.layers))
+    told.tell(_sentence(decided))
+    return _plan(job, decided.layers)
+
+
+def _plan(job: Job, layers: dict[str, dict[str, float]]) -> Plan:
+    recipe = job.recipe.with_overrides(layers)
+    return make_plan([p.layer for p in job.plan.layers], job.plan.skipped, recipe, calibrated=True)
+
+
+def _sentence(decided: Allocation) -> str:
+    shares = sorted(max(fields.get("keep", 0), fields.get("keep_parameters", 0)) for fields in decided.layers.values())
+    if not shares:
+        return "The uniform plan stays: sizes by error gave no smaller divergence from the dense model."
+    checked = "not checked, since the model does not fit in memory whole"
+    if decided.gain is not None:
+        checked = f"{decided.gain:.0%} of the uniform plan's divergence from the dense model, solved coarsely"
+    return f"Sizes by error: {shares[0]:.0%} to {shares[-1]:.0%} of a layer; {checked}."

@@ -1,14 +1,19 @@
-"""What a calibrated run will take: peak memory, and time from a measured speed of products."""
+"""What a run will take: disk, peak memory, and time from a measured speed of products."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
+from ..checkpoint.output import check_space, free_bytes
+from ..checkpoint.workfolder import WorkFolder
 from ..linalg.precision import fast_float32
-from .plan import RESIDENT_BASE, Job
+from ..text.windows import Windows
+from .fingerprint import fingerprint
+from .plan import RESIDENT_BASE, Job, Schedule, schedule
 
 # Measured on SmolLM2-135M, two cores: time of the whole over that of its products alone at full speed.
 SOLVER_OVERHEAD, FORWARD_OVERHEAD, TRAINING_OVERHEAD = 2.2, 1.6, 1.6
@@ -32,20 +37,86 @@ class Estimate:
         return self.fixed_bytes + self.activation_bytes
 
 
-def estimate(job: Job) -> Estimate:
-    """Peak resident bytes and seconds of a calibrated job."""
+@dataclass(frozen=True)
+class Forecast:
+    """What a job will do and need. made: what is written. free_bytes: on the disk that it goes to.
+
+    need: of a calibrated job. finished: its result is there already, so that there is nothing to do.
+    """
+
+    job: Job
+    made: Schedule
+    free_bytes: int
+    need: Estimate | None
+    finished: bool
+
+    @property
+    def disk_bytes(self) -> int:
+        """Most that the result takes."""
+        return self.made.bound_bytes(self.job.source.folder)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of memory."""
+        return self.job.peak_memory if self.need is None else self.need.peak_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form; sizes in bytes."""
+        job, plan = self.job, self.made.plan
+        text = {"tokens": job.windows.tokens, "windows": len(job.windows.ids)} if job.windows is not None else {}
+        return {
+            "output": str(job.output),
+            "recipe": job.recipe.to_dict(),
+            "targeted_bytes": plan.dense_bytes,
+            "expected_bytes": plan.expected_bytes,
+            "bound_bytes": plan.bound_bytes,
+            "model_bytes": job.source.nbytes,
+            "disk_bytes": self.disk_bytes,
+            "free_bytes": self.free_bytes,
+            "peak_memory_bytes": self.peak_bytes,
+            "seconds": self.need.seconds if self.need else None,
+            "calibration": asdict(job.calibration) | text if job.calibration else None,
+            "blocks": list(job.blocks),
+            "shards": [shard.file for shard in self.made.shards],
+            "layers": [
+                {"name": p.layer.name, "shape": p.layer.shape, "rank": p.rank, "nnz": p.nnz, "pattern": p.pattern,
+                 "expected_bytes": p.expected_bytes, "bound_bytes": p.bound_bytes}
+                for p in plan.layers
+            ],
+            "skipped": plan.skipped,
+        }  # fmt: skip
+
+
+def forecast(job: Job, *, resume: str = "auto", overwrite: bool = False) -> Forecast:
+    """What `job` will do and need; raises what would keep it from being carried out, as far as can be known before.
+
+    UsageError, OutputError and ResumeError as WorkFolder and `check_space`.
+    """
+    work = WorkFolder(job.output, fingerprint(job), resume=resume, overwrite=overwrite, source=job.source.folder)
+    work.check()
+    made = schedule(job, job.plan)
+    free = free_bytes(job.output)
+    if not work.path.is_dir():  # else a part of it is written
+        check_space(work.path, made.plan.expected_bytes + made.copied_bytes)
+    need = estimate(job, job.windows) if job.calibration is not None else None
+    return Forecast(job, made, free, need, work.finished)
+
+
+def estimate(job: Job, windows: Windows | None) -> Estimate:
+    """Peak resident bytes and seconds of a calibrated job; windows: its text, None if the model is to write it."""
     assert job.calibration is not None
     assert job.calibration.length is not None
     hidden = job.hidden_size
-    tokens = job.windows.tokens if job.windows is not None else job.calibration.tokens
+    tokens = windows.tokens if windows is not None else job.calibration.tokens
+    units = schedule(job, job.plan).units
     batch = job.calibration.batch * job.calibration.length
-    inside = set().union(*(set(units) for units in job.blocks.values()))
-    outside = sum(e.elements for k, (e, _) in enumerate(job.units) if k not in inside)
-    widest = max(sum(job.units[k][0].elements for k in units) for units in job.blocks.values())
+    inside = set().union(*(set(numbers) for numbers in job.blocks.values()))
+    outside = sum(e.elements for k, e in enumerate(job.entries) if k not in inside)
+    widest = max(sum(job.entries[k].elements for k in numbers) for numbers in job.blocks.values())
     moments = solver = 0
     work = 0.0  # flops, weighted with their overhead
-    for units in job.blocks.values():
-        plans = [plan for k in units if (plan := job.units[k][1]) is not None]
+    for numbers in job.blocks.values():
+        plans = [plan for k in numbers if (plan := units[k][1]) is not None]
         moments = max(moments, sum(4 * plan.layer.shape[1] ** 2 for plan in plans))
         block = 0
         for plan in plans:
@@ -63,10 +134,8 @@ def estimate(job: Job) -> Estimate:
     training = TRAINING_COPIES * 4 * widest if job.refinement is not None else 0
     passing = 4 * batch * 16 * hidden  # what one batch leaves behind inside a block
     fixed = RESIDENT_BASE + 4 * (outside + widest) + moments + max(solver, training + passing)
-    if (
-        job.windows is None
-    ):  # the model writes the text itself: all of it in memory, with keys and values, before the rest
-        fixed = max(fixed, RESIDENT_BASE + sum(entry.nbytes for entry, _ in job.units) + GENERATION_BYTES)
+    if windows is None:  # all of the model in memory, with keys and values, before the rest
+        fixed = max(fixed, RESIDENT_BASE + job.source.nbytes + GENERATION_BYTES)
         work += FORWARD_OVERHEAD * GENERATION_OVERHEAD * 2 * job.parameters * tokens
     held = 3 if job.refinement is not None else 2
     return Estimate(fixed, 4 * tokens * hidden * held, work / _speed(job.device))

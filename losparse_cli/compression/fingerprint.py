@@ -10,7 +10,7 @@ import torch
 
 from .. import __version__
 from ..checkpoint.fingerprint import companion_states, digest, file_states
-from .plan import Job
+from .plan import Job, schedule
 
 
 def fingerprint(job: Job) -> dict[str, Any]:
@@ -18,7 +18,8 @@ def fingerprint(job: Job) -> dict[str, Any]:
     import safetensors
     import transformers
 
-    plan = [[e.name, e.dtype, e.shape, p and [p.rank, p.nnz, p.pattern, p.scope, p.iterations]] for e, p in job.units]
+    made = schedule(job, job.plan)
+    plan = [[e.name, e.dtype, e.shape, p and [p.rank, p.nnz, p.pattern, p.scope, p.iterations]] for e, p in made.units]
     return {
         "losparse": __version__,
         "torch": torch.__version__,
@@ -35,5 +36,5 @@ def fingerprint(job: Job) -> dict[str, Any]:
         "calibration": job.calibration and asdict(job.calibration),
         "refinement": job.refinement and asdict(job.refinement),
         "text": job.windows and job.windows.digest(),
-        "plan": digest([plan, [[s.file, s.header] for s in job.shards]]),
+        "plan": digest([plan, [[s.file, s.header] for s in made.shards]]),
     }

@@ -1,8 +1,8 @@
-"""Source and recipe -> Job: layers chosen, rank and nnz of each, shards cut; no weight is read."""
+"""Source and recipe -> Job: layers chosen, rank and nnz of each, text read; no weight is read."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from ..budget.plan import Layer, LayerPlan, Plan, make_plan, plan_as_stored
 from ..budget.recipe import Recipe
 from ..budget.targets import choose, require_match
-from ..checkpoint.companions import companion_files
+from ..checkpoint.card import companion_files
 from ..checkpoint.config import layer_specs
 from ..checkpoint.output import output_path, parse_size
 from ..checkpoint.reader import BITS, FLOATING, TensorEntry
@@ -28,34 +28,38 @@ from .matching import Refinement
 
 FRAME_BYTES = 1 << 16  # bytes: report, card and config besides their lines for each layer
 RESIDENT_BASE = 500 << 20  # bytes: the interpreter with torch and transformers, before any weight
+NO_BLOCKS = (
+    "The blocks of this model cannot be calibrated one after another, so it is calibrated as a whole: all of its "
+    "weights are in memory at once."
+)
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that is fixed before a weight is read.
+    """Everything that is fixed before a weight is read; none of it changes while the job is done.
 
-    units: per tensor of the source, in the order of writing, the layer it is the weight of, or None if copied.
-    recipe: settled. calibration: what text was asked for, None without any; windows: its tokens, None if they are yet
-    to be generated. blocks: block of the model -> its units, in the order of the forward pass; {} without calibration.
-    memory_limit: bytes, None for three quarters of what is free. hidden_size: width of what flows between blocks.
-    start: the compressed checkpoint whose layers are refined, None if they are solved anew.
+    recipe: settled. plan: what each layer gets; with --allocate error what it would get if all were alike, and a later
+    stage decides (`decisions.allocated_plan`). entries: tensors of the source in the order of writing. calibration:
+    what text was asked for, settled, None without any; windows: its tokens, None if the model is to write them
+    (`decisions.own_text`). blocks: block of the model -> where its entries lie, in the order of the forward pass; {}
+    without calibration. memory_limit: bytes, None for three quarters of what is free. hidden_size: width of what flows
+    between blocks. start: the compressed checkpoint whose layers are refined, None if they are solved anew.
     """
 
     source: Checkpoint
     recipe: Recipe
     plan: Plan
-    units: tuple[tuple[TensorEntry, LayerPlan | None], ...]
-    shards: tuple[Shard, ...]
+    entries: tuple[TensorEntry, ...]
     output: Path
     device: torch.device
+    max_shard_bytes: int
+    hidden_size: int
     trust_remote_code: bool = False
     calibration: Calibration | None = None
     windows: Windows | None = None
     blocks: dict[str, range] = field(default_factory=dict)
     refinement: Refinement | None = None
     memory_limit: int | None = None
-    hidden_size: int = 0
-    max_shard_bytes: int = 0
     start: Checkpoint | None = None
 
     @property
@@ -64,16 +68,29 @@ class Job:
         return self.source.elements
 
     @property
+    def peak_memory(self) -> int:
+        """Estimated peak resident bytes without text: the base, one layer in hand and the next being read."""
+        return RESIDENT_BASE + self.plan.workspace_bytes
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What is written by a plan. units: each tensor of the source, with the plan of the layer that it is the weight of,
+    or None if it is copied. shards: the files that they go to."""
+
+    plan: Plan
+    units: tuple[tuple[TensorEntry, LayerPlan | None], ...]
+    shards: tuple[Shard, ...]
+
+    @property
     def copied_bytes(self) -> int:
         """Of the tensors that stay as they are."""
         return sum(entry.nbytes for entry, layer in self.units if layer is None)
 
-    @property
-    def bound_bytes(self) -> int:
-        """Most bytes that the result takes on disk."""
+    def bound_bytes(self, folder: Path) -> int:
+        """Most bytes that the result takes on disk; `folder` holds the files that go along."""
         weights = self.plan.bound_bytes + self.copied_bytes
         weights += sum(shard.header for shard in self.shards)
-        folder = self.source.folder
         beside = sum((folder / path).stat().st_size for path in companion_files(folder))
         config = (folder / "config.json").stat().st_size
         # A layer's lines in config.json, report and timing, and a tensor's line in the index, at their longest.
@@ -81,15 +98,21 @@ class Job:
         lines = sum(12 * len(p.layer.name) + 2000 + 30 * p.iterations for p in self.plan.layers)
         return weights + beside + 2 * config + names + lines + loader_bytes() + FRAME_BYTES
 
-    @property
-    def peak_memory(self) -> int:
-        """Estimated peak resident bytes: the base, one layer in hand and the next being read."""
-        return RESIDENT_BASE + self.plan.workspace_bytes
+
+def schedule(job: Job, plan: Plan) -> Schedule:
+    """What is written of the job's source by `plan`; the order is the job's."""
+    by_tensor = {p.layer.tensor: p for p in plan.layers}
+    units = tuple((entry, by_tensor.get(entry.name)) for entry in job.entries)
+    slots = [
+        Slot(_tensor_names(layer), layer.bound_bytes) if layer else Slot((entry.name,), entry.nbytes)
+        for entry, layer in units
+    ]
+    return Schedule(plan, units, tuple(plan_shards(slots, job.max_shard_bytes)))
 
 
 def prepare(
     model: str | Path,
-    output: Path | None = None,
+    output: str | Path | None = None,
     recipe: Recipe | None = None,
     *,
     device: str = "auto",
@@ -117,44 +140,45 @@ def prepare(
     _refuse_quantized(source)
     if start is not None:
         _check_start(start, source)
+    output = output_path(output or f"{source.name.rpartition('/')[2]}-losparse")
     skeleton = build_skeleton(source.folder, source.config, trust_remote_code=trust_remote_code)
     layers, skipped = find_layers(source, skeleton, recipe)
-    plan = make_plan(layers, skipped, recipe) if start is None else plan_as_stored(layers, skipped, layer_specs(start))
-    asked = calibration
-    calibration = asked and settle(asked, skeleton.model, source.folder)
+    calibrated = calibration is not None
+    if start is None:
+        plan = make_plan(layers, skipped, recipe, calibrated=calibrated)
+    else:
+        plan = plan_as_stored(layers, skipped, layer_specs(start))
+    calibration = calibration and settle(calibration, skeleton.model, source.folder)
     if not source.files and not plan_only:
         source = open_checkpoint(model, revision=source.commit, cache_dir=cache_dir)  # of the very headers planned from
-        calibration = asked and settle(asked, skeleton.model, source.folder)  # with what its tokenizer says
-    by_tensor = {p.layer.tensor: p for p in plan.layers}
-    units = tuple((entry, by_tensor.get(name)) for name, entry in source.entries.items())
-    windows: Windows | None = None
+    entries: tuple[TensorEntry, ...] = tuple(source.entries.values())
     blocks: dict[str, range] = {}
+    windows: Windows | None = None
     if calibration is not None:
-        units, blocks = _by_block(units, source, skeleton, plan)
+        entries, blocks = _by_block(source, skeleton, plan)
         if source.files:
             windows = read_windows(
                 calibration, skeleton.model, source.folder, recipe.seed, trust_remote_code=trust_remote_code
             )
-    output = output_path(output or f"{source.name.rpartition('/')[2]}-losparse")
-    shards = _shards(units, shard_bytes)
-    return Job(
+    job = Job(
         source,
         recipe,
         plan,
-        units,
-        shards,
+        entries,
         output,
         where,
+        shard_bytes,
+        hidden_size(skeleton.model),
         trust_remote_code,
         calibration,
         windows,
         blocks,
         refinement,
         None if memory_limit is None else parse_size(memory_limit, "--memory-limit"),
-        hidden_size(skeleton.model),
-        shard_bytes,
         start,
     )
+    schedule(job, plan)  # CheckpointError where two tensors would have one name
+    return job
 
 
 def _check_calibrated(recipe: Recipe, calibration: Calibration | None, refinement: Refinement | None) -> None:
@@ -182,29 +206,8 @@ def _open(model: str | Path, revision: str | None, cache_dir: Path | None, plan_
         return open_checkpoint(model, revision=revision, cache_dir=cache_dir)
 
 
-def replan(job: Job, recipe: Recipe) -> Job:
-    """The job with the plan that `recipe` gives its layers; everything else stays, the order of the units too."""
-    if recipe == job.recipe:
-        return job
-    plan = make_plan([p.layer for p in job.plan.layers], job.plan.skipped, recipe)
-    by_tensor = {p.layer.tensor: p for p in plan.layers}
-    units = tuple((entry, by_tensor.get(entry.name)) for entry, _ in job.units)
-    return replace(job, recipe=recipe, plan=plan, units=units, shards=_shards(units, job.max_shard_bytes))
-
-
-def _shards(units: Units, max_bytes: int) -> tuple[Shard, ...]:
-    slots = [
-        Slot(_tensor_names(layer), layer.bound_bytes) if layer else Slot((entry.name,), entry.nbytes)
-        for entry, layer in units
-    ]
-    return tuple(plan_shards(slots, max_bytes))
-
-
-Units = tuple[tuple[TensorEntry, LayerPlan | None], ...]
-
-
-def _by_block(units: Units, source: Checkpoint, skeleton: Skeleton, plan: Plan) -> tuple[Units, dict[str, range]]:
-    """Units in the order of the forward pass, what lies outside the blocks first; and where each block's lie."""
+def _by_block(source: Checkpoint, skeleton: Skeleton, plan: Plan) -> tuple[tuple[TensorEntry, ...], dict[str, range]]:
+    """Tensors in the order of the forward pass, what lies outside the blocks first; and where each block's lie."""
     names = NameMap(skeleton.model, source.entries)
     blocks = find_blocks(skeleton.model, [p.layer.name for p in plan.layers])
     order = call_order(skeleton.model, blocks)
@@ -214,12 +217,13 @@ def _by_block(units: Units, source: Checkpoint, skeleton: Skeleton, plan: Plan) 
         blocks = ("",)  # shared by several layers, or never called with text: the whole model is one block
     parameter = {tensor: name for name, tensors in names.disk.items() for tensor in tensors}
     parameter |= names.converted_from
-    of = [block_of(parameter.get(entry.name, ""), blocks) for entry, _ in units]
-    ordered = [unit for unit, block in zip(units, of, strict=True) if block is None]
+    entries = source.entries.values()
+    of = [block_of(parameter.get(entry.name, ""), blocks) for entry in entries]
+    ordered = [entry for entry, block in zip(entries, of, strict=True) if block is None]
     where = {}
     for block in blocks:
         start = len(ordered)
-        ordered += [unit for unit, other in zip(units, of, strict=True) if other == block]
+        ordered += [entry for entry, other in zip(entries, of, strict=True) if other == block]
         where[block] = range(start, len(ordered))
     return tuple(ordered), where
 

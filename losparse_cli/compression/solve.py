@@ -12,7 +12,7 @@ from ..budget.recipe import Recipe
 from ..checkpoint.layers import encode_layer
 from ..checkpoint.report import LayerReport
 from ..errors import CheckpointError
-from ..linalg.admm import Budget, solve
+from ..linalg.admm import solve
 from ..linalg.alternating import decompose, decompose_scaled
 from ..linalg.factors import Decomposition
 from ..linalg.patterns import parse_pattern
@@ -72,7 +72,7 @@ def solve_layers(
         solved = solve(
             [weights[k] for k in members],
             H,
-            [Budget(plans[k].rank, plans[k].nnz) for k in members],
+            [(plans[k].rank, plans[k].nnz) for k in members],
             parse_pattern(str(pattern)),
             scope=str(scope),
             steps=steps,  # type: ignore[arg-type]

@@ -243,7 +243,7 @@ def _smaller(present: Plan, recipe: Recipe, threshold: str) -> Plan:
     With one threshold for all only the sum counts, and earlier training has left layers of very different size; with
     one for each, a layer that is smaller already stays as it is.
     """
-    wanted = [plan_layer(p.layer, replace(recipe, rank=p.rank, pattern=p.pattern)) for p in present.layers]
+    wanted = [plan_layer(p.layer, replace(recipe, rank=p.rank, pattern=p.pattern).settled()) for p in present.layers]
     if threshold == "layer":
         wanted = [w if w.nnz < p.nnz else p for w, p in zip(wanted, present.layers, strict=True)]
     now, then = (sum(p.nnz for p in plans) for plans in (present.layers, wanted))

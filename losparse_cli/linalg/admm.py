@@ -9,7 +9,6 @@ has a unit diagonal.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,14 +25,6 @@ RHO_START, RHO_END = 0.1, 1.0
 POLISH_ROUNDS, POLISH_STEPS = 3, 10
 ROUGH = 20
 """Iterations below which a solve only estimates an error, and one round of polish is enough."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What one matrix may keep: rank of U V, entries of S."""
-
-    rank: int
-    nnz: int
 
 
 class Metric:
@@ -77,7 +68,7 @@ class Metric:
 def solve(
     weights: Sequence[Tensor],
     H: Tensor,
-    budgets: Sequence[Budget],
+    sizes: Sequence[tuple[int, int]],
     pattern: Pattern,
     *,
     scope: str = "row",
@@ -87,11 +78,12 @@ def solve(
 ) -> list[Decomposition]:
     """U, V and S of each of `weights`, which all see the inputs of second moment H.
 
-    weights: (m_i, n) each; H: (n, n). `scope` and nnz as in `patterns.select`. The matrices go through the steps
-    side by side, so that each factorisation of H + ρI serves them all.
+    weights: (m_i, n) each; H: (n, n). sizes: of each, the rank of U V and the entries of S. `scope` and nnz as in
+    `patterns.select`. The matrices go through the steps side by side, so that each factorisation of H + ρI serves
+    them all.
     """
     metric = Metric(H, damping)
-    runs = [_Run(W.float(), metric, budget, pattern, scope) for W, budget in zip(weights, budgets, strict=True)]
+    runs = [_Run(W.float(), metric, *size, pattern, scope) for W, size in zip(weights, sizes, strict=True)]
     every = 5
     rho = RHO_START
     growth = (RHO_END / RHO_START) ** (every / steps)
@@ -110,9 +102,9 @@ def solve(
 class _Run:
     """One matrix on its way. All in the metric's coordinates: A = W D, L = U P."""
 
-    def __init__(self, W: Tensor, metric: Metric, budget: Budget, pattern: Pattern, scope: str) -> None:
+    def __init__(self, W: Tensor, metric: Metric, rank: int, nnz: int, pattern: Pattern, scope: str) -> None:
         self.W, self.A = W, W * metric.scale
-        self.metric, self.budget, self.pattern, self.scope = metric, budget, pattern, scope
+        self.metric, self.rank, self.nnz, self.pattern, self.scope = metric, rank, nnz, pattern, scope
         A = self.A
         self.G = A @ metric.H
         self.total = metric.output_squared(A)
@@ -127,7 +119,7 @@ class _Run:
 
     def _leading(self, R: Tensor, rounds: int = 4) -> Tensor:
         """About the leading `rank` eigenvectors of R H Rᵀ: (m, rank), orthonormal."""
-        r = self.budget.rank
+        r = self.rank
         if r == 0:
             return R.new_zeros(R.shape[0], 0)
         generator = torch.Generator().manual_seed(0)
@@ -141,12 +133,12 @@ class _Run:
         return Q
 
     def _project(self, Z: Tensor) -> Tensor:
-        support = select(Z, self.pattern, self.budget.nnz, self.scope)
+        support = select(Z, self.pattern, self.nnz, self.scope)
         return Z * support
 
     def _nearly_project(self, Z: Tensor) -> Tensor:
         """`_project`, except that of equal magnitudes all are kept: half the time, and the last projection is exact."""
-        k = self.budget.nnz // Z.shape[0]
+        k = self.nnz // Z.shape[0]
         if self.pattern.kind != "unstructured" or self.scope != "row" or k == 0:
             return self._project(Z)
         a = Z.abs()
@@ -156,19 +148,19 @@ class _Run:
     def step(self, inverse: Tensor, rho: float) -> None:
         T = self.G - self.Y
         T.add_(self.S, alpha=rho)
-        if self.budget.rank:
+        if self.rank:
             T.addmm_(self.U, self.P @ self.metric.H, alpha=-1)
         B = T @ inverse
         self.S = self._nearly_project(torch.add(B, self.Y, alpha=1 / rho))
         self.Y.add_(B, alpha=rho).sub_(self.S, alpha=rho)
-        if self.budget.rank:
+        if self.rank:
             R = torch.sub(self.A, B, out=B)
             self.U = self._power(R, self.U)
             self.P = self.U.T @ R
 
     def _keep_better(self) -> None:
         E = self.A - self.S
-        if self.budget.rank:
+        if self.rank:
             E.addmm_(self.U, self.P, alpha=-1)
         squared = float(self.metric.squared(E))
         if squared < self.best[0]:
@@ -185,7 +177,7 @@ class _Run:
             support = self.S != 0
             L = self.U @ self.P
             self.S = _conjugate_gradients(self.A - L, self.S, support, self.metric.H, POLISH_STEPS)
-            if self.budget.rank:
+            if self.rank:
                 R = self.A - self.S
                 for _ in range(3):
                     self.U = self._power(R, self.U)
@@ -195,7 +187,7 @@ class _Run:
 
     def finish(self, dtype: torch.dtype) -> Decomposition:
         metric = self.metric
-        support = select(self.S, self.pattern, self.budget.nnz, self.scope)
+        support = select(self.S, self.pattern, self.nnz, self.scope)
         U, V = (factor.to(dtype) for factor in balanced_product(self.U, self.P * metric.inverse_scale))
         # Rounded first, so that S repairs what their rounding costs.
         R = self.A - (U.float() @ V.float()) * metric.scale

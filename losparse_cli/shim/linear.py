@@ -15,10 +15,8 @@ AS_STORED = {"bitmask": "S_mask", "rows": "S_rows", "columns": "S_columns"}
 """Layout -> the stored tensor that serves as index as it is."""
 
 
-class LowRankSparseLinear(nn.Linear):
+class LowRankSparseLinear(nn.Module):
     """A linear layer whose weight is U V + S, with S in one of the layouts of `layouts`.
-
-    An nn.Linear to whoever asks, so that LoRA and the like can be laid over it (peft knows layers by their class).
 
     Parameters: U (out, rank) and V (rank, in), absent at rank 0; weight (nnz,), the entries of S in
     row-major order; bias (out,) or None. Buffers: the index tensors of the layout, until `settle` checks them and
@@ -26,13 +24,12 @@ class LowRankSparseLinear(nn.Linear):
     are trainable; the zeros of S have no parameter and stay zero.
     """
 
-    weight: nn.Parameter
+    weight: Tensor
     U: Tensor | None
     V: Tensor | None
-    bias: Any  # nn.Parameter | None
+    bias: Tensor | None
     _index: Tensor | None
     _starts: Tensor | None
-    _is_hf_initialized = True  # whatever a model's own code does to new linear layers, it leaves this one alone
 
     def __init__(
         self,
@@ -42,7 +39,7 @@ class LowRankSparseLinear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        nn.Module.__init__(self)  # not nn.Linear's, which would make a dense weight
+        super().__init__()
         self.spec = spec
         self.out_features, self.in_features = spec.shape
         dtype = dtype or torch.get_default_dtype()

@@ -25,7 +25,7 @@ from losparse_cli.compression.plan import prepare
 from losparse_cli.demo import encyclopedia_text, minilm, smollm2
 from losparse_cli.evaluate import evaluate
 from losparse_cli.export import export
-from losparse_cli.linalg.admm import Budget, solve
+from losparse_cli.linalg.admm import solve
 from losparse_cli.linalg.error import output_squared
 from losparse_cli.linalg.factors import Decomposition
 from losparse_cli.linalg.patterns import Pattern
@@ -220,7 +220,7 @@ def embedding(options: Options, rows: Sequence[str] = ()) -> None:
 
 def _ours(scope: str) -> Callable[..., Decomposition]:
     def solve_one(W: Tensor, H: Tensor, rank: int, nnz: int) -> Decomposition:
-        return solve([W], H, [Budget(rank, nnz)], UNSTRUCTURED, scope=scope)[0]
+        return solve([W], H, [(rank, nnz)], UNSTRUCTURED, scope=scope)[0]
 
     return solve_one
 

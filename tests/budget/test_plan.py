@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from losparse_cli.budget.plan import Layer, count_nnz, make_plan, plan_layer
-from losparse_cli.budget.recipe import Recipe
+from losparse_cli.budget.recipe import CALIBRATED_KEEP, DEFAULT_KEEP, Recipe
 from losparse_cli.errors import UsageError
 from losparse_cli.linalg.patterns import parse_pattern, select
 from losparse_cli.shim.codec import smallest
@@ -31,6 +31,7 @@ def test_a_pattern_can_keep_the_count_exactly(shape: tuple[int, int], density: f
     assert int(support.sum()) == nnz
 
 
+@settings(deadline=None)
 @given(shapes, st.floats(0, 1), patterns, st.integers(0, 9), st.sampled_from([2, 4, 8]), st.data())
 def test_no_support_takes_more_than_its_bound(
     shape: tuple[int, int], density: float, pattern: str, rank: int, itemsize: int, data: st.DataObject
@@ -42,7 +43,7 @@ def test_no_support_takes_more_than_its_bound(
     if not rank and not nnz:
         return
     recipe = Recipe(rank=rank, sparsity=None if ":" in pattern else 1 - density, pattern=pattern)
-    plan = plan_layer(layer(m, n, itemsize=itemsize), recipe)
+    plan = plan_layer(layer(m, n, itemsize=itemsize), recipe.settled())
     assert (plan.rank, plan.nnz) == (rank, nnz)
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
     scores = torch.rand(shape, generator=generator)
@@ -60,7 +61,7 @@ def test_no_support_takes_more_than_its_bound(
 @pytest.mark.parametrize("keep", [0.1, 0.3, 0.5, 0.75, 0.9])
 @pytest.mark.parametrize("more", [{}, {"rank": 8}, {"rank_ratio": 0.4}, {"pattern": "rows"}, {"pattern": "columns"}])
 def test_keep_is_what_is_expected_to_be_stored(keep: float, more: dict[str, Any]) -> None:
-    plan = plan_layer(layer(512, 768), Recipe(keep=keep, **more))
+    plan = plan_layer(layer(512, 768), Recipe(keep=keep, **more).settled())
     assert plan.expected_bytes <= keep * plan.layer.dense_bytes + 1
     assert plan.expected_bytes == pytest.approx(
         keep * plan.layer.dense_bytes, rel=0.005 if "pattern" not in more else 0.05
@@ -70,17 +71,17 @@ def test_keep_is_what_is_expected_to_be_stored(keep: float, more: dict[str, Any]
 
 @pytest.mark.parametrize("keep", [0.6, 0.7, 0.9])
 def test_where_s_is_settled_the_rank_takes_the_rest(keep: float) -> None:
-    plan = plan_layer(layer(512, 768), Recipe(keep=keep, pattern="2:4"))
+    plan = plan_layer(layer(512, 768), Recipe(keep=keep, pattern="2:4").settled())
     assert plan.nnz == 512 * 768 // 2
     assert 0 <= keep * plan.layer.dense_bytes - plan.expected_bytes < 2 * (512 + 768) + 1
-    alone = plan_layer(layer(512, 768), Recipe(keep=keep, rank_ratio=1))
+    alone = plan_layer(layer(512, 768), Recipe(keep=keep, rank_ratio=1).settled())
     assert alone.nnz == 0
     assert alone.rank == int(keep * 512 * 768 / (512 + 768))
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 0.9])
 def test_rank_ratio_is_the_share_of_the_kept_parameters(ratio: float) -> None:
-    plan = plan_layer(layer(512, 768), Recipe(keep_parameters=0.4, rank_ratio=ratio))
+    plan = plan_layer(layer(512, 768), Recipe(keep_parameters=0.4, rank_ratio=ratio).settled())
     assert plan.parameters == pytest.approx(0.4 * 512 * 768, rel=0.01)
     assert plan.rank * (512 + 768) == pytest.approx(ratio * plan.parameters, abs=512 + 768)
 
@@ -106,13 +107,13 @@ def test_nothing_to_do_is_an_error_with_the_reason() -> None:
 )
 def test_a_layer_of_which_nothing_is_left_is_an_error(fields: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=r"Nothing would be left of model\.layers\.0\.mlp\.up_proj \(64 x 96\)"):
-        plan_layer(layer(64, 96), Recipe(**fields))
+        plan_layer(layer(64, 96), Recipe(**fields).settled())
 
 
 def test_a_budget_that_cannot_hold_the_factors_is_an_error() -> None:
     for fields in ({"keep": 0.1, "rank": 8}, {"keep": 0.3, "pattern": "2:4"}, {"keep_parameters": 0.01, "rank": 8}):
         with pytest.raises(UsageError, match=r"up_proj \(64 x 96\) does not fit the budget.*Lower --rank"):
-            plan_layer(layer(64, 96), Recipe(**fields))
+            plan_layer(layer(64, 96), Recipe(**fields).settled())
 
 
 @pytest.mark.parametrize(
@@ -145,3 +146,11 @@ def test_the_sums_of_a_plan() -> None:
     assert plan.bound_bytes == sum(p.bound_bytes for p in plan.layers)
     assert plan.expected_bytes <= plan.bound_bytes < plan.dense_bytes
     assert plan.workspace_bytes >= 512 * 256 * 4
+
+
+@pytest.mark.parametrize(("calibrated", "keep"), [(False, DEFAULT_KEEP), (True, CALIBRATED_KEEP)])
+def test_what_an_override_leaves_open_is_settled_as_for_all(calibrated: bool, keep: float) -> None:
+    """N:M has a size by itself; a layer that is taken out of it has none, until it is settled."""
+    recipe = Recipe(pattern="2:4", overrides=(("*.up_proj", (("pattern", "unstructured"),)),))
+    plan = make_plan([layer(512, 768)], {}, recipe.settled(calibrated=calibrated), calibrated=calibrated).layers[0]
+    assert plan.expected_bytes == pytest.approx(keep * plan.layer.dense_bytes, rel=0.01)

@@ -72,9 +72,9 @@ def test_any_damaged_byte_ends_the_journal_there(data: st.DataObject, tmp_path_f
 def test_another_run_is_refused_by_what_differs(tmp_path: Path) -> None:
     before = write(tmp_path, 3)
     for other, differs in (
-        ({"seed": 1, "shape": (1, 2)}, "seed"),
-        ({"seed": 1}, "seed, shape"),
-        ({**RUN, "new": 1}, "new"),
+        ({"seed": 1, "shape": (1, 2)}, "seed 0, now 1"),
+        ({"seed": 1}, r"seed 0, now 1, shape \[1, 2\], now null"),
+        ({**RUN, "new": 1}, "new null, now 1"),
     ):
         with pytest.raises(ResumeError, match=rf"different: {differs}\)"):
             Journal(tmp_path, other)

@@ -21,7 +21,7 @@ SPECS = {"a": A.spec, "b": B.spec}
 
 
 def test_a_report_survives_json() -> None:
-    assert Report.from_file(json.loads(json.dumps(REPORT.to_file())), SPECS, "x") == REPORT
+    assert Report.from_dict(json.loads(json.dumps(REPORT.to_dict())), SPECS, "x") == REPORT
 
 
 def test_sums() -> None:
@@ -46,22 +46,22 @@ def test_errors_that_are_not_known() -> None:
 
 @pytest.mark.parametrize("key", ["layers", "skipped", "model_bytes_before", "model_bytes_after", "parameters"])
 def test_a_report_without_a_field_names_the_file(key: str) -> None:
-    fields = REPORT.to_file()
+    fields = REPORT.to_dict()
     del fields[key]
     if key == "skipped":  # a map: absent means empty
-        assert Report.from_file(fields, SPECS, "x").skipped == {}
+        assert Report.from_dict(fields, SPECS, "x").skipped == {}
         return
     with pytest.raises(CheckpointError, match=r"^here/losparse_report\.json is incomplete.*again"):
-        Report.from_file(fields, SPECS, "here/losparse_report.json")
+        Report.from_dict(fields, SPECS, "here/losparse_report.json")
 
 
 @pytest.mark.parametrize(
     ("key", "value"), [("layers", 5), ("layers", [5]), ("files", []), ("files", {"x": 5}), ("recipe", "x")]
 )
 def test_a_report_of_the_wrong_kind_names_the_file(key: str, value: object) -> None:
-    fields = REPORT.to_file() | {key: value}
+    fields = REPORT.to_dict() | {key: value}
     if value == []:
-        assert Report.from_file(fields, SPECS, "x").files == {}
+        assert Report.from_dict(fields, SPECS, "x").files == {}
         return
     with pytest.raises(CheckpointError, match=r"^here is incomplete"):
-        Report.from_file(fields, SPECS, "here")
+        Report.from_dict(fields, SPECS, "here")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from losparse_cli.checkpoint.journal import Journal
-from losparse_cli.checkpoint.output import check_output, parse_size, publish, working_folder
+from losparse_cli.checkpoint.output import check_output, parse_size
 from losparse_cli.checkpoint.writer import ShardWriter, Slot, plan_shards, tensor_part
 from losparse_cli.errors import CheckpointError, UsageError
 
@@ -115,25 +115,6 @@ def test_names_of_any_kind_fit_their_header(tmp_path: Path) -> None:
 
 
 # --- the output folder ----------------------------------------------------------------------------
-
-
-def test_publish_moves_the_folder_without_its_journal(tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    work = working_folder(output)
-    write(work, 10_000)
-    publish(work, output)
-    assert {path.name for path in output.iterdir()} == {"model.safetensors"}
-    assert not work.exists()
-
-
-def test_publish_replaces_a_folder_whole(tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    output.mkdir()
-    (output / "old").write_text("old")
-    write(working_folder(output), 10_000)
-    publish(working_folder(output), output)
-    assert {path.name for path in output.iterdir()} == {"model.safetensors"}
-    assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
 def test_a_place_that_may_be_written(tmp_path: Path) -> None:

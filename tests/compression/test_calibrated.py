@@ -19,14 +19,16 @@ from torch import Tensor
 import losparse_cli
 from losparse_cli.budget.recipe import Recipe
 from losparse_cli.checkpoint.output import ALLOCATION
+from losparse_cli.checkpoint.workfolder import WorkFolder
 from losparse_cli.checkpoint.writer import ShardWriter
 from losparse_cli.compress import Result, compress
-from losparse_cli.compression import allocation, block, calibrated
+from losparse_cli.compression import allocation, block, calibrated, decisions
 from losparse_cli.compression import plan as prepare
 from losparse_cli.compression.estimate import estimate
 from losparse_cli.compression.matching import Refinement
 from losparse_cli.errors import UsageError
 from losparse_cli.models.blocks import THREAD
+from losparse_cli.progress import Progress
 from losparse_cli.text.windows import Calibration
 
 RECIPE = Recipe(keep=0.6, rank_ratio=0.2, iterations=8)
@@ -270,7 +272,7 @@ def test_killed_after_every_number_of_units(
     def again() -> Result:
         return compress(source, tmp_path / "b" / "out", recipe, **options)
 
-    stops = range(0, len(job.units), 2 if dtype == torch.bfloat16 else 1)
+    stops = range(0, len(job.entries), 2 if dtype == torch.bfloat16 else 1)
     last = killed_then_resumed(monkeypatch, 0, again, stops=stops)
     assert last.resumed in {units.start for units in job.blocks.values()}
     assert toys.digests(last.output) == toys.digests(whole.output)
@@ -383,13 +385,13 @@ def test_allocation_is_checked_on_text_that_nothing_else_saw(
         calibration=asked,
     )  # fmt: skip
     assert job.windows is not None
-    job = replace(job, windows=replace(job.windows, ids=torch.arange(3 * windows).view(windows, 3) % 90))
-    survey = allocation._Survey(job, "keep", 0.5, lambda text: None)
+    text = replace(job.windows, ids=torch.arange(3 * windows).view(windows, 3) % 90)
+    survey = allocation._Survey(job, text, "keep", 0.5, lambda text: None)
     found = [part.ids for part in (survey._measured, survey._weighing, survey._checking)]
     assert tuple(map(len, found)) == parts
     seen = [set(map(tuple, part.tolist())) for part in found]
     assert not seen[2] & (seen[0] | seen[1])
-    decided = allocation.allocate_by_error(job)
+    decided = allocation.allocate_by_error(job, text)
     assert (decided.gain is None) == (windows < 3)
 
 
@@ -414,12 +416,13 @@ def test_allocation_without_room_for_the_whole_model(
     """With room its gain is measured on the model's output, whatever that is; without it all blocks weigh alike."""
     recipe = Recipe(keep=0.5, allocate="error", iterations=2)
     job = prepare.prepare(toy(name, tokenizer=True), tmp_path / "out", recipe, calibration=asked)
-    roomy = allocation.allocate_by_error(job)
+    assert job.windows is not None
+    roomy = allocation.allocate_by_error(job, job.windows)
     assert roomy.gain is not None
     assert roomy.gain > 0
     assert bool(roomy.layers) == (roomy.gain < 1)
     monkeypatch.setattr(allocation, "available", lambda _: 0)
-    tight = allocation.allocate_by_error(job)
+    tight = allocation.allocate_by_error(job, job.windows)
     assert tight.gain is None
     assert tight.layers.keys() == {plan.layer.name for plan in job.plan.layers}
     sizes = {plan.layer.name: plan.layer.dense_bytes for plan in job.plan.layers}
@@ -427,9 +430,11 @@ def test_allocation_without_room_for_the_whole_model(
     assert kept == pytest.approx(0.5, abs=0.001)
     assert all(0.4 - 1e-4 <= fields["keep"] <= 0.6 + 1e-4 for fields in tight.layers.values())
     assert len({fields["keep"] for fields in tight.layers.values()}) > 1
-    replanned = prepare.replan(job, job.recipe.with_overrides(tight.layers))
-    assert [entry.name for entry, _ in replanned.units] == [entry.name for entry, _ in job.units]
-    assert replanned.plan.expected_bytes == pytest.approx(job.plan.expected_bytes, rel=0.02)
+    monkeypatch.setattr(decisions, "allocate_by_error", lambda *_: tight)
+    with WorkFolder(job.output, {}) as work:
+        plan = decisions.allocated_plan(job, job.windows, work, Progress())
+    assert [entry for entry, _ in prepare.schedule(job, plan).units] == list(job.entries)
+    assert plan.expected_bytes == pytest.approx(job.plan.expected_bytes, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -505,7 +510,7 @@ def test_the_estimate_grows_with_what_is_asked_for(
     def expected(tokens: int, **options: Any) -> Any:
         calibration = replace(asked, tokens=tokens)
         job = prepare.prepare(toy(name, tokenizer=True), tmp_path / "out", RECIPE, calibration=calibration, **options)
-        return estimate(job)
+        return estimate(job, job.windows)
 
     few, many, matched = expected(128), expected(1024), expected(1024, refinement=Refinement(steps=50))
     assert few.fixed_bytes > 0

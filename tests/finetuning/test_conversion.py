@@ -37,7 +37,7 @@ def put_together(model: Any, dtype: torch.dtype = torch.float32) -> dict[str, La
     def encode(name: str, factors: LowRankSparse) -> tuple[LayerSpec, dict[str, Tensor]]:
         trained = trained_layers(model)[name]
         layer = Layer(name, f"{name}.weight", name, trained.shape, dtype.itemsize, trained.transposed)
-        plan = replace(plan_layer(layer, Recipe(rank=1, sparsity=0.5)), pattern=trained.pattern)
+        plan = replace(plan_layer(layer, Recipe(rank=1, sparsity=0.5).settled()), pattern=trained.pattern)
         specs[name], tensors = encode_layer(plan, factors.U, factors.V, factors.values, factors.support)
         return specs[name], tensors
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from losparse_cli.linalg.admm import Budget, Metric, _inverse, solve
+from losparse_cli.linalg.admm import Metric, _inverse, solve
 from losparse_cli.linalg.alternating import decompose_scaled
 from losparse_cli.linalg.factors import Decomposition
 from losparse_cli.linalg.patterns import Pattern, parse_pattern
@@ -37,7 +37,7 @@ def output_error(W: Tensor, solved: Decomposition, H: Tensor) -> float:
 
 
 def alone(W: Tensor, H: Tensor, rank: int, nnz: int, pattern: Pattern = UNSTRUCTURED, **options: Any) -> Decomposition:
-    return solve([W], H, [Budget(rank, nnz)], pattern, **options)[0]
+    return solve([W], H, [(rank, nnz)], pattern, **options)[0]
 
 
 def test_a_planted_sum_is_recovered() -> None:
@@ -225,15 +225,15 @@ def test_a_weight_of_zero() -> None:
 def test_together_they_find_what_each_finds_alone() -> None:
     H = correlated(64)
     weights = [normal(m, 64, seed=m) for m in (40, 24, 56)]
-    budgets = [Budget(3, 40 * 12), Budget(0, 24 * 30), Budget(6, 0)]
-    together = solve(weights, H, budgets, UNSTRUCTURED, steps=40)
-    for W, budget, one in zip(weights, budgets, together, strict=True):
-        single = alone(W, H, budget.rank, budget.nnz, steps=40)
+    sizes = [(3, 40 * 12), (0, 24 * 30), (6, 0)]
+    together = solve(weights, H, sizes, UNSTRUCTURED, steps=40)
+    for W, size, one in zip(weights, sizes, together, strict=True):
+        single = alone(W, H, *size, steps=40)
         assert torch.equal(one.factors.support, single.factors.support)
         assert torch.equal(one.factors.dense(), single.factors.dense())
         assert one.output_errors == single.output_errors
     with pytest.raises(ValueError, match="zip"):
-        solve(weights, H, budgets[:2], UNSTRUCTURED)
+        solve(weights, H, sizes[:2], UNSTRUCTURED)
 
 
 def test_more_steps_do_not_do_worse() -> None:

@@ -20,6 +20,7 @@ from losparse_cli.budget.recipe import Recipe
 from losparse_cli.compress import run
 from losparse_cli.compression.plan import prepare
 from losparse_cli.errors import UsageError
+from losparse_cli.progress import Progress
 from losparse_cli.text.generated import (
     BATCH,
     PIECE,
@@ -308,16 +309,13 @@ def test_a_dry_run_generates_nothing(model: Path, tmp_path: Path) -> None:
 def test_progress_says_how_far_the_text_is(model: Path, tmp_path: Path) -> None:
     said: list[str] = []
 
-    class Progress:
-        def start(self, *arguments: Any) -> None: ...
-        def layer(self, report: Any) -> None: ...
-        def advance(self, nbytes: int) -> None: ...
+    class Watching(Progress):
         def phase(self, text: str) -> None:
             said.append(text)
 
     recipe = Recipe(rank=4, sparsity=0.8, solver="oats", iterations=1)
     calibration = Calibration("self", tokens=2048, length=32)
-    run(prepare(model, tmp_path / "out", recipe, calibration=calibration), progress=Progress())
+    run(prepare(model, tmp_path / "out", recipe, calibration=calibration), progress=Watching())
     assert "generating text: 2,048 of 2,048 tokens" in said
 
 

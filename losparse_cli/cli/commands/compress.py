@@ -198,7 +198,9 @@ def compress(
             plan_only=dry_run,
         )
     if dry_run:
-        s.show_plan(out, job)
+        from ...compression.estimate import forecast
+
+        s.show_plan(out, forecast(job, resume=resume, overwrite=overwrite))
         return
     with c.interruptible(), c.LayerProgress(out) as progress:
         result = run(job, resume=resume, overwrite=overwrite, progress=progress)

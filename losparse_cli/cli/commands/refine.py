@@ -67,7 +67,6 @@ def refine(
             calibration=text,
             refinement=refinement,
             against=against,
-            overwrite=overwrite,
             device=device,
             revision=revision,
             cache_dir=cache_dir,

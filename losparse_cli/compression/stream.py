@@ -1,0 +1,58 @@
+"""Compression without data: read ahead, solve, and write behind, one layer in memory between them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from torch import Tensor
+
+from ..checkpoint.journal import Unit
+from ..checkpoint.writer import ShardWriter, tensor_part
+from ..progress import Progress
+from .plan import Job, Schedule
+from .solve import encode, solve_layer
+
+
+def compress_stream(job: Job, made: Schedule, writer: ShardWriter, told: Progress) -> None:
+    """Write every unit of `made` that `writer` does not hold yet: solved alone, or copied."""
+    files = {file.path: file for file in job.source.files}
+    todo = made.units[writer.done :]
+    upcoming = iter([entry for entry, plan in todo if plan is not None])
+
+    with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as pen:
+
+        def read_next() -> Future[Tensor] | None:
+            entry = next(upcoming, None)
+            return None if entry is None else reader.submit(files[entry.path].read, entry)
+
+        ahead: Future[Tensor] | None = read_next()
+        behind: Future[Unit] | None = None
+        for entry, plan in todo:
+            stats, seconds = None, 0.0
+            if plan is None:
+                pieces = _watched(files[entry.path].chunks(entry), told)
+                parts: Any = [(entry.name, entry.dtype, entry.shape, pieces)]
+            else:
+                assert ahead is not None, "one read is submitted for each layer"
+                begun = time.monotonic()
+                stored, ahead = ahead.result(), read_next()
+                report, tensors = encode(plan, solve_layer(plan, stored, job.recipe, job.device), stored.dtype)
+                parts = [tensor_part(f"{plan.layer.disk_module}.{suffix}", t) for suffix, t in tensors.items()]
+                stats = {"spec": report.spec.to_dict(), **report.measured()}
+                seconds = time.monotonic() - begun
+                told.layer(report)
+                told.advance("bytes", entry.nbytes)
+            if behind is not None:
+                behind.result()  # a unit that could not be written ends the run before the next is begun
+            behind = pen.submit(writer.append, parts, stats, seconds)
+        if behind is not None:
+            behind.result()
+
+
+def _watched(pieces: Iterator[bytes], told: Progress) -> Iterator[bytes]:
+    for piece in pieces:
+        yield piece
+        told.advance("bytes", len(piece))

@@ -1,0 +1,35 @@
+"""What a caller may watch while a verb works."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .checkpoint.report import LayerReport
+    from .finetuning.trainer import Step
+
+
+class Progress:
+    """Hears how far a run is. A subclass overrides what it shows; here nothing is shown.
+
+    Work is counted in units, each of which has a name: layers, bytes (of the dense model), tensors, windows, rows,
+    tokens, steps.
+    """
+
+    def start(self, unit: str, total: int, done: int = 0) -> None:
+        """There are `total` units to do, of which `done` were found finished. Said again where that changes."""
+
+    def advance(self, unit: str, count: int = 1, name: str = "") -> None:
+        """`count` more units are done; `name` is of the last one."""
+
+    def phase(self, text: str) -> None:
+        """What goes on now, until the next phase."""
+
+    def tell(self, sentence: str) -> None:
+        """Something that was decided or found, worth keeping in view."""
+
+    def layer(self, report: LayerReport) -> None:
+        """A layer was compressed."""
+
+    def step(self, step: Step) -> None:
+        """The optimizer took a step."""
