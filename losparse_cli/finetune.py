@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .checkpoint.card import copy_companions
+from .checkpoint.companions import copy_companions
 from .checkpoint.config import write_config
 from .checkpoint.fingerprint import digest
 from .checkpoint.finish import close, read_report, versions

@@ -32,8 +32,6 @@ import torch
 import transformers
 from torch import Tensor
 
-hypothesis.settings.register_profile("losparse", deadline=None, database=None)
-hypothesis.settings.load_profile("losparse")
 transformers.utils.logging.disable_progress_bar()
 
 VOCABULARY = 101
@@ -131,6 +129,31 @@ def spectral_matrix(spectrum: Any, shape: tuple[int, int], seed: int = 0) -> Ten
         torch.linalg.qr(torch.randn(size, len(values), dtype=torch.float64, generator=generator)).Q for size in shape
     )
     return (U * values) @ V.T
+
+
+FAST = ("llama", "t5")
+"""Of a test that every toy meets, the runs that are in `make test-fast`."""
+SLOW = (
+    "test_finetune.py", "test_harness.py", "test_peers.py", "test_push.py", "test_recovery.py", "test_resume.py",
+)  # fmt: skip
+"""Files that are not in it: whole runs, killed and begun again, a hub that is served, the harness, other methods."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Examples of a property: 150, and a few where the run is to be fast."""
+    fast = config.option.markexpr == "not slow"
+    hypothesis.settings.register_profile("losparse", deadline=None, database=None, max_examples=10 if fast else 150)
+    hypothesis.settings.load_profile("losparse")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is slow by its kind; a single test that takes more than a second is marked where it stands."""
+    for item in items:
+        case = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        rare = item.path.name in SLOW or item.get_closest_marker("real_model") is not None
+        if rare or case.get("name") in set(TOYS) - set(FAST):
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session")

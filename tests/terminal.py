@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-PACKAGE = Path(__file__).parent.parent
+from losparse_cli.demo import cache_folder
 
+PACKAGE = Path(__file__).parent.parent
 
 PROGRESS = re.compile(r"layer \d+/\d+  \S+  error \d\.\d+|Going on after layer \d+ of \d+\.")
 
@@ -129,11 +130,14 @@ class Terminal:
 
 
 def bare_environment(home: Path) -> dict[str, str]:
-    """An environment without the caller's tokens, caches and terminal; one thread a process."""
+    """An environment without the caller's tokens, caches and terminal; one thread a process.
+
+    Compiled kernels are those of the caller: they lie by the hash of their source, and making them takes seconds.
+    """
     return {
         "PATH": os.environ["PATH"], "HOME": str(home), "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", "LANG": "C.UTF-8",
-        "COLUMNS": "200", "PYTHONPATH": str(PACKAGE),
+        "COLUMNS": "200", "PYTHONPATH": str(PACKAGE), "LOSPARSE_CACHE": str(cache_folder()),
     }  # fmt: skip
 
 

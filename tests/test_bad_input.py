@@ -194,6 +194,7 @@ def test_weights_that_are_a_dead_link(model: Path, tmp_path: Path) -> None:
     refused(tmp_path, "compress", model, says=("model.safetensors is a link to gone", "Download"))
 
 
+@pytest.mark.slow
 def test_a_hub_name_without_a_network(tmp_path: Path) -> None:
     environment = bare_environment(tmp_path) | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
     command = [sys.executable, "-m", "losparse_cli", "compress", "user/model"]

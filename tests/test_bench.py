@@ -67,6 +67,7 @@ def consistent(report: BenchReport) -> None:
 # --- what is measured -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_process")
 @pytest.mark.parametrize("name", ["llama", "t5", "mamba", "gpt2", "bart"])
 @pytest.mark.parametrize("comparing", [True, False])
@@ -170,6 +171,7 @@ def test_layers_of_one_shape_are_one_case(compressed: Callable[..., Path]) -> No
         assert case.density == pytest.approx(0.5, abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_process")
 def test_memory_in_use_is_about_that_on_disk(tmp_path: Path) -> None:
     toys.llama(tmp_path / "dense", hidden=256, intermediate=704, layers=2)
@@ -194,6 +196,7 @@ def test_dtype_and_threads(compressed: Callable[..., Path]) -> None:
     assert report.processor
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the system does not say")
 def test_a_fresh_process_grows_by_about_the_model(tmp_path: Path) -> None:
     toys.llama(tmp_path / "dense", hidden=1024, intermediate=4096, layers=2)
@@ -203,6 +206,7 @@ def test_a_fresh_process_grows_by_about_the_model(tmp_path: Path) -> None:
     assert 0.8 * stored < grown < 2 * stored + (30 << 20)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the system does not say")
 def test_memory_of_a_compressed_encoder_in_a_fresh_process(compressed: Callable[..., Path]) -> None:
     report = bench(compressed("bert", **RECIPE), **SMALL)

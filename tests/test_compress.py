@@ -283,6 +283,7 @@ def real_ish(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return realistic(tmp_path_factory.mktemp("models") / "realistic")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [0.2, 0.5, 0.75, 0.9])
 @pytest.mark.parametrize("more", [(), ("--rank", "16"), ("--rank-ratio", "0.3")])
 def test_keep_is_kept_within_one_per_cent(keep: float, more: tuple[str, ...], real_ish: Path, tmp_path: Path) -> None:
@@ -377,6 +378,7 @@ def peak_memory(model: Path, place: Path) -> int:
     return int(ended.stdout)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_shard(tmp_path: Path) -> None:
     """LOSPARSE_TEST_SHARD_MB=4500 tries it on a shard of 4.5 GB."""
     megabytes = int(os.environ.get("LOSPARSE_TEST_SHARD_MB", "300"))

@@ -178,6 +178,18 @@ def test_make_targets_exist(page: Path) -> None:
     assert targets <= known
 
 
+def test_every_make_target_is_described() -> None:
+    """In `make help`, and in the table of docs/contributing.md."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, flags=re.MULTILINE)
+    assert phony is not None
+    described = re.findall(r"^([a-z-]+):[^#\n]*## [A-Z]", makefile, flags=re.MULTILINE)
+    assert described == phony[1].split()
+    table = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8").partition("\n## Where things are")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `make ")]
+    assert sorted(re.findall(r"`make ([a-z-]+)`", " ".join(rows))) == sorted(described)
+
+
 # --- Python in the text ---------------------------------------------------------------------------
 
 
@@ -421,6 +433,7 @@ def test_no_path_of_a_machine(page: Path) -> None:
     assert not re.search(r"(?<![\w.])/(work|tmp|home|root|Users)/", page.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_site_builds_strictly(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
     pytest.importorskip("material")

@@ -181,12 +181,14 @@ def shipped(compressed: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return run(SHIPPED, place / "cases.pt", place / "saved"), place / "saved", place / "llama.pt"
 
 
+@pytest.mark.slow
 def test_the_shipped_loader_is_exact_and_without_it_nothing_loads(shipped: Any) -> None:
     result, _, _ = shipped
     assert len(result) > len(TOYS)
     assert result == dict.fromkeys(result, "")
 
 
+@pytest.mark.slow
 def test_what_the_shipped_loader_saved_carries_the_loader_on(shipped: Any) -> None:
     _, saved, expected = shipped
     assert run(SAVED_AGAIN, saved / "llama", expected) is True
@@ -194,6 +196,7 @@ def test_what_the_shipped_loader_saved_carries_the_loader_on(shipped: Any) -> No
         assert (saved / "llama" / f"losparse_{name}.py").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["package", "shipped"])
 def test_package_and_shipped_loader_live_together(first: str, shipped: Any, compressed: Any) -> None:
     owners, equal, layers, operators = run(SHIPPED_FIRST, compressed("llama"), first, shipped[2])

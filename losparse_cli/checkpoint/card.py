@@ -1,76 +1,16 @@
-"""Model card, and the files of the base model that go along."""
+"""Model card: what a result is, how to load it, what it cost."""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
-from .journal import FILE as JOURNAL
 from .report import Report
-from .source import REPORT, TIMING
 
-CARRIED = (
-    ".json", ".jsonl", ".txt", ".model", ".py", ".jinja", ".spm", ".bpe", ".tiktoken", ".vocab", ".merges", ".md",
-)  # fmt: skip
-NOT_CARRIED = ("config.json", "README.md", REPORT, TIMING, JOURNAL)
-LICENCES = re.compile(r"(?i)(licen[cs]e|notice|use_policy|copying)")
-CARRIED_BYTES = 256 << 20  # a tokenizer is never larger; a stray data set may be
 CARRIED_METADATA = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 SNIPPET = re.compile(r'losparse_cli\.load\(("(?:[^"\\]|\\.)*")\)')
-
-
-def companion_files(folder: Path) -> list[Path]:
-    """Files beside the weights that a compressed copy needs: tokenizer, generation, code, licence; relative.
-
-    Of sub-folders, chat templates, and all of those that sentence-transformers' modules.json names.
-    CheckpointError on a link that leads out of the folder: a copy, pushed, would publish what it points to.
-    """
-    root = folder.resolve()
-    homes = (root, root.parent.parent / "blobs")  # the Hub's cache keeps a snapshot as links to its blobs
-    modules = _sentence_modules(folder)
-    found = []
-    for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
-        relative = path.relative_to(folder)
-        hidden = any(part.startswith(".") or not part.isprintable() for part in relative.parts)
-        if hidden or not path.is_file() or not _belongs(relative, modules) or path.stat().st_size > CARRIED_BYTES:
-            continue
-        if not any(home in path.resolve().parents for home in homes):
-            raise CheckpointError(
-                f"{path} is a link to {path.resolve()}, outside the model's folder. Copy the file there if it "
-                "belongs to the model, or remove the link."
-            )
-        found.append(relative)
-    return found
-
-
-def _belongs(relative: Path, modules: set[str]) -> bool:
-    if len(relative.parts) > 1:
-        return relative.parts[0] in modules or relative.suffix.lower() == ".jinja"
-    if relative.name in NOT_CARRIED or relative.name.endswith(".index.json"):
-        return False
-    return relative.suffix.lower() in CARRIED or LICENCES.match(relative.name) is not None
-
-
-def _sentence_modules(folder: Path) -> set[str]:
-    """Sub-folders in which sentence-transformers keeps what follows the transformer, such as 1_Pooling."""
-    try:
-        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return set()
-    listed = modules if isinstance(modules, list) else []
-    return {str(module["path"]) for module in listed if isinstance(module, dict) and module.get("path")}
-
-
-def copy_companions(folder: Path, destination: Path) -> None:
-    """Copy the companion files byte for byte."""
-    for relative in companion_files(folder):
-        target = destination / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / relative, target)
 
 
 def base_metadata(folder: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from .card import companion_files
+from .companions import companion_files
 from .source import Checkpoint
 
 

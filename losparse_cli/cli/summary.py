@@ -60,7 +60,7 @@ def show_plan(out: Console, found: Forecast) -> None:
             out.warn(NO_BLOCKS)
         held = size(need.activation_bytes)
         out.say(f"Memory   about {size(need.peak_bytes)} at the peak, {held} of it activations, which can lie in files")
-        out.say(f"Time     about {_minutes(need.seconds)} on this machine")
+        out.say(f"Time     about {minutes(need.seconds)} on this machine")
         if job.recipe.allocate == "error":
             out.say("Sizes    --allocate error measures them at the start of the run; the table shows the uniform plan")
     if found.finished:
@@ -77,7 +77,8 @@ def _text(job: Job) -> str:
     return f"{job.windows.tokens:,} tokens in {count} windows of {length}, from {escape(job.calibration.source)}"
 
 
-def _minutes(seconds: float) -> str:
+def minutes(seconds: float) -> str:
+    """30 s, 12 min, 2.5 h."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
@@ -103,7 +104,7 @@ def show_result(out: Console, result: Result) -> None:
     if result.took.predicted is not None and not result.resumed:
         need = result.took.predicted
         out.say(
-            f"Predicted {_minutes(need.seconds)} and {size(need.peak_bytes)}, took {_minutes(result.seconds)} and "
+            f"Predicted {minutes(need.seconds)} and {size(need.peak_bytes)}, took {minutes(result.seconds)} and "
             f"{size(result.took.peak_bytes)} of memory"
         )
     if report.blocks:
@@ -158,7 +159,7 @@ def show_finetuned(out: Console, result: Finetuned) -> None:
             scores.add_row(name, f"{value:.4f}")
         out.table(scores)
     where = short(result.output)
-    out.say(f"[bold green]Done[/] in {_minutes(result.seconds)}. The result is in {where}. To load it:")
+    out.say(f"[bold green]Done[/] in {minutes(result.seconds)}. The result is in {where}. To load it:")
     _show_loading(out, where)
 
 

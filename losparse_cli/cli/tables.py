@@ -18,6 +18,7 @@ from .console import Console, size
 if TYPE_CHECKING:
     from ..checkpoint.report import LayerReport, Report
     from ..demo import Measured
+    from ..evaluation.scores import Estimate
     from ..inspection import DenseReport
 
 BLOCKS = " ▏▎▍▌▋▊▉█"
@@ -161,18 +162,20 @@ def _show_dense(out: Console, report: DenseReport, every_layer: bool) -> None:
 
 
 def show_comparison(out: Console, rows: Sequence[Measured]) -> None:
-    """Dense beside compressed: bytes, perplexity, time, and what the model says."""
+    """Dense beside compressed: bytes, perplexity and its distance from dense's, time, and what the model says."""
+    from ..demo import WINDOWS
+
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for head in ("", "layers", "whole model", "perplexity", "took"):
+    for head in ("", "layers", "model", "perplexity", "log gap", "took"):
         table.add_column(head, justify="left" if not head else "right", no_wrap=True)
     dense, ours = rows[0], rows[-1]
     for row in rows:
-        value = f"{row.perplexity:.1f}" if row.perplexity < 1e4 else f"{row.perplexity:.0e}"
         table.add_row(
             row.name,
-            f"{size(row.layer_bytes)} {row.layer_bytes / dense.layer_bytes:6.1%}",
-            f"{size(row.model_bytes)} {row.model_bytes / dense.model_bytes:6.1%}",
-            value,
+            f"{size(row.layer_bytes)} {row.layer_bytes / dense.layer_bytes:4.0%}",
+            size(row.model_bytes),
+            _with_error(row.perplexity, ".1f" if row.perplexity.value < 1e4 else ".2g"),
+            _with_error(row.gap, ".3f") if row.gap is not None else "",
             f"{row.seconds:.0f} s" if row.seconds else "",
             style="bold" if row is ours else "",
         )
@@ -180,9 +183,16 @@ def show_comparison(out: Console, rows: Sequence[Measured]) -> None:
     for row in rows:
         out.out.print(f"[bold]{row.name}[/] says: {escape(row.sentence)}")
     out.out.print(
-        "\nA short calibration, so that this takes minutes. The defaults come closer, and --refine blocks closer still."
+        "\nLog gap: log-perplexity above that of dense; ± one standard error. The text is the"
+        f"\nfirst {WINDOWS} of README's 32 windows; with its longer calibration losparse comes closer,"
+        "\nand with --refine blocks closer still."
         f"\nGo on with: losparse inspect {ours.folder} --layers"
     )
+
+
+def _with_error(estimate: Estimate, shape: str) -> str:
+    error = "" if estimate.error is None else f" ± {estimate.error:{shape}}"
+    return f"{estimate.value:{shape}}{error}"
 
 
 def _write_csv(report: Report | DenseReport) -> None:

@@ -10,7 +10,7 @@ import torch
 from ..budget.plan import Layer, LayerPlan, Plan, make_plan, plan_as_stored
 from ..budget.recipe import Recipe
 from ..budget.targets import choose, require_match
-from ..checkpoint.card import companion_files
+from ..checkpoint.companions import companion_files
 from ..checkpoint.config import layer_specs
 from ..checkpoint.output import output_path, parse_size
 from ..checkpoint.reader import BITS, FLOATING, TensorEntry

@@ -15,8 +15,10 @@ AS_STORED = {"bitmask": "S_mask", "rows": "S_rows", "columns": "S_columns"}
 """Layout -> the stored tensor that serves as index as it is."""
 
 
-class LowRankSparseLinear(nn.Module):
+class LowRankSparseLinear(nn.Linear):
     """A linear layer whose weight is U V + S, with S in one of the layouts of `layouts`.
+
+    An nn.Linear to whoever asks, so that LoRA and the like can be laid over it (peft knows layers by their class).
 
     Parameters: U (out, rank) and V (rank, in), absent at rank 0; weight (nnz,), the entries of S in
     row-major order; bias (out,) or None. Buffers: the index tensors of the layout, until `settle` checks them and
@@ -24,12 +26,13 @@ class LowRankSparseLinear(nn.Module):
     are trainable; the zeros of S have no parameter and stay zero.
     """
 
-    weight: Tensor
+    weight: nn.Parameter
     U: Tensor | None
     V: Tensor | None
-    bias: Tensor | None
+    bias: Any  # nn.Parameter | None
     _index: Tensor | None
     _starts: Tensor | None
+    _is_hf_initialized = True  # whatever a model's own code does to new linear layers, it leaves this one alone
 
     def __init__(
         self,
@@ -39,7 +42,7 @@ class LowRankSparseLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not nn.Linear's, which would make a dense weight
         self.spec = spec
         self.out_features, self.in_features = spec.shape
         dtype = dtype or torch.get_default_dtype()

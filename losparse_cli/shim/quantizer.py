@@ -7,12 +7,15 @@ LowRankSparseLinear, and transformers' own loader fills in the tensors.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -68,8 +71,13 @@ class LosparseQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         installed = install_layers(model, self.quantization_config.specs())
         # Under another head layers carry other names, or are not there: what is saved must say what it holds.
-        recorded = self.quantization_config.modules
-        self.quantization_config.modules = {name: recorded[source] for name, source in installed.items()}
+        recorded, prefix = self.quantization_config.modules, _prefix(model)
+        self.quantization_config.modules = {
+            # Names that transformers changed at load it changes back when it saves.
+            name: fields if name in _plain_names(source, prefix) else {"tensor": source, **fields}
+            for name, source in installed.items()
+            for fields in [recorded[source]]
+        }
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -84,8 +92,9 @@ class LosparseQuantizer(HfQuantizer):  # type: ignore[misc]
         # The parameters are ordinary floating tensors: .half(), .to(dtype) and Trainer work on them, and
         # refuse models that say they are quantized. Saving goes through `model.hf_quantizer` regardless.
         model.is_quantized = False
-        # transformers saves the code of custom models and configs, and this is neither.
-        model.save_pretrained = MethodType(save_pretrained, model)
+        # transformers saves the code of custom models and configs, and this is neither. A pickle turns a bound
+        # method back into the class's own.
+        model.save_pretrained = partial(save_pretrained, model)
         return model
 
     def get_weight_conversions(self) -> list[Any]:
@@ -148,13 +157,14 @@ def install_layers(model: Any, specs: dict[str, LayerSpec]) -> dict[str, str]:
     """Replace each named linear layer of `model` by an empty LowRankSparseLinear; its name here -> in `specs`.
 
     A checkpoint may be loaded under another head, so names are tried with and without the base model's
-    prefix. Names that this head does not have are left out; ValueError if none is found, or if a layer's
-    shape is not the recorded one.
+    prefix, and as transformers renames the weight on disk: a text model inside a larger one has other names alone.
+    Names that this head does not have are left out; ValueError if none is found, or if a layer's shape is not the
+    recorded one.
     """
-    prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
+    renaming = _Renaming(model)
     installed: dict[str, str] = {}
     for recorded, spec in specs.items():
-        name = _find(model, recorded, prefix)
+        name = _find(model, renaming.tries(recorded, spec.tensor or recorded))
         if name is None:
             continue
         parent = model.get_submodule(name.rpartition(".")[0])
@@ -179,8 +189,33 @@ def install_layers(model: Any, specs: dict[str, LayerSpec]) -> dict[str, str]:
     return installed
 
 
-def _find(model: Any, recorded: str, prefix: str) -> str | None:
-    for name in (recorded, prefix + recorded, recorded.removeprefix(prefix)):
+class _Renaming:
+    """What layers of a checkpoint may be called in `model`."""
+
+    def __init__(self, model: Any) -> None:
+        mapping = get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else None
+        self._renamings = [entry for entry in mapping or () if isinstance(entry, WeightRenaming)]
+        self._prefix = _prefix(model)
+        self._state = dict.fromkeys(model.state_dict(), True)
+
+    def tries(self, recorded: str, disk: str) -> Iterator[str]:
+        """Names to look for, the likeliest first."""
+        yield from _plain_names(recorded, self._prefix)
+        base = self._prefix.removesuffix(".")
+        weight, _ = rename_source_key(f"{disk}.weight", self._renamings, [], base, self._state)
+        yield weight.removesuffix(".weight")
+
+
+def _prefix(model: Any) -> str:
+    return f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
+
+
+def _plain_names(recorded: str, prefix: str) -> tuple[str, str, str]:
+    return recorded, prefix + recorded, recorded.removeprefix(prefix)
+
+
+def _find(model: Any, names: Iterator[str]) -> str | None:
+    for name in names:
         try:
             module = model.get_submodule(name)
         except AttributeError:

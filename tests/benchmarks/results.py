@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from losparse_cli.demo import encyclopedia_text, news_text
+from losparse_cli.demo import encyclopedia_text, news_text, spread
 from losparse_cli.evaluate import evaluate
 from losparse_cli.text.windows import Calibration
 
@@ -48,7 +48,7 @@ class Options:
     @cached_property
     def texts(self) -> dict[str, str]:
         """Name -> text to measure on."""
-        return {"encyclopedia": _spread(encyclopedia_text()[1], 2 * self.windows), "news": news_text()}
+        return {"encyclopedia": spread(encyclopedia_text()[1], 2 * self.windows), "news": news_text()}
 
     def calibration(self, source: str = "") -> Calibration:
         """The encyclopedia's own part for it, or another source."""
@@ -65,15 +65,6 @@ class Options:
 
     def targets(self, glob: str = "model.layers.[01].*") -> dict[str, Any]:
         return {"targets": (glob,)} if self.small else {}
-
-
-def _spread(text: str, pieces: int, characters: int = 2000) -> str:
-    """Paragraphs from evenly spaced places, so that the first windows come from more than a few articles."""
-    found = []
-    for k in range(pieces):
-        begin = text.find("\n\n", k * len(text) // pieces) + 2
-        found.append(text[begin : text.rfind(" ", begin, begin + characters)])
-    return "\n\n".join(found)
 
 
 def add_result(options: Options, bench: str, row: str, found: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from losparse_cli.budget.plan import Layer, count_nnz, make_plan, plan_layer
@@ -31,7 +31,6 @@ def test_a_pattern_can_keep_the_count_exactly(shape: tuple[int, int], density: f
     assert int(support.sum()) == nnz
 
 
-@settings(deadline=None)
 @given(shapes, st.floats(0, 1), patterns, st.integers(0, 9), st.sampled_from([2, 4, 8]), st.data())
 def test_no_support_takes_more_than_its_bound(
     shape: tuple[int, int], density: float, pattern: str, rank: int, itemsize: int, data: st.DataObject

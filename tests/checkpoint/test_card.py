@@ -12,13 +12,10 @@ import yaml
 from losparse_cli.checkpoint.card import (
     address_card,
     base_metadata,
-    companion_files,
-    copy_companions,
     write_card,
     write_dense_card,
 )
 from losparse_cli.checkpoint.report import LayerReport, Report
-from losparse_cli.errors import CheckpointError
 from losparse_cli.shim.layouts import LayerSpec
 
 LAYER = LayerReport("a", LayerSpec((10, 20), 2, 30, "unstructured", "gaps4", 4, 20), 400, 200, 100.0, 4.0, (0.2,))
@@ -134,40 +131,3 @@ def test_the_card_of_an_export(tmp_path: Path) -> None:
         "library_name": "transformers",
         "tags": ["losparse", "x"],
     }
-
-
-# --- companions -----------------------------------------------------------------------------------
-
-
-def test_a_link_inside_the_folder_or_the_hubs_cache_is_followed(tmp_path: Path) -> None:
-    snapshot = tmp_path / "models--a--b" / "snapshots" / "0"
-    blobs = tmp_path / "models--a--b" / "blobs"
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    (blobs / "1").write_text("tokens")
-    (snapshot / "tokenizer.json").symlink_to("../../blobs/1")
-    (snapshot / "copy.json").symlink_to("tokenizer.json")
-    copy_companions(snapshot, tmp_path)
-    assert (tmp_path / "tokenizer.json").read_text() == (tmp_path / "copy.json").read_text() == "tokens"
-    assert not (tmp_path / "tokenizer.json").is_symlink()
-
-
-@pytest.mark.parametrize("name", ["notes.txt", "LICENSE", "1_Pooling/config.json"])
-def test_a_link_that_leads_out_is_refused(name: str, tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text("secret")
-    link = tmp_path / "model" / name
-    link.parent.mkdir(parents=True)
-    (tmp_path / "model" / "modules.json").write_text('[{"path": "1_Pooling"}]')
-    link.symlink_to(tmp_path / "secret")
-    with pytest.raises(CheckpointError, match=rf"{link.name} is a link to .*secret, outside"):
-        companion_files(tmp_path / "model")
-
-
-def test_a_folder_that_is_a_link_leads_out_too(tmp_path: Path) -> None:
-    (tmp_path / "private").mkdir()
-    (tmp_path / "private" / "key.txt").write_text("secret")
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "modules.json").write_text('[{"path": "docs"}]')
-    (tmp_path / "model" / "docs").symlink_to(tmp_path / "private")
-    with pytest.raises(CheckpointError, match=r"key\.txt is a link"):
-        companion_files(tmp_path / "model")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from toys import raw_safetensors
@@ -69,7 +69,6 @@ def opened(path: Path) -> tuple[SafetensorsFile | None, str]:
         return None, str(error)
 
 
-@settings(deadline=None, max_examples=150)
 @given(data=st.data())
 def test_no_damage_to_a_header_goes_further_than_a_checkpoint_error(data: st.DataObject, tmp_path_factory: Any) -> None:
     """Any byte of a small file changed, or any end cut off: refused by name, or still consistent."""
@@ -100,7 +99,6 @@ values = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=150)
 @given(
     st.fixed_dictionaries(
         {"dtype": st.just("F16") | values, "shape": st.just([2]) | values, "data_offsets": st.just([0, 4]) | values}

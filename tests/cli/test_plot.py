@@ -161,6 +161,7 @@ def test_other_architectures(name: str, compressed: Callable[..., Path]) -> None
     assert ({"encoder.block", "decoder.block"} <= set(said)) is (name == "t5")
 
 
+@pytest.mark.slow
 def test_a_hundred_blocks_and_a_layer_outside() -> None:
     report = report_of(*(f"model.layers.{k}.{kind}" for k in range(100) for kind in LLAMA), "lm_head")
     svg = render(report, "svg")
@@ -285,6 +286,7 @@ def test_a_png_is_large_and_not_blank(tmp_path: Path) -> None:
     assert counts[255, 255, 255] > 100_000
 
 
+@pytest.mark.slow
 def test_the_command_draws_beside_every_form(
     compressed: Callable[..., Path], toy: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -208,6 +208,7 @@ def test_a_report_without_layers_cannot_be_drawn(tmp_path: Path) -> None:
 # --- the command ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_shows_and_draws(compressed: Callable[..., Path], toy: Callable[..., Path], tmp_path: Path) -> None:
     small = compressed("llama", rank=4, sparsity=0.5)
     ended = done("bench", small, "--against", toy("llama"), *QUICK, "--plot", "x.svg", cwd=tmp_path, before=LITTLE)

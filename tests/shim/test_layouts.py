@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -104,7 +104,6 @@ def read(spec: LayerSpec, index: dict[str, Tensor]) -> list[int]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_round_trip_by_the_letter_of_the_format(layout: str) -> None:
-    @settings(max_examples=150)
     @given(supports(layout))
     def check(drawn: tuple[str, Tensor]) -> None:
         pattern, support = drawn
@@ -124,7 +123,6 @@ def test_round_trip_by_the_letter_of_the_format(layout: str) -> None:
     check()
 
 
-@settings(max_examples=150)
 @given(st.sampled_from(LAYOUTS).flatmap(supports))
 @example(("unstructured", torch.zeros(3, 5, dtype=torch.bool)))
 @example(("2:4", torch.zeros(3, 8, dtype=torch.bool)))
@@ -338,7 +336,6 @@ def test_offsets_of_empty_groups_are_checked_too() -> None:
 def test_any_byte_changed_is_refused_or_still_a_support(layout: str) -> None:
     spec, index = sample(layout)
 
-    @settings(max_examples=120)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(INDEX_TENSORS[layout]))

@@ -274,6 +274,7 @@ def test_copies_of_a_model_save_themselves(compressed: Any, tmp_path: Path) -> N
         with torch.no_grad():
             twin.transformer.wte.weight.add_(1)
         twin.save_pretrained(tmp_path / str(number))
+        assert all((tmp_path / str(number) / name).is_file() for name in SHIPPED)  # pytorch/pytorch#51216
         again, _ = losparse_cli.load(tmp_path / str(number))
         assert torch.equal(again.transformer.wte.weight, twin.transformer.wte.weight)
         assert not torch.equal(again.transformer.wte.weight, model.transformer.wte.weight)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import character_tokenizer
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from losparse_cli.tasks.spans import best_span, cut_windows, find_span
@@ -54,7 +54,6 @@ def test_long_questions_lose_their_end_and_the_overlap_shrinks() -> None:
     assert max(len(w.inputs["input_ids"]) for w in first) == 23
 
 
-@settings(max_examples=150)
 @given(st.data())
 def test_every_answer_that_fits_into_a_window_is_found(data: st.DataObject) -> None:
     side = data.draw(st.sampled_from(["left", "right"]))

@@ -18,12 +18,17 @@ def demo(
     from ...demo import demo as show
     from .. import console as c
     from .. import tables
+    from ..summary import minutes
 
     out = c.Console()
     c.calm_libraries()
+
+    def say(message: str, left: float | None) -> None:
+        out.say(f"[bold]{message}[/]" + (f" (about {minutes(left)} left in all)" if left is not None else ""))
+
     rows = show(
         output,
-        on_step=lambda message: out.say(f"[bold]{message}[/]"),
+        on_step=say,
         watch=lambda: c.LayerProgress(out),
         on_report=lambda report: tables.show_report(
             out, report, every_layer=False, sort="name", as_csv=False, as_json=False

@@ -1,0 +1,61 @@
+"""The demo on a toy in place of the packaged model: what it measures, what it says, and how that looks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from losparse_cli import demo
+from losparse_cli.cli.console import Console
+from losparse_cli.cli.tables import show_comparison
+from losparse_cli.evaluation.scores import Estimate
+from losparse_cli.verify import verify
+
+TEXT = "\n\n".join(f"{number} bottles of beer on the wall, {number} bottles of beer." for number in range(99, 0, -1))
+
+
+def test_three_ways_beside_dense(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = toy("llama", tokenizer=True, max_position_embeddings=600)
+    monkeypatch.setattr(demo, "smollm2", lambda on_step: dense)
+    monkeypatch.setattr(demo, "encyclopedia_text", lambda: (TEXT, TEXT))
+    monkeypatch.setattr(demo, "WINDOWS", 2)
+    said: list[tuple[str, float | None]] = []
+    reports: list[Any] = []
+    rows = demo.demo(tmp_path, on_step=lambda *step: said.append(step), on_report=reports.append)
+    assert [row.name for row in rows] == list(demo.WORK) == ["dense", *demo.WAYS]
+    assert rows[0].gap is None
+    for row in rows[1:]:
+        assert row.layer_bytes < 0.7 * rows[0].layer_bytes
+        assert row.gap is not None
+        assert row.gap.error is not None
+        assert row.perplexity.error is not None
+        assert verify(row.folder).sound
+    assert [report.bytes_after for report in reports] == [rows[-1].layer_bytes]
+    # It is said first that it takes minutes; then, with every compression, what is left in all.
+    assert "minutes" in said[0][0]
+    left = [seconds for _, seconds in said if seconds is not None]
+    assert len(left) == 3
+    assert all(seconds > 0 for seconds in left)
+
+
+def test_the_comparison_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    half = (118_900_000, 175_500_000)
+    rows = [
+        demo.Measured("dense", Path("model"), 212_336_640, 269_030_016, Estimate(22.149, 3.21), None, "Water.", 0.0),
+        demo.Measured("magnitude", Path("m"), *half, Estimate(3.2e5, 1e4), Estimate(9.5, 0.1), "…", 9.9),
+        demo.Measured("losparse", Path("l"), *half, Estimate(31.9, 4.9), Estimate(0.365, 0.0213), "Ice.", 801.0),
+    ]
+    out = Console()
+    out.out.width = 80
+    show_comparison(out, rows)
+    shown = capsys.readouterr().out
+    assert "22.1 ± 3.2" in shown
+    assert "3.2e+05 ± 1e+04" in shown
+    assert "0.365 ± 0.021" in shown
+    assert "801 s" in shown
+    assert "first 8 of README's 32" in shown
+    assert "losparse inspect l --layers" in shown
+    assert all(len(line.rstrip()) <= 80 for line in shown.splitlines())
+    assert "…" not in shown.partition("dense says")[0]  # nothing is cut
