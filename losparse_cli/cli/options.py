@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..budget.recipe import DEFAULT_ITERATIONS, MANY_ITERATIONS, MANY_KEPT, Recipe
-from ..errors import UsageError
+from ..errors import UsageError, flag
 from ..tasks.request import TaskRequest
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ CalibrationSource = Annotated[
     str | None,
     typer.Option(
         "--calibration",
-        help="Text to calibrate with: a file (plain text, .jsonl, .parquet), a Hub dataset (user/name or "
+        help="Text to calibrate with: a file (plain text, .jsonl, .csv, .tsv, .parquet), a Hub dataset (user/name or "
         "user/name:config), or the word self: a language model writes its own.",
         rich_help_panel=TEXT,
         show_default=False,
@@ -157,7 +157,7 @@ def calibration_request(source: str | None, **settings: Any) -> Calibration | No
     given = {name: value for name, value in settings.items() if value is not None}
     if source is None:
         if given:
-            option = f"--calibration-{next(iter(given)).replace('_', '-')}"
+            option = flag(f"calibration_{next(iter(given))}")
             raise UsageError(f"{option} says how to use calibration text: add --calibration SOURCE, or leave it out.")
         return None
     from ..text.request import Calibration

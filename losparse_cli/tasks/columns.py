@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..errors import UsageError, flag
+from ..text.rows import text_of
 from .request import TaskRequest
 
 _PAIRS = (("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"), ("question", "sentence"))
@@ -15,10 +16,6 @@ _SUMMARIES = (
     ("document", "summary"), ("article", "highlights"), ("dialogue", "summary"), ("article", "summary"),
     ("text", "summary"), ("text", "target"), ("source", "target"), ("input", "output"),
 )  # fmt: skip
-
-_TYPES: dict[type, str] = {
-    list: "a list", dict: "an object", int: "a number", float: "a number", bool: "true or false", bytes: "bytes"
-}  # fmt: skip
 
 
 def columns_of(request: TaskRequest, there: Sequence[str], name: str) -> dict[str, str]:
@@ -66,10 +63,4 @@ def columns_of(request: TaskRequest, there: Sequence[str], name: str) -> dict[st
 def texts(rows: Sequence[dict[str, Any]], column: str, field: str, place: Callable[[int], str]) -> Iterator[str]:
     """The texts of a column, one a row; no text (null) is an empty one. UsageError for any other value."""
     for k, row in enumerate(rows):
-        value = row[column]
-        if value is not None and not isinstance(value, str):
-            kind = _TYPES.get(type(value), type(value).__name__)
-            raise UsageError(
-                f"The column {column!r} of {place(k)} holds {kind}, not text. Name a column of text with {flag(field)}."
-            )
-        yield value or ""
+        yield text_of(row, column, flag(field), place(k))

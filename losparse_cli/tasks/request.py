@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UsageError, flag
+from ..text.rows import ROW_SUFFIXES
 from ..text.tokenizer import SHORTEST
 
 TASKS = ("text-classification", "question-answering", "summarization", "seq2seq", "causal-lm")
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 _SEQ2SEQ = ("summarization", "seq2seq")
 _USED_BY: dict[str, tuple[str, ...]] = {
@@ -38,9 +38,9 @@ _LEAST = {
 class TaskRequest:
     """A task and its rows; UsageError for what contradicts itself, naming the option.
 
-    task: one of TASKS. train_file, validation_file: rows, one of SUFFIXES, for causal-lm .txt too; or else dataset_name
-    with dataset_config_name, of the Hub, and its splits. Columns: None for the usual names (see columns.py);
-    summary_column holds what summarization and seq2seq are to write.
+    task: one of TASKS. train_file, validation_file: rows, one of ROW_SUFFIXES, for causal-lm .txt too; or else
+    dataset_name with dataset_config_name, of the Hub, and its splits. Columns: None for the usual names (see
+    columns.py); summary_column holds what summarization and seq2seq are to write.
 
     max_length: tokens of an input, None for the task's default. max_target_length: tokens of what is written.
     doc_stride: tokens that two windows of a context share. n_best: starts and ends of answers that are combined.
@@ -100,7 +100,7 @@ class TaskRequest:
             )
         if self.dataset_config_name and not self.dataset_name:
             raise UsageError("--dataset-config-name is of a dataset of the Hub. Add --dataset-name, or leave it out.")
-        known = (*SUFFIXES, ".txt") if self.task == "causal-lm" else SUFFIXES
+        known = (*ROW_SUFFIXES, ".txt") if self.task == "causal-lm" else ROW_SUFFIXES
         for option, file in files.items():
             if file and Path(file).suffix.lower() not in known:
                 raise UsageError(

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from ..errors import UsageError, flag
-from ..text.hub import open_hub
-from . import files
+from ..text.files import find_file
+from ..text.hub import open_dataset
+from ..text.rows import read_file, value_of
 from .columns import columns_of
 from .request import TaskRequest
 
@@ -46,11 +47,7 @@ def read_rows(request: TaskRequest, part: str) -> Rows:
     made = _from_hub(request, part) if request.dataset_name else _from_file(request, part)
     for role, column in columns_of(request, made.columns, made.name).items():
         for k, row in enumerate(made.rows):
-            if column not in row:
-                raise UsageError(
-                    f"{made.place(k)} has no {column!r}, but {', '.join(row) or 'nothing'}. Complete it, or name "
-                    f"another column with {flag(role)}."
-                )
+            value_of(row, column, flag(role), made.place(k))
     return made
 
 
@@ -58,11 +55,10 @@ def _from_hub(request: TaskRequest, part: str) -> Rows:
     assert request.dataset_name
     split = getattr(request, f"{part}_split")
     choose = f"Choose with {flag(f'{part}_split')}, or a configuration with --dataset-config-name."
-    with open_hub(request.dataset_name, split, choose=choose) as datasets:
-        found = datasets.load_dataset(request.dataset_name, request.dataset_config_name, split=split)
     name = f"{request.dataset_name} ({split})"
-    chosen = _draw(len(found), request, part, name)
-    rows = found.select(chosen).to_list()
+    with open_dataset(request.dataset_name, request.dataset_config_name, split, choose=choose) as found:
+        chosen = _draw(len(found), request, part, name)
+        rows = found.select(chosen).to_list()
     classes = {column: tuple(kind.names) for column, kind in found.features.items() if hasattr(kind, "int2str")}
     return Rows(tuple(found.column_names), rows, name, tuple(k + 1 for k in chosen), classes)
 
@@ -71,9 +67,11 @@ def _from_file(request: TaskRequest, part: str) -> Rows:
     file = getattr(request, f"{part}_file")
     if not file:
         raise UsageError(f"There are no rows for {part}. Give {flag(f'{part}_file')}, or --dataset-name.")
-    table = files.read_table(file, flag(f"{part}_file"))
-    chosen = _draw(len(table.rows), request, part, file)
-    return Rows(table.columns, [table.rows[k] for k in chosen], file, tuple(table.numbers[k] for k in chosen))
+    path = find_file(file, flag(f"{part}_file"), ", or give --dataset-name for a dataset of the Hub")
+    found = list(read_file(path))
+    chosen = _draw(len(found), request, part, file)
+    columns = tuple(dict.fromkeys(name for _, _, row in found for name in row))
+    return Rows(columns, [found[k][2] for k in chosen], file, tuple(found[k][1] for k in chosen))
 
 
 def _draw(count: int, request: TaskRequest, part: str, name: str) -> list[int]:

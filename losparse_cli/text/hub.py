@@ -10,10 +10,13 @@ from ..errors import LosparseError, MissingExtraError, SourceError, UsageError
 
 
 @contextmanager
-def open_hub(name: str, split: str, *, choose: str, file_too: bool = False) -> Iterator[Any]:
-    """The package `datasets`, to read the dataset `name` within.
+def open_dataset(
+    name: str, config: str | None, split: str, *, choose: str, streaming: bool = False, file_too: bool = False
+) -> Iterator[Any]:
+    """The split of the dataset `name`, as `datasets` has it, to be read within.
 
-    choose: how a person gives another split or configuration. file_too: whether `name` might have meant a file.
+    choose: how a person gives another split or configuration. streaming: whether rows come over the network as they
+    are asked for. file_too: whether `name` might have meant a file.
     UsageError for a split or configuration that is not there, SourceError for a dataset that cannot be reached or
     read, MissingExtraError without the package.
     """
@@ -24,7 +27,11 @@ def open_hub(name: str, split: str, *, choose: str, file_too: bool = False) -> I
         purpose = f"There is no file {name}, and a Hub dataset" if file_too else f"Reading the dataset {name}"
         raise MissingExtraError("datasets", "datasets", purpose) from error
     try:
-        yield datasets
+        options: dict[str, Any] = {"streaming": True} if streaming else {}
+        # From version 4 on no dataset can bring code; before, one that does is refused without a question.
+        if int(datasets.__version__.split(".")[0]) < 4:
+            options["trust_remote_code"] = False
+        yield datasets.load_dataset(name, config, split=split, **options)
     except LosparseError:
         raise
     except DatasetNotFoundError as error:

@@ -70,19 +70,19 @@ def settle(calibration: Calibration, model: Any, folder: Path) -> Calibration:
         calibration,
         length=calibration.length or min(LENGTH, limit or LENGTH),
         split=(calibration.split or "train") if kind == "hub" else None,
-        field=(calibration.field or "text") if kind in ("hub", "lines", "parquet") else None,
+        field=(calibration.field or "text") if kind in ("hub", "rows") else None,
     )
 
 
 def _check_options(calibration: Calibration, kind: str, name: str, seq2seq: bool) -> None:
-    what = {"text": "a text file", "lines": "a file of JSON lines", "parquet": "a Parquet file", SELF: "no source"}
+    what = {"text": "a text file", "rows": "a file of rows", SELF: "text that the model writes"}
     for option, given, has in (
         ("--calibration-split", calibration.split, ("hub",)),
-        ("--calibration-field", calibration.field, ("hub", "lines", "parquet")),
-        ("--calibration-target-field", calibration.target_field, ("hub", "lines", "parquet")),
+        ("--calibration-field", calibration.field, ("hub", "rows")),
+        ("--calibration-target-field", calibration.target_field, ("hub", "rows")),
     ):
         if given is not None and kind not in has:
             part = "splits" if option == "--calibration-split" else "fields"
-            raise UsageError(f"{calibration.source} is {what[kind]} with {part}. Leave out {option} {given}.")
+            raise UsageError(f"{calibration.source} is {what[kind]}, which has no {part}. Leave out {option} {given}.")
     if calibration.target_field is not None and not seq2seq:
         raise UsageError(f"{name} has no decoder beside an encoder. Leave out --calibration-target-field.")

@@ -97,7 +97,7 @@ def test_samples_are_drawn_by_the_seed_and_keep_their_order(tmp_path: Path) -> N
             ("There is no file a.jsonl. Check --train-file, or give --dataset-name for a dataset of the Hub."),
         ),
         ("a.jsonl", "", UsageError, "a.jsonl is empty: it has no rows. Give some for train."),
-        ("a.csv", " \n", UsageError, "a.csv is empty. Give a file with rows as --train-file."),
+        ("a.csv", " \n", UsageError, "a.csv is empty: it has no rows. Give some for train."),
         ("a.json", "[]", UsageError, "a.json is empty: it has no rows. Give some for train."),
         ("a.csv", "text,label\n", UsageError, "a.csv is empty: it has no rows. Give some for train."),
         (
@@ -220,7 +220,9 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     kind, sentence = refusal(tmp_path / "a.parquet", "x")
     assert kind is MissingExtraError
-    assert sentence == ("Reading a.parquet needs the package 'pyarrow'. Install it with: pip install 'losparse[train]'")
+    assert sentence == (
+        "Reading a.parquet needs the package 'pyarrow'. Install it with: pip install 'losparse[datasets]'"
+    )
 
 
 # --- the Hub --------------------------------------------------------------------------------------
@@ -245,6 +247,21 @@ def test_a_dataset_comes_with_the_names_of_its_classes(monkeypatch: pytest.Monke
     assert found.class_names == {"label": ("no", "yes")}
     assert (found.columns, found.name, len(found)) == (("text", "label"), "who/what (test)", 2)
     assert found.rows == [{"text": "abc"[n - 1], "label": [1, 0, 1][n - 1]} for n in found.numbers]
+
+
+def test_code_of_a_dataset_is_never_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before version 4 a dataset could bring some, after a question at the terminal."""
+    datasets = pytest.importorskip("datasets")
+    asked: list[dict[str, Any]] = []
+
+    def load(name: str, config: str | None, **options: Any) -> Any:
+        asked.append(options)
+        return datasets.Dataset.from_dict({"text": ["a"], "label": [1]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "__version__", "3.6.0")
+    read_rows(TaskRequest(**HUB), "train")
+    assert asked == [{"split": "train", "trust_remote_code": False}]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 import shutil
@@ -182,6 +183,10 @@ def test_sources_of_the_same_documents_give_the_same_windows(toy: Callable[..., 
     assert lines.ids.shape == (round(2000 / LENGTH), LENGTH)
     named = windows_of(write_lines(tmp_path / "b.json", [{"body": row} for row in ROWS]), folder, field="body")
     assert torch.equal(lines.ids, named.ids)
+    for suffix, delimiter in (("csv", ","), ("tsv", "\t")):
+        with open(tmp_path / f"a.{suffix}", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file, delimiter=delimiter).writerows([("id", "text"), *enumerate(ROWS)])
+        assert torch.equal(lines.ids, windows_of(tmp_path / f"a.{suffix}", folder).ids)
     if importlib.util.find_spec("pyarrow"):
         parquet = windows_of(write_parquet(tmp_path / "a.parquet", {"text": ROWS, "n": range(30)}), folder)
         assert torch.equal(lines.ids, parquet.ids)
@@ -209,6 +214,10 @@ def test_of_a_large_source_only_the_beginning_is_read(tmp_path: Path, monkeypatc
     path = write_lines(tmp_path / "a.jsonl", [{"text": "x" * 100}] * 50)
     path.write_text(path.read_text() + "what comes after is not looked at")
     assert len(read_documents(str(path)).texts) == 11
+    monkeypatch.setattr("losparse_cli.text.files.PIECE", 512)
+    table = tmp_path / "a.csv"
+    table.write_bytes(b"text\r\n" + (b"x" * 100 + b"\r\n") * 50 + b"what comes after, is not, looked at")
+    assert read_documents(str(table)).texts == ["x" * 100] * 11
 
 
 @pytest.mark.parametrize(
@@ -229,7 +238,7 @@ def test_an_array_of_objects_is_read_as_lines_are(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"text": row, "id": k} for k, row in enumerate(ROWS)], indent=2))
     assert read_documents(str(path)).texts == ROWS
-    with pytest.raises(UsageError, match=r"a\.json, row 1 has no field 'body', but text, id"):
+    with pytest.raises(UsageError, match=r"a\.json, row 1 has no 'body', but text, id"):
         read_documents(str(path), field="body")
 
 
@@ -282,7 +291,7 @@ def test_a_dataset_is_streamed(hub: list[dict[str, Any]], toy: Callable[..., Pat
 def test_a_dataset_without_the_split_or_the_field(hub: list[dict[str, Any]]) -> None:
     with pytest.raises(UsageError, match=r"split 'dev'.*--calibration-split"):
         read_documents("user/rows", split="dev")
-    with pytest.raises(UsageError, match=r"user/rows has no field 'body', but text, label.*--calibration-field"):
+    with pytest.raises(UsageError, match=r"user/rows has no 'body', but text, label.*--calibration-field"):
         read_documents("user/rows", field="body")
     with pytest.raises(UsageError, match=r"'label' of user/rows holds a number"):
         read_documents("user/rows", field="label")
@@ -347,8 +356,9 @@ def test_what_is_recorded(toy: Callable[..., Path], tmp_path: Path) -> None:
         "source": __file__, "tokens": 100, "length": LENGTH, "batch": 4, "split": None, "field": None,
         "target_field": None,
     }  # fmt: skip
-    lines = settle(Calibration(str(write_lines(tmp_path / "a.jsonl", []))), toy_model("llama"), folder)
-    assert (lines.split, lines.field) == (None, "text")
+    for name in ("a.jsonl", "a.csv"):
+        rows = settle(Calibration(str(write_lines(tmp_path / name, []))), toy_model("llama"), folder)
+        assert (rows.split, rows.field) == (None, "text")
 
 
 def test_a_model_that_reads_no_text(tmp_path: Path) -> None:
@@ -374,7 +384,9 @@ def test_options_that_say_nothing_about_the_source(toy: Callable[..., Path], tmp
         (__file__, {"field": "body"}), (__file__, {"split": "test"}), (lines, {"split": "test"}),
         ("self", {"field": "text"}), (lines, {"target_field": "summary"}),
     ):  # fmt: skip
-        with pytest.raises(UsageError, match=f"Leave out --calibration-{next(iter(option)).replace('_', '-')}"):
+        with pytest.raises(
+            UsageError, match=f"has no .*Leave out --calibration-{next(iter(option)).partition('_')[0]}"
+        ):
             settle(Calibration(source, **option), model, folder)  # type: ignore[arg-type]
 
 
@@ -420,7 +432,7 @@ BAD_FILES: dict[str, tuple[str, bytes, tuple[str, ...], int]] = {
     "a list": ("a.json", b"[1, 2]\n", ("a.json, row 1 is no JSON object",), 1),
     "nested too deep": ("a.json", b"[" * 100_000, ("a.json is not valid JSON",), 1),
     "missing field": (
-        "a.jsonl", b'{"id": 1, "body": "x"}\n', ("line 1 has no field 'text', but id, body", "--calibration-field"), 2
+        "a.jsonl", b'{"id": 1, "body": "x"}\n', ("line 1 has no 'text', but id, body", "--calibration-field"), 2
     ),
     "nested field": ("a.jsonl", b'{"text": ["x"]}\n', ("'text' of", "line 1 holds a list, not text"), 2),
     "no rows": ("a.jsonl", b"", ("a.jsonl holds no text in the field 'text'",), 2),
@@ -440,7 +452,7 @@ def test_a_bad_file_is_refused(case: str, model: Path, tmp_path: Path) -> None:
 
 def test_parquet_without_the_column_or_with_lists_or_damage(model: Path, tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", {"body": ROWS, "tags": [["x"]] * 30})
-    refused(tmp_path, model, "a.parquet", says=("no column 'text', but body, tags", "--calibration-field"), code=2)
+    refused(tmp_path, model, "a.parquet", says=("row 1 has no 'text', but body, tags", "--calibration-field"), code=2)
     refused(tmp_path, model, "a.parquet", "--calibration-field", "tags", says=("holds a list, not text",), code=2)
     raw = bytearray((tmp_path / "a.parquet").read_bytes())
     raw[4:60] = bytes(56)
