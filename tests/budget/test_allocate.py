@@ -83,6 +83,7 @@ def test_equal_layers_are_treated_alike(count: int, middle: float, steepness: fl
     assert shares["layer0"] == pytest.approx(KEEP, abs=2 * REACH / 80)
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(st.lists(st.tuples(st.floats(0.01, 0.5), st.floats(1.1, 4.0), st.floats(0.1, 10.0)), min_size=3, max_size=3))
 def test_no_choice_on_a_grid_is_better(settings_of: list[tuple[float, float, float]]) -> None:

@@ -87,6 +87,7 @@ def test_a_view_of_what_is_kept_is_no_use_of_the_room_for_ever(tmp_path: Path) -
     assert activations.spilled == 0
 
 
+@pytest.mark.slow
 @needs_proc
 def test_memory_falls_on_release_and_what_was_kept_comes_back(tmp_path: Path) -> None:
     activations = Activations(tmp_path, 0)
@@ -118,6 +119,7 @@ def mapped(folder: Path) -> int:
     return sum(str(folder) in line for line in Path("/proc/self/maps").read_text().splitlines())
 
 
+@pytest.mark.slow
 @needs_proc
 def test_files_have_no_name_and_go_with_the_last_tensor(tmp_path: Path) -> None:
     activations = Activations(tmp_path, 0)

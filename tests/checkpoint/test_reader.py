@@ -99,6 +99,7 @@ values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(
     st.fixed_dictionaries(
         {"dtype": st.just("F16") | values, "shape": st.just([2]) | values, "data_offsets": st.just([0, 4]) | values}

@@ -91,6 +91,7 @@ def test_the_smallest_of_too_many_kinds_share_a_style() -> None:
 # --- a compressed checkpoint ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_kind_and_every_block_is_drawn(compressed: Callable[..., Path]) -> None:
     report = inspect(compressed("llama", rank=4, sparsity=0.5))
     assert isinstance(report, Report)

@@ -126,6 +126,7 @@ def test_zeros_of_s_stay_zero_in_training(layout: str, optimizer: Any) -> None:
     assert torch.equal(layer.sparse() != 0, support)
 
 
+@pytest.mark.slow
 def test_learns_what_a_dense_layer_of_that_form_can() -> None:
     teacher, student = (
         layer_of("bitmask", seed=1, dtype=torch.float32),

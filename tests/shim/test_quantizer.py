@@ -294,6 +294,7 @@ def test_pushing_while_saving_uploads_the_loader_too(compressed: Any, tmp_path: 
 # --- training ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_trainer_trains_saves_and_resumes(compressed: Any, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     model, _ = losparse_cli.load(compressed("bert"))
