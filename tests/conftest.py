@@ -131,12 +131,13 @@ def spectral_matrix(spectrum: Any, shape: tuple[int, int], seed: int = 0) -> Ten
     return (U * values) @ V.T
 
 
-FAST = ("llama", "t5")
-"""Of a test that every toy meets, the runs that are in `make test-fast`."""
+FAST = "llama"
+"""Of a test that every toy meets, the run that is in `make test-fast`."""
 SLOW = (
-    "test_finetune.py", "test_harness.py", "test_peers.py", "test_push.py", "test_recovery.py", "test_resume.py",
+    "test_bad_input.py", "test_finetune.py", "test_harness.py", "test_peers.py", "test_plot.py", "test_push.py",
+    "test_recovery.py", "test_resume.py",
 )  # fmt: skip
-"""Files that are not in it: whole runs, killed and begun again, a hub that is served, the harness, other methods."""
+"""Files that are not in it: whole runs, refused, killed and begun again; pictures; a hub; the harness; peers."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -152,7 +153,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         case = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         rare = item.path.name in SLOW or item.get_closest_marker("real_model") is not None
-        if rare or case.get("name") in set(TOYS) - set(FAST):
+        if rare or case.get("name") in TOYS.keys() - {FAST}:
             item.add_marker("slow")
 
 
