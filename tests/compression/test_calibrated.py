@@ -102,6 +102,7 @@ def killed_then_resumed(
 # --- what comes out ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "mixtral", "bert", "t5", "bart", "opt"])
 def test_the_result_is_sound_loads_and_is_the_same_when_activations_are_in_files(
     name: str, toy: Any, asked: Calibration, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -128,6 +129,7 @@ def test_the_result_is_sound_loads_and_is_the_same_when_activations_are_in_files
     assert toys.digests(second.output) == toys.digests(first.output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("pattern", ["unstructured", "columns", "2:4"])
 def test_it_is_closer_to_the_dense_model_than_without_data(
@@ -143,6 +145,7 @@ def test_it_is_closer_to_the_dense_model_than_without_data(
     assert far(told.output, source, ids) < 0.8 * far(free.output, source, ids)
 
 
+@pytest.mark.slow
 def test_matching_blocks_comes_closer_still(toy: Any, asked: Calibration, text: Path, tmp_path: Path) -> None:
     source = toy("llama", tokenizer=True)
     recipe = replace(RECIPE, keep=0.4)
@@ -162,6 +165,7 @@ def test_the_magnitude_solver_finds_what_it_finds_without_text(toy: Any, asked: 
     assert toys.tensor_bytes(with_text.output) == toys.tensor_bytes(without.output)
 
 
+@pytest.mark.slow
 def test_the_solvers_rank_as_they_should(toy: Any, asked: Calibration, text: Path, tmp_path: Path) -> None:
     source, ids = toy("llama", tokenizer=True), held_out(text)
     distance = {}
@@ -184,6 +188,7 @@ def test_half_precision_stays_what_it_is(
     assert losparse_cli.verify(result.output).sound
 
 
+@pytest.mark.slow
 def test_a_model_without_repeated_blocks_is_one_block(
     toy: Any, asked: Calibration, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

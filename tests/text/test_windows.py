@@ -450,6 +450,7 @@ def test_a_bad_file_is_refused(case: str, model: Path, tmp_path: Path) -> None:
     refused(tmp_path, model, name, says=says, code=code)
 
 
+@pytest.mark.slow
 def test_parquet_without_the_column_or_with_lists_or_damage(model: Path, tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", {"body": ROWS, "tags": [["x"]] * 30})
     refused(tmp_path, model, "a.parquet", says=("row 1 has no 'text', but body, tags", "--calibration-field"), code=2)
