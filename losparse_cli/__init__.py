@@ -1,7 +1,7 @@
 """losparse: any transformer as W ≈ U V + S, smaller on disk and in memory.
 
     import losparse_cli
-    result = losparse_cli.compress("user/model", recipe=losparse_cli.Recipe(rank=8, sparsity=0.9))
+    result = losparse_cli.compress("user/model", keep=0.6, calibration="text.txt")
     model, tokenizer = losparse_cli.load(result.output)
 
 Names are imported when first used, so that `import losparse_cli` costs nothing.
@@ -19,9 +19,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "bench": ".bench",
     "compress": ".compress",
+    "forecast": ".compression.estimate",
+    "plan": ".compress",
+    "Progress": ".progress",
     "Recipe": ".budget.recipe",
     "Calibration": ".text.request",
-    "Refinement": ".compression.matching",
+    "Refinement": ".compression.request",
     "refine": ".refine",
     "finetune": ".finetune",
     "Finetuning": ".finetuning.request",
@@ -41,6 +44,7 @@ __all__ = [
     "Calibration",
     "Finetuning",
     "LosparseError",
+    "Progress",
     "Pruning",
     "Recipe",
     "Refinement",
@@ -51,8 +55,10 @@ __all__ = [
     "evaluate",
     "export",
     "finetune",
+    "forecast",
     "inspect",
     "load",
+    "plan",
     "push",
     "refine",
     "register",
@@ -62,8 +68,9 @@ __all__ = [
 if TYPE_CHECKING:
     from .bench import bench
     from .budget.recipe import Recipe
-    from .compress import compress
-    from .compression.matching import Refinement
+    from .compress import compress, plan
+    from .compression.estimate import forecast
+    from .compression.request import Refinement
     from .errors import LosparseError
     from .evaluate import evaluate
     from .export import export
@@ -72,6 +79,7 @@ if TYPE_CHECKING:
     from .finetuning.request import Finetuning
     from .inspection import inspect
     from .load import load, register
+    from .progress import Progress
     from .push import push
     from .refine import refine
     from .tasks.request import TaskRequest

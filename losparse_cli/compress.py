@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,8 +27,8 @@ from .compression.calibrated import CalibratedRun
 from .compression.decisions import allocated_plan, kept_text, own_text
 from .compression.estimate import Estimate, estimate
 from .compression.fingerprint import fingerprint
-from .compression.matching import Refinement
 from .compression.plan import NO_BLOCKS, Job, Schedule, prepare, schedule
+from .compression.request import Refinement, make_request
 from .compression.stream import compress_stream
 from .errors import write_errors
 from .models.device import peak_memory
@@ -67,13 +68,19 @@ class Result:
 def compress(
     model: str | Path,
     output: str | Path | None = None,
-    recipe: Recipe | None = None,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     *,
-    calibration: Calibration | None = None,
-    refinement: Refinement | None = None,
-    device: str = "auto",
+    rank: int | None = None,
+    rank_ratio: float | None = None,
+    sparsity: float | None = None,
+    keep: float | None = None,
+    keep_parameters: float | None = None,
+    pattern: str | None = None,
+    calibration: Calibration | Mapping[str, Any] | str | Path | None = None,
+    refinement: Refinement | Mapping[str, Any] | str | None = None,
+    device: str | None = None,
     memory_limit: str | None = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: str | None = None,
     resume: str = "auto",
     overwrite: bool = False,
     revision: str | None = None,
@@ -81,16 +88,22 @@ def compress(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Result:
-    """Compress a Hub id or folder into `output`.
+    """Compress a Hub id or folder into `output`, as `plan` says; `run` on its job does the same.
 
     The result appears at `output` whole or not at all. A killed run goes on where it was when called
-    again; resume `required` insists on that, `never` discards what was done. Raises as `prepare`, and
+    again; resume `required` insists on that, `never` discards what was done. Raises as `plan`, and
     OutputError or ResumeError if the result cannot be written.
     """
-    job = prepare(
+    job = plan(
         model,
         output,
         recipe,
+        rank=rank,
+        rank_ratio=rank_ratio,
+        sparsity=sparsity,
+        keep=keep,
+        keep_parameters=keep_parameters,
+        pattern=pattern,
         calibration=calibration,
         refinement=refinement,
         device=device,
@@ -103,8 +116,64 @@ def compress(
     return run(job, resume=resume, overwrite=overwrite, progress=progress)
 
 
+def plan(
+    model: str | Path,
+    output: str | Path | None = None,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    *,
+    rank: int | None = None,
+    rank_ratio: float | None = None,
+    sparsity: float | None = None,
+    keep: float | None = None,
+    keep_parameters: float | None = None,
+    pattern: str | None = None,
+    calibration: Calibration | Mapping[str, Any] | str | Path | None = None,
+    refinement: Refinement | Mapping[str, Any] | str | None = None,
+    device: str | None = None,
+    memory_limit: str | None = None,
+    max_shard_size: str | None = None,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    trust_remote_code: bool = False,
+    plan_only: bool = False,
+) -> Job:
+    """What compressing a Hub id or folder would do; `forecast` says what the job needs, `run` carries it out.
+
+    recipe: a Recipe, a mapping such as {"keep": 0.6}, or the path of a YAML file, which may describe the whole run;
+    what is given beside it wins. calibration: or its source alone: a file, a Hub dataset, or "self". refinement: or
+    "blocks". plan_only: a Hub model is not downloaded, and the job cannot be run. Raises as `compression.plan.prepare`,
+    and RecipeError for a recipe that is wrong.
+    """
+    sizes = {
+        "rank": rank,
+        "rank_ratio": rank_ratio,
+        "sparsity": sparsity,
+        "keep": keep,
+        "keep_parameters": keep_parameters,
+        "pattern": pattern,
+    }
+    request = make_request(
+        recipe,
+        sizes,
+        calibration=calibration,
+        refinement=refinement,
+        device=device,
+        memory_limit=memory_limit,
+        max_shard_size=max_shard_size,
+    )
+    return prepare(
+        model,
+        output,
+        request,
+        revision=revision,
+        cache_dir=cache_dir,
+        trust_remote_code=trust_remote_code,
+        plan_only=plan_only,
+    )
+
+
 def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Progress | None = None) -> Result:
-    """Carry out a prepared job; see `compress`."""
+    """Carry out a planned job; see `compress`."""
     begun, told, mark = time.monotonic(), progress or Progress(), fingerprint(job)
     needs_package = "AutoConfig" in (job.source.config.get("auto_map") or {})
     with WorkFolder(job.output, mark, resume=resume, overwrite=overwrite, source=job.source.folder) as work:

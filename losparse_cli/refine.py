@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .checkpoint.output import output_path
 from .checkpoint.source import open_checkpoint
 from .compress import Result, run
-from .compression.matching import Refinement
 from .compression.plan import Job, prepare
+from .compression.request import Refinement, make_request
 from .errors import UsageError
 from .progress import Progress
 from .text.request import Calibration
@@ -18,12 +20,12 @@ def refine(
     source: str | Path,
     output: str | Path | None = None,
     *,
-    calibration: Calibration,
+    calibration: Calibration | Mapping[str, Any] | str | Path,
     refinement: Refinement | None = None,
     against: str | Path | None = None,
-    device: str = "auto",
+    device: str | None = None,
     memory_limit: str | None = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: str | None = None,
     resume: str = "auto",
     overwrite: bool = False,
     revision: str | None = None,
@@ -55,21 +57,21 @@ def prepare_refinement(
     source: str | Path,
     output: str | Path | None = None,
     *,
-    calibration: Calibration,
+    calibration: Calibration | Mapping[str, Any] | str | Path,
     refinement: Refinement | None = None,
     against: str | Path | None = None,
-    device: str = "auto",
+    device: str | None = None,
     memory_limit: str | None = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: str | None = None,
     revision: str | None = None,
     cache_dir: Path | None = None,
     trust_remote_code: bool = False,
 ) -> Job:
     """The job that refines the compressed checkpoint `source` (folder or Hub id).
 
-    against: the dense model, None for the Hub model and commit that the report names. `revision` is of `source`; the
-    other options are as in `compression.plan.prepare`. UsageError if `source` is not compressed, or names no dense
-    model.
+    calibration: or its source alone, or its fields. against: the dense model, None for the Hub model and commit that
+    the report names. `revision` is of `source`; the other options are as in `compress`. UsageError if `source` is not
+    compressed, or names no dense model.
     """
     start = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
     if not start.is_compressed:
@@ -84,12 +86,14 @@ def prepare_refinement(
     return prepare(
         against or made_from["name"],
         output_path(output or f"{start.name.rpartition('/')[2]}-refined"),
-        calibration=calibration,
-        refinement=refinement or Refinement(),
+        make_request(
+            calibration=calibration,
+            refinement=refinement or Refinement(),
+            device=device,
+            memory_limit=memory_limit,
+            max_shard_size=max_shard_size,
+        ),
         start=start,
-        device=device,
-        memory_limit=memory_limit,
-        max_shard_size=max_shard_size,
         revision=None if against is not None else commit,
         cache_dir=cache_dir,
         trust_remote_code=trust_remote_code,

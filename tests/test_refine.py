@@ -19,7 +19,7 @@ from losparse_cli.budget.recipe import Recipe
 from losparse_cli.checkpoint.config import layer_specs
 from losparse_cli.checkpoint.source import open_checkpoint
 from losparse_cli.compress import compress
-from losparse_cli.compression.matching import Refinement
+from losparse_cli.compression.request import Refinement
 from losparse_cli.errors import UsageError
 from losparse_cli.load import load
 from losparse_cli.refine import refine

@@ -1,14 +1,13 @@
-"""Recipe: the request, from flags and from a YAML file, resolved for every layer."""
+"""Recipe: what is asked for, resolved for every layer."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError, UsageError, flag
+from ..errors import UsageError, flag
 from .targets import check_expressions, matches, only
 
 RANK_CHOICES = ("rank", "rank_ratio")
@@ -92,12 +91,22 @@ class Recipe:
             check_expressions(target, "layers:")
         _check_pattern(self)
 
+    @classmethod
+    def from_file(cls, path: str | Path) -> Recipe:
+        """What a YAML file asks of the layers; `compress` takes the file itself, and all else that it says of a run.
+
+        RecipeError names the file and the entry at fault.
+        """
+        from .recipe_file import read_recipe
+
+        return read_recipe(path).under({})
+
     def for_layer(self, name: str, kinds: tuple[str, ...] = ()) -> Recipe:
         """This recipe with the overrides that mean the module `name`, of the classes `kinds`; later ones win."""
         recipe = self
         for target, fields in self.overrides:
             if matches(target, name, kinds):
-                recipe = _override(recipe, dict(fields))
+                recipe = override(recipe, dict(fields))
         return recipe
 
     def with_overrides(self, layers: Mapping[str, Mapping[str, Any]]) -> Recipe:
@@ -137,104 +146,8 @@ class Recipe:
         return fields
 
 
-def make_recipe(flags: Mapping[str, Any], file: Path | None = None) -> Recipe:
-    """The recipe of a YAML file (optional) under command-line flags; flags that are None were not given.
-
-    A flag wins over the file everywhere, also over the file's per-glob overrides. RecipeError names the
-    file and the entry at fault.
-    """
-    given = {name: value for name, value in flags.items() if value is not None and value != ()}
-    if file is None:
-        return Recipe(**given)
-    settings, overrides = _read_file(file)
-    where = str(file)
-    try:
-        merged = _override(_override(Recipe(), settings), given)
-        kept = []
-        for glob, fields in overrides.items():
-            where = f"{file}, layers: {glob}"
-            fields = {k: v for k, v in fields.items() if not _superseded(k, given)}
-            if fields:
-                _override(merged, fields)  # a contradiction is reported here, with its place in the file
-                kept.append((glob, tuple(sorted(fields.items()))))
-        return replace(merged, overrides=tuple(kept))
-    except UsageError as error:
-        raise RecipeError(f"{where}: {error}") from error
-
-
-def _read_file(file: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The settings for all layers, and those for each glob, of known names; RecipeError otherwise."""
-    import yaml
-
-    try:
-        content = yaml.load(file.read_text(encoding="utf-8"), _loader())
-    except OSError as error:
-        raise RecipeError(f"Cannot read the recipe {file}: {error.strerror}. Check the path after --recipe.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        at, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
-        line = f" at line {at.line + 1}" if at else ""
-        reason = f" ({problem})" if problem else ""
-        raise RecipeError(
-            f"The recipe {file} is not valid YAML{line}{reason}. Correct it, or use flags instead."
-        ) from error
-    content = {} if content is None else content
-    if not isinstance(content, dict):
-        raise RecipeError(f"The recipe {file} must be a mapping such as 'rank: 8', not {type(content).__name__}.")
-    overrides = content.pop("layers", None) or {}
-    known = (*PER_LAYER, *WHOLE_RUN)
-    _only_known(file, content, known, "")
-    for name in ("targets", "ignore"):
-        if name in content:
-            targets = content[name] or ()
-            content[name] = tuple(targets) if isinstance(targets, list | tuple) else (targets,)
-    if not isinstance(overrides, dict) or not all(isinstance(fields, dict) for fields in overrides.values()):
-        raise RecipeError(f"'layers' in {file} must map each glob to its settings, as in '*.mlp.*: {{rank: 16}}'.")
-    for glob, fields in overrides.items():
-        _only_known(file, fields, PER_LAYER, f" under layers: {glob}")
-    return content, {str(glob): fields for glob, fields in overrides.items()}
-
-
-def _loader() -> Any:
-    """YAML's safe loader with the numbers of YAML 1.2, and without keys given twice.
-
-    In YAML 1.1, which PyYAML reads, `2:4` is the number 124 in base 60, and `1e-3` is a text.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    numbers = {
-        "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][0-9]*)$",
-        "tag:yaml.org,2002:float": r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$",
-    }
-    Loader.yaml_implicit_resolvers = {
-        first: [(tag, regexp) for tag, regexp in resolvers if tag not in numbers]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    for tag, regexp in numbers.items():
-        Loader.add_implicit_resolver(tag, re.compile(regexp), list("-+.0123456789"))
-
-    def mapping(loader: Any, node: Any) -> dict[Any, Any]:
-        seen: list[Any] = []
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
-            seen.append(key.value)
-        return dict(loader.construct_mapping(node, deep=True))
-
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    return Loader
-
-
-def _only_known(file: Path, fields: Mapping[Any, Any], known: tuple[str, ...], where: str) -> None:
-    for name in fields:
-        if name not in known:
-            raise RecipeError(f"{file} has the unknown setting {name!r}{where}; known are {', '.join(known)}.")
-
-
-def _override(recipe: Recipe, fields: Mapping[str, Any]) -> Recipe:
-    """`recipe` with `fields` set; a setting replaces the others of its group."""
+def override(recipe: Recipe, fields: Mapping[str, Any]) -> Recipe:
+    """`recipe` with `fields` set; a setting replaces the others of its group (RANK_CHOICES, SIZE_CHOICES)."""
     changes = dict(fields)
     for group in (RANK_CHOICES, SIZE_CHOICES):
         if any(name in fields for name in group):
@@ -246,11 +159,6 @@ def _override(recipe: Recipe, fields: Mapping[str, Any]) -> Recipe:
         if budget and "rank_ratio" not in fields:
             changes["rank_ratio"] = None  # and a budget then fixes the rank
     return replace(recipe, **changes)
-
-
-def _superseded(name: str, given: Mapping[str, Any]) -> bool:
-    group: tuple[str, ...] = next((group for group in (RANK_CHOICES, SIZE_CHOICES) if name in group), (name,))
-    return any(other in given for other in group)
 
 
 def _check_pattern(recipe: Recipe) -> None:

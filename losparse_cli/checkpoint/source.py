@@ -94,9 +94,15 @@ def open_checkpoint(
 ) -> Checkpoint:
     """The checkpoint named by a folder or a Hub id, with every header and index checked.
 
-    With `headers_only` a Hub model's weights are not downloaded: its entries say what there is, but
-    cannot be read. SourceError if it cannot be found or reached, CheckpointError if a file is wrong.
+    With `headers_only` a Hub model's weights are not downloaded: its entries say what there is, but cannot be read.
+    UsageError for what names no place, SourceError if it cannot be found or reached, CheckpointError if a file is
+    wrong.
     """
+    if not isinstance(model, str | Path):
+        raise UsageError(
+            f"Models are read from a folder or the Hub, and this is a {type(model).__name__}. Save it with "
+            "save_pretrained, its tokenizer too, and give the folder."
+        )
     identifier = str(model)
     folder = Path(os.path.expanduser(identifier))  # unlike Path.expanduser, leaves an unknown ~user as it is
     if os.path.isdir(folder) and identifier:

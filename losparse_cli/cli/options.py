@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..budget.recipe import DEFAULT_ITERATIONS, MANY_ITERATIONS, MANY_KEPT, Recipe
-from ..errors import UsageError, flag
+from ..errors import UsageError
 from ..tasks.request import TaskRequest
 
 if TYPE_CHECKING:
-    from ..compression.matching import Refinement
-    from ..text.request import Calibration
+    pass
 
 SIZE, TEXT, RUN, HUB, SHOW = "Size", "Calibration", "Run", "Hub", "Output"
 DATA = "Data"
@@ -34,6 +33,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard outpu
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.", rich_help_panel=SHOW)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=SHOW)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=RUN)]
+RecipeDevice = Annotated[
+    str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=RUN, show_default="auto")
+]
+RecipeShardSize = Annotated[
+    str | None, typer.Option(help="Largest weight file to write.", rich_help_panel=RUN, show_default="5GB")
+]
+"""Options that a recipe may hold, too, so that they tell whether they were given."""
 Resume = Annotated[str, typer.Option(help="Go on with a killed run: auto, required or never.", rich_help_panel=RUN)]
 MemoryLimit = Annotated[
     str | None,
@@ -150,30 +156,3 @@ def task_request(given: dict[str, Any], *, objective: str = "task") -> TaskReque
             raise UsageError(f"Say what to learn: add --task, one of {', '.join(TASKS)}.")
         fields["task"] = "causal-lm"  # the predictions of a language model on plain text
     return TaskRequest(**fields)
-
-
-def calibration_request(source: str | None, **settings: Any) -> Calibration | None:
-    """What --calibration and its kin ask for; UsageError if they do so without --calibration."""
-    given = {name: value for name, value in settings.items() if value is not None}
-    if source is None:
-        if given:
-            option = flag(f"calibration_{next(iter(given))}")
-            raise UsageError(f"{option} says how to use calibration text: add --calibration SOURCE, or leave it out.")
-        return None
-    from ..text.request import Calibration
-
-    return Calibration(source, **given)
-
-
-def refinement_request(refine: str | None, **settings: Any) -> Refinement | None:
-    """What --refine and its kin ask for; UsageError if they contradict one another."""
-    given = {name: value for name, value in settings.items() if value is not None}
-    if refine not in (None, "off", "blocks"):
-        raise UsageError(f"--refine is blocks or off, not {refine!r}.")
-    if refine != "blocks":
-        if given:
-            raise UsageError(f"--refine-{next(iter(given))} says how to refine: add --refine blocks, or leave it out.")
-        return None
-    from ..compression.matching import Refinement
-
-    return Refinement(**given)

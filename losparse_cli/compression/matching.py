@@ -14,26 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..errors import UsageError
 from ..linalg.factors import LowRankSparse
 from ..models.blocks import Call, hidden_states, run_block
-
-
-@dataclass(frozen=True)
-class Refinement:
-    """How to match a block; UsageError for numbers that train nothing.
-
-    steps: of Adam, one batch of windows each. lr: at its peak, cosine decay after it.
-    """
-
-    steps: int = 192
-    lr: float = 5e-4
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UsageError(f"--refine-steps is a whole number >= 1, not {self.steps}.")
-        if not 0 < self.lr < 1:
-            raise UsageError(f"--refine-lr is a number between 0 and 1, not {self.lr}; 5e-4 is a usual choice.")
+from .request import Refinement
 
 
 @dataclass(frozen=True)

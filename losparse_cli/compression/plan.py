@@ -24,7 +24,7 @@ from ..models.skeleton import Skeleton, build_skeleton
 from ..shim.layouts import INDEX_TENSORS, candidates
 from ..shim.loader import loader_bytes
 from ..text.windows import Calibration, Windows, read_windows, settle
-from .matching import Refinement
+from .request import Refinement, Request
 
 FRAME_BYTES = 1 << 16  # bytes: report, card and config besides their lines for each layer
 RESIDENT_BASE = 500 << 20  # bytes: the interpreter with torch and transformers, before any weight
@@ -113,29 +113,27 @@ def schedule(job: Job, plan: Plan) -> Schedule:
 def prepare(
     model: str | Path,
     output: str | Path | None = None,
-    recipe: Recipe | None = None,
+    request: Request | None = None,
     *,
-    device: str = "auto",
     revision: str | None = None,
     cache_dir: Path | None = None,
     trust_remote_code: bool = False,
-    max_shard_size: str = "5GB",
-    calibration: Calibration | None = None,
-    refinement: Refinement | None = None,
-    memory_limit: str | None = None,
     start: Checkpoint | None = None,
     plan_only: bool = False,
 ) -> Job:
-    """The plan of a compression: source checked, layers chosen, rank and nnz of each, shards cut.
+    """The plan of a compression: source checked, layers chosen, rank and nnz of each, text read.
 
     A Hub model is planned from its headers, so that a request it cannot meet is refused before it is
     downloaded; with `plan_only` it never is, and the Job cannot be run. With `start`, a compressed checkpoint of the
     model, the plan is to refine what it holds. Raises UsageError on a request that
     cannot be met, SourceError and CheckpointError on a source that cannot be read.
     """
-    recipe = (recipe or Recipe()).settled(calibrated=calibration is not None)
-    _check_calibrated(recipe, calibration, refinement)
-    shard_bytes, where = parse_size(max_shard_size), find_device(device)
+    request = request or Request()
+    calibration = request.calibration
+    recipe = request.recipe.settled(calibrated=calibration is not None)
+    _check_calibrated(recipe, calibration, request.refinement)
+    shard_bytes, device = parse_size(request.max_shard_size), find_device(request.device)
+    limit = None if request.memory_limit is None else parse_size(request.memory_limit, "--memory-limit")
     source = _open(model, revision, cache_dir, plan_only)
     _refuse_quantized(source)
     if start is not None:
@@ -166,15 +164,15 @@ def prepare(
         plan,
         entries,
         output,
-        where,
+        device,
         shard_bytes,
         hidden_size(skeleton.model),
         trust_remote_code,
         calibration,
         windows,
         blocks,
-        refinement,
-        None if memory_limit is None else parse_size(memory_limit, "--memory-limit"),
+        request.refinement,
+        limit,
         start,
     )
     schedule(job, plan)  # CheckpointError where two tensors would have one name

@@ -18,10 +18,9 @@ from torch import Tensor
 from losparse_cli.budget.plan import plan_layer
 from losparse_cli.budget.recipe import Recipe
 from losparse_cli.calibration.moments import gather_moments
-from losparse_cli.compress import run
+from losparse_cli.compress import plan, run
 from losparse_cli.compression.assembly import Assembly
-from losparse_cli.compression.matching import Refinement
-from losparse_cli.compression.plan import prepare
+from losparse_cli.compression.request import Refinement
 from losparse_cli.demo import encyclopedia_text, minilm, smollm2
 from losparse_cli.evaluate import evaluate
 from losparse_cli.export import export
@@ -70,7 +69,7 @@ def _compressed(
 ) -> tuple[Path, dict[str, Any]]:
     """The dense form of the result, which is faster to measure and the same but for a rounding; and its figures."""
     output, plain = (options.folder / f"{kind}-{row.replace('/', '-')}" for kind in ("out", "plain"))
-    job = prepare(dense, output, recipe, calibration=calibration, refinement=refinement)
+    job = plan(dense, output, recipe, calibration=calibration, refinement=refinement)
     result = run(job, resume="never", overwrite=True)
     begun = time.monotonic()
     export(output, plain, overwrite=True)
@@ -167,7 +166,7 @@ def quantization(options: Options, rows: Sequence[str] = ()) -> None:
         print("torchao is not installed, so nothing is quantized. Install it with: pip install 'losparse[bench]'")
         return
     dense = smollm2()
-    layers = prepare(dense, recipe=Recipe(**options.targets())).plan.layers
+    layers = plan(dense, recipe=Recipe(**options.targets())).plan.layers
     for row in _each(options, "quantization", rows, QUANTIZED):
         model, tokenizer = load(dense, dtype=torch.float32)
         bits, group = QUANTIZED[row]
@@ -241,7 +240,7 @@ SETTINGS = {
 
 def layer_errors(options: Options, methods: Sequence[str] = ()) -> None:
     """tr(E H Eᵀ) / tr(W H Wᵀ) with H of held-out text, each layer solved by itself in the dense model."""
-    job = prepare(smollm2(), recipe=replace(HALF, **options.targets()), calibration=options.calibration())
+    job = plan(smollm2(), recipe=replace(HALF, **options.targets()), calibration=options.calibration())
     assert job.windows is not None
     model = empty_model(job.source.folder, job.source.config)
     held_out = read_windows(settle(options.held_out(), model, job.source.folder), model, job.source.folder, seed=0)
@@ -269,9 +268,9 @@ def layer_errors(options: Options, methods: Sequence[str] = ()) -> None:
                             for method in methods or SOLVERS:
                                 solver, scope = SOLVERS[method]
                                 chosen = replace(recipe, threshold_scope=scope).settled(calibrated=True)
-                                plan = plan_layer(full, chosen)
+                                sizes = plan_layer(full, chosen)
                                 begun = time.monotonic()
-                                found = solver(W, one.H, plan.rank, plan.nnz)
+                                found = solver(W, one.H, sizes.rank, sizes.nnz)
                                 seconds = time.monotonic() - begun
                                 H = unseen[one.layers]
                                 error = output_squared(W - found.factors.dense(), H) / output_squared(W, H)

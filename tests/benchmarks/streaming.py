@@ -47,9 +47,9 @@ import json, re, sys, time
 from pathlib import Path
 from losparse_cli.budget.recipe import Recipe
 from losparse_cli.compress import run
-from losparse_cli.compression.plan import prepare
+from losparse_cli.compress import plan
 start = time.monotonic()
-job = prepare(sys.argv[1], Path(sys.argv[2]), Recipe(rank=8, sparsity=0.9, iterations=1), device="cpu")
+job = plan(sys.argv[1], Path(sys.argv[2]), Recipe(rank=8, sparsity=0.9, iterations=1), device="cpu")
 planned = time.monotonic() - start
 result = run(job)
 seconds = json.loads((result.output / "losparse_timing.json").read_text())["seconds"]

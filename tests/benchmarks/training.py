@@ -20,7 +20,7 @@ import torch
 
 from losparse_cli.budget.recipe import Recipe
 from losparse_cli.compress import compress
-from losparse_cli.compression.matching import Refinement
+from losparse_cli.compression.request import Refinement
 from losparse_cli.demo import cache_folder, minilm, smollm2
 from losparse_cli.finetune import finetune
 from losparse_cli.finetuning.prepare import Silent

@@ -21,11 +21,11 @@ from losparse_cli.budget.recipe import Recipe
 from losparse_cli.checkpoint.output import ALLOCATION
 from losparse_cli.checkpoint.workfolder import WorkFolder
 from losparse_cli.checkpoint.writer import ShardWriter
-from losparse_cli.compress import Result, compress
+from losparse_cli.compress import Result, compress, plan
 from losparse_cli.compression import allocation, block, calibrated, decisions
-from losparse_cli.compression import plan as prepare
+from losparse_cli.compression import plan as planning
 from losparse_cli.compression.estimate import estimate
-from losparse_cli.compression.matching import Refinement
+from losparse_cli.compression.request import Refinement
 from losparse_cli.errors import UsageError
 from losparse_cli.models.blocks import THREAD
 from losparse_cli.progress import Progress
@@ -195,7 +195,7 @@ def test_a_model_without_repeated_blocks_is_one_block(
     source = toy("llama", tokenizer=True)
     recipe = replace(RECIPE, threshold_scope="row", iterations=30)
     free = compress(source, tmp_path / "free", recipe)
-    monkeypatch.setattr(prepare, "find_blocks", lambda *_: ())
+    monkeypatch.setattr(planning, "find_blocks", lambda *_: ())
     whole = compress(source, tmp_path / "whole", recipe, calibration=asked)
     assert losparse_cli.verify(whole.output).sound
     assert far(whole.output, source, held_out(text)) < 0.8 * far(free.output, source, held_out(text))
@@ -204,7 +204,7 @@ def test_a_model_without_repeated_blocks_is_one_block(
 def test_matching_a_model_that_is_one_block(
     toy: Any, asked: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "find_blocks", lambda *_: ())
+    monkeypatch.setattr(planning, "find_blocks", lambda *_: ())
     options: dict[str, Any] = {"calibration": asked, "refinement": Refinement(steps=6)}
     result = compress(toy("llama", tokenizer=True), tmp_path / "out", RECIPE, **options)
     assert losparse_cli.verify(result.output).sound
@@ -272,7 +272,7 @@ def test_killed_after_every_number_of_units(
     assert written[norm][:2] == read[norm][:2]
     assert written[norm] != read[norm]  # matched along: to go on, a run must read it back from its own files
     assert all(match["loss_after"] < match["loss_before"] for match in whole.report.blocks)
-    job = prepare.prepare(source, tmp_path / "b" / "out", recipe, **options)
+    job = plan(source, tmp_path / "b" / "out", recipe, **options)
 
     def again() -> Result:
         return compress(source, tmp_path / "b" / "out", recipe, **options)
@@ -296,7 +296,7 @@ def test_killed_in_the_last_block(
     recipe = replace(RECIPE, iterations=2)
     whole = compress(source, tmp_path / "a" / "out", recipe, **options)
     assert len(list(whole.output.glob("*.safetensors"))) > 1
-    blocks = list(prepare.prepare(source, tmp_path / "b" / "out", recipe, **options).blocks.values())
+    blocks = list(plan(source, tmp_path / "b" / "out", recipe, **options).blocks.values())
 
     def again() -> Result:
         return compress(source, tmp_path / "b" / "out", recipe, **options)
@@ -385,7 +385,7 @@ def test_without_its_allocation_nothing_that_was_done_counts(
 def test_allocation_is_checked_on_text_that_nothing_else_saw(
     windows: int, parts: tuple[int, int, int], toy: Any, asked: Calibration, tmp_path: Path
 ) -> None:
-    job = prepare.prepare(
+    job = plan(
         toy("llama", tokenizer=True), tmp_path / "out", Recipe(keep=0.5, allocate="error", iterations=2),
         calibration=asked,
     )  # fmt: skip
@@ -420,7 +420,7 @@ def test_allocation_without_room_for_the_whole_model(
 ) -> None:
     """With room its gain is measured on the model's output, whatever that is; without it all blocks weigh alike."""
     recipe = Recipe(keep=0.5, allocate="error", iterations=2)
-    job = prepare.prepare(toy(name, tokenizer=True), tmp_path / "out", recipe, calibration=asked)
+    job = plan(toy(name, tokenizer=True), tmp_path / "out", recipe, calibration=asked)
     assert job.windows is not None
     roomy = allocation.allocate_by_error(job, job.windows)
     assert roomy.gain is not None
@@ -437,9 +437,9 @@ def test_allocation_without_room_for_the_whole_model(
     assert len({fields["keep"] for fields in tight.layers.values()}) > 1
     monkeypatch.setattr(decisions, "allocate_by_error", lambda *_: tight)
     with WorkFolder(job.output, {}) as work:
-        plan = decisions.allocated_plan(job, job.windows, work, Progress())
-    assert [entry for entry, _ in prepare.schedule(job, plan).units] == list(job.entries)
-    assert plan.expected_bytes == pytest.approx(job.plan.expected_bytes, rel=0.02)
+        decided = decisions.allocated_plan(job, job.windows, work, Progress())
+    assert [entry for entry, _ in planning.schedule(job, decided).units] == list(job.entries)
+    assert decided.expected_bytes == pytest.approx(job.plan.expected_bytes, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -514,7 +514,7 @@ def test_the_estimate_grows_with_what_is_asked_for(
 
     def expected(tokens: int, **options: Any) -> Any:
         calibration = replace(asked, tokens=tokens)
-        job = prepare.prepare(toy(name, tokenizer=True), tmp_path / "out", RECIPE, calibration=calibration, **options)
+        job = plan(toy(name, tokenizer=True), tmp_path / "out", RECIPE, calibration=calibration, **options)
         return estimate(job, job.windows)
 
     few, many, matched = expected(128), expected(1024), expected(1024, refinement=Refinement(steps=50))

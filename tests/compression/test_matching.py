@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import Conv1D
 
-from losparse_cli.compression.matching import Matched, Refinement, match_block
+from losparse_cli.compression.matching import Matched, match_block
+from losparse_cli.compression.request import Refinement
 from losparse_cli.errors import UsageError
 from losparse_cli.linalg.alternating import decompose
 from losparse_cli.linalg.factors import LowRankSparse

@@ -17,8 +17,7 @@ from terminal import done, losparse, shared
 
 from losparse_cli import load
 from losparse_cli.budget.recipe import Recipe
-from losparse_cli.compress import run
-from losparse_cli.compression.plan import prepare
+from losparse_cli.compress import plan, run
 from losparse_cli.errors import UsageError
 from losparse_cli.progress import Progress
 from losparse_cli.text.generated import (
@@ -300,7 +299,7 @@ def test_another_seed_may_not_go_on(model: Path, tmp_path: Path) -> None:
 def test_a_dry_run_generates_nothing(model: Path, tmp_path: Path) -> None:
     done("compress", model, "-o", "out", *SELF, "--dry-run", cwd=tmp_path, before=NEVER)
     assert not list(tmp_path.iterdir())
-    job = prepare(model, tmp_path / "out", Recipe(), calibration=Calibration("self", tokens=256))
+    job = plan(model, tmp_path / "out", Recipe(), calibration=Calibration("self", tokens=256))
     assert job.windows is None
     assert job.calibration is not None
     assert job.calibration.length == 64
@@ -315,7 +314,7 @@ def test_progress_says_how_far_the_text_is(model: Path, tmp_path: Path) -> None:
 
     recipe = Recipe(rank=4, sparsity=0.8, solver="oats", iterations=1)
     calibration = Calibration("self", tokens=2048, length=32)
-    run(prepare(model, tmp_path / "out", recipe, calibration=calibration), progress=Watching())
+    run(plan(model, tmp_path / "out", recipe, calibration=calibration), progress=Watching())
     assert "generating text: 2,048 of 2,048 tokens" in said
 
 

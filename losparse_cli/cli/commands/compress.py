@@ -113,8 +113,8 @@ def compress(
     seed: Annotated[
         int | None, typer.Option(help="Of the randomized SVD.", rich_help_panel=o.RUN, show_default=str(Recipe.seed))
     ] = None,
-    device: o.Device = "auto",
-    max_shard_size: o.MaxShardSize = "5GB",
+    device: o.RecipeDevice = None,
+    max_shard_size: o.RecipeShardSize = None,
     memory_limit: o.MemoryLimit = None,
     resume: o.Resume = "auto",
     overwrite: o.Overwrite = False,
@@ -139,7 +139,7 @@ def compress(
 
     [dim]losparse compress user/model --rank 8 --sparsity 0.9[/dim]
     """
-    from ...budget.recipe import make_recipe
+    from ...compression.request import make_request
     from ...errors import UsageError
 
     if private and not push_to_hub:
@@ -160,41 +160,43 @@ def compress(
         "targets": tuple(targets or ()),
         "ignore": tuple(ignore or ()),
     }
-    resolved = make_recipe(flags, recipe)  # contradictions are reported before anything heavy is imported
+    # Contradictions are reported before anything heavy is imported.
+    request = make_request(
+        recipe,
+        flags,
+        calibration={
+            "source": calibration,
+            "tokens": calibration_tokens,
+            "length": calibration_length,
+            "field": calibration_field,
+            "target_field": calibration_target_field,
+            "split": calibration_split,
+        },
+        refinement={"mode": refine, "steps": refine_steps, "lr": refine_lr},
+        device=device,
+        memory_limit=memory_limit,
+        max_shard_size=max_shard_size,
+    )
     if push_to_hub:
         from ...push import check_repository
 
         check_repository(push_to_hub)
-    text = o.calibration_request(
-        calibration,
-        tokens=calibration_tokens,
-        length=calibration_length,
-        field=calibration_field,
-        target_field=calibration_target_field,
-        split=calibration_split,
-    )
-    refinement = o.refinement_request(refine, steps=refine_steps, lr=refine_lr)
     from ...compress import run
     from ...compression.plan import prepare
     from .. import console as c
     from .. import summary as s
 
     out = c.Console(json=json, quiet=quiet)
-    if text is not None:
+    if request.calibration is not None:
         c.calm_libraries()
     with out.status(f"Reading {model}"):
         job = prepare(
             model,
             output,
-            resolved,
-            device=device,
+            request,
             revision=revision,
             cache_dir=cache_dir,
             trust_remote_code=trust_remote_code,
-            max_shard_size=max_shard_size,
-            calibration=text,
-            memory_limit=memory_limit,
-            refinement=refinement,
             plan_only=dry_run,
         )
     if dry_run:

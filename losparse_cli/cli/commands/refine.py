@@ -42,17 +42,22 @@ def refine(
     """Train a compressed model to match its dense one, block by block; its size stays."""
     from ...errors import UsageError
 
-    text = o.calibration_request(
-        calibration,
-        tokens=calibration_tokens,
-        length=calibration_length,
-        field=calibration_field,
-        target_field=calibration_target_field,
-        split=calibration_split,
-    )
-    if text is None:
+    if calibration is None:
         raise UsageError("losparse refine trains on text: add --calibration FILE, or --calibration self.")
-    refinement = o.refinement_request("blocks", steps=refine_steps, lr=refine_lr)
+    from ...compression.request import make_request
+
+    request = make_request(
+        calibration={
+            "source": calibration,
+            "tokens": calibration_tokens,
+            "length": calibration_length,
+            "field": calibration_field,
+            "target_field": calibration_target_field,
+            "split": calibration_split,
+        },
+        refinement={"mode": "blocks", "steps": refine_steps, "lr": refine_lr},
+    )
+    assert request.calibration is not None, "its source was given"
     from ...compress import run
     from ...refine import prepare_refinement
     from .. import console as c
@@ -64,8 +69,8 @@ def refine(
         job = prepare_refinement(
             source,
             output,
-            calibration=text,
-            refinement=refinement,
+            calibration=request.calibration,
+            refinement=request.refinement,
             against=against,
             device=device,
             revision=revision,

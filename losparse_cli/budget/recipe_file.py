@@ -1,0 +1,150 @@
+"""A recipe as a YAML file or a mapping holds it: what is asked of the layers, and of a whole run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import RecipeError, UsageError
+from .recipe import PER_LAYER, RANK_CHOICES, SIZE_CHOICES, WHOLE_RUN, Recipe, override
+
+RUN = ("calibration", "refine", "device", "memory_limit", "max_shard_size")
+"""What a recipe may say of a run beside its layers."""
+
+
+@dataclass(frozen=True)
+class RecipeFile:
+    """name: of the file, or "the recipe", for messages. settings: for all layers. layers: for some of them, by target.
+    run: of RUN, as they stand there."""
+
+    name: str = "the recipe"
+    settings: dict[str, Any] = field(default_factory=dict)
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
+
+    def under(self, given: Mapping[str, Any]) -> Recipe:
+        """The recipe under what was given beside it, which wins everywhere, also over settings of single layers.
+
+        RecipeError names the file and the entry at fault.
+        """
+        where = self.name
+        try:
+            merged = override(override(Recipe(), self.settings), given)
+            kept = []
+            for target, fields in self.layers.items():
+                where = f"{self.name}, layers: {target}"
+                fields = {k: v for k, v in fields.items() if not _superseded(k, given)}
+                if fields:
+                    override(merged, fields)  # a contradiction is reported here, with its place in the file
+                    kept.append((target, tuple(sorted(fields.items()))))
+            return replace(merged, overrides=tuple(kept))
+        except UsageError as error:
+            raise RecipeError(f"{where}: {error}") from error
+
+
+def make_recipe(flags: Mapping[str, Any], file: Path | None = None) -> Recipe:
+    """The recipe of a YAML file (optional) under command-line flags; flags that are None were not given.
+
+    RecipeError names the file and the entry at fault, which may be what it says of a run.
+    """
+    given = asked(flags)
+    if file is None:
+        return Recipe(**given)
+    found = read_recipe(file)
+    if found.run:
+        raise RecipeError(
+            f"{file} has the setting {next(iter(found.run))!r}, which is of losparse compress. Remove it."
+        )
+    return found.under(given)
+
+
+def asked(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the settings that were given."""
+    return {name: value for name, value in flags.items() if value is not None and value != ()}
+
+
+def read_recipe(source: str | Path | Mapping[str, Any]) -> RecipeFile:
+    """The recipe in a YAML file, or the mapping that such a file would hold; RecipeError otherwise."""
+    if isinstance(source, Mapping):
+        name, content = "the recipe", dict(source)
+    else:
+        name, content = str(source), _read(Path(source).expanduser())
+    layers = content.pop("layers", None) or {}
+    _only_known(name, content, (*PER_LAYER, *WHOLE_RUN, *RUN), "")
+    for key in ("targets", "ignore"):
+        if key in content:
+            targets = content[key] or ()
+            content[key] = tuple(targets) if isinstance(targets, list | tuple) else (targets,)
+    if not isinstance(layers, Mapping) or not all(isinstance(fields, Mapping) for fields in layers.values()):
+        raise RecipeError(f"'layers' in {name} must map each glob to its settings, as in '*.mlp.*: {{rank: 16}}'.")
+    for target, fields in layers.items():
+        _only_known(name, fields, PER_LAYER, f" under layers: {target}")
+    run = {key: content.pop(key) for key in RUN if key in content}
+    return RecipeFile(name, content, {str(target): dict(fields) for target, fields in layers.items()}, run)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), _loader())
+    except OSError as error:
+        raise RecipeError(f"Cannot read the recipe {file}: {error.strerror}. Check the path after --recipe.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        at, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
+        line = f" at line {at.line + 1}" if at else ""
+        reason = f" ({problem})" if problem else ""
+        raise RecipeError(
+            f"The recipe {file} is not valid YAML{line}{reason}. Correct it, or use flags instead."
+        ) from error
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise RecipeError(f"The recipe {file} must be a mapping such as 'rank: 8', not {type(content).__name__}.")
+    return content
+
+
+def _loader() -> Any:
+    """YAML's safe loader with the numbers of YAML 1.2, and without keys given twice.
+
+    In YAML 1.1, which PyYAML reads, `2:4` is the number 124 in base 60, and `1e-3` is a text.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    numbers = {
+        "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][0-9]*)$",
+        "tag:yaml.org,2002:float": r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$",
+    }
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, regexp) for tag, regexp in resolvers if tag not in numbers]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    for tag, regexp in numbers.items():
+        Loader.add_implicit_resolver(tag, re.compile(regexp), list("-+.0123456789"))
+
+    def mapping(loader: Any, node: Any) -> dict[Any, Any]:
+        seen: list[Any] = []
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.append(key.value)
+        return dict(loader.construct_mapping(node, deep=True))
+
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    return Loader
+
+
+def _only_known(name: str, fields: Mapping[Any, Any], known: tuple[str, ...], where: str) -> None:
+    for key in fields:
+        if key not in known:
+            raise RecipeError(f"{name} has the unknown setting {key!r}{where}; known are {', '.join(known)}.")
+
+
+def _superseded(name: str, given: Mapping[str, Any]) -> bool:
+    group: tuple[str, ...] = next((group for group in (RANK_CHOICES, SIZE_CHOICES) if name in group), (name,))
+    return any(other in given for other in group)

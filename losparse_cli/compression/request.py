@@ -1,0 +1,135 @@
+"""What one compression was asked for: by a recipe, and by what was said beside it, which wins; nothing is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..budget.recipe import Recipe, override
+from ..budget.recipe_file import asked, read_recipe
+from ..errors import RecipeError, UsageError
+from ..text.request import Calibration
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """How to match a block; UsageError for numbers that train nothing.
+
+    steps: of Adam, one batch of windows each. lr: at its peak, cosine decay after it.
+    """
+
+    steps: int = 192
+    lr: float = 5e-4
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UsageError(f"--refine-steps is a whole number >= 1, not {self.steps}.")
+        if not 0 < self.lr < 1:
+            raise UsageError(f"--refine-lr is a number between 0 and 1, not {self.lr}; 5e-4 is a usual choice.")
+
+
+@dataclass(frozen=True)
+class Request:
+    """recipe: for the layers, not settled yet. calibration: None without text. refinement: None to match no blocks.
+    device: auto, cpu, cuda or cuda:N. memory_limit: such as 8GB, None for three quarters of what is free.
+    max_shard_size: of a weight file."""
+
+    recipe: Recipe = field(default_factory=Recipe)
+    calibration: Calibration | None = None
+    refinement: Refinement | None = None
+    device: str = "auto"
+    memory_limit: str | None = None
+    max_shard_size: str = "5GB"
+
+
+def make_request(
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    given: Mapping[str, Any] | None = None,
+    *,
+    calibration: Calibration | Mapping[str, Any] | str | Path | None = None,
+    refinement: Refinement | Mapping[str, Any] | str | None = None,
+    device: str | None = None,
+    memory_limit: str | None = None,
+    max_shard_size: str | None = None,
+) -> Request:
+    """The request of a recipe (a Recipe, a mapping, or the path of a YAML file) under what was given beside it.
+
+    given: fields of Recipe; those that are None were not given, and so are the other settings that are None.
+    calibration: or only its source. refinement: or `blocks`, or `off`. A mapping holds their fields, and completes what
+    the recipe says. UsageError on contradictions, and for what is none of these.
+    """
+    wanted = asked(given or {})
+    run: dict[str, Any] = {}
+    where = ""
+    if isinstance(recipe, Recipe):
+        layers = override(recipe, wanted)
+    elif recipe is None:
+        layers = Recipe(**wanted)
+    elif isinstance(recipe, Mapping | str | Path):
+        file = read_recipe(recipe)
+        layers, run, where = file.under(wanted), file.run, file.name
+    else:
+        raise UsageError(
+            "recipe is a Recipe, a mapping such as {'keep': 0.6}, or the path of a YAML file, not "
+            f"{type(recipe).__name__}."
+        )
+    try:
+        text = _calibration(_merged(run.get("calibration"), calibration, "source", Calibration))
+        off = "off" in (refinement, refinement.get("mode") if isinstance(refinement, Mapping) else None)
+        asks = None if off else run.get("refine")
+        if isinstance(asks, Mapping):  # of a file, which says how because it wants it
+            asks = {"mode": "blocks", **asks}
+        match = _refinement(_merged(asks, refinement, "mode", Refinement))
+    except UsageError as error:
+        raise (RecipeError(f"{where}: {error}") if where else error) from None
+    return Request(
+        layers,
+        text,
+        match,
+        device or run.get("device") or "auto",
+        memory_limit if memory_limit is not None else run.get("memory_limit"),
+        max_shard_size or run.get("max_shard_size") or "5GB",
+    )
+
+
+def _merged(first: Any, second: Any, leading: str, kind: type) -> Any:
+    """Two ways to say the same as a mapping: what the recipe says, and what was given beside it, which wins."""
+    if isinstance(second, kind):
+        return second
+    found: dict[str, Any] = {}
+    for part in (first, second):
+        if isinstance(part, str | Path | bool):  # YAML reads `off` as a boolean in some versions
+            found[leading] = str(part) if not isinstance(part, bool) else "blocks" if part else "off"
+        elif isinstance(part, Mapping):
+            found |= asked(part)
+        elif part is not None:
+            name, given = kind.__name__, type(part).__name__
+            raise UsageError(f"{name.lower()} is a {name}, a mapping of its fields or a text, not {given}.")
+    unknown = found.keys() - {leading} - {one.name for one in fields(kind)}
+    if unknown:
+        raise UsageError(f"{kind.__name__.lower()} has no setting {min(unknown)!r}.")
+    return found
+
+
+def _calibration(found: Any) -> Calibration | None:
+    if isinstance(found, Calibration) or not found:
+        return found or None
+    if "source" not in found:
+        option = f"--calibration-{next(iter(found)).replace('_', '-')}"
+        raise UsageError(f"{option} says how to use calibration text: add --calibration SOURCE, or leave it out.")
+    return Calibration(**found)
+
+
+def _refinement(found: Any) -> Refinement | None:
+    if isinstance(found, Refinement) or not found:
+        return found or None
+    mode = found.pop("mode", None)
+    if mode not in (None, "off", "blocks"):
+        raise UsageError(f"--refine is blocks or off, not {mode!r}.")
+    if mode != "blocks":
+        if found:
+            raise UsageError(f"--refine-{next(iter(found))} says how to refine: add --refine blocks, or leave it out.")
+        return None
+    return Refinement(**found)

@@ -1,0 +1,89 @@
+"""One request, whether it comes from options, from Python or from a recipe that describes a whole run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from losparse_cli.budget.recipe import Recipe
+from losparse_cli.compression.request import Refinement, Request, make_request
+from losparse_cli.errors import RecipeError, UsageError
+from losparse_cli.text.request import Calibration
+
+WHOLE = """
+keep: 0.5
+layers:
+  '*.q_proj': {keep: 0.7}
+calibration: {source: text.txt, tokens: 4096, length: 256}
+refine: {steps: 50}
+device: cpu
+memory_limit: 8GB
+max_shard_size: 1GB
+"""
+
+
+def test_a_recipe_describes_a_whole_run(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(WHOLE)
+    found = make_request(tmp_path / "recipe.yaml")
+    assert found == Request(
+        Recipe(keep=0.5, overrides=(("*.q_proj", (("keep", 0.7),)),)), Calibration("text.txt", 4096, 256),
+        Refinement(50), "cpu", "8GB", "1GB",
+    )  # fmt: skip
+    assert Recipe.from_file(tmp_path / "recipe.yaml") == found.recipe
+    assert make_request(str(tmp_path / "recipe.yaml")) == found
+
+
+def test_what_is_given_beside_a_recipe_wins(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(WHOLE)
+    found = make_request(
+        tmp_path / "recipe.yaml", {"keep": 0.6, "rank": None}, calibration={"source": None, "tokens": 100},
+        refinement={"mode": "off", "steps": None}, device="cuda", max_shard_size="2GB",
+    )  # fmt: skip
+    assert found.recipe == Recipe(keep=0.6)
+    assert found.calibration == Calibration("text.txt", 100, 256)
+    assert found.refinement is None
+    assert (found.device, found.memory_limit, found.max_shard_size) == ("cuda", "8GB", "2GB")
+    other = make_request(tmp_path / "recipe.yaml", calibration=Calibration("self"), refinement=Refinement(7))
+    assert (other.calibration, other.refinement) == (Calibration("self"), Refinement(7))
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ({}, Request()),
+        ({"recipe": {"keep": 0.5, "targets": "q_proj"}}, Request(Recipe(keep=0.5, targets=("q_proj",)))),
+        ({"given": {"keep": 0.5, "rank": None, "targets": ()}}, Request(Recipe(keep=0.5))),
+        ({"recipe": Recipe(rank=4, sparsity=0.5), "given": {"keep": 0.5}}, Request(Recipe(rank=4, keep=0.5))),
+        ({"calibration": "text.txt"}, Request(calibration=Calibration("text.txt"))),
+        ({"calibration": Path("text.txt")}, Request(calibration=Calibration("text.txt"))),
+        ({"calibration": {"source": None, "tokens": None}}, Request()),
+        ({"recipe": {"calibration": "self", "refine": "blocks"}}, Request(Recipe(), Calibration("self"), Refinement())),
+        ({"recipe": {"refine": False}}, Request()),
+        ({"calibration": "self", "refinement": "blocks"}, Request(Recipe(), Calibration("self"), Refinement())),
+    ],
+)  # fmt: skip
+def test_the_first_obvious_calls(asked: dict[str, Any], meant: Request) -> None:
+    assert make_request(**asked) == meant
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "says"),
+    [
+        ({"recipe": 0.5}, UsageError, "recipe is a Recipe, a mapping .* or the path of a YAML file, not float"),
+        ({"recipe": {"rnak": 4}}, RecipeError, "the recipe has the unknown setting 'rnak'"),
+        ({"recipe": {"calibration": {"sauce": "x"}}}, RecipeError, "calibration has no setting 'sauce'"),
+        ({"recipe": {"calibration": {"tokens": 9}}}, RecipeError, "add --calibration SOURCE"),
+        ({"recipe": {"calibration": 5}}, RecipeError, "calibration is a Calibration, a mapping .* not int"),
+        ({"calibration": ["a.txt"]}, UsageError, "calibration is a Calibration, a mapping .* not list"),
+        ({"calibration": {"tokens": 9}}, UsageError, "--calibration-tokens says how to use calibration text"),
+        ({"refinement": "all"}, UsageError, "--refine is blocks or off"),
+        ({"refinement": {"steps": 3}}, UsageError, "--refine-steps says how to refine: add --refine blocks"),
+        ({"refinement": {"mode": "off", "lr": 0.1}}, UsageError, "--refine-lr says how to refine"),
+        ({"recipe": {"refine": {"steps": 0}}}, RecipeError, "--refine-steps is a whole number"),
+    ],
+)
+def test_what_is_none_of_these(asked: dict[str, Any], kind: type[UsageError], says: str) -> None:
+    with pytest.raises(kind, match=says):
+        make_request(**asked)
