@@ -201,6 +201,7 @@ def test_a_model_without_repeated_blocks_is_one_block(
     assert far(whole.output, source, held_out(text)) < 0.8 * far(free.output, source, held_out(text))
 
 
+@pytest.mark.slow
 def test_matching_a_model_that_is_one_block(
     toy: Any, asked: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,6 +212,7 @@ def test_matching_a_model_that_is_one_block(
     assert result.report.blocks[0]["loss_after"] <= result.report.blocks[0]["loss_before"]
 
 
+@pytest.mark.slow
 def test_a_layer_that_is_fed_nothing_but_zeros(asked: Calibration, tmp_path: Path) -> None:
     """After a norm of weight zero, as some models initialise the last one of a branch."""
     model = toy_model("llama")
@@ -223,6 +225,7 @@ def test_a_layer_that_is_fed_nothing_but_zeros(asked: Calibration, tmp_path: Pat
         assert far(result.output, tmp_path / "model", torch.arange(4, 68).view(2, 32)) < 1
 
 
+@pytest.mark.slow
 def test_layers_that_share_inputs_need_not_share_a_recipe(
     toy: Any, asked: Calibration, text: Path, tmp_path: Path
 ) -> None:
@@ -245,6 +248,7 @@ def test_layers_that_share_inputs_need_not_share_a_recipe(
     assert not same & {"k_proj", "v_proj", "up_proj"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 33, 9 * LENGTH])
 def test_little_text_and_a_last_batch_that_is_not_full(
     tokens: int, toy: Any, asked: Calibration, tmp_path: Path

@@ -480,6 +480,7 @@ def test_a_bad_request_is_refused(case: str, model: Path, tmp_path: Path) -> Non
     refused(tmp_path, model, *arguments, says=says, code=code)
 
 
+@pytest.mark.slow
 def test_a_dataset_offline(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     refused(tmp_path, model, "user/absent", says=("no file user/absent", "Hub cannot be reached"), code=1)
@@ -514,6 +515,7 @@ def test_text_in_another_script_is_fine(model: Path, tmp_path: Path) -> None:
     assert report["calibration"]["length"] == 64
 
 
+@pytest.mark.slow
 def test_targets_by_the_command(toy: Callable[..., Path], tmp_path: Path) -> None:
     model = toy("t5", tokenizer=True)
     write_lines(tmp_path / "a.jsonl", [{"text": row, "summary": row[:30]} for row in ROWS])
