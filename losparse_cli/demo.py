@@ -101,7 +101,7 @@ def demo(
             looks[name] = _look(results[name].output, text)
             done += WORK[name]
     report = results["losparse"].report
-    on_report(report)
+    on_report(replace(report, name=results["losparse"].output.name))
     base = looks["dense"]
     return [
         Measured("dense", dense, report.bytes_before, report.model_bytes_before, base.perplexity, None, base.said, 0.0),

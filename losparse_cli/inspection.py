@@ -95,6 +95,7 @@ def compressed_report(checkpoint: Checkpoint) -> Report:
     stored = checkpoint.nbytes
     return replace(
         base,
+        name=checkpoint.name,
         layers=tuple(layers),
         skipped=dict((checkpoint.quantization or {}).get("skipped") or {}),
         model_bytes_before=stored + sum(layer.bytes_before - layer.bytes_after for layer in layers),

@@ -29,6 +29,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_compressed_checkpoint_reports_what_was_written(place: Path) -> None:
     found = inspect(place / "out")
     assert isinstance(found, Report)
+    assert found.name == "out"
     recorded = json.loads((place / "out" / "losparse_report.json").read_text())
     assert json.loads(json.dumps(found.to_dict())) == recorded
 
@@ -44,8 +45,8 @@ def test_sizes_are_those_of_the_files(place: Path) -> None:
         parts = {name: tensor for name, tensor in after.items() if name.startswith(f"{layer.name}.")}
         assert layer.bytes_after == sum(tensor.numel() * tensor.itemsize for tensor in parts.values())
         assert layer.bytes_before == before[f"{layer.name}.weight"].numel() * 2
-        assert layer.nnz == parts[f"{layer.name}.weight"].numel()
-        assert layer.kept == layer.nnz + layer.rank * sum(layer.shape)
+        assert layer.spec.nnz == parts[f"{layer.name}.weight"].numel()
+        assert layer.kept == layer.spec.nnz + layer.spec.rank * sum(layer.shape)
 
 
 def test_without_a_report_sizes_stay_and_errors_are_unknown(place: Path, tmp_path: Path) -> None:

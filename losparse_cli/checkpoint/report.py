@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from ..errors import CheckpointError
@@ -79,6 +80,7 @@ class LayerReport:
 class Report:
     """A compressed checkpoint in numbers.
 
+    name: of the checkpoint, as it was opened; "" before that, and in its file, for a folder may be renamed.
     model_bytes_before and after: all tensors. parameters: of the whole dense model. source: name, commit
     and files of the dense model. recipe: the resolved request. files: name -> {size, sha256}. calibration: what text
     was used, {} without any. blocks: per block of the model, what calibration and refinement did to its output.
@@ -98,6 +100,7 @@ class Report:
     calibration: dict[str, Any] = field(default_factory=dict)
     blocks: tuple[dict[str, Any], ...] = ()
     training: dict[str, Any] = field(default_factory=dict)
+    name: str = field(default="", compare=False)
 
     @property
     def bytes_before(self) -> int:
@@ -135,7 +138,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form; `totals`, and how layers are stored, are only for reading: config.json says it to the loader."""
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "layers"}
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("layers", "name")}
         return fields | {"totals": self.totals(), "layers": [layer.to_dict() for layer in self.layers]}
 
     @classmethod
@@ -169,3 +172,20 @@ def total_error(layers: Iterable[LayerReport]) -> float | None:
         weight += layer.weight_squared
         residual += layer.residual_squared
     return (residual / weight) ** 0.5 if weight else None
+
+
+def measured_on_text(layers: Iterable[LayerReport]) -> bool:
+    """Whether the error of every layer's output is known: then that is shown, for it is what was minimised."""
+    return mean_output_error(layers) is not None
+
+
+def error_of(layers: Iterable[LayerReport], *, on_text: bool) -> float | None:
+    """One error for a layer or several: the mean of their outputs' errors, or that of their weights together."""
+    return mean_output_error(layers) if on_text else total_error(layers)
+
+
+def error_range(layers: Iterable[LayerReport], *, on_text: bool) -> tuple[float, float] | None:
+    """Least and largest error of a single layer, None if none is known."""
+    errors = [error_of([layer], on_text=on_text) for layer in layers]
+    known = [error for error in errors if error is not None and isfinite(error)]
+    return (min(known), max(known)) if known else None

@@ -189,6 +189,12 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.2f} TB"
 
 
+def clean(name: object, most: int = 60) -> str:
+    """A name that any file may hold: on one line, of printable characters, and not longer than `most` of them."""
+    text = "".join(c if c.isprintable() else "\ufffd" for c in str(name))
+    return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-(most - most // 2) :]}"
+
+
 def short(path: Path) -> str:
     """A path as the person would type it: relative where that is shorter."""
     relative = os.path.relpath(path)

@@ -11,11 +11,12 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.report import LayerReport, Report
+from ..checkpoint.report import LayerReport, Report, error_of, error_range, measured_on_text
 from ..errors import UsageError
-from .console import size
+from .console import clean, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,6 +30,7 @@ MARKERS = "osD^vPX"
 OTHER = "#999999"
 # Beyond the colours, kinds are dashed and hatched; beyond that, eyes no longer tell them apart.
 MOST_KINDS = 2 * len(COLOURS)
+TITLE_WIDTH = 105  # letters that the narrowest picture holds in a line
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,12 @@ class Style:
         return {"facecolor": mixed if pale else self.colour, "edgecolor": "white", "hatch": hatch, "linewidth": 0}
 
 
-def figure(report: Report | DenseReport) -> Figure:
-    """The picture of a report; UsageError if there is nothing in it to draw. Its size is in inches at 10 points."""
-    return _compressed_figure(report) if isinstance(report, Report) else _dense_figure(report)
+def figure(report: Report | DenseReport, *, titled: bool = True) -> Figure:
+    """The picture of a report; UsageError if there is nothing in it to draw. Its size is in inches at 10 points.
+
+    titled: False where the headline stands beside it.
+    """
+    return _compressed_figure(report, titled) if isinstance(report, Report) else _dense_figure(report, titled)
 
 
 # --- what is said -------------------------------------------------------------------------------------
@@ -72,9 +77,14 @@ def headline(report: Report | DenseReport) -> tuple[str, str]:
     if isinstance(report, Report):
         share = report.bytes_after / max(1, report.bytes_before)
         whole = report.model_bytes_after / max(1, report.model_bytes_before)
-        return clean(report.source.get("name") or "compressed model"), (
-            f"Compressed layers: {share:.1%} of their bytes are left; they hold {report.targeted_share:.1%} of all "
+        made_from = clean(report.source.get("name") or "")
+        caption, _ = layer_errors(report.layers)
+        span = error_range(report.layers, on_text=measured_on_text(report.layers))
+        return clean(report.name or made_from or "compressed model"), (
+            (f"Made from {made_from}. " if report.name and made_from else "")
+            + f"Compressed layers: {share:.1%} of their bytes are left; they hold {report.targeted_share:.1%} of all "
             f"parameters. Whole model: {whole:.1%} of {size(report.model_bytes_before)}."
+            + (f" {caption.capitalize()} of single layers: {span[0]:.3f} to {span[1]:.3f}." if span else "")
         )
     count = sum(layer.reason is None for layer in report.layers)
     share = report.targeted_parameters / max(1, report.parameters)
@@ -83,18 +93,15 @@ def headline(report: Report | DenseReport) -> tuple[str, str]:
 
 def layer_errors(layers: Sequence[LayerReport]) -> tuple[str, list[float | None]]:
     """What the errors are, and one for each layer: of the layers' outputs if all are known, else of the weights."""
-    outputs: list[float | None] = [layer.output_error for layer in layers]
-    by_output = bool(layers) and None not in outputs
-    errors = outputs if by_output else [layer.relative_error for layer in layers]
-    # A report may hold anything that JSON does, infinity among it, and no axis reaches there.
-    finite = [error if error is not None and math.isfinite(error) else None for error in errors]
-    return f"relative error of {'output' if by_output else 'weight'}", finite
+    on_text = measured_on_text(layers)
+    return f"relative error of {'output' if on_text else 'weight'}", [
+        _finite(error_of([layer], on_text=on_text)) for layer in layers
+    ]
 
 
-def clean(name: object, most: int = 60) -> str:
-    """A name that any file may hold: on one line, of printable characters, and not longer than `most` of them."""
-    text = "".join(c if c.isprintable() else "\ufffd" for c in str(name))
-    return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-(most - most // 2) :]}"
+def _finite(error: float | None) -> float | None:
+    """A report may hold anything that JSON does, infinity among it, and no axis reaches there."""
+    return error if error is not None and math.isfinite(error) else None
 
 
 # --- places and styles ----------------------------------------------------------------------
@@ -142,7 +149,7 @@ def styles(nbytes: Mapping[str, int]) -> dict[str, Style]:
 # --- a compressed checkpoint ----------------------------------------------------------------------------
 
 
-def _compressed_figure(report: Report) -> Figure:
+def _compressed_figure(report: Report, titled: bool) -> Figure:
     """Errors above, bytes below, over the same blocks."""
     from matplotlib.figure import Figure
     from matplotlib.legend_handler import HandlerTuple
@@ -151,12 +158,13 @@ def _compressed_figure(report: Report) -> Figure:
     where = places([layer.name for layer in report.layers])
     columns = _columns(where)
     looks = _looks(where, [layer.bytes_before for layer in report.layers])
+    on_text = measured_on_text(report.layers)
     caption, errors = layer_errors(report.layers)
     # One mark: the layers of a style in a block, which are several where there are experts.
-    marks: dict[Style, dict[float, list[tuple[LayerReport, float | None]]]] = {}
-    for layer, place, error in zip(report.layers, where, errors, strict=True):
+    marks: dict[Style, dict[float, list[LayerReport]]] = {}
+    for layer, place in zip(report.layers, where, strict=True):
         x = columns[place.stack, place.block]
-        marks.setdefault(looks[place.kind], {}).setdefault(x, []).append((layer, error))
+        marks.setdefault(looks[place.kind], {}).setdefault(x, []).append(layer)
     marks = {style: marks[style] for style in dict.fromkeys(looks.values())}
 
     figure = Figure(figsize=(min(15.0, max(9.5, 5 + 0.09 * len(columns))), 7.0), layout="constrained")
@@ -167,12 +175,12 @@ def _compressed_figure(report: Report) -> Figure:
     for i, (style, members) in enumerate(marks.items()):
         points: list[tuple[float, float]] = []
         for x in sorted(members):
-            known = [error for _, error in members[x] if error is not None]
+            error = _finite(error_of(members[x], on_text=on_text))
             if points and any(points[-1][0] < start <= x for start in starts.values()):
                 points.append((x, float("nan")))  # no line leads from one stack to the next
-            points.append((x, sum(known) / len(known) if known else float("nan")))
+            points.append((x, float("nan") if error is None else error))
             for side, name in enumerate(("before", "after")):
-                height = sum(getattr(layer, f"bytes_{name}") for layer, _ in members[x])
+                height = sum(getattr(layer, f"bytes_{name}") for layer in members[x])
                 bottom = floor.get((x, side), 0.0)
                 floor[x, side] = bottom + height
                 look = style.bar(pale=not side)
@@ -201,7 +209,7 @@ def _compressed_figure(report: Report) -> Figure:
     )  # fmt: skip
     for text, (_, label) in zip(legend.get_texts(), handles, strict=True):
         text.set_text(label)
-    _finish(figure, (above, below), report)
+    _finish(figure, (above, below), _title(report) if titled else [])
     return figure
 
 
@@ -255,7 +263,7 @@ def _label_blocks(above: Axes, below: Axes, columns: Mapping[tuple[str, int | No
 # --- a dense checkpoint -----------------------------------------------------------------------------------
 
 
-def _dense_figure(report: DenseReport) -> Figure:
+def _dense_figure(report: DenseReport, titled: bool) -> Figure:
     """Energy against rank: a panel for each kind, with the other kinds' medians in grey to compare with."""
     import numpy as np
     from matplotlib.figure import Figure
@@ -299,18 +307,21 @@ def _dense_figure(report: DenseReport) -> Figure:
         axes.tick_params(labelbottom=k + across >= len(members))  # the last of its column, where rows are ragged
     figure.supxlabel("rank", fontsize=10)
     figure.supylabel("share of ‖W‖² in the best matrix of that rank", fontsize=10)
-    _finish(
-        figure,
-        panels,
-        report,
-        "Line: median of the layers. Band: least to most. Dot: rank at which U V is as large as W.",
-    )
+    key = "Line: median of the layers. Band: least to most. Dot: rank at which U V is as large as W."
+    _finish(figure, panels, [*(_title(report) if titled else []), key])
     return figure
 
 
-def _finish(figure: Figure, panels: Iterable[Axes], report: Report | DenseReport, key: str = "") -> None:
+def _title(report: Report | DenseReport) -> list[str]:
+    """Name and totals, in lines that the picture is wide enough for."""
+    name, totals = headline(report)
+    return [name, *wrap(totals, TITLE_WIDTH)]
+
+
+def _finish(figure: Figure, panels: Iterable[Axes], lines: Sequence[str]) -> None:
     """Title and grid."""
-    figure.suptitle("\n".join(filter(None, (*headline(report), key))), x=0.01, ha="left", fontsize=10)
+    if lines:
+        figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10)
     for axes in panels:
         axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
         axes.set_axisbelow(True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from ..benchmark.report import BenchReport
 from ..checkpoint.report import Report
 from . import speed_figure
-from .figures import clean, headline, layer_errors
+from .console import clean
+from .figures import headline, layer_errors
 
 if TYPE_CHECKING:
     from ..inspection import DenseReport
@@ -26,9 +27,12 @@ svg { width: 100%; height: auto; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: .3rem 0; }
-th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th, td { padding: .2rem .5rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+thead th { vertical-align: bottom; white-space: normal; }
 th[scope=row], .text { text-align: left; font-weight: normal; }
-button { font: inherit; font-weight: 600; border: 0; padding: 0; background: none; color: inherit; cursor: pointer; }
+th:first-child { position: sticky; left: 0; padding-left: 0; background: #fff; }
+button { font: inherit; font-weight: 600; border: 0; padding: 0; background: none; color: inherit; cursor: pointer;
+  text-align: inherit; }
 [aria-sort=ascending] button::after { content: " ▲"; }
 [aria-sort=descending] button::after { content: " ▼"; }
 """
@@ -69,7 +73,10 @@ def page(report: Report | DenseReport | BenchReport, svg: str) -> str:
     # Only this one script may run, and nothing may be loaded, even if a name should slip through unescaped.
     allowed = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'"
-    columns = "".join(f'<th scope="col"><button type="button">{escape(head)}</button></th>' for head in heads)
+    columns = "".join(
+        f'<th scope="col"{_side(cell)}><button type="button">{escape(head)}</button></th>'
+        for head, cell in zip(heads, rows[0] if rows else [Cell("", "")] * len(heads), strict=True)
+    )
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -103,42 +110,46 @@ def _row(cells: Sequence[Cell]) -> str:
     first, *others = cells
     text = f'<tr><th scope="row" data-value="{escape(first.value)}">{escape(first.shown)}</th>'
     for cell in others:
-        kind = ' class="text"' if cell.is_text else ""
-        text += f'<td{kind} data-value="{escape(cell.value)}">{escape(cell.shown)}</td>'
+        text += f'<td{_side(cell)} data-value="{escape(cell.value)}">{escape(cell.shown)}</td>'
     return f"{text}</tr>\n"
 
 
-def _compressed_rows(report: Report) -> tuple[list[str], Iterator[list[Cell]]]:
+def _side(cell: Cell) -> str:
+    return ' class="text"' if cell.is_text else ""
+
+
+def _compressed_rows(report: Report) -> tuple[list[str], list[list[Cell]]]:
+    """What matters most comes first, for a narrow window shows no more."""
     caption, errors = layer_errors(report.layers)
-    heads = ["layer", "shape", "rank", "non-zeros", "density", "pattern", "layout", "bytes before", "bytes after"]
-    rows = (
+    heads = ["layer", caption, "share", "bytes after", "bytes before", "shape", "rank", "non-zeros", "density"]
+    rows = [
         [
-            _text(layer.name), _shape(layer.shape), _count(layer.spec.rank), _count(layer.spec.nnz),
-            _share(layer.density), _text(layer.spec.pattern), _text(layer.spec.layout), _count(layer.bytes_before),
-            _count(layer.bytes_after), _share(layer.bytes_after / max(1, layer.bytes_before)),
-            Cell("unknown", "") if error is None else Cell(f"{error:.4f}", repr(error)),
+            _text(layer.name), Cell("unknown", "") if error is None else Cell(f"{error:.4f}", repr(error)),
+            _share(layer.bytes_after / max(1, layer.bytes_before)), _count(layer.bytes_after),
+            _count(layer.bytes_before), _shape(layer.shape), _count(layer.spec.rank), _count(layer.spec.nnz),
+            _share(layer.density), _text(layer.spec.pattern), _text(layer.spec.layout),
         ]
         for layer, error in zip(report.layers, errors, strict=True)
-    )  # fmt: skip
-    return [*heads, "share", caption], rows
+    ]  # fmt: skip
+    return [*heads, "pattern", "layout"], rows
 
 
-def _dense_rows(report: DenseReport) -> tuple[list[str], Iterator[list[Cell]]]:
+def _dense_rows(report: DenseReport) -> tuple[list[str], list[list[Cell]]]:
     ranks = sorted({rank for layer in report.layers for rank in layer.energy})
-    rows = (
+    rows = [
         [
             _text(layer.name), _shape(layer.shape), _count(layer.nbytes),
             _text("yes" if layer.reason is None else f"no: {layer.reason}"),
             *(_share(layer.energy[rank]) if rank in layer.energy else Cell("", "") for rank in ranks),
         ]
         for layer in report.layers
-    )  # fmt: skip
+    ]  # fmt: skip
     return ["layer", "shape", "bytes", "compress?", *(f"rank {rank}" for rank in ranks)], rows
 
 
-def _speed_rows(report: BenchReport) -> tuple[list[str], Iterator[list[Cell]]]:
+def _speed_rows(report: BenchReport) -> tuple[list[str], list[list[Cell]]]:
     heads = ["shape", "layers", "rank", "density", "pattern", "index", "rows of x", "dense ms", "compressed ms"]
-    rows = (
+    rows = [
         [
             _shape(x.shape), _count(x.count), _count(x.rank), _share(x.density), _text(x.pattern), _text(x.form),
             _count(x.rows), _milliseconds(x.dense_milliseconds), _milliseconds(x.milliseconds),
@@ -146,7 +157,7 @@ def _speed_rows(report: BenchReport) -> tuple[list[str], Iterator[list[Cell]]]:
             _share(x.bandwidth / report.copy_bandwidth),
         ]
         for x in report.layers
-    )  # fmt: skip
+    ]  # fmt: skip
     return [*heads, "times faster", "bytes, dense", "bytes, compressed", "share of copy speed"], rows
 
 

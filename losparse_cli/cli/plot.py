@@ -64,7 +64,7 @@ def save_plot(report: Report | DenseReport | BenchReport, path: Path) -> None:
     if form == "html":
         from .page import page
 
-        content = page(report, render(report, "svg").decode()).encode()
+        content = page(report, render(report, "svg", titled=False).decode()).encode()
     else:
         content = render(report, form)
     work = path.with_name(f".losparse-{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -80,8 +80,8 @@ def save_plot(report: Report | DenseReport | BenchReport, path: Path) -> None:
             work.unlink(missing_ok=True)
 
 
-def render(report: Report | DenseReport | BenchReport, form: str) -> bytes:
-    """The picture as a PNG or an SVG file; the same bytes for the same report."""
+def render(report: Report | DenseReport | BenchReport, form: str, *, titled: bool = True) -> bytes:
+    """The picture as a PNG or an SVG file; the same bytes for the same report. titled: with the headline in it."""
     try:
         import matplotlib
     except ImportError as error:
@@ -94,9 +94,9 @@ def render(report: Report | DenseReport | BenchReport, form: str) -> bytes:
         # A name in a script that the font lacks is drawn as boxes in a PNG, which is no news in a terminal.
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         if isinstance(report, BenchReport):
-            drawn, (title, _) = speed_figure.figure(report), speed_figure.headline(report)
+            drawn, (title, _) = speed_figure.figure(report, titled=titled), speed_figure.headline(report)
         else:
-            drawn, (title, _) = figures.figure(report), figures.headline(report)
+            drawn, (title, _) = figures.figure(report, titled=titled), figures.headline(report)
         about: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type")) if form == "svg" else {}
         about["Title"] = title
         drawn.savefig(buffer, format=form, dpi=DOTS_PER_INCH if form == "png" else 72, metadata=about)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
-from .figures import COLOURS, OTHER, Style, clean
+from .console import clean
+from .figures import COLOURS, OTHER, Style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,8 +50,11 @@ def index(x: LayerSpeed) -> str:
     return x.form if x.pattern in ("unstructured", "rows", "columns") else f"{clean(x.pattern, 20)} {x.form}"
 
 
-def figure(report: BenchReport) -> Figure:
-    """The picture; UsageError if there is nothing in the report to draw. Its size is in inches at 10 points."""
+def figure(report: BenchReport, *, titled: bool = True) -> Figure:
+    """The picture; UsageError if there is nothing in the report to draw. Its size is in inches at 10 points.
+
+    titled: False where the headline stands beside it.
+    """
     from matplotlib.figure import Figure
 
     if not report.layers:
@@ -71,8 +75,9 @@ def figure(report: BenchReport) -> Figure:
         axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    name, (where, given) = headline(report)[0], setting(report).rsplit("; ", 1)
-    figure.suptitle(f"{name}\n{where}\n{given}", x=0.01, ha="left", fontsize=10)
+    if titled:
+        name, (where, given) = headline(report)[0], setting(report).rsplit("; ", 1)
+        figure.suptitle(f"{name}\n{where}\n{given}", x=0.01, ha="left", fontsize=10)
     return figure
 
 

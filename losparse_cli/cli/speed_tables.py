@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.markup import escape
-from rich.table import Table
 
+from .columns import Column, show_columns
 from .console import Console, size
 from .speed_figure import index, setting, times
 
 if TYPE_CHECKING:
     from ..benchmark.report import BenchReport, LayerSpeed
-
-PADDINGS = ((0, 1), (0, 1, 0, 0), (0, 0))
-"""Room around columns: the first that fits the terminal is taken."""
 
 
 def show_speed(out: Console, report: BenchReport) -> None:
@@ -47,24 +43,24 @@ def _show_layers(out: Console, report: BenchReport) -> None:
         for head, value in columns[2:]
         if len({value(x) for x in report.layers}) == 1 and report.layers
     }
-    columns = [column for column in columns if column[0] not in constant]
-    table = _table()
-    for head, _ in columns:
-        table.add_column(head, justify="left" if head == "index" else "right", no_wrap=True)
-    for head in ("rows\nof x", "dense\nms", "compressed\nms", "times\nfaster", "of copy\nspeed"):
-        table.add_column(head, justify="right", no_wrap=True)
-    for cases in report.shapes:  # what they share is shown in the first
-        shown = [value for _, value in columns]
-        for x in cases:
-            table.add_row(
-                *(value(x) for value in shown) if shown else [""] * len(columns),
-                str(x.rows), _milliseconds(x.dense_milliseconds), _milliseconds(x.milliseconds),
-                _ratio(x.speedup), f"{x.bandwidth / report.copy_bandwidth:.0%}",
-            )  # fmt: skip
-            shown = []
+    measured: list[tuple[str, Callable[[LayerSpeed], str]]] = [
+        ("rows\nof x", lambda x: str(x.rows)),
+        ("dense\nms", lambda x: _milliseconds(x.dense_milliseconds)),
+        ("compressed\nms", lambda x: _milliseconds(x.milliseconds)),
+        ("times\nfaster", lambda x: _ratio(x.speedup)),
+        ("of copy\nspeed", lambda x: f"{x.bandwidth / report.copy_bandwidth:.0%}"),
+    ]
+    cases = [x for group in report.shapes for x in group]
+    firsts = {id(group[0]) for group in report.shapes}  # what a shape's cases share is shown in the first
+
+    def once(value: Callable[[LayerSpeed], str]) -> list[str]:
+        return [value(x) if id(x) in firsts else "" for x in cases]
+
+    shown = [Column(head, once(value), left=head == "index") for head, value in columns[1:] if head not in constant]
+    shown += [Column(head, [value(x) for x in cases]) for head, value in measured]
     if constant:
         out.out.print("\nLayers: " + ", ".join(f"{head} {value}" for head, value in constant.items()), style="dim")
-    _show(out, table)
+    show_columns(out, "shape", once(columns[0][1]), shown)
 
 
 def _show_models(out: Console, report: BenchReport) -> None:
@@ -75,12 +71,9 @@ def _show_models(out: Console, report: BenchReport) -> None:
         ("bytes of parameters and buffers", "tensors", size, "tensors_share"),
         ("resident memory", "resident", size, "resident_share"),
     )
-    table = _table()
-    table.add_column("model")
-    for head in (*(("dense",) if report.dense else ()), "compressed", *(("",) if report.dense else ())):
-        table.add_column(head, justify="right", no_wrap=True)
+    models = [model for model in (report.dense, report.compressed) if model is not None]
+    captions, lines = [], []
     for caption, name, shown, ratio in rows:
-        models = [model for model in (report.dense, report.compressed) if model is not None]
         values = [getattr(model, name) for model in models]
         if all(value is None for value in values):
             continue
@@ -88,20 +81,10 @@ def _show_models(out: Console, report: BenchReport) -> None:
         if report.dense is not None:
             over = report.ratios[ratio]
             cells.append("-" if over is None else _ratio(over) if ratio.endswith("speedup") else f"{over:.1%}")
-        table.add_row(caption, *cells)
-    _show(out, table)
-
-
-def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False)
-
-
-def _show(out: Console, table: Table) -> None:
-    for padding in PADDINGS:
-        table.padding, table.show_edge = padding, padding != PADDINGS[-1]
-        if table.__rich_measure__(out.out, out.out.options.update(width=1000)).maximum <= out.out.width:
-            break
-    out.table(table)
+        captions.append(caption)
+        lines.append(cells)
+    heads = ["dense", "compressed", ""] if report.dense else ["compressed"]
+    show_columns(out, "model", captions, [Column(head, [line[i] for line in lines]) for i, head in enumerate(heads)])
 
 
 def _ratio(value: float) -> str:

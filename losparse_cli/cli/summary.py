@@ -8,9 +8,11 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from .columns import Column, show_columns
 from .console import Console, short, size
 
 if TYPE_CHECKING:
+    from ..budget.plan import LayerPlan
     from ..checkpoint.report import Report
     from ..compress import Result
     from ..compression.estimate import Forecast
@@ -30,18 +32,18 @@ def show_plan(out: Console, found: Forecast) -> None:
     job, plan, need = found.job, found.made.plan, found.need
     kept = sum(p.parameters for p in plan.layers)
     targeted = sum(p.layer.shape[0] * p.layer.shape[1] for p in plan.layers)
-    shapes = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for column, justify in (("layers", "left"), ("shape", "right"), ("rank", "right"), ("nnz", "right"),
-                            ("before", "right"), ("about", "right"), ("at most", "right")):  # fmt: skip
-        shapes.add_column(column, justify=justify)  # type: ignore[arg-type]
-    kinds: dict[tuple[Any, ...], list[Any]] = {}
+    kinds: dict[tuple[Any, ...], list[LayerPlan]] = {}
     for p in plan.layers:
         kinds.setdefault((p.layer.name.rpartition(".")[2], p.layer.shape, p.rank, p.nnz), []).append(p)
-    for (name, shape, rank, nnz), members in kinds.items():
-        shapes.add_row(f"{len(members)} x {name}", f"{shape[0]} x {shape[1]}", str(rank), f"{nnz:,}",
-                       size(sum(p.layer.dense_bytes for p in members)), size(sum(p.expected_bytes for p in members)),
-                       size(sum(p.bound_bytes for p in members)))  # fmt: skip
-    out.table(shapes)
+    columns = [
+        Column("shape", [f"{shape[0]} x {shape[1]}" for _, shape, _, _ in kinds]),
+        Column("rank", [str(rank) for _, _, rank, _ in kinds]),
+        Column("nnz", [f"{nnz:,}" for _, _, _, nnz in kinds], goes=1),
+        Column("before", [size(sum(p.layer.dense_bytes for p in members)) for members in kinds.values()], goes=2),
+        Column("about", [size(sum(p.expected_bytes for p in members)) for members in kinds.values()]),
+        Column("at most", [size(sum(p.bound_bytes for p in members)) for members in kinds.values()]),
+    ]
+    show_columns(out, "layers", [f"{len(members)} x {name}" for (name, *_), members in kinds.items()], columns)
     out.say(f"Layers   {len(plan.layers)} compressed, {len(plan.skipped)} left dense")
     share = targeted / job.parameters
     out.say(f"Share    {share:.1%} of all parameters are targeted; {kept / targeted:.1%} of those are kept")

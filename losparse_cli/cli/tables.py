@@ -6,47 +6,55 @@ import csv
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.markup import escape
-from rich.table import Table
 
 from ..errors import UsageError
-from .console import Console, size
+from .columns import Column, show_columns
+from .console import Console, clean, size
 
 if TYPE_CHECKING:
     from ..checkpoint.report import LayerReport, Report
     from ..demo import Measured
     from ..evaluation.scores import Estimate
-    from ..inspection import DenseReport
+    from ..inspection import DenseLayer, DenseReport
 
 BLOCKS = " ▏▎▍▌▋▊▉█"
 SPARKS = "▁▂▃▄▅▆▇█"
-
-SORTS: dict[str, Callable[[Any], Any]] = {
-    "name": lambda group: 0,  # the order of the model, which a stable sort keeps
-    "error": lambda group: -(group.output_error or group.error or 0.0),
-    "bytes": lambda group: -group.after,
-    "share": lambda group: -group.after / max(1, group.before),
-    "rank": lambda group: -max(x.spec.rank for x in group.layers),
-    "nnz": lambda group: -sum(x.spec.nnz for x in group.layers),
-    "density": lambda group: -group.density,
-}
+SORTED_BY = {"bytes": "after"}
+"""Order -> head of its column, where they differ."""
 
 
 class Group:
-    """Layers shown in one line: a block, a kind, or a single layer."""
+    """Layers shown in one line: a block, a kind, or a single layer. on_text: whether errors are those of outputs."""
 
-    def __init__(self, name: str, layers: Sequence[LayerReport]) -> None:
-        from ..checkpoint.report import mean_output_error, total_error
+    def __init__(self, name: str, layers: Sequence[LayerReport], *, on_text: bool) -> None:
+        from ..checkpoint.report import error_of
 
         self.name, self.layers = name, layers
         self.before = sum(x.bytes_before for x in layers)
         self.after = sum(x.bytes_after for x in layers)
-        self.density = sum(x.spec.nnz for x in layers) / max(1, sum(x.parameters for x in layers))
-        self.error = total_error(layers)
-        self.output_error = mean_output_error(layers)
+        self.share = self.after / max(1, self.before)
+        self.nnz = sum(x.spec.nnz for x in layers)
+        self.density = self.nnz / max(1, sum(x.parameters for x in layers))
+        self.error = error_of(layers, on_text=on_text)
+
+
+SORTS: dict[str, Callable[[Group], float]] = {
+    "name": lambda group: 0,  # the order of the model, which a stable sort keeps
+    "error": lambda group: -(group.error or 0.0),
+    "bytes": lambda group: -group.after,
+    "share": lambda group: -group.share,
+    "rank": lambda group: -max(x.spec.rank for x in group.layers),
+    "nnz": lambda group: -group.nnz,
+    "density": lambda group: -group.density,
+}
+DENSE_SORTS: dict[str, Callable[[Sequence[DenseLayer]], float]] = {
+    "name": lambda layers: 0,
+    "bytes": lambda layers: -sum(x.nbytes for x in layers),
+}
 
 
 def check_sort(sort: str) -> None:
@@ -57,67 +65,77 @@ def check_sort(sort: str) -> None:
 def show_report(
     out: Console, report: Report | DenseReport, *, every_layer: bool, sort: str, as_csv: bool, as_json: bool
 ) -> None:
-    """Print a report in the form asked for."""
+    """Print a report in the form asked for; UsageError for an order that a dense model does not have."""
     from ..checkpoint.report import Report as Compressed
+    from ..checkpoint.report import measured_on_text
 
+    if isinstance(report, Compressed):
+        on_text = measured_on_text(report.layers)
+        ordered = sorted(report.layers, key=lambda x: SORTS[sort](Group(x.name, [x], on_text=on_text)))
+        if as_json:
+            out.data({"name": report.name} | replace(report, layers=tuple(ordered)).to_dict())
+        elif as_csv:
+            _write_csv(ordered)
+        else:
+            _show_compressed(out, report, every_layer, sort, on_text)
+        return
+    if sort not in DENSE_SORTS:
+        raise UsageError(f"--sort {sort} is for compressed checkpoints; a dense one has {' and '.join(DENSE_SORTS)}.")
+    layers = sorted(report.layers, key=lambda x: DENSE_SORTS[sort]([x]))
     if as_json:
-        out.data(report.to_dict())
+        out.data(replace(report, layers=tuple(layers)).to_dict())
     elif as_csv:
-        _write_csv(report)
-    elif isinstance(report, Compressed):
-        _show_compressed(out, report, every_layer, sort)
+        _write_dense_csv(layers)
     else:
-        _show_dense(out, report, every_layer)
+        _show_dense(out, report, every_layer, sort)
 
 
-def _show_compressed(out: Console, report: Report, every_layer: bool, sort: str) -> None:
-    groups = [Group(x.name, [x]) for x in report.layers] if every_layer else _by_block(report.layers)
-    groups.sort(key=SORTS[sort])
-    whole = Group("all", report.layers)
-    # With calibration text it is the outputs' error that was minimised, and that says something.
-    by_output = whole.output_error is not None
-    errors = [g.output_error if by_output else g.error for g in groups]
-    largest = max((error or 0.0 for error in errors), default=0.0) or 1.0
-    columns: list[tuple[str, Callable[[Group], str], str]] = [
-        ("shape", lambda g: _one(f"{x.shape[0]} x {x.shape[1]}" for x in g.layers), ""),
-        ("rank", lambda g: _range([x.spec.rank for x in g.layers]), ""),
-        ("nnz", lambda g: f"{sum(x.spec.nnz for x in g.layers):,}", f"{sum(x.spec.nnz for x in report.layers):,}"),
-        ("density", lambda g: f"{g.density:.3f}", f"{whole.density:.3f}"),
-        ("pattern", lambda g: _one(x.spec.pattern for x in g.layers), ""),
-        ("layout", lambda g: _one(x.spec.layout for x in g.layers), ""),
-        ("before", lambda g: size(g.before), size(whole.before)),
-        ("after", lambda g: size(g.after), size(whole.after)),
+def _show_compressed(out: Console, report: Report, every_layer: bool, sort: str, on_text: bool) -> None:
+    from ..checkpoint.report import error_range
+
+    def group(name: str, layers: Sequence[LayerReport]) -> Group:
+        return Group(name, layers, on_text=on_text)
+
+    whole = group("all", report.layers)
+    blocks = [group(name, layers) for name, layers in _by_block(report.layers).items()]
+    groups = [group(x.name, [x]) for x in report.layers] if every_layer else blocks
+    groups = sorted(groups, key=SORTS[sort])
+    largest = max((g.error or 0.0 for g in groups), default=0.0) or 1.0
+    columns = [
+        Column("shape", [_one(f"{x.shape[0]} x {x.shape[1]}" for x in g.layers) for g in groups], goes=7),
+        Column("rank", [_range([x.spec.rank for x in g.layers]) for g in groups], goes=6),
+        Column("nnz", [f"{g.nnz:,}" for g in groups], f"{whole.nnz:,}", goes=1),
+        Column("density", [f"{g.density:.3f}" for g in groups], f"{whole.density:.3f}", goes=4),
+        Column("pattern", [_one(x.spec.pattern for x in g.layers) for g in groups], left=True, goes=5),
+        Column("layout", [_one(x.spec.layout for x in g.layers) for g in groups], left=True, goes=3),
+        Column("before", [size(g.before) for g in groups], size(whole.before), goes=2),
+        Column("after", [size(g.after) for g in groups], size(whole.after)),
+        Column("share", [f"{g.share:5.1%} [cyan]{_bar(g.share)}[/]" for g in groups], f"{whole.share:5.1%}", left=True),
+        Column(
+            "output error" if on_text else "error",
+            ["-" if g.error is None else f"{g.error:.3f} [red]{_bar(g.error / largest)}[/]" for g in groups],
+            "-" if whole.error is None else f"{whole.error:.3f}",
+            left=True,
+        ),
     ]
-    # What is the same in every line is said once, above the table, so that the rest fits a terminal.
-    rows = {head: [value(g) for g in groups] for head, value, _ in columns}
-    constant = {head: cells[0] for head, cells in rows.items() if len(groups) > 2 and len(set(cells)) == 1}
-    for head in ("before", "nnz", "after") + (() if every_layer else ("shape",)):
-        constant.pop(head, None)
     if not every_layer:
-        columns = [column for column in columns if column[0] != "shape"]
-    out.out.print(f"[bold]{escape(str(report.source.get('name') or 'compressed model'))}[/]", end="")
-    out.out.print("".join(f"   {head} {value}" for head, value in constant.items()), style="dim")
-
-    table = Table(box=box.SIMPLE_HEAD, show_footer=True, padding=(0, 1), pad_edge=False)
-    table.add_column("layer" if every_layer else "block", footer=f"{len(report.layers)} layers", overflow="fold")
-    shown = [column for column in columns if column[0] not in constant]
-    for head, _, footer in shown:
-        table.add_column(
-            head, footer=footer, justify="left" if head in ("pattern", "layout") else "right", no_wrap=True
-        )
-    table.add_column("share", footer=f"{whole.after / max(1, whole.before):5.1%}", no_wrap=True)
-    total = whole.output_error if by_output else whole.error
-    head = "output error" if by_output else "error"
-    table.add_column(head, footer="-" if total is None else f"{total:.3f}", no_wrap=True)
-    for i, (g, value) in enumerate(zip(groups, errors, strict=True)):
-        share = g.after / max(1, g.before)
-        error = "-" if value is None else f"{value:.3f} [red]{_bar(value / largest)}[/]"
-        cells = [rows[head][i] for head, _, _ in shown]
-        table.add_row(escape(g.name), *cells, f"{share:5.1%} [cyan]{_bar(share)}[/]", error)
-    out.table(table)
-    if total is not None and len(report.layers) > 1:
-        depth = [(x.output_error if by_output else x.relative_error) or 0.0 for x in report.layers]
-        out.out.print(f"error by depth  {_sparkline(depth)}")
+        columns = columns[1:]
+    # What is the same in every line is said once, above the table, so that the rest fits a terminal.
+    same = [
+        column for column in columns
+        if column.head in ("shape", "rank", "density", "pattern", "layout") and len(groups) > 2
+        and len(set(column.cells)) == 1
+    ]  # fmt: skip
+    _print_title(out, report.name, report.source.get("name"))
+    if same:
+        out.out.print("   ".join(f"{column.head} {column.cells[0]}" for column in same), style="dim")
+    shown = [replace(x, goes=0) if x.head == SORTED_BY.get(sort, sort) else x for x in columns if x not in same]
+    head = "layer" if every_layer else "block"
+    show_columns(out, head, [g.name for g in groups], shown, footer=f"{len(report.layers)} layers")
+    span = error_range(report.layers, on_text=on_text)
+    if span is not None and len(report.layers) > 1:
+        line = f"{_sparkline([block.error or 0.0 for block in blocks])}  " if len(blocks) > 1 else ""
+        out.out.print(f"error by depth  {line}single layers {span[0]:.3f} to {span[1]:.3f}")
     out.out.print(
         f"whole model     {size(report.model_bytes_before)} -> {size(report.model_bytes_after)}  "
         f"({report.model_bytes_after / max(1, report.model_bytes_before):.1%})"
@@ -127,33 +145,42 @@ def _show_compressed(out: Console, report: Report, every_layer: bool, sort: str)
         f"{report.kept_parameters:.1%} of those are kept"
     )
     if report.skipped:
-        out.out.print(f"left dense      {_reasons(report.skipped)}")
+        out.out.print(f"left dense      {escape(_reasons(report.skipped))}")
 
 
-def _show_dense(out: Console, report: DenseReport, every_layer: bool) -> None:
-    out.out.print(f"[bold]{escape(report.name)}[/]   dense", highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+def _print_title(out: Console, name: str, source: object) -> None:
+    """The checkpoint, and below it what it was made from."""
+    made_from = clean(source or "")
+    out.out.print(f"[bold]{escape(clean(name or made_from or 'compressed model'))}[/]")
+    if name and made_from:
+        out.out.print(f"made from {escape(made_from)}", style="dim")
+
+
+def _show_dense(out: Console, report: DenseReport, every_layer: bool, sort: str) -> None:
     ranks = sorted({r for x in report.layers for r in x.energy if r >= 8})
-    for head in ("layer", "shape", "bytes", "compress?"):
-        table.add_column(head, justify="left" if head in ("layer", "compress?") else "right")
-    for r in ranks:
-        table.add_column(f"rank {r}", justify="right")
-    if every_layer or ranks:
-        rows = [(x.name, [x]) for x in report.layers]
-    else:
-        kinds: dict[str, list[Any]] = {}
-        for x in report.layers:
-            kind = re.sub(r"\.\d+(?=\.)", ".*", x.name)
-            kinds.setdefault(f"{kind}|{x.shape}|{x.reason}", []).append(x)
-        rows = [(key.partition("|")[0], members) for key, members in kinds.items()]
-    for name, members in rows:
-        first = members[0]
-        shape = "-" if first.shape is None else f"{first.shape[0]} x {first.shape[1]}"
-        verdict = "[green]yes[/]" if first.reason is None else f"[dim]no: {escape(first.reason)}[/]"
-        count = f" ({len(members)})" if len(members) > 1 else ""
-        energy = [f"{first.energy[r]:.1%}" if r in first.energy else "" for r in ranks]
-        table.add_row(escape(name) + count, shape, size(sum(x.nbytes for x in members)), verdict, *energy)
-    out.table(table)
+    members: dict[Any, list[DenseLayer]] = {}
+    for x in report.layers:
+        kind = re.sub(r"\.\d+(?=\.)", ".*", x.name), x.shape, x.reason
+        members.setdefault(x.name if every_layer or ranks else kind, []).append(x)
+    groups = sorted(members.values(), key=DENSE_SORTS[sort])
+    firsts = [group[0] for group in groups]
+    columns = [
+        Column("shape", ["-" if x.shape is None else f"{x.shape[0]} x {x.shape[1]}" for x in firsts], goes=2),
+        Column("bytes", [size(sum(x.nbytes for x in group)) for group in groups], goes=1 if sort == "name" else 0),
+        Column(
+            "compress?",
+            ["[green]yes[/]" if x.reason is None else f"[dim]no: {escape(x.reason)}[/]" for x in firsts],
+            left=True, goes=3 if ranks else 0, wraps=True,
+        ),
+        *(
+            Column(f"rank {r}", [f"{x.energy[r]:.1%}" if r in x.energy else "" for x in firsts], goes=goes)
+            for r, goes in zip(ranks, (4, 0, 5, 0, 6, 0), strict=False)
+        ),
+    ]  # fmt: skip
+    names = [re.sub(r"\.\d+(?=\.)", ".*", group[0].name) if len(group) > 1 else group[0].name for group in groups]
+    counts = [f" ({len(group)})" if len(group) > 1 else "" for group in groups]
+    out.out.print(f"[bold]{escape(clean(report.name))}[/]   dense")
+    show_columns(out, "layer", names, columns, after=counts)
     chosen = [x for x in report.layers if x.reason is None]
     out.out.print(
         f"{len(chosen)} layers would be compressed: {report.targeted_parameters / max(1, report.parameters):.1%} of "
@@ -165,21 +192,16 @@ def show_comparison(out: Console, rows: Sequence[Measured]) -> None:
     """Dense beside compressed: bytes, perplexity and its distance from dense's, time, and what the model says."""
     from ..demo import WINDOWS
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for head in ("", "layers", "model", "perplexity", "log gap", "took"):
-        table.add_column(head, justify="left" if not head else "right", no_wrap=True)
     dense, ours = rows[0], rows[-1]
-    for row in rows:
-        table.add_row(
-            row.name,
-            f"{size(row.layer_bytes)} {row.layer_bytes / dense.layer_bytes:4.0%}",
-            size(row.model_bytes),
-            _with_error(row.perplexity, ".1f" if row.perplexity.value < 1e4 else ".2g"),
-            _with_error(row.gap, ".3f") if row.gap is not None else "",
-            f"{row.seconds:.0f} s" if row.seconds else "",
-            style="bold" if row is ours else "",
-        )
-    out.table(table)
+    perplexities = [_with_error(row.perplexity, ".1f" if row.perplexity.value < 1e4 else ".2g") for row in rows]
+    columns = [
+        Column("layers", [f"{size(row.layer_bytes)} {row.layer_bytes / dense.layer_bytes:4.0%}" for row in rows]),
+        Column("model", [size(row.model_bytes) for row in rows]),
+        Column("perplexity", perplexities),
+        Column("log gap", [_with_error(row.gap, ".3f") if row.gap is not None else "" for row in rows]),
+        Column("took", [f"{row.seconds:.0f} s" if row.seconds else "" for row in rows], goes=1),
+    ]
+    show_columns(out, "", [row.name for row in rows], columns, bold=ours.name)
     for row in rows:
         out.out.print(f"[bold]{row.name}[/] says: {escape(row.sentence)}")
     out.out.print(
@@ -195,38 +217,38 @@ def _with_error(estimate: Estimate, shape: str) -> str:
     return f"{estimate.value:{shape}}{error}"
 
 
-def _write_csv(report: Report | DenseReport) -> None:
-    from ..checkpoint.report import Report as Compressed
-
+def _write_csv(layers: Sequence[LayerReport]) -> None:
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    if isinstance(report, Compressed):
+    writer.writerow(
+        ["layer", "out_features", "in_features", "rank", "nnz", "density", "pattern", "layout", "bytes_before",
+         "bytes_after", "relative_error", "output_error"]
+    )  # fmt: skip
+    for x in layers:
+        s = x.spec
         writer.writerow(
-            ["layer", "out_features", "in_features", "rank", "nnz", "density", "pattern", "layout", "bytes_before",
-             "bytes_after", "relative_error", "output_error"]
+            [x.name, *x.shape, s.rank, s.nnz, f"{x.density:.6g}", s.pattern, s.layout, x.bytes_before, x.bytes_after,
+             "" if x.relative_error is None else f"{x.relative_error:.6g}",
+             "" if x.output_error is None else f"{x.output_error:.6g}"]
         )  # fmt: skip
-        for x in report.layers:
-            writer.writerow(
-                [x.name, *x.shape, x.spec.rank, x.spec.nnz, f"{x.density:.6g}", x.spec.pattern, x.spec.layout,
-                 x.bytes_before, x.bytes_after,
-                 "" if x.relative_error is None else f"{x.relative_error:.6g}",
-                 "" if x.output_error is None else f"{x.output_error:.6g}"]
-            )  # fmt: skip
-        return
-    ranks = sorted({r for x in report.layers for r in x.energy})
+
+
+def _write_dense_csv(layers: Sequence[DenseLayer]) -> None:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    ranks = sorted({r for x in layers for r in x.energy})
     writer.writerow(["layer", "out_features", "in_features", "bytes", "reason", *(f"energy_{r}" for r in ranks)])
-    for y in report.layers:
+    for x in layers:
         writer.writerow(
-            [y.name, *(y.shape or ("", "")), y.nbytes, y.reason or "", *(y.energy.get(r, "") for r in ranks)]
+            [x.name, *(x.shape or ("", "")), x.nbytes, x.reason or "", *(x.energy.get(r, "") for r in ranks)]
         )
 
 
-def _by_block(layers: Sequence[LayerReport]) -> list[Group]:
+def _by_block(layers: Sequence[LayerReport]) -> dict[str, list[LayerReport]]:
     """Layers of one repeated block together: the name up to and with its first number."""
     groups: dict[str, list[LayerReport]] = {}
     for layer in layers:
         match = re.match(r"(.*?\.\d+)\.", layer.name)
         groups.setdefault(match[1] if match else layer.name, []).append(layer)
-    return [Group(name, members) for name, members in groups.items()]
+    return groups
 
 
 def _one(values: Any) -> str:
@@ -249,8 +271,7 @@ def _sparkline(values: Sequence[float], width: int = 40) -> str:
     means = [sum(values[i : i + step]) / len(values[i : i + step]) for i in range(0, len(values), step)]
     low, high = min(means), max(means)
     scale = (high - low) or 1.0
-    marks = "".join(SPARKS[round((v - low) / scale * 7)] for v in means)
-    return f"{marks}  {low:.3f} to {high:.3f}"
+    return "".join(SPARKS[round((v - low) / scale * 7)] for v in means)
 
 
 def _reasons(skipped: dict[str, str]) -> str:

@@ -127,6 +127,20 @@ def test_layers_of_one_kind_in_a_block_make_one_mark() -> None:
     assert len(corners(marked(svg, "error-")["error-0"])) == 3
 
 
+def test_the_checkpoint_and_what_it_was_made_from_head_a_picture_with_the_range_of_its_table(tmp_path: Path) -> None:
+    report = replace(report_of("h.0.fc", "h.1.fc", "h.2.fc"), name="small")
+    said = texts(render(report, "svg"))
+    assert "small" in said
+    totals = " ".join(said[said.index("small") :])
+    assert totals.startswith("small Made from some model. Compressed layers: 60.0%")
+    assert "Relative error of weight of single layers: 0.010 to 0.030." in totals
+    save_plot(report, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "0.010 to 0.030" in text
+    assert text.count("Made from some model.") == 1
+    assert [row[1] for row in Table(text).rows[1:]] == ["0.0100", "0.0200", "0.0300"]
+
+
 def test_errors_of_outputs_are_drawn_if_all_are_known() -> None:
     report = report_of("h.0.fc", "h.1.fc")
 
@@ -147,7 +161,7 @@ def test_unknown_errors_are_said_to_be_unknown(tmp_path: Path) -> None:
     bare = replace(report, layers=(replace(report.layers[0], weight_squared=None, residual_squared=None),))
     assert "No errors were recorded." in texts(render(bare, "svg"))
     save_plot(bare, tmp_path / "bare.html")
-    assert Table((tmp_path / "bare.html").read_text()).rows[1][-1] == "unknown"
+    assert Table((tmp_path / "bare.html").read_text()).rows[1][1] == "unknown"
     assert "No errors were recorded." not in texts(render(report, "svg"))
     endless = replace(report, layers=(replace(report.layers[0], residual_squared=float("inf")),))
     assert "No errors were recorded." in texts(render(endless, "svg"))
@@ -249,11 +263,11 @@ def test_the_page_has_a_row_for_every_layer(tmp_path: Path) -> None:
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     table = Table(text)
     assert [len(row) for row in table.rows] == [11] * 3
-    assert table.rows[0][-1] == "relative error of weight"
-    assert table.rows[1] == ["h.0.fc", "20 × 25", "2", "100", "20.0%", "unstructured", "csr", "1,000", "600",
-                             "60.0%", "0.0100"]  # fmt: skip
+    assert table.rows[0][1] == "relative error of weight"  # where a narrow window shows it
+    assert table.rows[1] == ["h.0.fc", "0.0100", "60.0%", "600", "1,000", "20 × 25", "2", "100", "20.0%",
+                             "unstructured", "csr"]  # fmt: skip
     assert table.rows[2][0] == f"h.1.{NASTY}"
-    assert table.rows[2][-1] == "0.0200"
+    assert table.rows[2][1] == "0.0200"
     names = [name for name, _ in table.tags]
     assert names.count("script") == 1
     assert names.count("svg") == names.count("table") == names.count("figure") == 1
@@ -262,6 +276,7 @@ def test_the_page_has_a_row_for_every_layer(tmp_path: Path) -> None:
         assert all(value is None or value.startswith("#") for key, value in values.items() if key.endswith("href"))
         assert not {key for key in values if key.startswith("on") or key == "src"}
     assert not re.search(r"url\((?!#)|@import", text)
+    assert NASTY not in texts(text[text.index("<svg") : text.index("</figure>")].encode())  # the title stands above it
 
 
 def test_the_page_of_a_dense_model(toy: Callable[..., Path], tmp_path: Path) -> None:

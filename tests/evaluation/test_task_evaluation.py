@@ -224,7 +224,7 @@ def test_eval_of_a_task_shows_a_table(toy: Callable[..., Path], compressed: Call
     asked = ("--task", "text-classification", "--validation-file", dev, "--device", "cpu")
     ended = done("eval", source, "--against", dense, *asked)
     assert ended.err == ""
-    for words in ("this", "difference", "std. error", "accuracy", "matthews", "of dense", f"8 rows of {dev}, 32 at",
+    for words in ("this", "difference", "std.", "error", "accuracy", "matthews", "of dense", f"8 rows of {dev}, 32 at",
                   "standard errors count rows as independent, those of f1 and matthews by a bootstrap of 1,000 resamp",
                   "(seed 42)"):  # fmt: skip
         assert words in " ".join(ended.out.split()), ended.out
