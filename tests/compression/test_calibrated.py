@@ -140,7 +140,9 @@ def test_it_is_closer_to_the_dense_model_than_without_data(
     recipe = Recipe(**sizes, pattern=pattern, threshold_scope="row", iterations=30)
     free = compress(source, tmp_path / "free", recipe)
     told = compress(source, tmp_path / "told", recipe, calibration=asked)
-    assert [(p.rank, p.nnz) for p in free.report.layers] == [(p.rank, p.nnz) for p in told.report.layers]
+    assert [(p.spec.rank, p.spec.nnz) for p in free.report.layers] == [
+        (p.spec.rank, p.spec.nnz) for p in told.report.layers
+    ]
     ids = held_out(text)
     assert far(told.output, source, ids) < 0.8 * far(free.output, source, ids)
 
@@ -240,8 +242,8 @@ def test_layers_that_share_inputs_need_not_share_a_recipe(
     plain = compress(source, tmp_path / "plain", RECIPE, calibration=asked)
     assert losparse_cli.verify(mixed.output).sound
     layers = {layer.name.removeprefix("model.layers.0."): layer for layer in mixed.report.layers}
-    assert layers["self_attn.k_proj"].pattern == "columns"
-    assert layers["self_attn.q_proj"].pattern == "unstructured"
+    assert layers["self_attn.k_proj"].spec.pattern == "columns"
+    assert layers["self_attn.q_proj"].spec.pattern == "unstructured"
     before, after = toys.tensor_bytes(plain.output), toys.tensor_bytes(mixed.output)
     same = {name.split(".")[4] for name in before if ".layers.0." in name and before[name] == after.get(name)}
     assert same >= {"q_proj", "gate_proj", "o_proj", "down_proj"}  # in the first block, whose inputs are the same
@@ -459,7 +461,11 @@ def test_allocation_leaves_layers_that_the_recipe_names(
     uniform = compress(source, tmp_path / "uniform", recipe, calibration=asked)
     decided = compress(source, tmp_path / "out", replace(recipe, allocate="error"), calibration=asked)
     named = [
-        {layer.name: (layer.rank, layer.nnz, layer.pattern) for layer in result.report.layers if "q_proj" in layer.name}
+        {
+            layer.name: (layer.spec.rank, layer.spec.nnz, layer.spec.pattern)
+            for layer in result.report.layers
+            if "q_proj" in layer.name
+        }
         for result in (uniform, decided)
     ]
     assert named[0] == named[1]
