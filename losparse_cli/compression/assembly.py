@@ -35,23 +35,25 @@ class Assembly:
         self._make_buffers()
 
     def _make_buffers(self) -> None:
-        from transformers import PreTrainedModel
+        """As transformers does: all modules are initialized, whichever of them fills a buffer, and it may be another's.
 
-        owner = self.model
-        for name, module in self.model.named_modules():
-            if isinstance(module, PreTrainedModel):
-                owner = module
-            meta = {key: buffer for key, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
-            if not meta:
-                continue
-            for key, buffer in meta.items():
-                setattr(module, key, torch.empty_like(buffer, device=self._device))
-            with torch.no_grad():
-                owner._init_weights(module)
-            for key in meta:
-                stored = self._names.disk.get(f"{name}.{key}" if name else key, [])
-                if stored:
-                    setattr(module, key, self.read(stored[0]).to(self._device, meta[key].dtype))
+        What its initialization leaves alone would be whatever lies in memory; here it is zero.
+        """
+        buffers = {name: buffer for name, buffer in self.model.named_buffers() if buffer.is_meta}
+        if not buffers:
+            return
+        for parameter in self.model.parameters():
+            parameter._is_hf_initialized = True
+        for name, buffer in buffers.items():
+            stored = self._names.disk.get(name, [])
+            made = torch.zeros_like(buffer, device=self._device)
+            if stored:
+                made = self.read(stored[0]).to(self._device, buffer.dtype)
+                made._is_hf_initialized = True  # type: ignore[attr-defined]
+            self._set([name], made)
+        for module in self.model.modules():
+            vars(module).pop("_is_hf_initialized", None)  # as its constructor left it, on the meta device
+        self.model.initialize_weights()
 
     def parameter(self, tensor: str) -> str | None:
         """The parameter that the tensor on disk becomes as it stands, None if there is none."""

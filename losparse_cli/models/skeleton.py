@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import re
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from textwrap import dedent
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import SourceError
+from .ownership import read_by_others
 from .reading import output_embeddings
 
 PLAIN = ("Linear", "Conv1D", "FalconLinear")
@@ -124,12 +120,12 @@ def classify(model: nn.Module) -> tuple[dict[str, Linear], dict[str, str]]:
     head = output_embeddings(model)
     outputs = {id(module) for module in head.modules()} if head is not None else set()
     experts = _expert_count(model)
+    read = read_by_others(model)
 
     linears: dict[str, Linear] = {}
     skipped: dict[str, str] = {}
     for name, module in model.named_modules():
         parent = model.get_submodule(name.rpartition(".")[0])
-        owner: Any = type(parent)
         if not isinstance(module, nn.Linear | Conv1D):
             if isinstance(module, nn.Embedding):
                 skipped[name] = "embedding"
@@ -153,8 +149,8 @@ def classify(model: nn.Module) -> tuple[dict[str, Linear], dict[str, str]]:
             skipped[name] = "router"
         elif type(module).__name__ not in PLAIN:
             skipped[name] = f"{type(module).__name__}, which may compute more than a product"
-        elif isinstance(parent, nn.MultiheadAttention) or name.rpartition(".")[2] in _weights_read_by(owner):
-            skipped[name] = f"its weight is read by {owner.__name__} itself"
+        elif isinstance(parent, nn.MultiheadAttention) or name in read:
+            skipped[name] = f"its weight is read by {read.get(name, type(parent).__name__)} itself"
         else:
             linears[name] = Linear(name, shape, transposed)
     return linears, skipped
@@ -166,25 +162,6 @@ def _is_router(module: nn.Module, parent: nn.Module, experts: int | None) -> boo
     if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.shape[0] != experts:
         return False
     return "Router" in type(parent).__name__ or any("expert" in child for child, _ in parent.named_children())
-
-
-@cache
-def _weights_read_by(parent: Any) -> frozenset[str]:
-    """Children whose `weight` the methods of `parent` use for more than its dtype, as Mamba's do.
-
-    Found in the source, since a compressed layer's `weight` is one-dimensional and any other use breaks.
-    """
-    found: set[str] = set()
-    for kind in parent.__mro__[: parent.__mro__.index(nn.Module)]:
-        try:
-            (definition,) = ast.parse(dedent(inspect.getsource(kind))).body
-        except (OSError, TypeError, SyntaxError):  # made without a source file, or inside a function
-            continue
-        for method in definition.body if isinstance(definition, ast.ClassDef) else ():
-            if isinstance(method, ast.FunctionDef) and not re.match(r"(_*init|reset)_", method.name):
-                source = ast.unparse(method)
-                found |= set(re.findall(r"(?<!isinstance\()self\.(\w+)\.weight\b(?!\.dtype|\.device)", source))
-    return frozenset(found)
 
 
 def _expert_count(model: Any) -> int | None:

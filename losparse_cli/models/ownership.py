@@ -1,0 +1,72 @@
+"""Linear layers whose weight other code than their own reads or changes: found in the source of every module's class.
+
+A compressed layer's `weight` is one-dimensional, and holds S alone: any use but the layer's own breaks, or is wrong.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from functools import cache
+from textwrap import dedent
+from typing import Any
+
+from torch import nn
+
+
+def read_by_others(model: nn.Module) -> dict[str, str]:
+    """Module name -> the class that uses the module's `weight` for more than its dtype, as Mamba's and RWKV's do."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        patterns = _read_by(type(module))
+        for inside, _ in module.named_modules() if patterns else ():
+            if any(re.fullmatch(pattern, inside) for pattern in patterns):
+                found.setdefault(f"{name}.{inside}" if name else inside, type(module).__name__)
+    return found
+
+
+@cache
+def _read_by(kind: Any) -> frozenset[str]:
+    """Patterns of the names, inside a module of the class, of those whose weight its methods use."""
+    found: set[str] = set()
+    for parent in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        try:
+            (definition,) = ast.parse(dedent(inspect.getsource(parent))).body
+        except (OSError, TypeError, SyntaxError):  # made without a source file, or inside a function
+            continue
+        for method in definition.body if isinstance(definition, ast.ClassDef) else ():
+            if isinstance(method, ast.FunctionDef) and not re.match(r"(_*init|reset)_", method.name):
+                found |= _read_in(method)
+    return frozenset(found)
+
+
+def _read_in(method: ast.FunctionDef) -> set[str]:
+    aliases: dict[str, ast.expr] = {}
+    harmless: set[ast.AST] = set()  # uses of a weight that ask for its kind alone
+    for node in ast.walk(method):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            aliases[node.targets[0].id] = node.value
+        elif isinstance(node, ast.Attribute) and node.attr in ("dtype", "device"):
+            harmless.add(node.value)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+            harmless.add(node.args[0])
+    weights = [n for n in ast.walk(method) if isinstance(n, ast.Attribute) and n.attr == "weight" and n not in harmless]
+    return {pattern for node in weights if (pattern := _path(node.value, aliases))}
+
+
+def _path(node: ast.expr, aliases: dict[str, ast.expr], deep: int = 9) -> str:
+    """The pattern of a module's name, "" if `node` is no module inside this one, or nothing is known of it."""
+    if isinstance(node, ast.Attribute):
+        before, part = node.value, re.escape(node.attr)
+    elif isinstance(node, ast.Subscript):
+        before, part = node.value, r"[^.]+"
+    elif isinstance(node, ast.Name) and node.id in aliases and deep:
+        return _path(aliases[node.id], aliases, deep - 1)
+    else:
+        return ""
+    if isinstance(before, ast.Name) and before.id == "self":
+        return part
+    outer = _path(before, aliases, deep)
+    # What a loop runs over, or a function is given, may be any module inside.
+    return rf"{outer}[.]{part}" if outer else rf"(.+[.])?{part}"
