@@ -27,7 +27,7 @@ from .compression.calibrated import CalibratedRun
 from .compression.decisions import allocated_plan, kept_text, own_text
 from .compression.estimate import Estimate, estimate
 from .compression.fingerprint import fingerprint
-from .compression.plan import NO_BLOCKS, Job, Schedule, prepare, schedule
+from .compression.plan import Job, Schedule, prepare, schedule
 from .compression.request import Refinement, make_request
 from .compression.stream import compress_stream
 from .errors import write_errors
@@ -210,8 +210,8 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
 
 
 def _start(job: Job, made: Schedule, resumed: int, told: Progress) -> None:
-    if tuple(job.blocks) == ("",) and not resumed:
-        told.tell(NO_BLOCKS)
+    for sentence in job.route.notes if not resumed else ():
+        told.tell(sentence)
     finished = made.units[:resumed]
     layers = sum(plan is not None for _, plan in finished)
     if layers:

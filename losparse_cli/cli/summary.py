@@ -56,10 +56,8 @@ def show_plan(out: Console, found: Forecast) -> None:
         out.say(f"Memory   about {size(job.peak_memory)} at the peak")
     else:
         out.say(f"Text     {_text(job)}")
-        if tuple(job.blocks) == ("",):
-            from ..compression.plan import NO_BLOCKS
-
-            out.warn(NO_BLOCKS)
+        for sentence in job.route.notes:
+            out.warn(sentence)
         held = size(need.activation_bytes)
         out.say(f"Memory   about {size(need.peak_bytes)} at the peak, {held} of it activations, which can lie in files")
         out.say(f"Time     about {minutes(need.seconds)} on this machine")

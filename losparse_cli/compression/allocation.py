@@ -109,7 +109,7 @@ class _Survey:
         model = assembly.model
         plans = self.plans
         if self.whole is None:
-            assembly.load(parameters_outside(model, blocks))
+            assembly.load(parameters_outside(model, self.job.route))
         with fast_float32(), Relay(model, blocks, self._measured.batches(4, job.device)) as relay:
             for number, (name, calls) in enumerate(relay):
                 self._say(f"allocating: measuring block {number + 1} of {len(blocks)}")

@@ -32,13 +32,23 @@ class Block:
 
     Layers go by their names inside it.
 
+    numbers: its units; others than all that lie in it may be given, as of the whole model those outside its blocks.
     plans: layer -> its plan. solved: layer -> what was found, once it was. norms: tensor on disk -> one-dimensional
     parameter of the model that is trained along with the layers.
     """
 
-    def __init__(self, name: str, job: Job, made: Schedule, assembly: Assembly, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        job: Job,
+        made: Schedule,
+        assembly: Assembly,
+        say: Callable[[str], None],
+        numbers: range | None = None,
+    ) -> None:
         self.name, self.job, self.assembly = name, job, assembly
-        self._units = {number: made.units[number] for number in job.blocks[name]}
+        self.numbers = job.blocks[name] if numbers is None else numbers
+        self._units = {number: made.units[number] for number in self.numbers}
         self.module: nn.Module = assembly.model.get_submodule(name)
         self.prefix = f"{name}." if name else ""
         self._tell = say

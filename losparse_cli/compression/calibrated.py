@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ..linalg.precision import fast_float32
 from ..models.blocks import Call, Relay, block_of, hidden_states, run_block, with_hidden_states
 from ..models.device import available, memory_errors
 from ..models.reading import output_embeddings
+from ..models.route import Route
 from ..models.skeleton import empty_model
 from ..progress import Progress
 from ..shim.layouts import LayerSpec
@@ -45,9 +46,8 @@ class CalibratedRun:
     def run(self) -> None:
         job = self.job
         assert job.calibration is not None
-        for number in range(self.writer.done, min(units.start for units in job.blocks.values())):
-            self._copy(number)
-        self.assembly.load(parameters_outside(self.model, job.blocks))
+        self.assembly.load(parameters_outside(self.model, job.route))
+        self._outside(range(min(numbers.start for numbers in job.blocks.values())))
         batches = self.windows.batches(job.calibration.batch, job.device)
         # Where blocks are matched, the dense model's own stream runs along: it is what they are matched to.
         streams = 2 if job.refinement is not None else 1
@@ -60,13 +60,36 @@ class CalibratedRun:
                     calls[len(batches) :],
                 )
 
+    def _outside(self, numbers: range) -> None:
+        """What lies in no block that text reaches: its layers are solved without data, one at a time."""
+        for number in numbers:
+            if self.made.units[number][1] is None:
+                if number >= self.writer.done:
+                    self._copy(number)
+                continue
+            begun = time.monotonic()
+            layer = Block("", self.job, self.made, self.assembly, self.told.phase, range(number, number + 1))
+            if number < self.writer.done:
+                self._restore(layer)
+                continue
+            if self.job.start is not None:
+                layer.start_from(self.job.start, self.told.layer)
+            else:
+                layer.solve((), self.told.layer)
+            self._write(layer, {}, time.monotonic() - begun)
+
+    def _restore(self, block: Block) -> None:
+        specs = {n: self.writer.stats(n).get("spec") for n in block.numbers}
+        tensors = {n: self.writer.read(n) for n in block.numbers}
+        block.restore(tensors, {n: LayerSpec.from_dict(spec) for n, spec in specs.items() if spec is not None})
+
     def _block(self, block: Block, calls: list[Call], dense: list[Call]) -> None:
         """calls: with what the compressed blocks before gave. dense: with what the dense ones gave, or none."""
         begun = time.monotonic()
         parameters = block.parameters()
         self.assembly.load(parameters)
         self._run(block.module, dense)
-        if self.writer.done < self.job.blocks[block.name].stop:
+        if self.writer.done < block.numbers.stop:
             if self.job.start is not None:
                 block.start_from(self.job.start, self.told.layer)
             else:
@@ -76,10 +99,7 @@ class CalibratedRun:
                 summary = block.match(calls, [hidden_states(call.output) for call in dense])
             self._write(block, summary, time.monotonic() - begun)
         else:
-            numbers = self.job.blocks[block.name]
-            specs = {n: self.writer.stats(n).get("spec") for n in numbers}
-            tensors = {n: self.writer.read(n) for n in numbers}
-            block.restore(tensors, {n: LayerSpec.from_dict(spec) for n, spec in specs.items() if spec is not None})
+            self._restore(block)
         if block.name != list(self.job.blocks)[-1]:
             self._run(block.module, calls)
         self.assembly.drop(parameters)
@@ -93,7 +113,7 @@ class CalibratedRun:
 
     def _write(self, block: Block, summary: dict[str, Any], seconds: float) -> None:
         inside = {plan.layer.tensor: layer for layer, plan in block.plans.items()}
-        for number in self.job.blocks[block.name]:
+        for number in block.numbers:
             entry, plan = self.made.units[number]
             if plan is None and (entry.name not in block.norms or self.job.refinement is None):
                 self._copy(number)
@@ -117,8 +137,9 @@ class CalibratedRun:
         self.told.advance("bytes", entry.nbytes)
 
 
-def parameters_outside(model: Any, blocks: Collection[str]) -> list[str]:
+def parameters_outside(model: Any, route: Route) -> list[str]:
     """Parameters outside the blocks that run before the last block: all but the output head's own."""
+    blocks = (*route.blocks, *route.unreached)
     outside = [name for name, _ in model.named_parameters() if block_of(name, blocks) is None]
     head = output_embeddings(model)
     own = {id(p) for p in head.parameters()} if head is not None else set()

@@ -110,7 +110,7 @@ def estimate(job: Job, windows: Windows | None) -> Estimate:
     tokens = windows.tokens if windows is not None else job.calibration.tokens
     units = schedule(job, job.plan).units
     batch = job.calibration.batch * job.calibration.length
-    inside = set().union(*(set(numbers) for numbers in job.blocks.values()))
+    inside = set(job.unreached).union(*(set(numbers) for numbers in job.blocks.values()))
     outside = sum(e.elements for k, e in enumerate(job.entries) if k not in inside)
     widest = max(sum(job.entries[k].elements for k in numbers) for numbers in job.blocks.values())
     moments = solver = 0

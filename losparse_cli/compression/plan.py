@@ -17,9 +17,10 @@ from ..checkpoint.reader import BITS, FLOATING, TensorEntry
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..checkpoint.writer import Shard, Slot, plan_shards
 from ..errors import CheckpointError, SourceError, UsageError
-from ..models.blocks import block_of, call_order, find_blocks, hidden_size
+from ..models.blocks import block_of, hidden_size
 from ..models.device import find_device
 from ..models.names import NameMap
+from ..models.route import Route, find_route
 from ..models.skeleton import Skeleton, build_skeleton
 from ..shim.layouts import INDEX_TENSORS, candidates
 from ..shim.loader import loader_bytes
@@ -28,10 +29,6 @@ from .request import Refinement, Request
 
 FRAME_BYTES = 1 << 16  # bytes: report, card and config besides their lines for each layer
 RESIDENT_BASE = 500 << 20  # bytes: the interpreter with torch and transformers, before any weight
-NO_BLOCKS = (
-    "The blocks of this model cannot be calibrated one after another, so it is calibrated as a whole: all of its "
-    "weights are in memory at once."
-)
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,8 @@ class Job:
     stage decides (`decisions.allocated_plan`). entries: tensors of the source in the order of writing. calibration:
     what text was asked for, settled, None without any; windows: its tokens, None if the model is to write them
     (`decisions.own_text`). blocks: block of the model -> where its entries lie, in the order of the forward pass; {}
-    without calibration. memory_limit: bytes, None for three quarters of what is free. hidden_size: width of what flows
+    without calibration. route: where text goes. unreached: where those of blocks lie that it never reaches, which are
+    never in memory together. memory_limit: bytes, None for three quarters of what is free. hidden_size: width of what flows
     between blocks. start: the compressed checkpoint whose layers are refined, None if they are solved anew.
     """
 
@@ -58,6 +56,8 @@ class Job:
     calibration: Calibration | None = None
     windows: Windows | None = None
     blocks: dict[str, range] = field(default_factory=dict)
+    route: Route = field(default_factory=Route)
+    unreached: range = range(0)
     refinement: Refinement | None = None
     memory_limit: int | None = None
     start: Checkpoint | None = None
@@ -152,8 +152,10 @@ def prepare(
     entries: tuple[TensorEntry, ...] = tuple(source.entries.values())
     blocks: dict[str, range] = {}
     windows: Windows | None = None
+    route, unreached = Route(), range(0)
     if calibration is not None:
-        entries, blocks = _by_block(source, skeleton, plan)
+        route = find_route(skeleton.model, [p.layer.name for p in plan.layers])
+        entries, blocks, unreached = _by_block(source, skeleton, route)
         if source.files:
             windows = read_windows(
                 calibration, skeleton.model, source.folder, recipe.seed, trust_remote_code=trust_remote_code
@@ -171,6 +173,8 @@ def prepare(
         calibration,
         windows,
         blocks,
+        route,
+        unreached,
         request.refinement,
         limit,
         start,
@@ -204,26 +208,27 @@ def _open(model: str | Path, revision: str | None, cache_dir: Path | None, plan_
         return open_checkpoint(model, revision=revision, cache_dir=cache_dir)
 
 
-def _by_block(source: Checkpoint, skeleton: Skeleton, plan: Plan) -> tuple[tuple[TensorEntry, ...], dict[str, range]]:
-    """Tensors in the order of the forward pass, what lies outside the blocks first; and where each block's lie."""
+def _by_block(
+    source: Checkpoint, skeleton: Skeleton, route: Route
+) -> tuple[tuple[TensorEntry, ...], dict[str, range], range]:
+    """Tensors in the order of the forward pass, where each block's lie among them, and where those never reached do.
+
+    First come those in blocks that text never reaches, then what lies outside all blocks.
+    """
     names = NameMap(skeleton.model, source.entries)
-    blocks = find_blocks(skeleton.model, [p.layer.name for p in plan.layers])
-    order = call_order(skeleton.model, blocks)
-    if order is not None and blocks and sorted(order) == sorted(blocks):
-        blocks = order
-    elif order is not None or not blocks:
-        blocks = ("",)  # shared by several layers, or never called with text: the whole model is one block
     parameter = {tensor: name for name, tensors in names.disk.items() for tensor in tensors}
     parameter |= names.converted_from
     entries = source.entries.values()
-    of = [block_of(parameter.get(entry.name, ""), blocks) for entry in entries]
-    ordered = [entry for entry, block in zip(entries, of, strict=True) if block is None]
+    of = [block_of(parameter.get(entry.name, ""), (*route.blocks, *route.unreached)) for entry in entries]
+    ordered = [entry for entry, block in zip(entries, of, strict=True) if block in route.unreached]
+    unreached = range(len(ordered))
+    ordered += [entry for entry, block in zip(entries, of, strict=True) if block is None]
     where = {}
-    for block in blocks:
+    for block in route.blocks:
         start = len(ordered)
         ordered += [entry for entry, other in zip(entries, of, strict=True) if other == block]
         where[block] = range(start, len(ordered))
-    return tuple(ordered), where
+    return tuple(ordered), where, unreached
 
 
 def find_layers(source: Checkpoint, skeleton: Skeleton, recipe: Recipe) -> tuple[list[Layer], dict[str, str]]:

@@ -8,8 +8,9 @@ one thread ever runs at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, fields, is_dataclass
 from threading import Semaphore, Thread
 from types import TracebackType
 from typing import Any
@@ -22,46 +23,21 @@ from .reading import input_embeddings, text_alone
 
 
 def find_blocks(model: nn.Module, layers: Collection[str]) -> tuple[str, ...]:
-    """Names of the repeated blocks that hold the linear layers `layers`, in the order of the modules.
+    """Names of the repeated blocks that hold any of the linear layers `layers`, in the order of the modules.
 
-    Blocks are the entries of the outermost `ModuleList`s. () if a layer lies outside all of them.
+    Blocks are the entries of the outermost `ModuleList`s; a layer that is such an entry itself lies in none.
     """
     lists: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
             lists.append(name)
     blocks = [f"{name}.{child}" for name in lists for child, _ in model.get_submodule(name).named_children()]
-    inside = [block for block in blocks if any(layer.startswith(f"{block}.") for layer in layers)]
-    return tuple(inside) if all(block_of(layer, inside) is not None for layer in layers) else ()
+    return tuple(block for block in blocks if any(layer.startswith(f"{block}.") for layer in layers))
 
 
 def block_of(name: str, blocks: Collection[str]) -> str | None:
     """The block that the module or parameter `name` lies in, None if in none; the block "" is the whole model."""
     return next((block for block in blocks if not block or name.startswith(f"{block}.")), None)
-
-
-def call_order(model: Any, blocks: Collection[str]) -> tuple[str, ...] | None:
-    """The blocks in the order in which a pass of `model`, on the meta device, calls them, each as often as it does.
-
-    None if the model cannot be run there.
-    """
-    called: list[str] = []
-
-    def note(name: str) -> Callable[..., None]:
-        return lambda module, args: called.append(name)
-
-    hooks = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in blocks]
-    ids = torch.zeros(1, 8, dtype=torch.long, device="meta")
-    batch = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
-    try:
-        with torch.no_grad():
-            model(**batch)
-    except Exception:  # whatever looks at values, of which there are none
-        return None
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return tuple(called)
 
 
 def hidden_size(model: Any) -> int:
@@ -206,14 +182,46 @@ def run_block(block: nn.Module, call: Call) -> Any:
 
 
 def hidden_states(output: Any) -> Tensor:
-    """The activations in what a block returned: itself, or the first of a tuple."""
-    found = output if isinstance(output, Tensor) else output[0]
-    assert isinstance(found, Tensor)
+    """The activations in what a block returned: the first tensor of floating values, in whatever it lies.
+
+    UsageError if there is none.
+    """
+    found = _first(output)
+    if found is None:
+        raise UsageError(
+            f"A block returns {type(output).__name__} without activations, so the model cannot be calibrated block by "
+            "block. Compress it without --calibration."
+        )
     return found
+
+
+def _first(output: Any) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() else None
+    return next((found for part in _parts(output).values() if (found := _first(part)) is not None), None)
+
+
+def _parts(output: Any) -> dict[Any, Any]:
+    """What a container of any kind holds, in its order; {} for anything else."""
+    if isinstance(output, Mapping):
+        return dict(output)
+    if isinstance(output, list | tuple):
+        return dict(enumerate(output))
+    return {f.name: getattr(output, f.name) for f in fields(output)} if is_dataclass(output) else {}
 
 
 def with_hidden_states(output: Any, states: Tensor) -> Any:
     """`output` of a block with its activations replaced by `states`."""
-    if isinstance(output, dict):  # transformers' ModelOutput, of a whole model
-        return type(output)(**{**output, next(iter(output)): states})
-    return states if isinstance(output, Tensor) else type(output)((states, *output[1:]))
+    if isinstance(output, Tensor):
+        return states
+    parts = _parts(output)
+    key = next(key for key, part in parts.items() if _first(part) is not None)
+    parts[key] = with_hidden_states(parts[key], states)
+    if isinstance(output, Mapping):
+        made: Any = type(output)
+        return made(**parts) if hasattr(output, "to_tuple") else made(parts)  # transformers' ModelOutput takes keywords
+    if isinstance(output, list | tuple):
+        return type(output)(*parts.values()) if hasattr(output, "_fields") else type(output)(parts.values())
+    made = copy(output)  # a dataclass, frozen or not, whose constructor may want more
+    object.__setattr__(made, key, parts[key])
+    return made

@@ -19,10 +19,11 @@ def read_by_others(model: nn.Module) -> dict[str, str]:
     """Module name -> the class that uses the module's `weight` for more than its dtype, as Mamba's and RWKV's do."""
     found: dict[str, str] = {}
     for name, module in model.named_modules():
-        patterns = _read_by(type(module))
+        kind: Any = type(module)
+        patterns = _read_by(kind)
         for inside, _ in module.named_modules() if patterns else ():
             if any(re.fullmatch(pattern, inside) for pattern in patterns):
-                found.setdefault(f"{name}.{inside}" if name else inside, type(module).__name__)
+                found.setdefault(f"{name}.{inside}" if name else inside, kind.__name__)
     return found
 
 

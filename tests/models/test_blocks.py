@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-import transformers
 from conftest import TOYS, token_batch, toy_model
 from torch import Tensor, nn
 
@@ -20,7 +20,6 @@ from losparse_cli.models.blocks import (
     Call,
     Relay,
     block_of,
-    call_order,
     find_blocks,
     hidden_size,
     hidden_states,
@@ -206,26 +205,6 @@ def test_blocks_in_another_order_are_refused(order: tuple[int, ...]) -> None:
     assert is_restored(model)
 
 
-def test_the_order_of_calls_is_found_without_weights(toy: Any) -> None:
-    for name in ("llama", "t5", "bert"):
-        folder = toy(name)
-        model = build_skeleton(folder, open_checkpoint(folder).config).model
-        blocks = find_blocks(
-            model, [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".0." in n]
-        )
-        assert call_order(model, reversed(blocks)) == blocks, name
-
-
-def test_blocks_that_several_layers_share_are_seen() -> None:
-    settings: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
-    with torch.device("meta"):
-        model = transformers.AlbertModel(
-            transformers.AlbertConfig(**settings, num_attention_heads=2, embedding_size=16)
-        )
-    shared = "encoder.albert_layer_groups.0"
-    assert call_order(model, [shared]) == (shared,) * 3
-
-
 def test_batches_that_take_different_ways_are_refused() -> None:
     model = Chain()
     with pytest.raises(UsageError, match=r"layers\.2 where layers\.1"):
@@ -319,7 +298,8 @@ def test_blocks_are_the_entries_of_the_outermost_lists() -> None:
         }
     )
     assert find_blocks(model, ["layers.1.heads.0", "layers.10.heads.0"]) == ("layers.1", "layers.10")
-    assert find_blocks(model, ["layers.1.heads.0", "stem"]) == ()
+    assert find_blocks(model, ["layers.1.heads.0", "stem"]) == ("layers.1",)
+    assert find_blocks(nn.ModuleList([nn.Linear(3, 3)]), ["0"]) == ()  # a layer is no block
     assert find_blocks(model, []) == ()
     assert find_blocks(nn.Sequential(nn.Linear(3, 3)), ["0"]) == ()
 
@@ -354,3 +334,35 @@ def test_states_are_replaced_and_the_rest_is_kept() -> None:
     assert isinstance(output, CausalLMOutput)
     assert hidden_states(output) is b
     assert output.hidden_states == (c,)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a block of somebody's own may return."""
+
+    position: int
+    inner: Any
+
+
+class Pair(NamedTuple):
+    mask: Tensor
+    states: Tensor
+
+
+def test_states_are_found_and_replaced_in_whatever_a_block_returns() -> None:
+    a, b, mask = torch.zeros(2), torch.ones(2), torch.ones(2, dtype=torch.bool)
+    for output, expected in (
+        ([a, mask], [b, mask]),
+        (((a, mask), 3), ((b, mask), 3)),
+        ({"mask": mask, "states": [a]}, {"mask": mask, "states": [b]}),
+        (Pair(mask, a), Pair(mask, b)),
+        (Answer(1, {"states": (a,)}), Answer(1, {"states": (b,)})),
+    ):
+        assert hidden_states(output) is a
+        made = with_hidden_states(output, b)
+        assert made == expected
+        assert type(made) is type(expected)
+        assert hidden_states(output) is a  # what the block returned stays as it was
+    for nothing in (None, (), {"mask": mask}, [3]):
+        with pytest.raises(UsageError, match="without activations"):
+            hidden_states(nothing)

@@ -1,0 +1,131 @@
+"""How text goes through a model: which of its blocks it passes, in which order, and which it never reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UsageError
+from .blocks import find_blocks
+from .reading import text_alone
+
+REMEDY = "Compress it without --calibration."
+
+
+@dataclass(frozen=True)
+class Route:
+    """blocks: in the order in which they are called, each once; ("",) if the whole model has to be one, and why.
+
+    unreached: blocks that text never gets to, as those of a tower for pictures. What lies in neither is outside.
+    """
+
+    blocks: tuple[str, ...] = ()
+    unreached: tuple[str, ...] = ()
+    why: str = ""
+
+    @property
+    def notes(self) -> list[str]:
+        """What cannot be done as usual, each a sentence with its reason."""
+        told = []
+        if self.why:
+            told.append(f"{self.why}, so it is calibrated as a whole: all of its weights are in memory at once.")
+        if self.unreached:
+            more = f" and {len(self.unreached) - 1} more blocks" if len(self.unreached) > 1 else ""
+            told.append(f"Text never reaches {self.unreached[0]}{more}: what lies there is compressed without it.")
+        return told
+
+
+def find_route(model: Any, layers: Collection[str]) -> Route:
+    """The route through the blocks that hold `layers`; UsageError if the model does nothing with text alone."""
+    blocks = find_blocks(model, layers)
+    name = type(model).__name__
+    if not blocks:
+        return Route(("",), why=f"{name} has no repeated blocks around its layers")
+    seen = _watch(model, blocks)
+    if seen.changed:
+        return Route(("",), why=f"{name} changes weights of its blocks itself, all at once")
+    unreached = tuple(block for block in blocks if block not in seen.touched)
+    apart = [block for block in blocks if block in seen.touched and block not in seen.called]
+    if apart:
+        return Route(("",), why=f"{name} runs parts of {apart[0]} by themselves")
+    if len(set(seen.called)) < len(seen.called):
+        return Route(("",), why=f"{name} calls the same block for several of its layers")
+    if not seen.called:
+        raise UsageError(f"Text reaches none of the layers of {name} that are to be compressed. {REMEDY}")
+    return Route(tuple(seen.called), unreached)
+
+
+@dataclass
+class _Seen:
+    """called: blocks as they were. touched: those of which anything was. changed: whether a weight was written to."""
+
+    called: list[str]
+    touched: set[str]
+    changed: bool = False
+
+
+def _watch(model: Any, blocks: Collection[str]) -> _Seen:
+    """What a pass over a few tokens does, without weights; with zeros for weights where it asks for values."""
+    try:
+        return _pass(model, blocks, "meta")
+    except Exception:  # whatever looks at values, of which there are none
+        with _zeros(model), text_alone(type(model).__name__, REMEDY):
+            return _pass(model, blocks, "cpu")
+
+
+def _pass(model: Any, blocks: Collection[str], device: str) -> _Seen:
+    seen = _Seen([], set())
+
+    def note(block: str, itself: bool) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            seen.touched.add(block)
+            if itself:
+                seen.called.append(block)
+
+        return hook
+
+    hooks = [
+        module.register_forward_pre_hook(note(block, module is model.get_submodule(block)))
+        for block in blocks
+        for module in model.get_submodule(block).modules()
+    ]
+    versions = [parameter._version for parameter in model.parameters()]
+    ids = torch.full((1, 8), 3, dtype=torch.long, device=device)
+    batch = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
+    try:
+        with torch.no_grad():
+            model(**batch)
+    except Exception:
+        if device == "meta" or not seen.called:
+            raise
+        # What comes after the blocks is not needed: a head that looks for a certain token, say.
+    finally:
+        for hook in hooks:
+            hook.remove()
+    seen.changed = versions != [parameter._version for parameter in model.parameters()]
+    return seen
+
+
+@contextmanager
+def _zeros(model: nn.Module) -> Iterator[None]:
+    """Zeros in place of what lies on the meta device, a single one in memory for each parameter."""
+    before: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    for module in model.modules():
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for kept in tables:
+            for key, tensor in kept.items():
+                if tensor is not None and tensor.is_meta:
+                    before.append((kept, key, tensor))
+                    zeros = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    kept[key] = nn.Parameter(zeros, requires_grad=False) if is_parameter else zeros
+    try:
+        yield
+    finally:
+        for kept, key, tensor in before:
+            kept[key] = tensor

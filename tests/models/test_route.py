@@ -1,0 +1,85 @@
+"""Where text goes in a model, found without weights: the order of its blocks, and why some cannot be run apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import peculiar
+import pytest
+import torch
+import transformers
+from conftest import toy_model
+from torch import nn
+
+from losparse_cli.errors import UsageError
+from losparse_cli.models.route import Route, find_route
+from losparse_cli.models.skeleton import classify
+
+
+def route_of(make: Callable[[], Any]) -> Route:
+    model = make().to("meta").eval()
+    before = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    route = find_route(model, classify(model)[0])
+    assert {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()} == before
+    return route
+
+
+def test_blocks_in_the_order_of_their_calls() -> None:
+    assert route_of(lambda: toy_model("llama")) == Route(("model.layers.0", "model.layers.1"))
+    parts = ("encoder", "encoder", "decoder", "decoder")
+    expected = tuple(f"{part}.block.{k}" for part, k in zip(parts, (0, 1, 0, 1), strict=True))
+    assert route_of(lambda: toy_model("t5")) == Route(expected)
+
+
+@pytest.mark.parametrize("make", [peculiar.gemma3, peculiar.paligemma], ids=["gemma3", "paligemma"])
+def test_a_tower_is_never_reached_by_text(make: Callable[[], Any]) -> None:
+    """ModelCloud/GPTQModel#1303, vllm-project/llm-compressor#2039."""
+    route = route_of(make)
+    assert route.blocks == ("model.language_model.layers.0", "model.language_model.layers.1")
+    assert route.unreached == ("model.vision_tower.encoder.layers.0", "model.vision_tower.encoder.layers.1")
+    assert not route.why
+
+
+def test_layers_that_are_entries_of_a_list_are_no_blocks() -> None:
+    assert route_of(peculiar.gemma3n) == Route(tuple(f"model.layers.{k}" for k in range(4)))
+
+
+def albert() -> Any:
+    settings: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    return transformers.AlbertModel(transformers.AlbertConfig(**settings, num_attention_heads=2, embedding_size=16))
+
+
+class Peeking(nn.Module):
+    """Runs a part of its second block without the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = transformers.PretrainedConfig(is_encoder_decoder=False)
+        self.words = nn.Embedding(9, 4)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
+
+    def forward(self, input_ids: torch.Tensor) -> Any:
+        return self.layers[1][0](self.layers[0](self.words(input_ids)))
+
+
+def test_why_a_model_has_to_be_one_block() -> None:
+    for make, why in (
+        (peculiar.rwkv, "changes weights of its blocks itself"),
+        (albert, "calls the same block for several of its layers"),
+    ):
+        route = route_of(make)
+        assert route.blocks == ("",)
+        assert why in route.why
+    model = Peeking().to("meta")
+    assert "runs parts of layers.1 by themselves" in find_route(model, ["layers.0.0", "layers.1.0"]).why
+    assert "no repeated blocks" in find_route(model, ["layers.9"]).why
+
+
+def test_text_that_does_not_do() -> None:
+    with pytest.raises(UsageError, match=r"CLIPModel cannot be run on text alone"):
+        route_of(peculiar.clip)
+    model = peculiar.gemma3().to("meta").eval()
+    tower = [name for name in classify(model)[0] if "vision_tower" in name]
+    with pytest.raises(UsageError, match=r"Text reaches none of the layers"):
+        find_route(model, tower)
