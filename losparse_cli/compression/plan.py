@@ -40,8 +40,8 @@ class Job:
     what text was asked for, settled, None without any; windows: its tokens, None if the model is to write them
     (`decisions.own_text`). blocks: block of the model -> where its entries lie, in the order of the forward pass; {}
     without calibration. route: where text goes. unreached: where those of blocks lie that it never reaches, which are
-    never in memory together. memory_limit: bytes, None for three quarters of what is free. hidden_size: width of what flows
-    between blocks. start: the compressed checkpoint whose layers are refined, None if they are solved anew.
+    never in memory together. memory_limit: bytes, None for three quarters of what is free. hidden_size: width of what
+    flows between blocks. start: the compressed checkpoint whose layers are refined, None if they are solved anew.
     """
 
     source: Checkpoint
