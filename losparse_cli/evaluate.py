@@ -23,7 +23,7 @@ from .evaluation.windows import Cut, Line, Window, cut, lines
 from .load import load
 from .models.device import find_device, release
 from .models.reading import TEXT_MODELS, require_text, text_alone
-from .text import files
+from .text.files import find_file, read_pieces
 from .text.tokenizer import check_tokens, length_limit
 
 MEMORY = ("auto", "together", "apart")
@@ -37,7 +37,6 @@ __all__ = [
     "evaluate_harness",
     "evaluate_task",
     "perplexity",
-    "read_text",
 ]
 
 
@@ -52,7 +51,7 @@ class Perplexity:
 
 def evaluate(
     source: str | Path,
-    text: str,
+    text: str | Path,
     *,
     against: str | Path | None = None,
     length: int = 512,
@@ -68,10 +67,10 @@ def evaluate(
 ) -> Evaluation:
     """Perplexity of a language model on `text`; with `against`, its distance from that dense model too.
 
-    Windows of `length` tokens are cut as `losparse_cli.evaluation.windows.cut` says: `windows` of them (0: all),
-    `stride` new tokens each (default: disjoint). A model with an encoder and a decoder reads a window and predicts it
-    again. A model that predicts no next token is compared by its vectors of the first `windows` lines, and needs
-    `against`.
+    text: itself, or the Path of a UTF-8 file, of which no more is read than is needed. Windows of `length` tokens are
+    cut as `losparse_cli.evaluation.windows.cut` says: `windows` of them (0: all), `stride` new tokens each (default:
+    they are disjoint). A model with an encoder and a decoder reads a window and predicts it again. A model that
+    predicts no next token is compared by its vectors of the first `windows` lines, and needs `against`.
 
     Standard errors count windows, or lines, as independent, not tokens; with a single one they are None. `memory`
     says whether both models are held at once ("together"), or the dense one runs first and leaves its predictions in
@@ -79,15 +78,18 @@ def evaluate(
     is auto (as stored), float32 or bfloat16. `revision` is that of `source`. `on_window` hears the model's name and
     the number of calls to come in all.
 
-    UsageError on a text shorter than a window, options that contradict the model, or models of different
-    vocabularies; SourceError if a checkpoint has no tokenizer, or cannot be read; OutputError if the temporary folder
-    is too small.
+    UsageError on a text that is not there or shorter than a window, options that contradict the model, or models of
+    different vocabularies; SourceError if text or checkpoint cannot be read, or has no tokenizer; OutputError if the
+    temporary folder is too small.
     """
     check_choice("--dtype", dtype, DTYPES)
     check_choice("--memory", memory, MEMORY)
     if memory != "auto" and against is None:
         raise UsageError(f"--memory {memory} is about two models. Add --against DENSE, or leave it out.")
     place = find_device(device)
+    if isinstance(text, Path):
+        text = text.expanduser()
+        _check_text(text)
     ours, dense = open_models(source, against, revision=revision, cache_dir=cache_dir)
     if dense is None:
         memory = "alone"
@@ -111,7 +113,7 @@ def evaluate(
 def perplexity(
     model: Any,
     tokenizer: Any,
-    text: str,
+    text: str | Path,
     *,
     length: int = 512,
     windows: int = 8,
@@ -133,16 +135,10 @@ def perplexity(
     return Perplexity(exponential(Estimate(total / predicted, None)).value, predicted, length)
 
 
-def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file, with line ends as \\n; UsageError if there is none, SourceError if it is unreadable."""
-    place = Path(path).expanduser()
-    if not place.is_file():
-        kind = "is a folder, not a file" if place.is_dir() else "is not there"
-        raise UsageError(f"The text {place} {kind}. Give a text file.")
-    text = files.read_text(place)
-    if not text.strip():
-        raise UsageError(f"{place} is empty. Give a file with text.")
-    return text
+def _check_text(text: Path) -> None:
+    """UsageError if there is no such file, or nothing in it; SourceError if what comes first in it is unreadable."""
+    if not any(piece.strip() for piece in read_pieces(find_file(text, "--text"))):
+        raise UsageError(f"{text} is empty. Give a file with text.")
 
 
 # --- one run --------------------------------------------------------------------------------------
@@ -150,7 +146,7 @@ def read_text(path: str | Path) -> str:
 
 @dataclass(frozen=True)
 class _Request:
-    text: str
+    text: str | Path
     length: int
     stride: int | None
     count: int

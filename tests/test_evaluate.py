@@ -19,10 +19,10 @@ from terminal import done, losparse
 from torch import Tensor
 
 from losparse_cli.errors import OutputError, SourceError, UsageError
-from losparse_cli.evaluate import Evaluation, evaluate, perplexity, read_text
+from losparse_cli.evaluate import Evaluation, evaluate, perplexity
 from losparse_cli.evaluation import memory
 from losparse_cli.evaluation.scores import Estimate, Scores, compare, exponential, mean
-from losparse_cli.evaluation.windows import Window, cut
+from losparse_cli.evaluation.windows import Window, cut, lines
 from losparse_cli.load import load
 from losparse_cli.models import device as room
 
@@ -46,7 +46,8 @@ class Letters:
     """One token a character."""
 
     def __call__(self, text: str, **options: object) -> SimpleNamespace:
-        return SimpleNamespace(input_ids=torch.tensor([[ord(c) % 13 for c in text]]))
+        ids = [ord(c) % 13 for c in text]
+        return SimpleNamespace(input_ids=torch.tensor([ids]) if "return_tensors" in options else ids)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,8 @@ def test_a_long_text_is_not_read_to_its_end() -> None:
 def test_tokens_that_are_many_characters_long_are_found_all_the_same() -> None:
     class Chapters:
         def __call__(self, text: str, **options: object) -> SimpleNamespace:
-            return SimpleNamespace(input_ids=torch.tensor([[len(part) for part in text.split("\n")]]))
+            ids = [len(part) for part in text.split("\n")]
+            return SimpleNamespace(input_ids=torch.tensor([ids]) if "return_tensors" in options else ids)
 
     text = "\n".join("x" * (100 + k) for k in range(50))
     units = cut(Chapters(), text, length=10, count=3).units
@@ -422,15 +424,38 @@ def test_a_tokenizer_of_more_tokens_than_the_model_has(toy: Callable[..., Path])
 def test_a_file_that_is_no_text(content: bytes, said: str, tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(content)
     with pytest.raises(UsageError if said == "is empty" else SourceError, match=said):
-        read_text(tmp_path / "text")
+        evaluate("absent", tmp_path / "text")
 
 
-def test_a_text_is_read_the_same_wherever_it_was_written(tmp_path: Path) -> None:
-    (tmp_path / "text").write_bytes(b"\xef\xbb\xbfone\r\ntwo \xc3\xa9\r\n")
-    assert read_text(tmp_path / "text") == "one\ntwo é\n"
-    for path in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(UsageError, match="Give a text file"):
-            read_text(path)
+def test_a_file_is_found_before_the_model(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"^--text .* is a folder\. Give a file in it\.$"):
+        evaluate("absent", tmp_path)
+    with pytest.raises(UsageError, match=r"^There is no file .*text\. Check --text\.$"):
+        evaluate("absent", tmp_path / "text")
+
+
+@pytest.mark.parametrize("count", [0, 4])
+def test_a_file_is_cut_as_its_text_is(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "".join(f"line {k} of \u00e9\r\n" + "\r\n" * (k % 3 == 0) for k in range(300))
+    path = tmp_path / "text"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    whole = cut(Letters(), text.replace("\r\n", "\n"), length=10, stride=7, count=count)
+    monkeypatch.setattr("losparse_cli.text.files.PIECE", 101)
+    monkeypatch.setattr("losparse_cli.text.tokenizer.PIECE", 64)
+    assert whole.same(cut(Letters(), path, length=10, stride=7, count=count))
+    assert not whole.same(cut(Letters(), path, length=10, stride=8, count=count))
+    tokenizer = character_tokenizer()
+    by_line = [lines(tokenizer, source, length=10, count=count) for source in (path, text)]
+    assert by_line[0].same(by_line[1])
+    assert len(by_line[0].units) == (count or 300)
+
+
+def test_of_a_long_file_only_the_beginning_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_bytes(b"abc " * (1 << 19) + b"\xff")  # what comes after is not looked at
+    assert cut(Letters(), path, length=10, count=4).same(cut(Letters(), "abc " * 100, length=10, count=4))
+    path.write_bytes(b"a line\n" * (1 << 18) + b"\xff")
+    assert len(lines(character_tokenizer(), path, length=10, count=4).units) == 4
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from pathlib import Path
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..text.tokenizer import frame
+from ..text.files import lines_of, pieces_of
+from ..text.tokenizer import frame, tokenize
 
 # A token stands for fewer characters than this in any common text: enough of a long file is read, and not all.
 CHARACTERS_A_TOKEN = 16
@@ -50,7 +54,7 @@ class Line:
 class Cut:
     """Units of a text. before: the special tokens that begin every window. stride: new tokens a window; 0 of lines."""
 
-    units: tuple[Window | Line, ...]
+    units: Sequence[Window | Line]
     before: tuple[int, ...]
     stride: int
 
@@ -61,11 +65,42 @@ class Cut:
         )
 
 
+@dataclass(frozen=True)
+class _Windows(Sequence[Window]):
+    """Windows that are cut when they are asked for. ids: of the text, (tokens,), int32; `step` of them apart."""
+
+    ids: Tensor
+    number: int
+    before: list[int]
+    after: list[int]
+    inner: int
+    step: int
+    seq2seq: bool
+
+    def __len__(self) -> int:
+        return self.number
+
+    @overload
+    def __getitem__(self, k: int) -> Window: ...
+    @overload
+    def __getitem__(self, k: slice) -> list[Window]: ...
+    def __getitem__(self, k: int | slice) -> Window | list[Window]:
+        if isinstance(k, slice):
+            return [self[one] for one in range(*k.indices(self.number))]
+        k = range(self.number)[k]
+        head, tail = (torch.tensor(part, dtype=torch.int64) for part in (self.before, self.after))
+        tokens = torch.cat((head, self.ids[k * self.step : k * self.step + self.inner].long()))
+        new = len(head) if k == 0 else tokens.numel() - self.step
+        source = torch.cat((tokens, tail)) if self.seq2seq else None
+        return Window(tokens, new if self.seq2seq else max(1, new), source)
+
+
 def cut(
-    tokenizer: Any, text: str, *, length: int, stride: int | None = None, count: int = 0, seq2seq: bool = False
+    tokenizer: Any, text: str | Path, *, length: int, stride: int | None = None, count: int = 0, seq2seq: bool = False
 ) -> Cut:
     """The first `count` windows of `length` tokens of `text`, all of them if `count` is 0.
 
+    Of a file no more is read and tokenized than that takes; all of it is tokenized as `tokenize` says.
     If the tokenizer begins a text with special tokens, every window begins with them: they count towards `length`,
     are context, and are never predicted. If it adds none, none is added, and the first token of the text's first
     window is not predicted for want of context. Windows start `stride` tokens of text apart (default: they are
@@ -89,26 +124,20 @@ def cut(
             f"The text has {ids.numel()} tokens, fewer than one window of {length}. Give a longer text, or a smaller "
             "--length."
         )
-    head, tail = torch.tensor(before, dtype=ids.dtype), torch.tensor(after, dtype=ids.dtype)
-    windows = []
-    for k in range(min(count or found, found)):
-        tokens = torch.cat((head, ids[k * step : k * step + inner]))
-        new = len(before) if k == 0 else tokens.numel() - step
-        source = torch.cat((tokens, tail)) if seq2seq else None
-        windows.append(Window(tokens, new if seq2seq else max(1, new), source))
-    return Cut(tuple(windows), tuple(before), step)
+    windows = _Windows(ids, min(count or found, found), before, after, inner, step, seq2seq)
+    return Cut(windows, tuple(before), step)
 
 
-def lines(tokenizer: Any, text: str, *, length: int, count: int = 0) -> Cut:
+def lines(tokenizer: Any, text: str | Path, *, length: int, count: int = 0) -> Cut:
     """The first `count` lines of `text` that are not blank (0: all), each cut to `length` tokens."""
     _check_count(count)
     special = sum(map(len, frame(tokenizer)))
     if length <= special:
         raise UsageError(f"--length {length} leaves no room for text. Give at least {special + 1}.")
-    found = [line for line in map(str.strip, text.splitlines()) if line]
+    found = filter(None, map(str.strip, lines_of(pieces_of(text))))
     inputs = [
         dict(tokenizer(line, return_tensors="pt", truncation=True, max_length=length))
-        for line in found[: count or len(found)]
+        for line in islice(found, count or None)
     ]
     if not inputs:
         raise UsageError("The text has no line that is not blank. Give a file with text.")
@@ -120,16 +149,19 @@ def _check_count(count: int) -> None:
         raise UsageError(f"--windows is a number of windows, or 0 for all, not {count}.")
 
 
-def _tokens(tokenizer: Any, text: str, enough: int | None) -> Tensor:
-    """Tokens of the text, (tokens,); with `enough`, at least so many of its beginning if it has them."""
-    part = text if enough is None else text[: CHARACTERS_A_TOKEN * (enough + CHARACTERS_A_TOKEN)]
-    ids = _encode(tokenizer, part)
-    # Where the text was cut through a word its last tokens are wrong, so that a few must be left over.
-    if enough is not None and len(part) < len(text) and ids.numel() < enough + CHARACTERS_A_TOKEN:
-        return _encode(tokenizer, text)
-    return ids
-
-
-def _encode(tokenizer: Any, text: str) -> Tensor:
-    ids: Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
-    return ids.long()  # of an empty text the tensor is one of floats
+def _tokens(tokenizer: Any, text: str | Path, enough: int | None) -> Tensor:
+    """Tokens of the text, (tokens,), int32; with `enough`, at least so many of its beginning if it has them."""
+    pieces = pieces_of(text)
+    if enough is None:
+        found = tokenize(tokenizer, pieces)
+        return torch.frombuffer(found, dtype=torch.int32) if found else torch.empty(0, dtype=torch.int32)
+    part, wanted, whole = "", CHARACTERS_A_TOKEN * (enough + CHARACTERS_A_TOKEN), False
+    while True:
+        while len(part) < wanted and not whole:
+            piece = next(pieces, None)
+            part, whole = part + (piece or ""), piece is None
+        ids = tokenizer(part[:wanted], add_special_tokens=False, verbose=False).input_ids
+        # Where the text was cut through a word its last tokens are wrong, so that a few must be left over.
+        if len(ids) >= enough + CHARACTERS_A_TOKEN or (whole and len(part) <= wanted):
+            return torch.tensor(ids, dtype=torch.int32)
+        wanted *= 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,14 +11,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import UsageError
-from ..text.tokenizer import check_tokens, frame
+from ..text.files import pieces_of
+from ..text.tokenizer import PIECE, check_tokens, frame, tokenize
 from .columns import columns_of, texts
 from .rows import Rows
 from .task import Collate, Features, Progress, Task, passes, scoring
 from .tokens import chunks, length_of
 
 LENGTH = 1024  # tokens of a window, if nothing else is asked for and the model takes as many
-PIECE = 1 << 20  # characters that are tokenized at once
 
 
 class CausalLM(Task):
@@ -113,26 +112,8 @@ class CausalLM(Task):
 
 
 def _tokens(text: str, tokenizer: Any) -> np.ndarray[Any, Any]:
-    """The tokens of a document, (tokens,), int64, with the special ones at its ends.
-
-    A long one is read in pieces: tokenizers take some ninety times a text's own bytes.
-    """
-    options = {"return_attention_mask": False, "verbose": False}
+    """The tokens of a document, (tokens,), int64, with the special ones at its ends."""
     if len(text) <= PIECE:
-        return np.array(tokenizer(text, **options)["input_ids"], dtype=np.int64)
+        return np.array(tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"], dtype=np.int64)
     start, end = frame(tokenizer)
-    streams = [np.array(start, dtype=np.int64)]
-    for piece in _pieces(text):
-        ids = tokenizer(piece, add_special_tokens=False, **options)["input_ids"]
-        streams.append(np.array(ids, dtype=np.int64))
-    return np.concatenate([*streams, np.array(end, dtype=np.int64)])
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """Cut where a line ends, where there is one."""
-    begin = 0
-    while begin < len(text):
-        end = text.rfind("\n", begin, begin + PIECE) + 1 if len(text) - begin > PIECE else len(text)
-        end = end if end > begin else begin + PIECE
-        yield text[begin:end]
-        begin = end
+    return np.concatenate([start, tokenize(tokenizer, pieces_of(text)), end]).astype(np.int64)

@@ -52,12 +52,22 @@ def read_pieces(path: Path) -> Iterator[str]:
             begin += len(raw)
 
 
+def pieces_of(text: str | Path) -> Iterator[str]:
+    """A text, or that of a file, in pieces."""
+    if isinstance(text, Path):
+        return read_pieces(text)
+    return (text[begin : begin + PIECE] for begin in range(0, len(text), PIECE))
+
+
 def lines_of(pieces: Iterable[str]) -> Iterator[str]:
-    """The lines of a text that comes in pieces, each with its end."""
+    """The lines of a text that comes in pieces, each with its end; one that never ends is cut."""
     rest = ""
     for piece in pieces:
         *lines, rest = io.StringIO(rest + piece, newline="")
         yield from lines
+        if len(rest) > LIMIT:
+            yield rest
+            rest = ""
     if rest:
         yield rest
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from array import array
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
 )
 """One of these stands beside every model that has a tokenizer."""
+PIECE = 1 << 20  # characters that are tokenized at once: tokenizers take some ninety times a text's own bytes
 SHORTEST = 8  # tokens of a text in which there is anything to read beside special ones
 
 
@@ -56,6 +59,35 @@ def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
         if framed[start : start + len(plain)] == plain:
             return framed[:start], framed[start + len(plain) :]
     return [], []
+
+
+def tokenize(tokenizer: Any, pieces: Iterable[str]) -> array[int]:
+    """The tokens of a text that comes in pieces, without special ones; four bytes each.
+
+    They are those of the text as a whole, but for places that are more than 2^19 characters apart: there it is cut,
+    after the end of a line where there is one, between two lines that are not blank where there are such. At them a
+    token may differ that spans the cut, or that the tokenizer puts before a text's first word.
+    """
+    found = array("i")
+    for part in _parts(pieces):
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        found.extend(tokenizer(part, **options).input_ids)
+    return found
+
+
+def _parts(pieces: Iterable[str]) -> Iterator[str]:
+    rest = ""
+    for piece in pieces:
+        rest += piece
+        while len(rest) > PIECE:
+            end = last = rest.rfind("\n", PIECE // 2, PIECE)
+            while end >= 0 and (rest[end - 1].isspace() or rest[end + 1].isspace()):
+                end = rest.rfind("\n", PIECE // 2, end)
+            end = (end if end >= 0 else last) + 1 or PIECE
+            yield rest[:end]
+            rest = rest[end:]
+    if rest:
+        yield rest
 
 
 # --- how much text fits -----------------------------------------------------------------------------

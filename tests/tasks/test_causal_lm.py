@@ -58,6 +58,7 @@ def test_a_long_document_is_read_in_pieces(frame: str, monkeypatch: pytest.Monke
 
     tokenizer = Watching(tokenizer_object=words.backend_tokenizer)
     monkeypatch.setattr(causal_lm, "PIECE", 12)
+    monkeypatch.setattr("losparse_cli.text.tokenizer.PIECE", 12)
     cut = task_of(max_length=8).prepare(rows, tokenizer, bare(config), training=True)
     assert [item["input_ids"].tolist() for item in cut.items] == [item["input_ids"].tolist() for item in whole.items]
     assert cut.where == whole.where

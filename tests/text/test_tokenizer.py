@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from losparse_cli.text.tokenizer import (
     load_tokenizer,
     named_length,
     positions,
+    tokenize,
 )
 
 SIZES: dict[str, Any] = {
@@ -124,3 +127,23 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
 
 def test_what_a_tokenizer_puts_around_a_text() -> None:
     assert frame(character_tokenizer()) == ([1], [])
+
+
+def test_a_text_in_parts_has_the_tokens_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts end between two lines that hold something, where there are such: a blank line may be one token."""
+    read: list[str] = []
+
+    def tokenizer(text: str, **options: Any) -> Any:
+        read.append(text)
+        return SimpleNamespace(input_ids=[len(word) for word in re.findall(r"\n+|[^\n]+", text)])
+
+    text = "".join(f"{'x' * (k % 7 + 1)}\n" + "\n" * (k % 2) for k in range(200))
+    whole = tokenizer(text).input_ids
+    monkeypatch.setattr("losparse_cli.text.tokenizer.PIECE", 40)
+    for size in (1, 13, 10_000):
+        read.clear()
+        assert tokenize(tokenizer, (text[k : k + size] for k in range(0, len(text), size))).tolist() == whole
+        assert "".join(read) == text
+        assert max(map(len, read)) <= 40
+    assert len(tokenize(tokenizer, [])) == 0
+    assert tokenize(tokenizer, ["x" * 100]).tolist() == [40, 40, 20]

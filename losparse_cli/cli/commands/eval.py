@@ -148,11 +148,10 @@ def eval_(
     }  # fmt: skip
     own = {name: given[name] for name in ("length", "stride", "windows", "memory", "batch_size") if name in given}
     if mode == "text":
-        from ...evaluate import evaluate, read_text
+        from ...evaluate import evaluate
 
-        content = read_text(given["text"])
         with c.CountProgress(out, "Evaluating") as progress:
-            measured = evaluate(source, content, on_window=progress.advance, **shared, **own)
+            measured = evaluate(source, given["text"], on_window=progress.advance, **shared, **own)
         out.data(measured.to_dict())
         tables.show_evaluation(out, measured)
     elif mode == "task":
