@@ -100,3 +100,13 @@ def test_overwrite_replaces_an_export(tmp_path: Path) -> None:
     done(*export, "--max-shard-size", "20kB")
     done(*export, "--overwrite")
     assert [path.name for path in (tmp_path / "dense").glob("*.safetensors*")] == ["model.safetensors"]
+
+
+def test_an_export_is_dense_without_being_asked_and_speaks_json(tmp_path: Path) -> None:
+    model = toys.llama(tmp_path / "model", layers=1)
+    done("compress", model, "-o", tmp_path / "out", "--rank", "4", "--sparsity", "0.8")
+    ended = done("export", tmp_path / "out", "-o", tmp_path / "dense", "--json")
+    assert json.loads(ended.out) == {"output": str(tmp_path / "dense")}
+    assert ended.err == ""
+    done("export", tmp_path / "out", "--dense", "-o", tmp_path / "asked")
+    assert toys.digests(tmp_path / "asked") == toys.digests(tmp_path / "dense")

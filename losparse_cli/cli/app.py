@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any
 
 import typer
 
 from .. import __version__
-from ..errors import LosparseError
+from ..errors import Interrupted, LosparseError
 from .commands import COMMANDS
 
 app = typer.Typer(
@@ -37,8 +39,21 @@ def root(
     """Compress any Hugging Face transformer to a low-rank part plus a sparse part: W ≈ U V + S."""
 
 
+def interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    """`command`, of which Ctrl-C makes a sentence: Typer would end without one."""
+
+    @wraps(command)
+    def run(**options: Any) -> None:
+        try:
+            command(**options)
+        except KeyboardInterrupt as error:
+            raise Interrupted("Interrupted. The same command begins anew.") from error
+
+    return run
+
+
 for command in COMMANDS:
-    app.command(name=command.__name__.rstrip("_"))(command)
+    app.command(name=command.__name__.rstrip("_"))(interruptible(command))
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
 from ..errors import Interrupted
 from ..progress import Progress
@@ -31,14 +32,23 @@ if TYPE_CHECKING:
     from ..checkpoint.report import LayerReport
 
 
+class Screen(RichConsole):
+    """What is printed to a reader that has left is dropped: work goes on, and ends as it would have."""
+
+    def on_broken_pipe(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.file.fileno())  # for what others write there, and what is written at the end
+        os.close(nowhere)
+
+
 class Console:
     """Messages and progress go to standard error, results to standard output; JSON replaces both."""
 
     def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
         self.json, self.quiet = json, quiet or json
-        self.err = RichConsole(stderr=True, quiet=self.quiet, highlight=False, soft_wrap=not sys.stderr.isatty())
+        self.err = Screen(stderr=True, quiet=self.quiet, highlight=False, soft_wrap=not sys.stderr.isatty())
         # A pipe has no width of its own: wide enough that nothing is cut.
-        self.out = RichConsole(quiet=self.quiet, highlight=False, width=None if sys.stdout.isatty() else 160)
+        self.out = Screen(quiet=self.quiet, highlight=False, width=None if sys.stdout.isatty() else 160)
         self._data: dict[str, Any] = {}
         if self.quiet or not self.err.is_terminal:
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported
@@ -54,7 +64,7 @@ class Console:
     def complain(self, message: str) -> None:
         """What --quiet does not silence; with --json it is part of the data."""
         if not self.json:
-            RichConsole(stderr=True, soft_wrap=True, highlight=False).print(f"[red]{escape(message)}[/]")
+            Screen(stderr=True, soft_wrap=True, highlight=False).print(f"[red]{escape(message)}[/]")
 
     def table(self, table: Table) -> None:
         self.out.print(table)
@@ -94,7 +104,7 @@ class _NoStatus:
 
 
 class LayerProgress(Progress):
-    """Two bars, layers and bytes, with the time left; a plain line every tenth where there is no terminal."""
+    """Two bars, layers and bytes, and the time left; a plain line every tenth where there is no terminal."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -137,7 +147,7 @@ class LayerProgress(Progress):
     def __enter__(self) -> LayerProgress:
         if self._console.err.is_terminal and not self._console.quiet:
             self._bars = Bars(
-                TextColumn("{task.description:<8}"), BarColumn(), _Amount(), TimeRemainingColumn(compact=True),
+                TextColumn("{task.description:<8}"), BarColumn(), _Amount(), TimeLeft(),
                 TextColumn("{task.fields[note]}", style="dim"), console=self._console.err,
             )  # fmt: skip
             self._bars.start()
@@ -147,6 +157,16 @@ class LayerProgress(Progress):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._bars is not None:
             self._bars.stop()
+
+
+class TimeLeft(TimeRemainingColumn):
+    """`3:10 left`, once: of bytes, which go along with layers, it would only be another guess."""
+
+    def __init__(self) -> None:
+        super().__init__(compact=True)
+
+    def render(self, task: Any) -> Text:
+        return Text() if task.fields.get("unit") == "bytes" else super().render(task).append(" left")
 
 
 class _Amount(DownloadColumn):
@@ -161,7 +181,7 @@ class CountProgress:
 
     def __init__(self, console: Console, verb: str) -> None:
         self._bars = Bars(
-            TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
+            TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeLeft(),
             TextColumn("{task.fields[note]}", style="dim"), console=console.err, transient=True,
             disable=console.quiet or not console.err.is_terminal,
         )  # fmt: skip

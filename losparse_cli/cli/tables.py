@@ -209,6 +209,7 @@ def show_comparison(out: Console, rows: Sequence[Measured]) -> None:
         f"\nfirst {WINDOWS} of README's 32 windows; with its longer calibration losparse comes closer,"
         "\nand with --refine blocks closer still."
         f"\nGo on with: losparse inspect {ours.folder} --layers"
+        f"\nor a picture: losparse inspect {ours.folder} --plot losparse.html"
     )
 
 

@@ -6,9 +6,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from .console import Console
+from .console import Console, TimeLeft
 
 if TYPE_CHECKING:
     from ..finetuning.prepare import Training
@@ -25,7 +25,7 @@ class TrainingProgress:
         self._main, self._said, self._smooth = "", -1, 0.0
         if console.err.is_terminal and not console.quiet:
             self._bars = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeLeft(),
                 TextColumn("{task.fields[note]}", style="dim"), console=console.err,
             )  # fmt: skip
 

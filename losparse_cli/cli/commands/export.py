@@ -13,23 +13,20 @@ from .. import options as o
 def export(
     source: o.Source,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)],
-    dense: Annotated[bool, typer.Option("--dense", help="Plain weights U V + S; the only form so far.")] = False,
+    dense: Annotated[bool, typer.Option("--dense", help="Plain weights U V + S; the only form.")] = True,
     max_shard_size: o.MaxShardSize = "5GB",
     overwrite: o.Overwrite = False,
     revision: o.Revision = None,
     cache_dir: o.CacheDir = None,
+    json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
     """Write a plain checkpoint that any engine loads, from a compressed one."""
-    from ...errors import UsageError
-
-    if not dense:
-        raise UsageError("Say which form to export: add --dense for plain weights U V + S.")
     from ...export import export as write
     from .. import console as c
 
-    out = c.Console(quiet=quiet)
+    out = c.Console(json=json, quiet=quiet)
     with c.interruptible(), c.CountProgress(out, "Exporting") as progress:
         folder = write(
             source,
@@ -40,4 +37,6 @@ def export(
             overwrite=overwrite,
             on_tensor=progress.advance,
         )
+    out.data({"output": str(folder)})
     out.say(f"[bold green]Done.[/] {c.short(folder)} holds the dense model.")
+    out.flush()

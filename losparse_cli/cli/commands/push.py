@@ -14,13 +14,16 @@ def push(
     folder: Annotated[Path, typer.Argument(help="A compressed checkpoint.", show_default=False)],
     repository: Annotated[str, typer.Argument(help="Hub id, such as user/name.", show_default=False)],
     private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
+    json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
     """Verify a compressed checkpoint and upload it to the Hub in one commit."""
     from .. import console as c
 
-    upload(c.Console(quiet=quiet), folder, repository, private)
+    out = c.Console(json=json, quiet=quiet)
+    upload(out, folder, repository, private)
+    out.flush()
 
 
 def upload(out: object, folder: Path, repository: str, private: bool) -> None:

@@ -1,0 +1,60 @@
+"""A reader that leaves, a user who interrupts, and the time that is left."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+from rich.progress import Progress
+
+from losparse_cli.cli import app as terminal
+from losparse_cli.cli.commands import COMMANDS
+from losparse_cli.cli.console import Screen, TimeLeft
+from losparse_cli.errors import Interrupted
+
+
+def test_work_goes_on_where_the_reader_has_left() -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w") as file:
+        screen = Screen(file=file, width=80)
+        for _ in range(3):
+            screen.print("x" * 100)
+        file.write("what a library says")  # and the file is closed without a complaint
+
+
+def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("losparse_cli.cli.console.Console", stop)
+    monkeypatch.setattr("losparse_cli.cli.console.calm_libraries", stop)
+    monkeypatch.setattr(sys, "argv", ["losparse", "verify", "nothing"])
+    with pytest.raises(SystemExit) as ended:
+        terminal.main()
+    assert ended.value.code == 130
+    assert "error: Interrupted. The same command begins anew." in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
+def test_every_command_is_registered_with_that_sentence(command: object) -> None:
+    found = [info.callback for info in terminal.app.registered_commands]
+    assert [getattr(callback, "__wrapped__", None) for callback in found].count(command) == 1
+
+
+def test_only_a_sentence_comes_of_an_interrupt() -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match="begins anew"):
+        terminal.interruptible(stop)()
+
+
+def test_the_time_left_is_labelled_and_shown_once() -> None:
+    bars = Progress()
+    for unit in ("layers", "bytes"):
+        bars.add_task(unit, total=10, unit=unit)
+    assert [TimeLeft().render(task).plain for task in bars.tasks] == ["--:-- left", ""]
+    bars.add_task("items", total=10)
+    assert TimeLeft().render(bars.tasks[-1]).plain == "--:-- left"
