@@ -27,6 +27,7 @@ from losparse_cli.budget.plan import Layer, plan_layer
 from losparse_cli.budget.recipe_file import make_recipe
 from losparse_cli.checkpoint.report import LayerReport, Report
 from losparse_cli.cli import app
+from losparse_cli.compression.request import Refinement, make_request
 from losparse_cli.shim.codec import decode, encode, smallest
 from losparse_cli.shim.layouts import (
     FORMAT_VERSION,
@@ -36,6 +37,7 @@ from losparse_cli.shim.layouts import (
     candidates,
     group_rows,
 )
+from losparse_cli.text.request import Calibration
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "losparse_cli"
@@ -231,7 +233,7 @@ def test_quickstart_lists_every_public_name() -> None:
 
 def test_contributing_lists_every_verb_and_noun() -> None:
     listed = set(re.findall(r"^\| `losparse_cli/([\w.]+)/?`", read("contributing.md"), flags=re.MULTILINE))
-    verbs = {p.name for p in PACKAGE.glob("*.py")} - {"__init__.py", "__main__.py", "errors.py"}
+    verbs = {p.name for p in PACKAGE.glob("*.py")} - {"__init__.py", "__main__.py", "errors.py", "progress.py"}
     assert listed == verbs | {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
 
 
@@ -241,7 +243,9 @@ def test_contributing_lists_every_verb_and_noun() -> None:
 def test_recipe_in_quickstart(tmp_path: Path) -> None:
     (example,) = blocks(read("quickstart.md"), "yaml")
     (tmp_path / "recipe.yaml").write_text(example, encoding="utf-8")
-    recipe = make_recipe({"iterations": 3}, tmp_path / "recipe.yaml")
+    request = make_request(tmp_path / "recipe.yaml", {"iterations": 3})
+    assert (request.calibration, request.refinement) == (Calibration("text.txt", 16384), Refinement())
+    recipe = request.recipe
     assert recipe.for_layer("model.layers.1.mlp.up_proj").rank == 16
     assert recipe.for_layer("model.layers.0.mlp.up_proj").keep == 0.95
 
