@@ -136,7 +136,6 @@ WRONG_RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "sparsity as text": ("sparsity: high", ("--sparsity", "'high'")),
     "targets as a number": ("targets: 5", ("--targets", "5")),
     "targets empty text": ("targets: ['']", ("--targets",)),
-    "svd as text": ("exact_svd: maybe", ("--exact-svd", "'maybe'")),
     "contradiction": ("sparsity: 0.9\nkeep: 0.5", ("--sparsity and --keep contradict",)),
     "contradiction under a glob": (
         "layers: {'*.mlp.*': {rank: 4, rank_ratio: 0.1}}", ("layers: *.mlp.*", "contradict")),

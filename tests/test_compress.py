@@ -42,7 +42,7 @@ def factors(folder: Path) -> dict[str, tuple[str, list[int], bytes]]:
 # --- the same bytes -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [(), SMALL, ("--pattern", "2:4", "--rank", "4"), (*SMALL, "--exact-svd")])
+@pytest.mark.parametrize("options", [(), SMALL, ("--pattern", "2:4", "--rank", "4")])
 def test_twice_the_same_is_the_same_bytes(options: tuple[str, ...], tmp_path: Path) -> None:
     model = toys.llama(tmp_path / "model", layers=2, hidden=256, intermediate=280)
     for place in ("a", "b"):
@@ -57,9 +57,6 @@ def test_a_seed_decides_the_randomized_svd_alone(tmp_path: Path) -> None:
     second = compress(model, tmp_path, *SMALL, "--seed", "1", name="second")
     changed = {name for name, tensor in factors(first).items() if tensor != factors(second)[name]}
     assert f"{GATE}.U" in changed
-    exact = compress(model, tmp_path, *SMALL, "--exact-svd", name="exact")
-    again = compress(model, tmp_path, *SMALL, "--exact-svd", "--seed", "1", name="again")
-    assert toys.tensor_bytes(exact) == toys.tensor_bytes(again)
 
 
 def test_shards_change_no_factor(tmp_path: Path) -> None:

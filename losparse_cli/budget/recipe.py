@@ -13,7 +13,7 @@ from .targets import check_expressions, matches, only
 RANK_CHOICES = ("rank", "rank_ratio")
 SIZE_CHOICES = ("sparsity", "keep", "keep_parameters")
 PER_LAYER = (*RANK_CHOICES, *SIZE_CHOICES, "pattern", "threshold_scope", "iterations")
-WHOLE_RUN = ("targets", "ignore", "solver", "allocate", "exact_svd", "seed")
+WHOLE_RUN = ("targets", "ignore", "solver", "allocate", "seed")
 SOLVERS = ("magnitude", "oats", "admm")
 ALLOCATIONS = ("uniform", "error")
 
@@ -47,7 +47,6 @@ class Recipe:
     iterations: int | None = None
     solver: str | None = None
     allocate: str = "uniform"
-    exact_svd: bool = False
     seed: int = 0
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
@@ -77,8 +76,6 @@ class Recipe:
             raise UsageError(f"--iterations must be a whole number >= 1, not {self.iterations!r}.")
         if not _is_int(self.seed):
             raise UsageError(f"--seed must be a whole number, not {self.seed!r}.")
-        if not isinstance(self.exact_svd, bool):
-            raise UsageError(f"--exact-svd is true or false, not {self.exact_svd!r}.")
         for name in ("targets", "ignore"):
             given = getattr(self, name)
             asked = (given,) if isinstance(given, str) else tuple(given or ())

@@ -37,7 +37,6 @@ def solve_layer(plan: LayerPlan, stored: Tensor, recipe: Recipe, device: torch.d
         parse_pattern(plan.pattern),
         scope=plan.scope,
         iterations=plan.iterations,
-        exact_svd=recipe.exact_svd,
         seed=seed_of(recipe.seed, plan.layer.name),
         dtype=stored.dtype,
     )

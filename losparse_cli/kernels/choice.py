@@ -7,14 +7,13 @@ ways:
   tile     some rows of S made dense in scratch memory, then a dense product
   block    kept rows or columns: a dense product over what is kept
   triton   on a GPU, few rows: the stored form expanded in registers, with the low-rank part in the same pass
-  semi     on a GPU, 2:4: torch's semi-structured product, from a second copy of S; only where it is asked for
 """
 
 from __future__ import annotations
 
 import os
 
-WAYS = ("spread", "gather", "walk", "tile", "block", "triton", "semi")
+WAYS = ("spread", "gather", "walk", "tile", "block", "triton")
 SPREAD_ROWS = 16
 """Most rows of x that one pass of `spread` takes."""
 TRITON_ROWS = 16

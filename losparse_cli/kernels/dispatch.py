@@ -13,7 +13,6 @@ from .choice import SPREAD_ROWS as MOST_FEW
 from .choice import cpu_way, forced, gpu_way
 from .native import LEVELS, Layer, Library, library
 from .ready import Ready
-from .semi_structured import semi_structured
 
 WIDEST = 1 << 16
 """Columns that sparse.c can number."""
@@ -133,13 +132,9 @@ class Kernels:
         if not all(_plain(t) and t.is_contiguous() and t.device == x.device for t in stored):
             return None
         way = self.forced or gpu_way(x.shape[0])
-        operands = (x.contiguous(), values, index, starts, U, V, bias, m, x.shape[1])
-        if way == "semi":
-            y = semi_structured(*operands)
-            if y is not None:
-                return y
-            way = gpu_way(x.shape[0])
-        return gpu.product(way, *operands) if way in ("triton", "tile") else None
+        if way not in ("triton", "tile"):
+            return None
+        return gpu.product(way, x.contiguous(), values, index, starts, U, V, bias, m, x.shape[1])
 
     def spread(self, values: Tensor, index: Tensor, starts: Tensor, shape: tuple[int, int]) -> Tensor | None:
         code, form = library(), "bits" if starts.dim() == 1 else "gaps"

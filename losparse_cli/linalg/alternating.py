@@ -24,7 +24,6 @@ def decompose(
     *,
     scope: str = "matrix",
     iterations: int = 1,
-    exact_svd: bool = False,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Decomposition:
@@ -41,7 +40,7 @@ def decompose(
     errors: list[float] = []
     target = W
     for t in range(max(1, iterations)):
-        U, s, Vh = truncated_svd(target, rank, exact=exact_svd, seed=seed + t)
+        U, s, Vh = truncated_svd(target, rank, seed=seed + t)
         U, V = (factor.to(dtype) for factor in balanced_factors(U, s, Vh))
         residual = torch.addmm(W, U.float(), V.float(), alpha=-1) if rank else W.clone()
         support = select(residual, pattern, nnz, scope)

@@ -37,7 +37,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"iterations": 0}, "--iterations"),
     ({"iterations": 2.0}, "--iterations"),
     ({"seed": "x"}, "--seed"),
-    ({"exact_svd": "yes"}, "--exact-svd"),
     ({"targets": (5,)}, "--targets"),
     ({"ignore": ("",)}, "--ignore"),
     ({"pattern": "2:2"}, "--pattern"),
@@ -112,7 +111,7 @@ def test_a_flag_wins_everywhere(tmp_path: Path) -> None:
 
 
 def test_flags_that_were_not_given_change_nothing(tmp_path: Path) -> None:
-    flags = {"rank": None, "targets": (), "exact_svd": None}
+    flags = {"rank": None, "targets": ()}
     assert from_text("rank: 8\ntargets: '*.mlp.*'\n", tmp_path, **flags) == Recipe(rank=8, targets=("*.mlp.*",))
     assert make_recipe(flags) == Recipe()
 
@@ -128,7 +127,6 @@ def test_flags_that_were_not_given_change_nothing(tmp_path: Path) -> None:
         ("sparsity: .5", {"sparsity": 0.5}),
         ("keep: 1", {"keep": 1}),
         ("seed: -12", {"seed": -12}),
-        ("exact_svd: true", {"exact_svd": True}),
         ("targets: '*.mlp.*'", {"targets": ("*.mlp.*",)}),
         ("targets: [a, b]\nignore: [c]", {"targets": ("a", "b"), "ignore": ("c",)}),
         ("ignore: []", {"ignore": ()}),
@@ -169,7 +167,6 @@ fields = st.fixed_dictionaries(
         "pattern": st.sampled_from(["unstructured", "rows", "columns"]),
         "iterations": st.integers(1, 9),
         "seed": st.integers(-(2**63), 2**63),
-        "exact_svd": st.booleans(),
     },
 )
 

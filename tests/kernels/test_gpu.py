@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from losparse_cli.kernels import dispatch, gpu, install
-from losparse_cli.kernels import semi_structured as semi
 from losparse_cli.shim import operator
 from losparse_cli.shim.codec import pack_bits
 
@@ -139,16 +138,6 @@ def test_triton_that_fails_is_left_alone(monkeypatch: pytest.MonkeyPatch, caplog
     assert not gpu.available(torch.device("cuda"))
 
 
-def test_which_bits_are_two_of_four() -> None:
-    good = pack_bits(torch.tensor([[1, 1, 0, 0, 0, 1, 0, 1], [0, 0, 1, 1, 1, 0, 1, 0]]).bool())
-    assert semi.two_of_four(good)
-    assert not semi.two_of_four(good ^ 1)
-    assert not semi.two_of_four(pack_bits(torch.tensor([[1, 1, 1, 0, 0, 1, 0, 0]]).bool()))
-    assert semi.allowed(torch.bfloat16, 96, 128)
-    assert not semi.allowed(torch.float32, 96, 128)
-    assert not semi.allowed(torch.float16, 48, 128)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("case", CASES)
@@ -165,31 +154,6 @@ def test_on_a_gpu(case: tuple[int, int, int, float, int, bool, torch.dtype], mon
         assert error(y, many, S, parts) < TOLERANCE[dtype]
     assert taken == ["triton", "tile"]
     assert gpu.available(x.device)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_two_of_four_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    if torch.cuda.get_device_capability() < (8, 0):
-        pytest.skip("this GPU has no semi-structured products")
-    monkeypatch.setenv("LOSPARSE_KERNEL", "semi")
-    install()
-    try:
-        m, n = 96, 128
-        where = torch.tensor([1, 0, 0, 1], dtype=torch.bool).repeat(m, n // 4)
-        S = (torch.randn(m, n) * where).bfloat16().cuda()
-        starts = (torch.arange(m + 1) * n // 2).int().cuda()
-        U, V = torch.randn(m, 8).bfloat16().cuda(), torch.randn(8, n).bfloat16().cuda()
-        parts = (S[where.cuda()], pack_bits(where).cuda(), starts, U, V, torch.randn(m).bfloat16().cuda())
-        for rows in (1, 3, 64):
-            x = torch.randn(rows, n).bfloat16().cuda()
-            y = semi.semi_structured(x, *parts, m, n)
-            assert y is not None
-            assert error(y, x, S, parts) < 1e-2
-            assert error(operator.product(x, *parts, m, "bits"), x, S, parts) < 1e-2
-    finally:
-        monkeypatch.delenv("LOSPARSE_KERNEL")
-        install()
 
 
 if __name__ == "__main__":

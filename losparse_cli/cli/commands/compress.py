@@ -66,10 +66,6 @@ def compress(
             show_default=o.ITERATIONS,
         ),
     ] = None,
-    exact_svd: Annotated[
-        bool | None,
-        typer.Option("--exact-svd", help="LAPACK's SVD instead of a randomized one.", rich_help_panel=o.SIZE),
-    ] = None,
     targets: o.Targets = None,
     ignore: o.Ignore = None,
     solver: Annotated[
@@ -155,7 +151,6 @@ def compress(
         "iterations": iterations,
         "solver": solver,
         "allocate": allocate,
-        "exact_svd": exact_svd or None,
         "seed": seed,
         "targets": tuple(targets or ()),
         "ignore": tuple(ignore or ()),
