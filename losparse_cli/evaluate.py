@@ -157,7 +157,7 @@ class _Request:
     def subject(self, checkpoint: Checkpoint, comparing: bool) -> _Subject:
         """The loaded model, with the text cut for it."""
         options = {"trust_remote_code": True} if self.trust_remote_code else {}
-        model, tokenizer = load(checkpoint.folder, dtype=self.dtype or "auto", **options)
+        model, tokenizer = load(checkpoint.folder, dtype=self.dtype or "auto", need_tokenizer=True, **options)
         kind, name = _kind(model, checkpoint.address), checkpoint.address
         limit = length_limit(model, tokenizer.model_max_length) or self.length
         if kind == "encoder":

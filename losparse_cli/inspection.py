@@ -112,9 +112,10 @@ def _dense_report(
     from .models.names import NameMap
     from .models.skeleton import build_skeleton
 
-    if checkpoint.quantization is not None:
-        method = checkpoint.quantization.get("quant_method", "an unknown method")
-        raise SourceError(f"{checkpoint.name} is quantized already ({method}). Inspect the unquantized checkpoint.")
+    if checkpoint.packing is not None:
+        raise SourceError(
+            f"{checkpoint.name} is quantized already ({checkpoint.packing}). Inspect the unquantized checkpoint."
+        )
     skeleton = build_skeleton(checkpoint.folder, checkpoint.config, trust_remote_code=trust_remote_code)
     targeted, skipped = find_layers(checkpoint, skeleton, Recipe())
     tensors = {layer.name: layer.tensor for layer in targeted}

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from . import kernels
-from .errors import CheckpointError, SourceError
+from .checkpoint import foreign
+from .checkpoint.hub import hub_errors, remote_files
+from .errors import CheckpointError, SourceError, UsageError
 from .shim import quantizer
-from .text.tokenizer import TOKENIZER_FILES, has_tokenizer
+from .text.tokenizer import load_tokenizer, tokenizer_is_there
 
 __all__ = ["load", "register"]
+
+WHERE = (
+    "cache_dir", "force_download", "gguf_file", "local_files_only", "proxies", "revision", "subfolder", "token",
+    "trust_remote_code", "code_revision",
+)  # fmt: skip
+"""Keywords of from_pretrained that say where files come from: config, model and tokenizer take the same."""
 
 
 def register() -> None:
@@ -23,31 +35,90 @@ def register() -> None:
     kernels.install()
 
 
-def load(source: str | Path, *, model_class: Any = None, **options: Any) -> tuple[Any, Any]:
+def load(
+    source: str | Path, *, model_class: Any = None, need_tokenizer: bool = False, **options: Any
+) -> tuple[Any, Any]:
     """(model, tokenizer) of a compressed or dense checkpoint, a folder or a Hub id.
 
     The class is the one that config.json names, unless `model_class` (an AutoModel class or a model class)
-    is given. The tokenizer is None if the checkpoint has none. `options` go to from_pretrained: dtype,
-    device_map, revision, trust_remote_code and so on. SourceError if nothing can be loaded from there,
-    CheckpointError if what is there is damaged.
+    is given. The tokenizer is None if the checkpoint has none, and with a warning if it has one that cannot be
+    loaded; with `need_tokenizer` both are a SourceError. `options` go to from_pretrained: dtype, device_map, revision,
+    subfolder, trust_remote_code and so on; those that say where files come from reach config and tokenizer, too.
+    SourceError if nothing can be loaded from there, CheckpointError if what is there is damaged.
     """
+    if options.get("output_loading_info"):
+        raise UsageError(
+            "load returns a model and a tokenizer. For output_loading_info, call losparse_cli.register() and then "
+            "from_pretrained of a transformers class."
+        )
+    register()
+    name = _checked_name(source, options)
+    where = {key: options[key] for key in WHERE if key in options}
+    tokenizer = load_tokenizer(name, **where) if need_tokenizer else None
+    with _load_errors(name, local_only=bool(options.get("local_files_only"))):
+        model = _model(name, model_class, where, options)
+    if not need_tokenizer:
+        try:
+            tokenizer = load_tokenizer(name, **where)
+        except SourceError as error:
+            if tokenizer_is_there(name, where):
+                warnings.warn(f"{error} The model is loaded without a tokenizer.", stacklevel=2)
+    return model.eval(), tokenizer
+
+
+def _checked_name(source: str | Path, options: dict[str, Any]) -> str:
+    """What from_pretrained is given: a folder, `~` expanded, or a Hub id; SourceError for a folder without a model."""
+    folder = Path(os.path.expanduser(source))
+    if not folder.exists():
+        return str(source)
+    inside = folder / (options.get("subfolder") or "")
+    if not options.get("gguf_file") and not (inside / "config.json").is_file():
+        raise foreign.no_model(inside) if inside.is_dir() else SourceError(f"There is no folder {inside}.")
+    return str(folder)
+
+
+def _model(name: str, model_class: Any, where: dict[str, Any], options: dict[str, Any]) -> Any:
     import transformers
 
-    from .checkpoint.hub import hub_errors
+    config = options.get("config")
+    if not isinstance(config, transformers.PretrainedConfig):
+        config = transformers.AutoConfig.from_pretrained(name, **where)
+    chosen = model_class or _class_of(config)
+    if isinstance(chosen, type) and issubclass(chosen, transformers.PreTrainedModel):
+        options = {key: value for key, value in options.items() if key != "code_revision"}  # for the Auto classes
+        options |= _text_config(chosen, config)
+    folder = Path(name) / (options.get("subfolder") or "")
+    if folder.is_dir() and "variant" not in options:
+        variant = foreign.only_variant(str(folder), os.listdir(folder))
+        options = options if variant is None else {**options, "variant": variant}
+    try:
+        return chosen.from_pretrained(name, **options)
+    except OSError:
+        variant = None
+        if not folder.is_dir() and not options.get("subfolder") and "variant" not in options:
+            variant = foreign.only_variant(name, remote_files(name, options.get("revision"), options.get("token")))
+        if variant is None:
+            raise
+        return chosen.from_pretrained(name, **options, variant=variant)
 
-    register()
-    folder = Path(source).expanduser()
-    name = str(folder) if folder.exists() else str(source)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise SourceError(f"{folder} has no config.json, so it is no transformers checkpoint.")
-    shared: dict[str, Any] = {
-        k: options[k] for k in ("revision", "cache_dir", "token", "trust_remote_code") if k in options
-    }
-    with hub_errors(name):
+
+def _text_config(chosen: Any, config: Any) -> dict[str, Any]:
+    """The configuration to load a text model from a larger one's checkpoint with, as the Auto classes hand it on."""
+    wanted = chosen.config_class
+    text = config.get_text_config() if wanted is not None and not isinstance(config, wanted) else None
+    if text is None or not isinstance(text, wanted):
+        return {}
+    if getattr(config, "quantization_config", None) is not None:
+        text.quantization_config = config.quantization_config
+    return {"config": text}
+
+
+@contextmanager
+def _load_errors(name: str, *, local_only: bool) -> Iterator[None]:
+    """Turns what transformers raises while it loads into an error of ours."""
+    with hub_errors(name, local_only=local_only):
         try:
-            config = transformers.AutoConfig.from_pretrained(name, **shared)
-            chosen = model_class or _class_of(config)
-            model = chosen.from_pretrained(name, **options)
+            yield
         except ValueError as error:  # the shim's own, or transformers' about config.json
             raise CheckpointError(f"Cannot load {name}: {error}") from error
         except OSError as error:
@@ -57,33 +128,16 @@ def load(source: str | Path, *, model_class: Any = None, **options: Any) -> tupl
             if cause is not None and "huggingface_hub" in type(cause).__module__:
                 raise cause from error
             raise SourceError(f"Cannot load {name}: {str(error).splitlines()[0]}") from error
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **shared)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        if _has_tokenizer(name, shared):
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise SourceError(f"The tokenizer of {name} cannot be loaded: {reason}") from error
-        tokenizer = None
-    return model.eval(), tokenizer if _has_tokenizer(name, shared) else None
-
-
-def _has_tokenizer(name: str, shared: dict[str, Any]) -> bool:
-    """Whether any file of a tokenizer is there; without one transformers invents an empty tokenizer."""
-    if Path(name).is_dir():
-        return has_tokenizer(Path(name))
-    from huggingface_hub import try_to_load_from_cache
-
-    where = {k: shared[k] for k in ("cache_dir", "revision") if shared.get(k) is not None}
-    return any(isinstance(try_to_load_from_cache(name, file, **where), str) for file in TOKENIZER_FILES)
 
 
 def _class_of(config: Any) -> Any:
+    """The class that config.json names, or the Auto class under which the model's own code has it."""
     import transformers
 
-    architecture = (getattr(config, "architectures", None) or [None])[0]
-    if architecture and hasattr(transformers, architecture):
-        return getattr(transformers, architecture)
-    for auto in getattr(config, "auto_map", None) or {}:
-        if auto.startswith("AutoModel"):
-            return getattr(transformers, auto)
-    return transformers.AutoModel
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    own = {k: v for k, v in (getattr(config, "auto_map", None) or {}).items() if k.startswith("AutoModel")}
+    named = getattr(transformers, architecture, None)
+    if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+        return named
+    auto = next((key for key, place in own.items() if str(place).endswith(f".{architecture}")), next(iter(own), ""))
+    return getattr(transformers, auto or "AutoModel")

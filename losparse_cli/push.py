@@ -13,8 +13,8 @@ from .verify import require_sound
 
 # What an earlier upload to the same repository may have left, and this one does not bring.
 STALE = [
-    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin",
-    "pytorch_model.bin.index.json", "losparse_*.py", "losparse_*.json",
+    "model.safetensors", "model.*.safetensors", "model-*-of-*.safetensors", "model.safetensors.index*.json",
+    "pytorch_model*.bin", "pytorch_model.bin.index*.json", "losparse_*.py", "losparse_*.json",
 ]  # fmt: skip
 
 

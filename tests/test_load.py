@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +67,112 @@ def test_compressing_what_is_compressed_is_refused(compressed: Any, tmp_path: Pa
         losparse_cli.compress(compressed("llama"), tmp_path / "twice")
 
 
+# --- keywords -----------------------------------------------------------------------------------------
+
+
+def test_config_model_and_tokenizer_come_from_the_same_place(compressed: Any, tmp_path: Path) -> None:
+    """huggingface/transformers#20108 and #13895: subfolder reached one of them only."""
+    shutil.copytree(compressed("llama", tokenizer=True), tmp_path / "repo" / "inner")
+    asked: list[tuple[str, dict[str, Any]]] = []
+    where = {
+        "subfolder": "inner", "revision": "main", "force_download": False, "local_files_only": True, "proxies": {},
+        "token": False, "cache_dir": str(tmp_path), "trust_remote_code": False, "code_revision": "main",
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for owner in (transformers.AutoConfig, transformers.AutoTokenizer, transformers.LlamaForCausalLM):
+            inner = owner.from_pretrained
+
+            def heard(*args: Any, inner: Any = inner, name: str = owner.__name__, **options: Any) -> Any:
+                asked.append((name, options))
+                return inner(*args, **options)
+
+            patch.setattr(owner, "from_pretrained", heard)
+        model, tokenizer = losparse_cli.load(tmp_path / "repo", dtype=torch.bfloat16, **where)
+    assert (type(model).__name__, model.dtype) == ("LlamaForCausalLM", torch.bfloat16)
+    assert tokenizer is not None
+    assert [name for name, _ in asked][:3] == ["AutoConfig", "LlamaForCausalLM", "AutoTokenizer"]
+    for name, options in asked[:3]:
+        missing = where.items() - options.items() if "proxies" not in options else set()
+        assert not missing or name == "LlamaForCausalLM", missing
+        for key, value in where.items():
+            assert options.get(key, value if key == "code_revision" else None) == value, (name, key)
+
+
+def test_a_subfolder_that_is_not_there(compressed: Any) -> None:
+    with pytest.raises(SourceError, match="There is no folder"):
+        losparse_cli.load(compressed("llama"), subfolder="nowhere")
+
+
+def test_a_configuration_given_is_taken(compressed: Any) -> None:
+    config = transformers.AutoConfig.from_pretrained(compressed("bert"))
+    config.id2label = {0: "no", 1: "maybe", 2: "yes"}
+    model, _ = losparse_cli.load(compressed("bert"), config=config)
+    assert model.config.id2label[2] == "yes"
+
+
+def test_loading_info_has_no_place_in_a_pair(compressed: Any) -> None:
+    with pytest.raises(UsageError, match="output_loading_info"):
+        losparse_cli.load(compressed("bert"), output_loading_info=True)
+
+
+@pytest.mark.parametrize("kind", ["Wav2Vec2CTCTokenizer", "PreTrainedTokenizerFast"])
+def test_half_a_tokenizer_gives_the_model_and_a_sentence(kind: str, compressed: Any, tmp_path: Path) -> None:
+    """VinAIResearch/PhoBERT#25: a tokenizer's settings without its vocabulary."""
+    folder = shutil.copytree(compressed("llama"), tmp_path / "model")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    sentence = r"tokenizer of .*model cannot be loaded: files that belong to it are not there\."
+    with pytest.warns(UserWarning, match=sentence):
+        model, tokenizer = losparse_cli.load(folder)
+    assert tokenizer is None
+    assert isinstance(model, transformers.LlamaForCausalLM)
+    with pytest.raises(SourceError, match=sentence):
+        losparse_cli.load(folder, need_tokenizer=True)
+    with pytest.raises(SourceError, match="has no tokenizer"):
+        losparse_cli.load(compressed("llama"), need_tokenizer=True)
+
+
+def test_a_variant_is_read_by_all_and_several_are_refused(compressed: Any, tmp_path: Path) -> None:
+    model, _ = losparse_cli.load(compressed("llama"))
+    model.save_pretrained(tmp_path / "again", variant="fp16")
+    assert (tmp_path / "again" / "model.fp16.safetensors").is_file()
+    for options in ({}, {"variant": "fp16"}):
+        assert torch.equal(answer(losparse_cli.load(tmp_path / "again", **options)[0]), answer(model))
+    assert losparse_cli.verify(tmp_path / "again").sound
+    dense, _ = losparse_cli.load(losparse_cli.export(tmp_path / "again", tmp_path / "dense"))
+    dense.save_pretrained(tmp_path / "shards", variant="fp16", max_shard_size="60KB")
+    assert (tmp_path / "shards" / "model.safetensors.index.fp16.json").is_file()
+    losparse_cli.compress(tmp_path / "shards", tmp_path / "small", losparse_cli.Recipe(rank=4, sparsity=0.5))
+    assert losparse_cli.verify(tmp_path / "small").sound
+    (tmp_path / "again" / "model.bf16.safetensors").touch()
+    with pytest.raises(SourceError, match=r"several variants \(bf16, fp16\)"):
+        losparse_cli.load(tmp_path / "again")
+
+
+OFFLINE = """
+import logging, sys
+import losparse_cli
+try:
+    losparse_cli.load("user/no-such-model", **({"local_files_only": True} if sys.argv[1] == "local" else {}))
+except losparse_cli.errors.SourceError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "environment", "says"),
+    [("set", {"HF_HUB_OFFLINE": "1"}, "unset HF_HUB_OFFLINE"),
+     ("set", {"TRANSFORMERS_OFFLINE": "1"}, "unset TRANSFORMERS_OFFLINE"),
+     ("local", {"HF_HUB_OFFLINE": "0"}, "local_files_only")],
+)  # fmt: skip
+def test_why_the_hub_was_not_asked(how: str, environment: dict[str, str], says: str) -> None:
+    around = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE, how], capture_output=True, text=True, env={**around, **environment}, timeout=300
+    )
+    assert says in done.stdout
+    assert "Retry" not in done.stdout + done.stderr
+
+
 # --- where losparse is not installed ----------------------------------------------------------------
 
 WITHOUT_LOSPARSE = """
@@ -110,6 +218,10 @@ assert "losparse" not in AUTO_QUANTIZER_MAPPING
 for key, case in cases.items():
     model, info = getattr(transformers, case["auto"]).from_pretrained(
         case["folder"], trust_remote_code=True, output_loading_info=True)
+    scope = {}
+    exec(case["snippet"], scope)  # of the card
+    if type(scope["model"]) is not type(model):
+        result[key] += f" the card loads {type(scope['model']).__name__}"
     if any(info.values()):
         result[key] += f" {info}"
     if not torch.equal(logits(model.eval(), case["tokens"]), case["logits"]):
@@ -153,6 +265,7 @@ print(json.dumps(torch.equal(logits(model, tokens), expected)))
 @pytest.fixture(scope="module")
 def shipped(compressed: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], Path, Path]:
     """What a machine without losparse makes of every toy, a folder of models that it saved, and one toy's logits."""
+    from checkpoint.test_card import snippets
     from test_architectures import AUTO
 
     place = tmp_path_factory.mktemp("shipped")
@@ -175,7 +288,11 @@ def shipped(compressed: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         both = hasattr(output, "start_logits")
         logits = torch.stack((output.start_logits, output.end_logits)) if both else output.logits
         auto = AUTO[next(suffix for suffix in AUTO if TOYS[name][0].endswith(suffix))]
-        cases[key] = {"folder": str(folder), "auto": auto, "tokens": tokens, "logits": logits}
+        with_package, snippet = snippets(folder)
+        scope: dict[str, Any] = {}
+        exec(with_package, scope)
+        assert type(scope["model"]) is type(model)
+        cases[key] = {"folder": str(folder), "auto": auto, "snippet": snippet, "tokens": tokens, "logits": logits}
     torch.save(cases, place / "cases.pt")
     torch.save({k: cases["llama"][k] for k in ("tokens", "logits")}, place / "llama.pt")
     return run(SHIPPED, place / "cases.pt", place / "saved"), place / "saved", place / "llama.pt"

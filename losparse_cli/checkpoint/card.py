@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .report import Report
+from .source import read_json
 
 CARRIED_METADATA = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
-SNIPPET = re.compile(r'losparse_cli\.load\(("(?:[^"\\]|\\.)*")\)')
+SNIPPET = re.compile(r'losparse_cli\.load\(("(?:[^"\\]|\\.)*")')
+OWN_LOADER = "losparse_quantizer."
+# Of several Auto classes that load an architecture, the one that people know it by.
+FIRST = ("ForCausalLM", "ForSeq2SeqLM", "ForMaskedLM", "ForImageTextToText", "")
+LAST = ("ForPreTraining", "ForVision2Seq", "WithLMHead")  # collections, and names that transformers gives up
 
 
 def base_metadata(folder: Path) -> dict[str, Any]:
@@ -43,7 +49,9 @@ def write_card(destination: Path, report: Report, base: dict[str, Any], *, place
         **({"base_model": name, "base_model_relation": "quantized"} if on_hub else {}),
         **carried,
     )
-    text = f"---\n{metadata.to_yaml()}\n---\n\n{_body(report, name, place)}"
+    path = destination / "config.json"
+    config = read_json(path) if path.is_file() else {"architectures": [report.source.get("architecture")]}
+    text = f"---\n{metadata.to_yaml()}\n---\n\n{_body(report, name, place, _loading(config, place))}"
     (destination / "README.md").write_text(text, encoding="utf-8", errors="replace")
 
 
@@ -84,7 +92,7 @@ def _texts(value: Any) -> list[str]:
     return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
 
 
-def _body(report: Report, name: str, place: str) -> str:
+def _body(report: Report, name: str, place: str, loading: str) -> str:
     recipe = {k: v for k, v in report.recipe.items() if v is not None and v is not False and v not in ([], {})}
     settings = ", ".join(f"{k} {v}" for k, v in sorted(recipe.items()))
     error = report.relative_error
@@ -100,17 +108,7 @@ W ≈ U V + S (after LoSparse, Li et al., ICML 2023).
 
 ## Loading
 
-```python
-import losparse_cli
-model, tokenizer = losparse_cli.load({_quoted(place)})
-```
-
-Without the package, with the code that lies in this repository (read it first):
-
-```python
-from transformers import AutoModel{_auto_suffix(report)}
-model = AutoModel{_auto_suffix(report)}.from_pretrained({_quoted(place)}, trust_remote_code=True)
-```
+{loading}
 
 ## Sizes
 
@@ -137,18 +135,45 @@ def _training(report: Report) -> str:
     return f"\n## Training\n\n{what}\n{table}"
 
 
-def _auto_suffix(report: Report) -> str:
-    architecture = str(report.source.get("architecture") or "")
-    heads = {
-        "ForCausalLM": "ForCausalLM",
-        "LMHeadModel": "ForCausalLM",
-        "ForSequenceClassification": "ForSequenceClassification",
-        "ForQuestionAnswering": "ForQuestionAnswering",
-        "ForTokenClassification": "ForTokenClassification",
-        "ForMaskedLM": "ForMaskedLM",
-        "ForConditionalGeneration": "ForSeq2SeqLM",
-    }
-    return next((auto for end, auto in heads.items() if architecture.endswith(end)), "")
+def _loading(config: dict[str, Any], place: str) -> str:
+    """The snippets that load what lies beside `config`, and whether the package is needed for it."""
+    code = {key: value for key, value in (config.get("auto_map") or {}).items() if OWN_LOADER not in str(value)}
+    trust = ", trust_remote_code=True" if code else ""
+    snippet = f"""```python
+import losparse_cli
+model, tokenizer = losparse_cli.load({_quoted(place)}{trust})
+```"""
+    auto = auto_class(config)
+    if "AutoConfig" in code or auto is None:
+        why = "has a configuration of its own" if code else "is of a class that no Auto class of transformers loads"
+        return f"{snippet}\n\nThe model {why}, so it loads only where the package is installed."
+    return f"""{snippet}
+
+Without the package, with the code that lies in this repository (read it first):
+
+```python
+from transformers import {auto}
+model = {auto}.from_pretrained({_quoted(place)}, trust_remote_code=True)
+```"""
+
+
+def auto_class(config: Mapping[str, Any]) -> str | None:
+    """The Auto class that makes of this configuration the class that it names; None if there is none."""
+    from transformers.models.auto import modeling_auto
+
+    architecture, kind = str((config.get("architectures") or [""])[0]), config.get("model_type")
+    for name, place in (config.get("auto_map") or {}).items():
+        if name.startswith("AutoModel") and str(place).endswith(f".{architecture}"):
+            return str(name)
+    found = []
+    for name, value in vars(modeling_auto).items():
+        known = getattr(getattr(value, "_model_mapping", None), "_model_mapping", None)
+        if name.startswith("AutoModel") and known is not None:
+            classes = known.values() if kind is None else [known.get(kind)]
+            if any(architecture == c or (isinstance(c, tuple | list) and architecture in c) for c in classes):
+                found.append(name.removeprefix("AutoModel"))
+    ranked = sorted(found, key=lambda suffix: FIRST.index(suffix) if suffix in FIRST else 50 + (suffix in LAST))
+    return f"AutoModel{ranked[0]}" if ranked else None
 
 
 def _share(after: int, before: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +18,17 @@ OTHER_FOLDERS = ("original/*", "onnx/*", "openvino/*", "coreml/*", "gguf/*")
 
 
 @contextmanager
-def hub_errors(repository: str) -> Iterator[None]:
-    """Turns what huggingface_hub raises about `repository` into a SourceError with a remedy."""
+def hub_errors(repository: str, *, local_only: bool = False) -> Iterator[None]:
+    """Turns what huggingface_hub raises about `repository` into a SourceError with a remedy.
+
+    local_only: the caller asked for what is in the cache alone. What huggingface_hub logs of each further try is not
+    shown: the error says the same once.
+    """
     import huggingface_hub.errors as hub
 
+    log = logging.getLogger("huggingface_hub.utils._http")
+    level = log.level
+    log.setLevel(logging.ERROR)
     try:
         yield
     except hub.GatedRepoError as error:
@@ -38,10 +47,7 @@ def hub_errors(repository: str) -> Iterator[None]:
     except hub.HFValidationError as error:
         raise SourceError(f"{repository!r} is neither a folder nor a Hub id such as user/name.") from error
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
-        raise SourceError(
-            f"There is no folder {repository}, and the Hub cannot be reached to fetch it. Check the path and the "
-            "network, or unset HF_HUB_OFFLINE."
-        ) from error
+        raise SourceError(f"There is no folder {repository}, and {_why_not_fetched(local_only)}") from error
     except hub.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", "unknown")
         if status in (401, 403):
@@ -58,6 +64,29 @@ def hub_errors(repository: str) -> Iterator[None]:
         if type(error).__module__.partition(".")[0] in ("httpx", "httpcore", "httpx2", "httpcore2", "requests"):
             raise SourceError(f"The Hub cannot be reached for {repository}. Check the network.") from error
         raise
+    finally:
+        log.setLevel(level)
+
+
+def _why_not_fetched(local_only: bool) -> str:
+    from huggingface_hub import constants
+
+    if local_only:
+        return "the Hub's cache does not hold it, which is all that local_files_only asks. Leave that out."
+    if constants.HF_HUB_OFFLINE:
+        variable = "HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else "TRANSFORMERS_OFFLINE"
+        return f"the Hub is not asked while {variable} is set. Check the path, or unset {variable}."
+    return "the Hub cannot be reached to fetch it. Check the path and the network."
+
+
+def remote_files(repository: str, revision: str | None, token: str | bool | None) -> list[str]:
+    """Names of all files of a model on the Hub; none if it cannot be asked."""
+    from huggingface_hub import HfApi
+
+    try:
+        return list(HfApi().list_repo_files(repository, revision=revision, token=token))
+    except Exception:  # the caller has an error of its own to show
+        return []
 
 
 def download(repository: str, revision: str | None, cache_dir: Path | None) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, SourceError, UsageError
+from . import foreign
 from .hub import download, remote_headers
 from .reader import PickleFile, SafetensorsFile, TensorEntry
 
@@ -57,6 +58,11 @@ class Checkpoint:
     def quantization(self) -> dict[str, Any] | None:
         """The `quantization_config` of config.json, if there is one."""
         return self.config.get("quantization_config")
+
+    @property
+    def packing(self) -> str | None:
+        """How another tool has packed the weights, None if they are plain or ours."""
+        return foreign.packing(self.config, self.entries, self.folder)
 
     @property
     def is_compressed(self) -> bool:
@@ -109,6 +115,8 @@ def open_checkpoint(
         name = os.fsencode(folder.resolve().name).decode(errors="replace")  # it is written into the card
         return _open_folder(folder, name, None)
     if os.path.isfile(folder):
+        if folder.suffix.lower() == ".gguf":
+            raise foreign.no_weights(folder.parent, WEIGHTS)
         raise SourceError(f"{folder} is a file; give the folder that holds it and its config.json.")
     if not HUB_ID.fullmatch(identifier):
         raise SourceError(f"There is no folder {identifier!r}. Check the path, or give a Hub id such as user/name.")
@@ -120,21 +128,22 @@ def open_checkpoint(
 
 
 def _open_remote_headers(repository: str, revision: str | None, cache_dir: Path | None) -> Checkpoint:
-    local, entries = remote_headers(repository, ["config.json", REPORT, "*.py"], revision, cache_dir)
+    wanted = ["config.json", foreign.ADAPTER, *foreign.PACKED_FILES, REPORT, "*.py"]
+    local, entries = remote_headers(repository, wanted, revision, cache_dir)
     if not (local / "config.json").is_file():
         raise SourceError(f"{repository} has no config.json, so it is no transformers checkpoint. Check its name.")
+    foreign.check_adapter(local)
+    foreign.check_names(repository, entries)
     return Checkpoint(local, repository, local.name, read_config(local / "config.json"), (), entries)
 
 
 def _open_folder(folder: Path, name: str, commit: str | None) -> Checkpoint:
     if not (folder / "config.json").is_file():
-        raise SourceError(
-            f"{folder} has no config.json, so it is no transformers checkpoint. Give the folder that "
-            "`save_pretrained` wrote."
-        )
+        raise foreign.no_model(folder)
+    foreign.check_adapter(folder)
     config = read_config(folder / "config.json")
-    index, pickled = _index_of(folder)
-    names = [PICKLE if pickled else WEIGHTS] if index is None else sorted(set(index.values()))
+    index, single, pickled = _index_of(folder)
+    names = [single] if index is None else sorted(set(index.values()))
     files: list[SafetensorsFile | PickleFile] = []
     for file_name in names:
         path = folder / file_name
@@ -150,10 +159,7 @@ def _open_folder(folder: Path, name: str, commit: str | None) -> Checkpoint:
                 f"{path} is a link to {path.readlink()}, which is not there. Download the model again."
             )
     if not files:
-        raise SourceError(
-            f"{folder} has no {WEIGHTS}, {INDEX} or {PICKLE}: there are no weights to read. If they are in "
-            "another form, load the model in transformers and save it with save_pretrained first."
-        )
+        raise foreign.no_weights(folder, f"{WEIGHTS}, {INDEX} or {PICKLE}")
     entries: dict[str, TensorEntry] = {}
     for file in files:
         for tensor, entry in file.entries.items():
@@ -171,17 +177,29 @@ def _open_folder(folder: Path, name: str, commit: str | None) -> Checkpoint:
             f"The tensor {missing[0]} is missing from {(index or {})[missing[0]]}, where the index of {folder} "
             f"says it is ({len(missing)} such in all). Download the checkpoint again."
         )
+    foreign.check_names(str(folder), entries)
     return Checkpoint(folder, name, commit, config, tuple(files), entries)
 
 
-def _index_of(folder: Path) -> tuple[dict[str, str] | None, bool]:
-    """The checked weight map of the folder's index, None if it has a single file; and whether files are pickled."""
+def _index_of(folder: Path) -> tuple[dict[str, str] | None, str, bool]:
+    """The checked weight map of the folder's index, None if it has a single file; that file; whether files are pickled.
+
+    Files of a variant (model.fp16.safetensors) count where there are no others.
+    """
+    variant = foreign.only_variant(str(folder), os.listdir(folder))
     for single, index, pickled in ((WEIGHTS, INDEX, False), (PICKLE, PICKLE_INDEX, True)):
+        if variant is not None:
+            single, index = _of_variant(single, variant), _of_variant(index, variant)
         if (folder / single).is_file():
-            return None, pickled
+            return None, single, pickled
         if (folder / index).is_file():
-            return check_index(folder / index, read_json(folder / index)), pickled
-    return None, False
+            return check_index(folder / index, read_json(folder / index)), single, pickled
+    return None, WEIGHTS, False
+
+
+def _of_variant(file: str, variant: str) -> str:
+    stem, _, ending = file.rpartition(".")
+    return f"{stem}.{variant}.{ending}"
 
 
 def _ties(config: dict[str, Any]) -> bool:

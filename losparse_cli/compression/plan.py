@@ -295,9 +295,10 @@ def _refuse_quantized(source: Checkpoint) -> None:
             f"{source.name} is compressed by losparse already. Give the dense model, or make one with: "
             f"losparse export {source.address} --dense -o DENSE"
         )
-    if source.quantization is not None:
-        method = source.quantization.get("quant_method", "an unknown method")
-        raise UsageError(f"{source.name} is quantized already ({method}). Start from the unquantized checkpoint.")
+    if source.packing is not None:
+        raise UsageError(
+            f"{source.name} is quantized already ({source.packing}). Start from the unquantized checkpoint."
+        )
 
 
 def _tensor_names(plan: LayerPlan) -> tuple[str, ...]:

@@ -186,7 +186,7 @@ class _Run:
         from lm_eval.models.huggingface import HFLM
 
         options = {"trust_remote_code": True} if self.trust_remote_code else {}
-        model, tokenizer = load(checkpoint.folder, dtype=self.dtype or "auto", **options)
+        model, tokenizer = load(checkpoint.folder, dtype=self.dtype or "auto", need_tokenizer=True, **options)
         if not model.can_generate():
             raise UsageError(
                 f"{checkpoint.address} predicts no next token, so the harness cannot ask it. Give a language model, "

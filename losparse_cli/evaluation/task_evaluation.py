@@ -150,7 +150,9 @@ class _Run:
         task = open_task(self.request)
         head = _Head(task.auto_class, checkpoint, self.request.task)
         options = {"trust_remote_code": True} if self.trust_remote_code else {}
-        model, tokenizer = load(checkpoint.folder, model_class=head, dtype=self.dtype or "auto", **options)
+        model, tokenizer = load(
+            checkpoint.folder, model_class=head, dtype=self.dtype or "auto", need_tokenizer=True, **options
+        )
         task.check_model(model)
         task.check(self.rows, model.config)
         features = task.prepare(self.rows, tokenizer, model, training=False)

@@ -124,8 +124,10 @@ def prepare_finetuning(
     output = output_path(output or f"{checkpoint.name.rpartition('/')[2]}-finetuned")
     # A result with a report may be that of this very run, which `run` finds out.
     check_output(output, overwrite=overwrite or (output / REPORT).is_file(), source=checkpoint.folder)
-    if checkpoint.quantization is not None and not checkpoint.is_compressed:
-        raise UsageError(f"{checkpoint.name} is quantized already. Start from the unquantized checkpoint.")
+    if checkpoint.packing is not None:
+        raise UsageError(
+            f"{checkpoint.name} is quantized already ({checkpoint.packing}). Start from the unquantized checkpoint."
+        )
     opened = open_task(task)
     told.phase("Reading the data")
     rows = read_rows(task, "train")
@@ -137,6 +139,7 @@ def prepare_finetuning(
         checkpoint.folder,
         model_class=opened.auto_class,
         dtype=torch.float32,
+        need_tokenizer=True,
         **options,
         **_head(checkpoint, opened.config_changes(rows)),
     )

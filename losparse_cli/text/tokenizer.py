@@ -11,15 +11,10 @@ from typing import Any
 from ..errors import SourceError, UsageError
 
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "spm.model",
-    "sentencepiece.bpe.model",
-)
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+    "spm.model", "sentencepiece.bpe.model", "sentencepiece.model", "prophetnet.tokenizer", "tekken.json",
+    "vocab-src.json", "source.spm", "byte_maps.json", "spm_char.model",
+)  # fmt: skip
 """One of these stands beside every model that has a tokenizer."""
 PIECE = 1 << 20  # characters that are tokenized at once: tokenizers take some ninety times a text's own bytes
 SHORTEST = 8  # tokens of a text in which there is anything to read beside special ones
@@ -32,21 +27,50 @@ def has_tokenizer(folder: Path) -> bool:
 def check_tokenizer(folder: Path, address: str | None = None) -> None:
     """SourceError if no tokenizer lies beside the model; `address` is what a person calls it, None for the folder."""
     if not has_tokenizer(folder):
-        raise SourceError(
-            f"{address or folder} has no tokenizer. Copy the tokenizer files of the original model into its folder."
-        )
+        raise _none(address or folder)
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in `folder`; SourceError if there is none, or none that can be loaded."""
+def load_tokenizer(source: str | Path, **where: Any) -> Any:
+    """The tokenizer of a folder or a Hub id; SourceError if there is none, or none that can be loaded.
+
+    where: keywords of from_pretrained that say where files come from.
+    """
     import transformers
 
-    check_tokenizer(folder)
+    if not where.get("gguf_file") and Path(source).is_dir():
+        check_tokenizer(Path(source) / where.get("subfolder", ""), str(source))
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        found = transformers.AutoTokenizer.from_pretrained(source, **where)
     except Exception as error:  # whatever a file can make a tokenizer raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise SourceError(f"The tokenizer of {folder} cannot be loaded: {reason}. Download it again.") from error
+        if not tokenizer_is_there(source, where):
+            raise _none(source) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].strip(" .")
+        if isinstance(error, TypeError) or reason.endswith(
+            ":"
+        ):  # of a vocabulary whose name is None, or a list cut off
+            reason = "files that belong to it are not there"
+        raise SourceError(f"The tokenizer of {source} cannot be loaded: {reason}. Download it again.") from error
+    if not tokenizer_is_there(source, where):  # transformers invents an empty one
+        raise _none(source)
+    return found
+
+
+def tokenizer_is_there(source: str | Path, where: dict[str, Any]) -> bool:
+    """Whether any file of a tokenizer lies in the folder, or was fetched from the Hub when the tokenizer was loaded."""
+    inside = where.get("subfolder") or ""
+    if where.get("gguf_file"):
+        return True
+    if Path(source).is_dir():
+        return has_tokenizer(Path(source) / inside)
+    from huggingface_hub import try_to_load_from_cache
+
+    options = {key: where[key] for key in ("cache_dir", "revision") if where.get(key) is not None}
+    names = [f"{inside}/{file}" if inside else file for file in TOKENIZER_FILES]
+    return any(isinstance(try_to_load_from_cache(str(source), name, **options), str) for name in names)
+
+
+def _none(source: str | Path) -> SourceError:
+    return SourceError(f"{source} has no tokenizer. Copy the tokenizer files of the original model into its folder.")
 
 
 def frame(tokenizer: Any) -> tuple[list[int], list[int]]:

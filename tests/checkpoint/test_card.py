@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -97,12 +98,34 @@ def test_a_card_without_our_snippet_is_left_alone(tmp_path: Path) -> None:
         ("BertModel", "AutoModel"),
         ("BartForConditionalGeneration", "AutoModelForSeq2SeqLM"),
         ("BertForSequenceClassification", "AutoModelForSequenceClassification"),
+        ("BertForMaskedLM", "AutoModelForMaskedLM"),
+        ("BertForMultipleChoice", "AutoModelForMultipleChoice"),
+        ("T5EncoderModel", "AutoModelForTextEncoding"),
+        ("ViTForImageClassification", "AutoModelForImageClassification"),
+        ("WhisperForConditionalGeneration", "AutoModelForSpeechSeq2Seq"),
+        ("Wav2Vec2ForCTC", "AutoModelForCTC"),
+        ("Qwen2VLForConditionalGeneration", "AutoModelForImageTextToText"),
     ],
 )
 def test_the_snippet_names_the_auto_class(architecture: str, auto: str, tmp_path: Path) -> None:
     write_card(tmp_path, report(architecture=architecture), {}, place="out")
     assert f"import {auto}\n" in snippets(tmp_path)[1]
     assert f"{auto}.from_pretrained(" in snippets(tmp_path)[1]
+
+
+def test_what_loads_only_with_the_package_says_so(tmp_path: Path) -> None:
+    own = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    for config, says, trusts in (
+        ({"architectures": ["OwnModel"], "auto_map": own}, "has a configuration of its own", True),
+        ({"architectures": ["GPT2DoubleHeadsModel"], "model_type": "gpt2"}, "no Auto class", False),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        write_card(tmp_path, report(), {}, place="out")
+        (snippet,) = snippets(tmp_path)
+        assert says in (tmp_path / "README.md").read_text()
+        assert ("trust_remote_code=True" in snippet) == trusts
+        address_card(tmp_path, "user/later")
+        assert 'load("user/later"' in snippets(tmp_path)[0]
 
 
 @pytest.mark.parametrize("text", ["", "# No block\n", "---\n: [\n---\n", "---\n- a list\n---\n", "---\nlicense: mit\n"])
