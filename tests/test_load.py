@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -148,31 +147,6 @@ def test_a_variant_is_read_by_all_and_several_are_refused(compressed: Any, tmp_p
         losparse_cli.load(tmp_path / "again")
 
 
-OFFLINE = """
-import logging, sys
-import losparse_cli
-try:
-    losparse_cli.load("user/no-such-model", **({"local_files_only": True} if sys.argv[1] == "local" else {}))
-except losparse_cli.errors.SourceError as error:
-    print(error)
-"""
-
-
-@pytest.mark.parametrize(
-    ("how", "environment", "says"),
-    [("set", {"HF_HUB_OFFLINE": "1"}, "unset HF_HUB_OFFLINE"),
-     ("set", {"TRANSFORMERS_OFFLINE": "1"}, "unset TRANSFORMERS_OFFLINE"),
-     ("local", {"HF_HUB_OFFLINE": "0"}, "local_files_only")],
-)  # fmt: skip
-def test_why_the_hub_was_not_asked(how: str, environment: dict[str, str], says: str) -> None:
-    around = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
-    done = subprocess.run(
-        [sys.executable, "-c", OFFLINE, how], capture_output=True, text=True, env={**around, **environment}, timeout=300
-    )
-    assert says in done.stdout
-    assert "Retry" not in done.stdout + done.stderr
-
-
 # --- where losparse is not installed ----------------------------------------------------------------
 
 WITHOUT_LOSPARSE = """
@@ -288,7 +262,7 @@ def shipped(compressed: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         both = hasattr(output, "start_logits")
         logits = torch.stack((output.start_logits, output.end_logits)) if both else output.logits
         auto = AUTO[next(suffix for suffix in AUTO if TOYS[name][0].endswith(suffix))]
-        with_package, snippet = snippets(folder)
+        with_package, snippet = (text.replace(f'"{folder.name}"', repr(str(folder))) for text in snippets(folder))
         scope: dict[str, Any] = {}
         exec(with_package, scope)
         assert type(scope["model"]) is type(model)
