@@ -494,7 +494,7 @@ def test_eval_as_json_is_what_the_function_returns(
 
 def test_eval_refuses_in_a_sentence(toy: Callable[..., Path], file: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("short")
-    for path, said in (("absent.txt", "is not there"), ("short.txt", "fewer than one window")):
+    for path, said in (("absent.txt", "There is no file absent.txt"), ("short.txt", "fewer than one window")):
         ended = losparse("eval", toy("llama", tokenizer=True), "--text", path, "--length", 24, cwd=tmp_path)
         assert ended.code == 2
         assert said in ended.complaint
