@@ -109,4 +109,4 @@ def test_an_export_is_dense_without_being_asked_and_speaks_json(tmp_path: Path) 
     assert json.loads(ended.out) == {"output": str(tmp_path / "dense")}
     assert ended.err == ""
     done("export", tmp_path / "out", "--dense", "-o", tmp_path / "asked")
-    assert toys.digests(tmp_path / "asked") == toys.digests(tmp_path / "dense")
+    assert toys.tensor_bytes(tmp_path / "asked") == toys.tensor_bytes(tmp_path / "dense")
