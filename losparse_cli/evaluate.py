@@ -17,12 +17,13 @@ from .evaluation.evaluation import Evaluation, Protocol, with_figures
 from .evaluation.harness import HarnessEvaluation, evaluate_harness
 from .evaluation.memory import fit_together
 from .evaluation.models import DTYPES, check_choice, dtype_of, open_models
-from .evaluation.scores import Estimate, Scores, Sums, Vector, compare, embed, exponential, score
+from .evaluation.scores import Scores, Sums, Vector, compare, embed, exponential, score
 from .evaluation.task_evaluation import TaskEvaluation, evaluate_task
 from .evaluation.windows import Cut, Line, Window, cut, lines
 from .load import load
 from .models.device import find_device, release
 from .models.reading import TEXT_MODELS, require_text, text_alone
+from .tasks.paired import Estimate
 from .text.files import find_file, read_pieces
 from .text.tokenizer import check_tokens, length_limit
 

@@ -21,10 +21,11 @@ from torch import Tensor
 from losparse_cli.errors import OutputError, SourceError, UsageError
 from losparse_cli.evaluate import Evaluation, evaluate, perplexity
 from losparse_cli.evaluation import memory
-from losparse_cli.evaluation.scores import Estimate, Scores, compare, exponential, mean
+from losparse_cli.evaluation.scores import Scores, compare, exponential, mean
 from losparse_cli.evaluation.windows import Window, cut, lines
 from losparse_cli.load import load
 from losparse_cli.models import device as room
+from losparse_cli.tasks.paired import Estimate
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen.\n" * 8
 OPTIONS: dict[str, Any] = {"length": 24, "device": "cpu"}

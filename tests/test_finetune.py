@@ -30,7 +30,7 @@ from losparse_cli.finetuning.prepare import Silent, prepare_finetuning
 from losparse_cli.finetuning.pruner import Pruning
 from losparse_cli.finetuning.request import Finetuning
 from losparse_cli.finetuning.trainer import FinetuneTrainer, Step, last_state
-from losparse_cli.tasks.task import open_task
+from losparse_cli.tasks.kinds import open_task
 from losparse_cli.verify import verify
 from tests.finetuning.learners import LEARNERS, request_for, write_learner
 

@@ -12,7 +12,7 @@ from .console import Console, size
 
 if TYPE_CHECKING:
     from ..evaluate import Evaluation, HarnessEvaluation, TaskEvaluation
-    from ..evaluation.scores import Estimate
+    from ..tasks.paired import Estimate
 
 
 def show_evaluation(out: Console, found: Evaluation) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .scores import Estimate, Sums, exponential, mean
+from ..tasks.paired import Estimate
+from .scores import Sums, exponential, mean
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .paired import Sampled, over_resamples, over_rows
-from .scores import Estimate
+from ..tasks.paired import Estimate, Sampled, over_resamples, over_rows
 
 RESAMPLES = 200  # of a score that is no mean over documents: the harness's own, of whole texts, may take long
 SEED = 1234  # as the harness's own

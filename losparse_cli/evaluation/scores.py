@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tasks.paired import Estimate
 from .windows import Line, Window
 
 ROWS = 64  # predictions that are compared at once: a vocabulary may have 262,144 tokens
@@ -69,14 +70,6 @@ class Sums:
     kl: float = 0.0
     agree: int = 0
     cosine: float = 0.0
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure and its standard error, which is None where there is a single independent unit."""
-
-    value: float
-    error: float | None
 
 
 def score(model: Any, window: Window) -> Scores:

@@ -13,14 +13,13 @@ from ..checkpoint.source import Checkpoint
 from ..errors import UsageError
 from ..load import load
 from ..models.device import find_device, memory_errors, release
+from ..tasks.kinds import open_task
+from ..tasks.paired import RESAMPLES, Estimate
 from ..tasks.request import TaskRequest
 from ..tasks.rows import Rows, read_rows
-from ..tasks.task import open_task
+from ..tasks.task import Judged
 from .evaluation import plain
 from .models import DTYPES, check_batch_size, check_choice, dtype_of, open_models
-from .paired import RESAMPLES
-from .scores import Estimate
-from .task_scores import Judged, judge
 
 OnItem = Callable[[str, int], None]
 """(the model's name, how many items there are in all), as each of them is done"""
@@ -165,10 +164,11 @@ class _Run:
             heard = done
 
         with memory_errors("Lower --batch-size."):
-            judged = judge(
-                task, model.to(self.device), tokenizer, features, batch_size=self.batch_size, device=self.device,
-                seed=self.request.seed, on_batch=hear,
+            predicted = task.predict(
+                model.to(self.device), tokenizer, features, batch_size=self.batch_size, device=self.device,
+                on_batch=hear,
             )  # fmt: skip
+            judged = task.judge(predicted, features)
         return judged, task.main_score, dtype_of(model)
 
 

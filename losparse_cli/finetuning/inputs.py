@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..calibration.moments import gather_moments
 from ..models.blocks import Call
-from .trainer import LABELS
+from ..tasks.tokens import LABELS
 
 TOKENS = 1 << 15  # that are looked at
 AT_ONCE = 1 << 11  # tokens of one pass

@@ -26,9 +26,9 @@ from ..load import load
 from ..models.device import find_device
 from ..models.skeleton import Skeleton, classify
 from ..shim.layouts import LayerSpec
+from ..tasks.kinds import open_task
 from ..tasks.request import TaskRequest
 from ..tasks.rows import read_rows
-from ..tasks.task import open_task
 from ..text.tokenizer import check_tokenizer
 from .conversion import compressed_layers, start_compressed, start_dense, trained_layers
 from .inputs import input_moments

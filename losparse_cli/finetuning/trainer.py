@@ -21,11 +21,11 @@ from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ..errors import TrainingError, UsageError
+from ..tasks.tokens import LABELS
 from .distillation import distance
 from .pruner import Pruner
 from .request import Finetuning
 
-LABELS = ("labels", "start_positions", "end_positions")
 LAST_FILE = "trainer_state.json"
 """Of a state that Trainer saves, the file that it writes last."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,9 @@ from ..errors import UsageError
 from ..text.files import pieces_of
 from ..text.tokenizer import PIECE, check_tokens, frame, tokenize
 from .columns import columns_of, texts
+from .paired import RESAMPLES, exponential_of_mean, over_rows
 from .rows import Rows
-from .task import Collate, Features, Progress, Task, passes, scoring
+from .task import Collate, Features, Judged, Task, scoring
 from .tokens import chunks, length_of
 
 LENGTH = 1024  # tokens of a window, if nothing else is asked for and the model takes as many
@@ -85,30 +86,20 @@ class CausalLM(Task):
 
         return collate
 
-    def predict(
-        self, model: Any, tokenizer: Any, features: Features, *, batch_size: int, device: torch.device,
-        on_batch: Progress | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Mean loss of every window in nats a token, in order: (windows,), float64, on the CPU."""
-        found = torch.zeros(len(features), dtype=torch.float64)
-        with scoring(model):
-            for indices, batch in passes(
-                self, model, tokenizer, features, batch_size=batch_size, device=device, on_batch=on_batch,
-                without=["labels"],
-            ):  # fmt: skip
-                logits = model(**batch, use_cache=False).logits
-                for k, ids, rows in zip(indices, batch["input_ids"], logits, strict=True):
-                    # A window at a time: in float32 the logits of a large vocabulary are larger than the model's.
-                    found[k] = functional.cross_entropy(rows[:-1].float(), ids[1:], reduction="none").double().mean()
-        return found
+    def say(self, model: Any, tokenizer: Any, batch: dict[str, Tensor]) -> Iterable[Any]:
+        """The mean loss of each window in nats a token, float64, on the CPU."""
+        logits = model(**batch, use_cache=False).logits
+        # A window at a time: in float32 the logits of a large vocabulary are larger than the model's.
+        for ids, rows in zip(batch["input_ids"], logits, strict=True):
+            yield functional.cross_entropy(rows[:-1].float(), ids[1:], reduction="none").double().mean().cpu()
 
-    def score(
-        self, model: Any, tokenizer: Any, features: Features, *, batch_size: int, device: torch.device,
-        on_batch: Progress | None = None,
-    ) -> dict[str, float]:  # fmt: skip
-        losses = self.predict(model, tokenizer, features, batch_size=batch_size, device=device, on_batch=on_batch)
-        loss = float(losses.mean())
-        return {"loss": loss, "perplexity": math.exp(loss) if not loss >= 700 else math.inf}
+    def gather(self, said: list[Any], tokenizer: Any, features: Features) -> Tensor:
+        """(windows,)"""
+        return torch.stack(said)
+
+    def judge(self, predicted: Tensor, features: Features, *, resamples: int = RESAMPLES) -> Judged:
+        scores = {"perplexity": exponential_of_mean(predicted), "loss": over_rows(predicted)}
+        return Judged(scores, "windows", len(predicted), torch.stack([item["input_ids"] for item in features.items]))
 
 
 def _tokens(text: str, tokenizer: Any) -> np.ndarray[Any, Any]:

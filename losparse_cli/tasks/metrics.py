@@ -9,11 +9,12 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import MissingExtraError
 
-ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+ROUGE = ("rougeL", "rouge1", "rouge2", "rougeLsum")
 _PACKAGES = {"torchmetrics": "torchmetrics", "rouge_score": "rouge-score"}
 """Module -> package."""
 
@@ -25,7 +26,7 @@ def check_installed(module: str) -> None:
 
 
 def classification(predicted: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
-    """accuracy, f1 and matthews of class numbers, (rows,) each, by torchmetrics.
+    """f1 and matthews of class numbers, (rows,) each, by torchmetrics.
 
     f1 is that of class 1 where there are two, as in GLUE, else the mean over the classes that occur.
     """
@@ -38,11 +39,7 @@ def classification(predicted: Tensor, labels: Tensor, classes: int) -> dict[str,
     # Of two classes torchmetrics gives a model that always says the same one 0.58 at times, where the coefficient is
     # undefined and by convention 0; a third class that never occurs changes nothing else.
     matthews = metrics.multiclass_matthews_corrcoef(predicted, labels, max(classes, 3))
-    return {
-        "accuracy": float(metrics.multiclass_accuracy(predicted, labels, classes, average="micro")),
-        "f1": float(f1),
-        "matthews": float(matthews),
-    }
+    return {"f1": float(f1), "matthews": float(matthews)}
 
 
 def regression(predicted: Tensor, labels: Tensor) -> dict[str, float]:
@@ -57,25 +54,30 @@ def regression(predicted: Tensor, labels: Tensor) -> dict[str, float]:
     return {name: value if math.isfinite(value) else 0.0 for name, value in found.items()}
 
 
-def squad(predicted: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
-    """exact_match and f1 of SQuAD, by torchmetrics: of several answers the best one counts, of none the empty text."""
+def squad(predicted: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, Tensor]:
+    """f1 and exact_match of every row, (rows,), float64, by torchmetrics.
+
+    Of several answers the best one counts, of none the empty text.
+    """
     metrics = _load("torchmetrics.functional.text.squad")
-    given = [{"id": str(k), "prediction_text": text} for k, text in enumerate(predicted)]
-    right = [
-        {"id": str(k), "answers": {"text": list(texts) or [""], "answer_start": [0] * max(1, len(texts))}}
-        for k, texts in enumerate(answers)
+    found = [
+        metrics.squad(
+            {"id": "", "prediction_text": text},
+            {"id": "", "answers": {"text": list(right) or [""], "answer_start": [0] * max(1, len(right))}},
+        )
+        for text, right in zip(predicted, answers, strict=True)
     ]
-    return {name: float(value) / 100 for name, value in metrics.squad(given, right).items()}
+    return {name: torch.tensor([float(one[name]) / 100 for one in found]).double() for name in ("f1", "exact_match")}
 
 
-def rouge(predicted: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
-    """Mean F of ROUGE-1, -2, -L and -Lsum with stemming, by rouge_score.
+def rouge(predicted: Sequence[str], targets: Sequence[str]) -> dict[str, Tensor]:
+    """F of ROUGE-L, -1, -2 and -Lsum of every row with stemming, (rows,), float64, by rouge_score.
 
     For rougeLsum a sentence is a line, as rouge_score has it. It reads Latin letters and digits alone.
     """
     scorer = _load("rouge_score.rouge_scorer").RougeScorer(list(ROUGE), use_stemmer=True)
     scores = [scorer.score(right, text) for text, right in zip(predicted, targets, strict=True)]
-    return {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in ROUGE}
+    return {name: torch.tensor([score[name].fmeasure for score in scores], dtype=torch.float64) for name in ROUGE}
 
 
 def _load(module: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,13 @@ from torch import Tensor
 from ..errors import UsageError
 from . import metrics
 from .columns import columns_of, texts
+from .paired import RESAMPLES, over_rows
 from .rows import Rows
 from .spans import Window, best_span, cut_windows, find_span
-from .task import Collate, Features, Progress, Task, passes, scoring
-from .tokens import check_items, chunks, length_of, pad, settle_padding
+from .task import Collate, Features, Judged, Task
+from .tokens import LABELS, check_items, chunks, length_of, pad, settle_padding
 
 LENGTH = 384  # tokens of a question and a part of its context, as is usual for SQuAD
-_LABELS = ["start_positions", "end_positions"]
 
 
 class QuestionAnswering(Task):
@@ -79,7 +80,7 @@ class QuestionAnswering(Task):
                     where.append(k)
                     if training:
                         label = _label(window, answers[k], contexts[k], rows, k, tokenizer)
-                        window.inputs.update(zip(_LABELS, label, strict=True))
+                        window.inputs.update(zip(LABELS[1:], label, strict=True))
                     else:
                         offsets.append(window.offsets)
         check_items(items, model)
@@ -89,37 +90,26 @@ class QuestionAnswering(Task):
         settle_padding(tokenizer, model.config)
 
         def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
-            labels = {name: torch.tensor([item[name] for item in items]) for name in _LABELS if name in items[0]}
-            return {**pad(tokenizer, model, items, leave=_LABELS), **labels}
+            labels = {name: torch.tensor([item[name] for item in items]) for name in LABELS if name in items[0]}
+            return {**pad(tokenizer, model, items), **labels}
 
         return collate
 
-    def predict(
-        self, model: Any, tokenizer: Any, features: Features, *, batch_size: int, device: torch.device,
-        on_batch: Progress | None = None,
-    ) -> list[str]:  # fmt: skip
-        """The answer to every row, in the order of the rows; of features that were not prepared for training."""
-        logits: list[tuple[Any, Any]] = [(None, None)] * len(features)
-        with scoring(model):
-            for indices, batch in passes(
-                self, model, tokenizer, features, batch_size=batch_size, device=device, on_batch=on_batch,
-                without=_LABELS,
-            ):  # fmt: skip
-                output = model(**batch)
-                starts, ends = output.start_logits.float().cpu().numpy(), output.end_logits.float().cpu().numpy()
-                for k, start, end in zip(indices, starts, ends, strict=True):
-                    tokens = len(features[k]["input_ids"])
-                    logits[k] = start[:tokens], end[:tokens]
-        return self.pick(features, tokenizer, logits)
+    def say(self, model: Any, tokenizer: Any, batch: dict[str, Tensor]) -> Iterable[Any]:
+        """(start, end) logits of each item, each (tokens,), float32, without padding."""
+        output, lengths = model(**batch), batch["attention_mask"].sum(1).tolist()
+        starts, ends = output.start_logits.float().cpu().numpy(), output.end_logits.float().cpu().numpy()
+        for start, end, length in zip(starts, ends, lengths, strict=True):
+            yield start[:length], end[:length]
 
-    def pick(self, features: Features, tokenizer: Any, logits: list[tuple[Any, Any]]) -> list[str]:
-        """The answer to every row by (start, end) logits of every item, each (tokens,) without padding."""
+    def gather(self, said: list[Any], tokenizer: Any, features: Features) -> list[str]:
+        """The answer to every row; of features that were not prepared for training."""
         may_be_none = not all(self.answers(features.rows))
         contexts = [row[self._columns(features.rows)["context_column"]] or "" for row in features.rows.rows]
         best = [("", -np.inf)] * len(features.rows)
         none = [np.inf] * len(features.rows)
         for item, row, offsets, (start, end) in zip(
-            features.items, features.where, features.offsets, logits, strict=True
+            features.items, features.where, features.offsets, said, strict=True
         ):
             first = null_position(item["input_ids"], tokenizer)
             none[row] = min(none[row], float(start[first] + end[first]))
@@ -130,12 +120,10 @@ class QuestionAnswering(Task):
             "" if may_be_none and null > score else text for (text, score), null in zip(best, none, strict=True)
         ]  # fmt: skip
 
-    def score(
-        self, model: Any, tokenizer: Any, features: Features, *, batch_size: int, device: torch.device,
-        on_batch: Progress | None = None,
-    ) -> dict[str, float]:  # fmt: skip
-        predicted = self.predict(model, tokenizer, features, batch_size=batch_size, device=device, on_batch=on_batch)
-        return metrics.squad(predicted, [[text for text, _ in pairs] for pairs in self.answers(features.rows)])
+    def judge(self, predicted: list[str], features: Features, *, resamples: int = RESAMPLES) -> Judged:
+        answers = [[text for text, _ in pairs] for pairs in self.answers(features.rows)]
+        scores = {name: over_rows(values) for name, values in metrics.squad(predicted, answers).items()}
+        return Judged(scores, "rows", len(answers))
 
     def _columns(self, rows: Rows) -> dict[str, str]:
         return columns_of(self.request, rows.columns, rows.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from ..errors import UsageError
 from ..text.tokenizer import positions
 from . import metrics
 from .columns import columns_of, texts
+from .paired import RESAMPLES, over_rows
 from .request import TaskRequest
 from .rows import Rows
-from .task import Collate, Features, Progress, Task, passes, scoring
+from .task import Collate, Features, Judged, Task
 from .tokens import IGNORED, check_items, chunks, length_of, pad, settle_padding
 
 LENGTH = 1024  # tokens of a text, if nothing else is asked for and the model takes as many
@@ -88,42 +90,29 @@ class Seq2Seq(Task):
             written = [torch.tensor(item["labels"]) for item in items]
             labels = pad_sequence(written, batch_first=True, padding_value=IGNORED)
             decoder = {} if shift is None else {"decoder_input_ids": shift(labels=labels)}
-            return {**pad(tokenizer, model, items, leave=["labels"]), "labels": labels, **decoder}
+            return {**pad(tokenizer, model, items), "labels": labels, **decoder}
 
         return collate
 
-    def predict(
-        self, model: Any, tokenizer: Any, features: Features, *, batch_size: int, device: torch.device,
-        on_batch: Progress | None = None,
-    ) -> list[str]:  # fmt: skip
-        """What the model writes for every row, in the order of the rows."""
+    def say(self, model: Any, tokenizer: Any, batch: dict[str, Tensor]) -> Iterable[Any]:
+        """What the model writes for each row."""
         limit = positions(model, decoder=True)
         # The token that a decoder begins with takes a place, too.
         tokens = min(self.request.max_target_length, self.request.max_target_length if limit is None else limit - 1)
-        found = [""] * len(features)
-        with scoring(model):
-            for indices, batch in passes(
-                self, model, tokenizer, features, batch_size=batch_size, device=device, on_batch=on_batch,
-                without=["labels", "decoder_input_ids"],
-            ):  # fmt: skip
-                ids = model.generate(
-                    **batch, num_beams=self.request.num_beams, do_sample=False, max_new_tokens=tokens, max_length=None
-                )
-                for k, text in zip(indices, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
-                    found[k] = text
-        return found
+        read = {name: tensor for name, tensor in batch.items() if name != "decoder_input_ids"}
+        ids = model.generate(
+            **read, num_beams=self.request.num_beams, do_sample=False, max_new_tokens=tokens, max_length=None
+        )
+        written: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return written
 
-    def score(
-        self, model: Any, tokenizer: Any, features: Features, *, batch_size: int, device: torch.device,
-        on_batch: Progress | None = None,
-    ) -> dict[str, float]:  # fmt: skip
-        written = self.predict(model, tokenizer, features, batch_size=batch_size, device=device, on_batch=on_batch)
+    def judge(self, predicted: list[str], features: Features, *, resamples: int = RESAMPLES) -> Judged:
         targets = self.targets(features.rows)
-        found = metrics.rouge(written, targets)
+        values = metrics.rouge(predicted, targets)
         if self.name == "seq2seq":
-            same = sum(text.strip() == target.strip() for text, target in zip(written, targets, strict=True))
-            found["exact_match"] = same / len(targets)
-        return found
+            same = [text.strip() == target.strip() for text, target in zip(predicted, targets, strict=True)]
+            values["exact_match"] = torch.tensor(same)
+        return Judged({name: over_rows(each) for name, each in values.items()}, "rows", len(targets))
 
     def _texts(self, rows: Rows, field: str) -> list[str]:
         column = columns_of(self.request, rows.columns, rows.name)[field]

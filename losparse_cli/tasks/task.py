@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .metrics import check_installed
+from .paired import RESAMPLES, Sampled
 from .request import TaskRequest
 from .rows import Rows
+from .tokens import LABELS
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
-Progress = Callable[[int, int], None]
+OnBatch = Callable[[int, int], None]
 """(items done, items in all)"""
 
 
@@ -43,10 +44,24 @@ class Features(Dataset[dict[str, Any]]):
         return self.items[index]
 
 
+@dataclass(frozen=True)
+class Judged:
+    """scores: by name, the task's main one first. unit, units: what they are means over, and how many there are.
+
+    truth: what the rows ask of the model, which another must be asked, too, to be compared; None if the rows alone
+    decide on it.
+    """
+
+    scores: dict[str, Sampled]
+    unit: str
+    units: int
+    truth: Tensor | None = None
+
+
 class Task(ABC):
     """How rows become features, and how a model is scored on them.
 
-    main_score: the key of what `score` returns by which models are compared. larger_is_better: so it is with that one.
+    main_score: the key of its scores by which models are compared. larger_is_better: so it is with that one.
     Where the rows decide on them (text-classification), both hold once config_changes, check or prepare has seen some.
     """
 
@@ -89,53 +104,48 @@ class Task(ABC):
         """Items -> a batch, padded to its longest, on the CPU."""
 
     @abstractmethod
-    def score(
-        self, model: Any, tokenizer: Any, features: Features, *, batch_size: int, device: torch.device,
-        on_batch: Progress | None = None,
-    ) -> dict[str, float]:  # fmt: skip
-        """Scores by name, shares and correlations as fractions of 1. The model is on `device`, and stays in its mode.
+    def say(self, model: Any, tokenizer: Any, batch: dict[str, Tensor]) -> Iterable[Any]:
+        """What the model says of each item of a batch without labels; it is within `scoring`."""
 
-        `on_batch` is told (items done, items in all). MissingExtraError without the packages that compute them.
+    def gather(self, said: list[Any], tokenizer: Any, features: Features) -> Any:
+        """What the model says of the rows, from what it says of every item."""
+        return said
+
+    @abstractmethod
+    def judge(self, predicted: Any, features: Features, *, resamples: int = RESAMPLES) -> Judged:
+        """Scores of what `predict` returned; shares and correlations as fractions of 1.
+
+        A score that belongs to no single row varies as on `resamples` of the rows, drawn by the request's seed; with 0
+        of them it is its value alone. MissingExtraError without the packages that compute them.
         """
 
+    def predict(
+        self, model: Any, tokenizer: Any, features: Features, *, batch_size: int, device: torch.device,
+        on_batch: OnBatch | None = None,
+    ) -> Any:  # fmt: skip
+        """What the model, on `device`, says of the rows; it stays in its mode. `on_batch` is told how far it is."""
+        collate = self.collator(tokenizer, model)
+        said: list[Any] = [None] * len(features)
+        # The longest first: if memory runs out it does so at once. Items of like length together save padding, too.
+        order = sorted(range(len(features)), key=lambda k: -len(features[k]["input_ids"]))
+        with scoring(model):
+            for start in range(0, len(order), batch_size):
+                indices = order[start : start + batch_size]
+                batch = {
+                    name: tensor.to(device)
+                    for name, tensor in collate([features[k] for k in indices]).items()
+                    if name not in LABELS
+                }
+                for k, one in zip(indices, self.say(model, tokenizer, batch), strict=True):
+                    said[k] = one
+                if on_batch is not None:
+                    on_batch(start + len(indices), len(order))
+        return self.gather(said, tokenizer, features)
 
-def open_task(request: TaskRequest) -> Task:
-    """The task that was asked for; MissingExtraError without the package that computes its scores."""
-    from .causal_lm import CausalLM
-    from .question_answering import QuestionAnswering
-    from .seq2seq import Seq2Seq
-    from .text_classification import TextClassification
-
-    kinds: dict[str, type[Task]] = {
-        "text-classification": TextClassification,
-        "question-answering": QuestionAnswering,
-        "summarization": Seq2Seq,
-        "seq2seq": Seq2Seq,
-        "causal-lm": CausalLM,
-    }
-    kind = kinds[request.task]
-    if kind.scored_by is not None:
-        check_installed(kind.scored_by)
-    return kind(request)
-
-
-def passes(
-    task: Task, model: Any, tokenizer: Any, features: Features, *, batch_size: int, device: torch.device,
-    on_batch: Progress | None, without: Sequence[str],
-) -> Iterator[tuple[list[int], dict[str, Tensor]]]:  # fmt: skip
-    """(indices of items, their batch on `device`), items of like length together, the longest first.
-
-    `without`: names that are left out. To be run within `scoring`.
-    """
-    collate = task.collator(tokenizer, model)
-    # The longest first: if memory runs out it does so at once. It saves padding, too.
-    order = sorted(range(len(features)), key=lambda k: -len(features[k]["input_ids"]))
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        batch = collate([features[k] for k in indices])
-        yield indices, {name: tensor.to(device) for name, tensor in batch.items() if name not in without}
-        if on_batch is not None:
-            on_batch(start + len(indices), len(order))
+    def score(self, model: Any, tokenizer: Any, features: Features, **how: Any) -> dict[str, float]:
+        """Scores by name, as `judge` has them; `how` as in `predict`."""
+        judged = self.judge(self.predict(model, tokenizer, features, **how), features, resamples=0)
+        return {name: score.value for name, score in judged.scores.items()}
 
 
 @contextmanager

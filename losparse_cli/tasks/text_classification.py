@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 from ..errors import UsageError
 from . import metrics
 from .columns import columns_of, texts
+from .paired import RESAMPLES, over_resamples, over_rows
 from .request import TaskRequest
 from .rows import Rows
-from .task import Collate, Features, Progress, Task, passes, scoring
+from .task import Collate, Features, Judged, Task
 from .tokens import check_items, chunks, length_of, pad, settle_padding
 
 LENGTH = 512  # tokens of an input, if nothing else is asked for and the model takes as many
@@ -99,38 +101,31 @@ class TextClassification(Task):
 
         def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
             labels = torch.tensor([item["labels"] for item in items])
-            return {**pad(tokenizer, model, items, leave=["labels"]), "labels": labels}
+            return {**pad(tokenizer, model, items), "labels": labels}
 
         return collate
 
-    def predict(
-        self, model: Any, tokenizer: Any, features: Features, *, batch_size: int, device: torch.device,
-        on_batch: Progress | None = None,
-    ) -> Tensor:  # fmt: skip
-        """The logits of every row, in the order of the rows: (rows, labels), float32, on the CPU."""
-        found: list[Tensor] = [torch.empty(0)] * len(features)
-        with scoring(model):
-            for indices, batch in passes(
-                self, model, tokenizer, features, batch_size=batch_size, device=device, on_batch=on_batch,
-                without=["labels"],
-            ):  # fmt: skip
-                for k, row in zip(indices, model(**batch).logits.float().cpu(), strict=True):
-                    found[k] = row
-        return torch.stack(found)
+    def say(self, model: Any, tokenizer: Any, batch: dict[str, Tensor]) -> Iterable[Any]:
+        """The logits of each row, (labels,), float32, on the CPU."""
+        logits: Tensor = model(**batch).logits.float().cpu()
+        return logits
 
-    def labels(self, features: Features) -> Tensor:
-        """What is right for every row: (rows,), int64 classes, or float32 numbers of a regression."""
-        return torch.tensor([item["labels"] for item in features.items])
+    def gather(self, said: list[Any], tokenizer: Any, features: Features) -> Tensor:
+        """(rows, labels)"""
+        return torch.stack(said)
 
-    def score(
-        self, model: Any, tokenizer: Any, features: Features, *, batch_size: int, device: torch.device,
-        on_batch: Progress | None = None,
-    ) -> dict[str, float]:  # fmt: skip
-        logits = self.predict(model, tokenizer, features, batch_size=batch_size, device=device, on_batch=on_batch)
-        labels = self.labels(features)
-        if labels.is_floating_point():
-            return metrics.regression(logits[:, 0], labels)
-        return metrics.classification(logits.argmax(-1), labels, logits.shape[-1])
+    def judge(self, predicted: Tensor, features: Features, *, resamples: int = RESAMPLES) -> Judged:
+        labels = torch.tensor([item["labels"] for item in features.items])
+        classes = predicted.argmax(-1)
+
+        def of(rows: Tensor) -> dict[str, float]:
+            if labels.is_floating_point():
+                return metrics.regression(predicted[rows, 0], labels[rows])
+            return metrics.classification(classes[rows], labels[rows], predicted.shape[-1])
+
+        scores = {} if labels.is_floating_point() else {"accuracy": over_rows(classes == labels)}
+        scores |= over_resamples(of, len(labels), seed=self.request.seed, count=resamples)
+        return Judged(scores, "rows", len(labels), labels)
 
     def _label_column(self, rows: Rows) -> str:
         return columns_of(self.request, rows.columns, rows.name)["label_column"]

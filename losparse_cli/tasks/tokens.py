@@ -13,6 +13,8 @@ from ..text.tokenizer import check_tokens, length_limit
 
 CHUNK = 1000  # texts that are tokenized at once
 IGNORED = -100  # a label that no loss counts
+LABELS = ("labels", "start_positions", "end_positions")
+"""Of an item or a batch, what is right and not what is read."""
 
 
 def chunks(items: Sequence[Any]) -> Iterable[Sequence[Any]]:
@@ -69,14 +71,14 @@ def check_items(items: Iterable[dict[str, Any]], model: Any, name: str = "input_
     check_tokens(max((int(max(item[name])) for item in items if len(item[name])), default=0), model)
 
 
-def pad(tokenizer: Any, model: Any, items: Sequence[dict[str, Any]], leave: Sequence[str]) -> dict[str, Tensor]:
-    """What the model reads of the items, all but `leave`, each (items, longest), padded on the right.
+def pad(tokenizer: Any, model: Any, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """What the model reads of the items, each (items, longest), padded on the right.
 
     On the right whatever the tokenizer's habit, which is for models that go on writing: so positions start at 0.
     """
     takes = inspect.signature(model.forward).parameters
     segments = "token_type_ids" in takes and getattr(model.config, "type_vocab_size", 2) != 1
-    skipped = {*leave} if segments else {*leave, "token_type_ids"}
+    skipped = {*LABELS} if segments else {*LABELS, "token_type_ids"}
     inputs = [{name: value for name, value in item.items() if name not in skipped} for item in items]
     # A fast tokenizer advises to pad while it tokenizes, which cannot be: batches are made later.
     advice = tokenizer.deprecation_warnings.get("Asking-to-pad-a-fast-tokenizer", False)

@@ -31,9 +31,9 @@ from losparse_cli.linalg.precision import fast_float32
 from losparse_cli.load import load
 from losparse_cli.models.device import peak_memory
 from losparse_cli.refine import refine
+from losparse_cli.tasks.kinds import open_task
 from losparse_cli.tasks.request import TaskRequest
 from losparse_cli.tasks.rows import read_rows
-from losparse_cli.tasks.task import open_task
 from losparse_cli.tasks.text_classification import TextClassification
 
 from .results import LENGTH, Options, add_result, measured, results_of

@@ -16,8 +16,8 @@ from terminal import done, losparse
 from losparse_cli.errors import MissingExtraError, SourceError, UsageError
 from losparse_cli.evaluation import harness
 from losparse_cli.evaluation.harness_scores import differences, estimates
-from losparse_cli.evaluation.scores import Estimate
 from losparse_cli.load import load
+from losparse_cli.tasks.paired import Estimate
 from tests.tasks.made import write_lines
 
 installed = pytest.mark.skipif(harness.find_spec("lm_eval") is None, reason="lm_eval is not installed")

@@ -18,9 +18,9 @@ from terminal import done, losparse
 from losparse_cli.errors import MissingExtraError, SourceError, UsageError
 from losparse_cli.evaluate import TaskEvaluation, evaluate_task
 from losparse_cli.evaluation import task_evaluation
-from losparse_cli.evaluation.scores import Estimate
 from losparse_cli.load import load
 from losparse_cli.tasks import metrics
+from losparse_cli.tasks.paired import Estimate
 from losparse_cli.tasks.request import TaskRequest
 from tests.tasks.made import write_lines
 

@@ -13,8 +13,8 @@ import losparse_cli
 from losparse_cli.finetuning import inputs
 from losparse_cli.finetuning.inputs import input_moments
 from losparse_cli.models.skeleton import classify
+from losparse_cli.tasks.kinds import open_task
 from losparse_cli.tasks.rows import read_rows
-from losparse_cli.tasks.task import open_task
 from tests.finetuning.learners import request_for, write_learner
 
 

@@ -13,7 +13,7 @@ from conftest import LENGTH, VOCABULARY, character_tokenizer, toy_model
 
 from losparse_cli.errors import UsageError
 from losparse_cli.tasks import causal_lm
-from losparse_cli.tasks.task import open_task
+from losparse_cli.tasks.kinds import open_task
 from tests.finetuning.learners import words_tokenizer
 from tests.tasks.made import CPU, Says, bare, request_of, rows_of
 

@@ -12,8 +12,8 @@ import transformers
 from conftest import character_tokenizer, toy_model
 
 from losparse_cli.errors import UsageError
+from losparse_cli.tasks.kinds import open_task
 from losparse_cli.tasks.question_answering import null_position
-from losparse_cli.tasks.task import open_task
 from tests.tasks.made import CPU, Says, bare, encoder_tokenizer, request_of, rows_of
 
 LETTERS = string.ascii_letters  # every character once, so that an answer stands in one place

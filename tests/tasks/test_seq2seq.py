@@ -10,7 +10,7 @@ from conftest import character_tokenizer, toy_model
 from tokenizers import processors
 
 from losparse_cli.errors import UsageError
-from losparse_cli.tasks.task import open_task
+from losparse_cli.tasks.kinds import open_task
 from tests.tasks.made import CPU, Says, bare, encoder_tokenizer, request_of, rows_of
 
 ROWS = rows_of(*({"document": f"doc {'x' * k}", "summary": "word" * k} for k in (3, 1, 4, 2)))

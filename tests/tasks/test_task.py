@@ -1,8 +1,7 @@
-"""What all tasks have in common: how they are opened, and how batches pass through a model."""
+"""What all tasks have in common: how batches pass through a model."""
 
 from __future__ import annotations
 
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,37 +9,8 @@ import pytest
 import torch
 import transformers
 
-from losparse_cli.errors import MissingExtraError
-from losparse_cli.tasks.request import TASKS
-from losparse_cli.tasks.task import open_task
+from losparse_cli.tasks.kinds import open_task
 from tests.tasks.made import CPU, Says, bare, encoder_tokenizer, request_of, rows_of
-
-
-@pytest.mark.parametrize(
-    ("task", "auto", "main", "larger"),
-    [
-        ("text-classification", "AutoModelForSequenceClassification", "accuracy", True),
-        ("question-answering", "AutoModelForQuestionAnswering", "f1", True),
-        ("summarization", "AutoModelForSeq2SeqLM", "rougeL", True),
-        ("seq2seq", "AutoModelForSeq2SeqLM", "rougeL", True),
-        ("causal-lm", "AutoModelForCausalLM", "perplexity", False),
-    ],
-)
-def test_a_task_names_its_class_and_its_score(task: str, auto: str, main: str, larger: bool) -> None:
-    opened = open_task(request_of(task))
-    assert opened.auto_class is getattr(transformers, auto)
-    assert (opened.name, opened.main_score, opened.larger_is_better) == (task, main, larger)
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_a_missing_package_is_said_at_once(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torchmetrics", None)
-    monkeypatch.setitem(sys.modules, "rouge_score", None)
-    if task == "causal-lm":
-        assert open_task(request_of(task)).name == task
-        return
-    with pytest.raises(MissingExtraError, match=r"needs the package '\S+'\. Install it with: pip install 'losparse\["):
-        open_task(request_of(task))
 
 
 def test_scoring_leaves_modes_as_they_were_and_tells_how_far_it_is() -> None:

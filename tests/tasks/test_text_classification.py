@@ -11,7 +11,7 @@ import transformers
 from conftest import TOYS, character_tokenizer, toy_model
 
 from losparse_cli.errors import UsageError
-from losparse_cli.tasks.task import open_task
+from losparse_cli.tasks.kinds import open_task
 from tests.tasks.made import CPU, Says, bare, encoder_tokenizer, request_of, rows_of
 
 
@@ -271,7 +271,7 @@ def test_logits_are_those_of_each_text_alone_in_the_order_of_rows(name: str, sid
             for item in features.items
         ]  # fmt: skip
     torch.testing.assert_close(found, torch.stack(alone), atol=1e-5, rtol=1e-4)
-    assert task.labels(features).tolist() == [k % 3 for k in range(1, 9)]
+    assert [item["labels"] for item in features.items] == [k % 3 for k in range(1, 9)]
 
 
 def test_scores_are_those_of_the_likeliest_class() -> None:

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from losparse_cli.evaluation.paired import RESAMPLES, exponential_of_mean, over_resamples, over_rows
-from losparse_cli.evaluation.scores import Estimate
+from losparse_cli.tasks.paired import RESAMPLES, Estimate, exponential_of_mean, over_resamples, over_rows
 
 
 def mean_of(values: Tensor) -> object:

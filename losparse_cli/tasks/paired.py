@@ -9,9 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .scores import Estimate
-
 RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and its standard error, which is None where there is a single independent unit."""
+
+    value: float
+    error: float | None
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ def exponential_of_mean(values: Tensor) -> Sampled:
 def over_resamples(
     score: Callable[[Tensor], dict[str, float]], rows: int, *, seed: int, count: int = RESAMPLES
 ) -> dict[str, Sampled]:
-    """Scores that belong to no single row, with a bootstrap over rows.
+    """Scores that belong to no single row, with a bootstrap over rows; without draws if `count` is 0.
 
     `score` takes indices of rows, (rows,), int64. The same seed gives two models the same resamples.
     """
