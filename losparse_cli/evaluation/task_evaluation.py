@@ -147,8 +147,8 @@ class _Run:
     def judge(self, checkpoint: Checkpoint) -> tuple[Judged, str, str]:
         """(scores, the main one, dtype); the model is gone afterwards."""
         task = open_task(self.request)
-        head = _Head(task.auto_class, checkpoint, self.request.task)
         options = {"trust_remote_code": True} if self.trust_remote_code else {}
+        head = task.head(checkpoint.address, trained=True)
         model, tokenizer = load(
             checkpoint.folder, model_class=head, dtype=self.dtype or "auto", need_tokenizer=True, **options
         )
@@ -170,35 +170,6 @@ class _Run:
             )  # fmt: skip
             judged = task.judge(predicted, features)
         return judged, task.main_score, dtype_of(model)
-
-
-@dataclass(frozen=True)
-class _Head:
-    """The Auto class of a task, which loads no model whose head it would have to draw at random."""
-
-    auto_class: Any
-    checkpoint: Checkpoint
-    task: str
-
-    def from_pretrained(self, name: str, **options: Any) -> Any:
-        address = self.checkpoint.address
-        try:
-            model, report = self.auto_class.from_pretrained(name, output_loading_info=True, **options)
-        except ValueError as error:
-            if "Unrecognized configuration class" not in str(error):
-                raise
-            kind = self.checkpoint.config.get("model_type", "model of this kind")
-            raise UsageError(
-                f"{address} is a {kind}, for which transformers has no head for {self.task}. Give another model, or "
-                "another --task."
-            ) from error
-        missing = sorted(report["missing_keys"])
-        if missing:
-            raise UsageError(
-                f"{address} has no head for {self.task} ({missing[0]} is not in its files); train it with: "
-                f"losparse finetune {address} --task {self.task}"
-            )
-        return model
 
 
 def _check_alike(mine: Judged, theirs: Judged, ours: Checkpoint, dense: Checkpoint) -> None:

@@ -137,7 +137,7 @@ def prepare_finetuning(
     options = {"trust_remote_code": True} if trust_remote_code else {}
     model, tokenizer = load(
         checkpoint.folder,
-        model_class=opened.auto_class,
+        model_class=opened.head(checkpoint.address, trained=False),
         dtype=torch.float32,
         need_tokenizer=True,
         **options,
@@ -149,6 +149,7 @@ def prepare_finetuning(
             opened.check(part, model.config)
     features = opened.prepare(rows, tokenizer, model, training=True)
     unseen = None if validation is None else opened.prepare(validation, tokenizer, model, training=False)
+    opened.try_out(model, tokenizer, features if unseen is None else unseen)
     dtype = _stored_dtype(checkpoint)
     plan = _plan(model, checkpoint, recipe or Recipe(pattern=PATTERN), dtype, how.pruning.threshold)
     longest = max(len(item["input_ids"]) for part in (features, unseen) if part is not None for item in part.items)

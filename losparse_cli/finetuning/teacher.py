@@ -43,7 +43,8 @@ def find_teacher(
     found = open_checkpoint(name, revision=commit, cache_dir=cache_dir)
     checkpoint.check_vocabulary(found)
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(chosen_precision(how.precision, device))
-    model, _ = load(found.folder, model_class=task.auto_class, dtype=dtype or torch.float32, **options)
+    head = task.head(found.address, trained=True)
+    model, _ = load(found.folder, model_class=head, dtype=dtype or torch.float32, **options)
     _check(found, model, config, how, task, longest)
     if task.name == "text-classification":
         _same_order(found, model, config)
@@ -51,13 +52,6 @@ def find_teacher(
 
 
 def _check(found: Checkpoint, model: Any, config: Any, how: Finetuning, task: Task, longest: int) -> None:
-    stored = str((found.config.get("architectures") or [type(model).__name__])[0])
-    # transformers draws at random what a checkpoint lacks; of these heads none is part of a pretrained model.
-    if task.name in ("text-classification", "question-answering") and stored != type(model).__name__:
-        raise UsageError(
-            f"The teacher {found.address} is a {stored} and has no head for {task.name}. Fine-tune it for the task "
-            "first, and give the result with --teacher."
-        )
     if task.name == "text-classification" and model.config.num_labels != config.num_labels:
         raise UsageError(
             f"The teacher {found.address} knows {model.config.num_labels} labels, and the model that is to learn "

@@ -14,6 +14,7 @@ from ..errors import UsageError
 from ..text.files import pieces_of
 from ..text.tokenizer import PIECE, check_tokens, frame, tokenize
 from .columns import columns_of, texts
+from .heads import refusals
 from .paired import RESAMPLES, exponential_of_mean, over_rows
 from .rows import Rows
 from .task import Collate, Features, Judged, Task, scoring
@@ -51,7 +52,7 @@ class CausalLM(Task):
         ids = torch.arange(8, device=model.device)[None] % known
         other = ids.clone()
         other[0, -1] = (ids[0, -1] + 1) % known
-        with scoring(model):
+        with scoring(model), refusals(model):
             before, after = (model(input_ids=x, use_cache=False).logits[0, :-1].float() for x in (ids, other))
         if not torch.allclose(before, after, rtol=1e-3, atol=1e-4 * float(before.abs().max())):
             raise UsageError(

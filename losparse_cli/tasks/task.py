@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .heads import Head, refusals
 from .paired import RESAMPLES, Sampled
 from .request import TaskRequest
 from .rows import Rows
@@ -79,6 +80,10 @@ class Task(ABC):
     def auto_class(self) -> Any:
         """The Auto class of transformers that has the head for it."""
 
+    def head(self, address: str, *, trained: bool) -> Head:
+        """The class of the model at `address`, for `load`; trained: its head must lie there."""
+        return Head(self.auto_class, self.name, address, trained)
+
     def config_changes(self, train: Rows) -> dict[str, Any]:
         """What AutoConfig.from_pretrained is to be given, so that the head fits the rows."""
         return {}
@@ -136,11 +141,21 @@ class Task(ABC):
                     for name, tensor in collate([features[k] for k in indices]).items()
                     if name not in LABELS
                 }
-                for k, one in zip(indices, self.say(model, tokenizer, batch), strict=True):
-                    said[k] = one
+                with refusals(model):
+                    for k, one in zip(indices, self.say(model, tokenizer, batch), strict=True):
+                        said[k] = one
                 if on_batch is not None:
                     on_batch(start + len(indices), len(order))
         return self.gather(said, tokenizer, features)
+
+    def try_out(self, model: Any, tokenizer: Any, features: Features) -> None:
+        """UsageError, before hours are spent, if the model refuses the shortest item, with what is right or without."""
+        shortest = min(features.items, key=lambda item: len(item["input_ids"]))
+        device = next(model.parameters()).device
+        batch = {name: tensor.to(device) for name, tensor in self.collator(tokenizer, model)([shortest]).items()}
+        with scoring(model), refusals(model):
+            model(**batch)
+            list(self.say(model, tokenizer, {name: tensor for name, tensor in batch.items() if name not in LABELS}))
 
     def score(self, model: Any, tokenizer: Any, features: Features, **how: Any) -> dict[str, float]:
         """Scores by name, as `judge` has them; `how` as in `predict`."""

@@ -12,10 +12,11 @@ from torch import Tensor
 from ..errors import UsageError
 from . import metrics
 from .columns import columns_of, texts
+from .heads import refusals
 from .paired import RESAMPLES, over_resamples, over_rows
 from .request import TaskRequest
 from .rows import Rows
-from .task import Collate, Features, Judged, Task
+from .task import Collate, Features, Judged, Task, scoring
 from .tokens import check_items, chunks, length_of, pad, settle_padding
 
 LENGTH = 512  # tokens of an input, if nothing else is asked for and the model takes as many
@@ -93,6 +94,8 @@ class TextClassification(Task):
             if not item["input_ids"]:
                 raise UsageError(f"{rows.place(k)} has no text. Leave the row out.")
             item["labels"] = label
+        if model.config.is_encoder_decoder and _reads_the_end(model):
+            _check_ends(items, rows, tokenizer, model.config)
         check_items(items, model)
         return Features(items, rows, list(range(len(items))))
 
@@ -148,6 +151,32 @@ class TextClassification(Task):
                     "that are numbers, or another model."
                 )
         return [float(value) for value in values]
+
+
+def _reads_the_end(model: Any) -> bool:
+    """Whether it classifies a text by its end token, as most encoder-decoders do, and refuses one without."""
+    other = next(k for k in range(1, 4) if k not in (model.config.eos_token_id, model.config.pad_token_id))
+    ids = torch.full((1, 2), other, device=model.device)
+    try:
+        with scoring(model), refusals(model):
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except UsageError:
+        return True
+    return False
+
+
+def _check_ends(items: list[dict[str, Any]], rows: Rows, tokenizer: Any, config: Any) -> None:
+    """UsageError, naming the row, unless every text has an end token, and all have as many."""
+    end = config.eos_token_id
+    name = "which its config.json does not name" if end is None else tokenizer.convert_ids_to_tokens(end)
+    usual = max(1, items[0]["input_ids"].count(end))  # of a pair there may be three
+    for k, item in enumerate(items):
+        count = item["input_ids"].count(end)
+        if count != usual:
+            raise UsageError(
+                f"A {config.model_type} model classifies by the end token of a text ({name}), and {rows.place(k)} has "
+                f"{count} of it, not {usual}. Give a tokenizer that closes every text with it, and texts without it."
+            )
 
 
 def _by_kind(value: int | float | str) -> tuple[bool, int | float | str]:

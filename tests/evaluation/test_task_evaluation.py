@@ -83,7 +83,7 @@ def test_scores_beside_the_dense_model(pair: tuple[Path, Path], dev: Path) -> No
     assert found.differences["accuracy"].value == pytest.approx(float(gaps.mean()))
     assert found.differences["accuracy"].error == pytest.approx(float(gaps.std()) / math.sqrt(8))
     alone = metrics.classification(classes_of(source), labels, 3)
-    assert {name: pytest.approx(score.value, abs=1e-6) for name, score in found.scores.items()} == alone
+    assert {name: found.scores[name].value for name in ("f1", "matthews")} == pytest.approx(alone, abs=1e-6)
     assert found.differences["f1"].value == pytest.approx(found.scores["f1"].value - found.dense_scores["f1"].value)
     assert found.differences["f1"].error is not None
     assert found.nbytes < (found.dense_nbytes or 0)

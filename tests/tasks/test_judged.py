@@ -131,6 +131,6 @@ def test_where_only_values_are_asked_for_nothing_is_resampled(monkeypatch: pytes
     monkeypatch.setattr(metrics, "classification", lambda *given: asked.append(given) or classification(*given))
     rows = rows_of(*({"text": "ab"[: 1 + k % 2], "label": k % 2} for k in range(4)))
     task, model, tokenizer = open_task(request_of("text-classification")), by_length(2), encoder_tokenizer()
-    features = task.prepare(rows, tokenizer, model.config, training=False)
+    features = task.prepare(rows, tokenizer, model, training=False)
     assert task.score(model, tokenizer, features, batch_size=2, device=CPU)["f1"] == 1
     assert len(asked) == 1
