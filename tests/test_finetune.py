@@ -25,11 +25,13 @@ import losparse_cli
 from losparse_cli.budget.recipe import Recipe
 from losparse_cli.errors import OutputError, ResumeError, TrainingError, UsageError
 from losparse_cli.finetune import Finetuned, finetune
+from losparse_cli.finetuning import result as written
 from losparse_cli.finetuning.conversion import compressed_layers
 from losparse_cli.finetuning.prepare import Silent, prepare_finetuning
 from losparse_cli.finetuning.pruner import Pruning
 from losparse_cli.finetuning.request import Finetuning
-from losparse_cli.finetuning.trainer import FinetuneTrainer, Step, last_state
+from losparse_cli.finetuning.states import last_state
+from losparse_cli.finetuning.trainer import FinetuneTrainer, Step
 from losparse_cli.tasks.kinds import open_task
 from losparse_cli.verify import verify
 from tests.finetuning.learners import LEARNERS, request_for, write_learner
@@ -77,14 +79,14 @@ class Run:
             self.source, place / "out", task=self.task, how=how, recipe=recipe, device="cpu", **options
         )
         self.in_training = torch.empty(0)
-        write = verb._write
+        write = verb.write_result
 
         def ask(training: Any, *args: Any) -> Any:
             self.in_training = logits(training.model, kind)
             return write(training, *args)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(verb, "_write", ask)
+            patch.setattr(verb, "write_result", ask)
             self.result: Finetuned = verb.run(self.prepared, progress=self)
 
     def phase(self, text: str) -> None: ...
@@ -368,8 +370,8 @@ PLACES = {
     "before a state is written": (in_place_of(FinetuneTrainer, "_save", 3, before=True), 6),
     "in the middle of a state": (in_place_of(FinetuneTrainer, "_save", 3, before=False), 6),
     "before its last file": (in_place_of(FinetuneTrainer, "_save_rng_state", 2, before=False), 3),
-    "before the result is written": (in_place_of(verb, "_write", 1, before=True), 20),
-    "after the weights": (in_place_of(verb, "write_config", 1, before=True), 20),
+    "before the result is written": (in_place_of(verb, "write_result", 1, before=True), 20),
+    "after the weights": (in_place_of(written, "write_config", 1, before=True), 20),
     "before it is moved": (in_place_of(verb, "publish", 1, before=True), 20),
 }
 
@@ -583,7 +585,8 @@ def test_a_full_disk(
     asked, undisturbed = long_run
     owner, name = {
         "a state": (FinetuneTrainer, "_save"), "the optimizer": (FinetuneTrainer, "_save_optimizer_and_scheduler"),
-        "the result": (type(losparse_cli.load(asked["source"])[0]), "save_pretrained"), "the report": (verb, "close"),
+        "the result": (type(losparse_cli.load(asked["source"])[0]), "save_pretrained"),
+        "the report": (written, "close"),
     }[place]  # fmt: skip
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, lambda *args, **kwargs: fail())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..budget.plan import LayerPlan
 from ..linalg.factors import LowRankSparse
 from ..linalg.svd import balanced_factors, output_factors, seed_of, truncated_svd
 from ..shim.layouts import LayerSpec
@@ -28,24 +29,23 @@ def trained_layers(model: nn.Module) -> dict[str, TrainedLinear]:
 @torch.no_grad()
 def start_dense(
     model: nn.Module,
-    ranks: Mapping[str, int],
+    plans: Sequence[LayerPlan],
     *,
-    pattern: str,
-    low_rank_only: bool = False,
     moments: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     device: torch.device,
-    on_layer: Callable[[str], None] = lambda name: None,
 ) -> None:
-    """Put U, V and S in the place of the linear layers named in `ranks`, which says how many columns U has.
+    """Put U, V and S in the place of the planned layers.
 
     U and V are the truncated SVD of W, and S is W − U V, all of it, so that nothing is lost (LoSparse, section 3.1);
-    with `low_rank_only` there is no S. Of a layer that is in `moments`, the second moment H of its inputs, U and V are
-    nearest to W in its outputs instead.
+    where no plan leaves S anything there is none. Of a layer that is in `moments`, the second moment H of its inputs,
+    U and V are nearest to W in its outputs instead.
     """
-    for name, rank in ranks.items():
+    low_rank_only = not any(plan.nnz for plan in plans)
+    for plan in plans:
+        name, rank = plan.layer.name, plan.rank
         dense = model.get_submodule(name)
-        transposed = type(dense).__name__ == "Conv1D"
+        transposed = plan.layer.transposed
         weight: Tensor = dense.weight  # type: ignore[assignment]
         stored = weight.detach()
         W = (stored.T if transposed else stored).to(device).float().contiguous()
@@ -58,9 +58,8 @@ def start_dense(
         support = torch.full(W.shape, not low_rank_only, device=device)
         factors = LowRankSparse(U, V, R[support], support)
         bias: Tensor | None = dense.bias  # type: ignore[assignment]
-        trained = TrainedLinear(factors, bias, pattern=pattern, dense=not low_rank_only, transposed=transposed)
+        trained = TrainedLinear(factors, bias, pattern=plan.pattern, dense=not low_rank_only, transposed=transposed)
         _put(model, name, trained.to(stored.device))
-        on_layer(name)
 
 
 @torch.no_grad()

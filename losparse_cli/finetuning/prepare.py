@@ -5,16 +5,15 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
-from ..budget.plan import Layer, Plan, make_plan, plan_as_stored, plan_layer
-from ..budget.recipe import RANK_CHOICES, SIZE_CHOICES, Recipe
-from ..budget.targets import choose
+from ..budget.plan import Plan
+from ..budget.recipe import Recipe
 from ..checkpoint.fingerprint import companion_states, digest, file_states
 from ..checkpoint.finish import versions
 from ..checkpoint.output import check_output, output_path, parse_size
@@ -24,14 +23,13 @@ from ..checkpoint.writer import sha256
 from ..errors import MissingExtraError, UsageError
 from ..load import load
 from ..models.device import find_device
-from ..models.skeleton import Skeleton, classify
-from ..shim.layouts import LayerSpec
 from ..tasks.kinds import open_task
 from ..tasks.request import TaskRequest
 from ..tasks.rows import read_rows
 from ..text.tokenizer import check_tokenizer
-from .conversion import compressed_layers, start_compressed, start_dense, trained_layers
+from .conversion import start_compressed, start_dense, trained_layers
 from .inputs import input_moments
+from .plan import plan_compressed, plan_dense, settle
 from .pruner import Pruner
 from .request import Finetuning
 from .teacher import find_teacher
@@ -39,11 +37,6 @@ from .teacher import find_teacher
 if TYPE_CHECKING:
     from ..tasks.task import Features, Task
     from .trainer import Step
-
-DEFAULTS = {"keep_parameters": 0.2, "rank_ratio": 0.5}
-"""Of a dense model. The paper has a quarter for U and V, which begin at less than they do here."""
-PATTERN = "rows"
-"""What S loses where there is no recipe: output neurons."""
 
 
 class Progress(Protocol):
@@ -91,6 +84,15 @@ class Training:
     max_shard_size: str
     fingerprint: dict[str, Any]
 
+    def score(self, model: Any, told: Progress) -> dict[str, float]:
+        """Of the model on the validation data; {} without any."""
+        if self.unseen is None:
+            return {}
+        return self.task.score(
+            model, self.tokenizer, self.unseen, batch_size=self.how.eval_batch_size, device=self.device,
+            on_batch=told.batch,
+        )  # fmt: skip
+
 
 def prepare_finetuning(
     source: str | Path,
@@ -128,6 +130,7 @@ def prepare_finetuning(
         raise UsageError(
             f"{checkpoint.name} is quantized already ({checkpoint.packing}). Start from the unquantized checkpoint."
         )
+    wanted = settle(recipe, checkpoint)
     opened = open_task(task)
     told.phase("Reading the data")
     rows = read_rows(task, "train")
@@ -144,6 +147,8 @@ def prepare_finetuning(
         **_head(checkpoint, opened.config_changes(rows)),
     )
     opened.check_model(model)
+    if how.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise UsageError(f"{type(model).__name__} has no gradient checkpointing. Leave out --gradient-checkpointing.")
     for part in (rows, validation):
         if part is not None:
             opened.check(part, model.config)
@@ -151,25 +156,22 @@ def prepare_finetuning(
     unseen = None if validation is None else opened.prepare(validation, tokenizer, model, training=False)
     opened.try_out(model, tokenizer, features if unseen is None else unseen)
     dtype = _stored_dtype(checkpoint)
-    plan = _plan(model, checkpoint, recipe or Recipe(pattern=PATTERN), dtype, how.pruning.threshold)
+    if checkpoint.is_compressed:
+        plan = plan_compressed(model, wanted, dtype, how.pruning.threshold)
+    else:
+        plan = plan_dense(model, wanted, dtype)
     longest = max(len(item["input_ids"]) for part in (features, unseen) if part is not None for item in part.items)
     teacher, learned_from = find_teacher(checkpoint, model.config, how, opened, cache_dir, place, options, longest)
     told.phase("Taking the weights apart")
     if checkpoint.is_compressed:
         start_compressed(model)
     else:
-        first = plan.layers[0]
-        ranks = {p.layer.name: p.rank for p in plan.layers}
         model.to(place)
         moments = None
-        if how.low_rank_init == "outputs" and any(ranks.values()):
-            moments = input_moments(
-                model, list(ranks), features.items, opened.collator(tokenizer, model), seed=how.seed
-            )
-        start_dense(
-            model, ranks, pattern=first.pattern, low_rank_only=not any(p.nnz for p in plan.layers), moments=moments,
-            seed=how.seed, device=place,
-        )  # fmt: skip
+        if how.low_rank_init == "outputs" and any(p.rank for p in plan.layers):
+            names, collate = [p.layer.name for p in plan.layers], opened.collator(tokenizer, model)
+            moments = input_moments(model, names, features.items, collate, seed=how.seed)
+        start_dense(model, plan.layers, moments=moments, seed=how.seed, device=place)
     layers = trained_layers(model)
     steps = how.max_steps or _steps(how, len(features))
     pruner = Pruner([layers[p.layer.name] for p in plan.layers], [p.nnz for p in plan.layers], how.pruning, steps)
@@ -209,60 +211,6 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
             counts[entry.dtype] = counts.get(entry.dtype, 0) + entry.elements
     found = TORCH_DTYPES[max(counts, key=lambda dtype: counts[dtype])]
     return found if found.itemsize <= 4 else torch.float32
-
-
-def _plan(model: nn.Module, checkpoint: Checkpoint, recipe: Recipe, dtype: torch.dtype, threshold: str) -> Plan:
-    """Rank of each layer, and the entries that its S keeps at last."""
-    linears, skipped = classify(model)
-    if not checkpoint.is_compressed:
-        if ":" in recipe.pattern:
-            raise UsageError(
-                f"Training prunes neurons or single entries, and --pattern {recipe.pattern} is neither. Give rows, "
-                "columns or unstructured."
-            )
-        kinds = Skeleton(model, linears, skipped).kinds
-        chosen, skipped = choose(kinds, skipped, recipe.targets, recipe.ignore)
-        layers = [_layer(name, linears[name].shape, linears[name].transposed, dtype, kinds[name]) for name in chosen]
-        changes: dict[str, Any] = {k: v for k, v in DEFAULTS.items() if getattr(recipe, k) is None}
-        if any(getattr(recipe, name) is not None for name in SIZE_CHOICES):
-            changes.pop("keep_parameters", None)
-        if any(getattr(recipe, name) is not None for name in RANK_CHOICES):
-            changes.pop("rank_ratio", None)
-        return make_plan(layers, skipped, replace(recipe, **changes))
-    specs: dict[str, LayerSpec] = {name: layer.spec for name, layer in compressed_layers(model).items()}
-    layers = [_layer(name, spec.shape, spec.transposed, dtype) for name, spec in specs.items()]
-    present = plan_as_stored(layers, skipped, specs)
-    asked = any(getattr(recipe, name) is not None for name in SIZE_CHOICES)
-    if any(getattr(recipe, name) is not None for name in RANK_CHOICES) or recipe.targets or recipe.ignore:
-        raise UsageError(
-            "Ranks and layers of a compressed model stay as they are: leave out --rank, --rank-ratio, --targets and "
-            "--ignore, or start from the dense model."
-        )
-    return _smaller(present, recipe, threshold) if asked else present
-
-
-def _smaller(present: Plan, recipe: Recipe, threshold: str) -> Plan:
-    """What `recipe` leaves of compressed layers, whose ranks and patterns stay.
-
-    With one threshold for all only the sum counts, and earlier training has left layers of very different size; with
-    one for each, a layer that is smaller already stays as it is.
-    """
-    wanted = [plan_layer(p.layer, replace(recipe, rank=p.rank, pattern=p.pattern).settled()) for p in present.layers]
-    if threshold == "layer":
-        wanted = [w if w.nnz < p.nnz else p for w, p in zip(wanted, present.layers, strict=True)]
-    now, then = (sum(p.nnz for p in plans) for plans in (present.layers, wanted))
-    if then > now:
-        raise UsageError(
-            f"S has {now:,} entries now, and {then:,} are asked for: training a compressed model can only prune. Ask "
-            "for less, or start from the dense model."
-        )
-    return Plan(tuple(wanted), present.skipped)
-
-
-def _layer(
-    name: str, shape: tuple[int, int], transposed: bool, dtype: torch.dtype, kinds: tuple[str, ...] = ()
-) -> Layer:
-    return Layer(name, f"{name}.weight", name, (shape[0], shape[1]), dtype.itemsize, transposed, kinds)
 
 
 def _state(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Trainer brings mixed precision, gradient accumulation and checkpointing, several
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -21,13 +20,12 @@ from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ..errors import TrainingError, UsageError
+from ..tasks.heads import refusals
 from ..tasks.tokens import LABELS
 from .distillation import distance
 from .pruner import Pruner
 from .request import Finetuning
-
-LAST_FILE = "trainer_state.json"
-"""Of a state that Trainer saves, the file that it writes last."""
+from .states import last_state
 
 
 @dataclass(frozen=True)
@@ -154,7 +152,8 @@ class FinetuneTrainer(transformers.Trainer):  # type: ignore[misc]
             if shift is not None and "labels" in labels and "decoder_input_ids" not in inputs:
                 inputs["decoder_input_ids"] = shift(labels["labels"])
         options = {"output_hidden_states": True} if how.hidden_weight and self._teacher is not None else {}
-        outputs = model(**inputs, **options)
+        with refusals(self.accelerator.unwrap_model(model)):
+            outputs = model(**inputs, **options)
         loss = torch.zeros((), device=self.args.device) if how.objective == "distill" else outputs["loss"]
         if self._teacher is not None:
             given = {name: x for name, x in inputs.items() if name != "labels" or _is_encoder_decoder(model)}
@@ -246,24 +245,6 @@ def check_sharding(plugin: Any) -> None:
             "FSDP of version 1 takes weights apart without regard to their neurons. Give --fsdp_version 2 to "
             "accelerate launch, or set FSDP_VERSION=2."
         )
-
-
-def last_state(folder: Path) -> tuple[int, Path] | None:
-    """(step, folder) of the last state that was saved whole; None if there is none."""
-    found = [
-        (int(path.name.rpartition("-")[2]), path)
-        for path in folder.glob("checkpoint-*")
-        if path.name.rpartition("-")[2].isdigit() and _is_whole(path / LAST_FILE)
-    ]
-    return max(found, default=None)
-
-
-def _is_whole(file: Path) -> bool:
-    try:
-        json.loads(file.read_bytes())
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def chosen_precision(asked: str, device: torch.device) -> str:

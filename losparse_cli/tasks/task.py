@@ -129,21 +129,16 @@ class Task(ABC):
         on_batch: OnBatch | None = None,
     ) -> Any:  # fmt: skip
         """What the model, on `device`, says of the rows; it stays in its mode. `on_batch` is told how far it is."""
-        collate = self.collator(tokenizer, model)
         said: list[Any] = [None] * len(features)
         # The longest first: if memory runs out it does so at once. Items of like length together save padding, too.
         order = sorted(range(len(features)), key=lambda k: -len(features[k]["input_ids"]))
-        with scoring(model):
+        with scoring(model), refusals(model):
+            collate = self.collator(tokenizer, model)
             for start in range(0, len(order), batch_size):
                 indices = order[start : start + batch_size]
-                batch = {
-                    name: tensor.to(device)
-                    for name, tensor in collate([features[k] for k in indices]).items()
-                    if name not in LABELS
-                }
-                with refusals(model):
-                    for k, one in zip(indices, self.say(model, tokenizer, batch), strict=True):
-                        said[k] = one
+                batch = _on(device, collate([features[k] for k in indices]))
+                for k, one in zip(indices, self.say(model, tokenizer, _without_labels(batch)), strict=True):
+                    said[k] = one
                 if on_batch is not None:
                     on_batch(start + len(indices), len(order))
         return self.gather(said, tokenizer, features)
@@ -151,16 +146,23 @@ class Task(ABC):
     def try_out(self, model: Any, tokenizer: Any, features: Features) -> None:
         """UsageError, before hours are spent, if the model refuses the shortest item, with what is right or without."""
         shortest = min(features.items, key=lambda item: len(item["input_ids"]))
-        device = next(model.parameters()).device
-        batch = {name: tensor.to(device) for name, tensor in self.collator(tokenizer, model)([shortest]).items()}
         with scoring(model), refusals(model):
+            batch = _on(next(model.parameters()).device, self.collator(tokenizer, model)([shortest]))
             model(**batch)
-            list(self.say(model, tokenizer, {name: tensor for name, tensor in batch.items() if name not in LABELS}))
+            list(self.say(model, tokenizer, _without_labels(batch)))
 
     def score(self, model: Any, tokenizer: Any, features: Features, **how: Any) -> dict[str, float]:
         """Scores by name, as `judge` has them; `how` as in `predict`."""
         judged = self.judge(self.predict(model, tokenizer, features, **how), features, resamples=0)
         return {name: score.value for name, score in judged.scores.items()}
+
+
+def _on(device: torch.device, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _without_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in batch.items() if name not in LABELS}
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Conv1D
 
 import losparse_cli
-from losparse_cli.budget.plan import Layer, plan_layer
+from losparse_cli.budget.plan import Layer, LayerPlan, plan_layer
 from losparse_cli.budget.recipe import Recipe
 from losparse_cli.checkpoint.layers import encode_layer
 from losparse_cli.finetuning.conversion import compressed_layers, finish, start_compressed, start_dense, trained_layers
@@ -26,9 +26,18 @@ CPU = torch.device("cpu")
 
 
 def taken_apart(name: str, pattern: str = "rows", rank: int = 4, **options: Any) -> Any:
-    model = toy_model(name)
-    start_dense(model, dict.fromkeys(classify(model)[0], rank), pattern=pattern, device=CPU, **options)
+    model, nnz = toy_model(name), options.pop("nnz", 1)
+    plans = [
+        plan_of(linear.name, linear.shape, linear.transposed, rank, pattern) for linear in classify(model)[0].values()
+    ]
+    start_dense(model, [replace(plan, nnz=nnz) for plan in plans], device=CPU, **options)
     return model
+
+
+def plan_of(name: str, shape: Any, transposed: bool, rank: int, pattern: str = "rows") -> LayerPlan:
+    return plan_layer(
+        Layer(name, f"{name}.weight", name, shape, 4, transposed), Recipe(rank=rank, sparsity=0.5, pattern=pattern)
+    )
 
 
 def put_together(model: Any, dtype: torch.dtype = torch.float32) -> dict[str, LayerSpec]:
@@ -162,7 +171,7 @@ def test_with_and_without_biases(bias: bool) -> None:
 
     model, x = Toy(), torch.randn(3, 12)
     before = model(x)
-    start_dense(model, {"layers.0": 2}, pattern="rows", device=CPU)
+    start_dense(model, [plan_of("layers.0", (10, 12), False, 2)], device=CPU)
     same(model(x), before)
     put_together(model)
     same(model(x), before)
@@ -170,7 +179,7 @@ def test_with_and_without_biases(bias: bool) -> None:
 
 
 def test_low_rank_alone_and_s_alone() -> None:
-    model = taken_apart("bert", low_rank_only=True)
+    model = taken_apart("bert", nnz=0)
     for layer in trained_layers(model).values():
         assert layer.S is None
         assert layer.U.shape[1] == 4
