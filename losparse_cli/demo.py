@@ -25,8 +25,9 @@ import torch
 from .budget.recipe import Recipe
 from .checkpoint.report import Report
 from .errors import MissingExtraError, SourceError
-from .evaluation.scores import Estimate, Sums, compare, exponential, mean, score
+from .evaluation.scores import Sums, compare, exponential, mean, score
 from .evaluation.windows import Window, cut
+from .tasks.paired import Estimate
 from .text.request import LENGTH, Calibration
 
 if TYPE_CHECKING:

@@ -15,11 +15,12 @@ from .checkpoint.finish import read_report
 from .checkpoint.output import STATES
 from .checkpoint.report import Report
 from .checkpoint.workfolder import WorkFolder
-from .finetuning.prepare import Progress, Silent, Training, prepare_finetuning
+from .finetuning.prepare import Training, prepare_finetuning
 from .finetuning.request import Finetuning
 from .finetuning.result import write_result
 from .finetuning.states import disk_errors, last_state
 from .linalg.precision import fast_float32
+from .progress import Progress
 from .tasks.request import TaskRequest
 
 
@@ -68,7 +69,7 @@ def run(
     training: Training, *, resume: str = "auto", overwrite: bool = False, progress: Progress | None = None
 ) -> Finetuned:
     """Carry out a prepared fine-tuning; see `finetune`. Of several processes the first alone writes the result."""
-    begun, told = time.monotonic(), progress or Silent()
+    begun, told = time.monotonic(), progress or Progress()
     with WorkFolder(
         training.output, training.fingerprint, resume=resume, overwrite=overwrite, source=training.source.folder,
         owner=is_main_process(),

@@ -10,7 +10,7 @@ import pytest
 from losparse_cli import demo
 from losparse_cli.cli.console import Console
 from losparse_cli.cli.tables import show_comparison
-from losparse_cli.evaluation.scores import Estimate
+from losparse_cli.tasks.paired import Estimate
 from losparse_cli.verify import verify
 
 TEXT = "\n\n".join(f"{number} bottles of beer on the wall, {number} bottles of beer." for number in range(99, 0, -1))

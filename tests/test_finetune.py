@@ -23,15 +23,17 @@ from torch import Tensor
 
 import losparse_cli
 from losparse_cli.budget.recipe import Recipe
+from losparse_cli.checkpoint.workfolder import WorkFolder
 from losparse_cli.errors import OutputError, ResumeError, TrainingError, UsageError
 from losparse_cli.finetune import Finetuned, finetune
 from losparse_cli.finetuning import result as written
 from losparse_cli.finetuning.conversion import compressed_layers
-from losparse_cli.finetuning.prepare import Silent, prepare_finetuning
+from losparse_cli.finetuning.prepare import prepare_finetuning
 from losparse_cli.finetuning.pruner import Pruning
 from losparse_cli.finetuning.request import Finetuning
 from losparse_cli.finetuning.states import last_state
 from losparse_cli.finetuning.trainer import FinetuneTrainer, Step
+from losparse_cli.progress import Progress
 from losparse_cli.tasks.kinds import open_task
 from losparse_cli.verify import verify
 from tests.finetuning.learners import LEARNERS, request_for, write_learner
@@ -63,7 +65,7 @@ def logits(model: Any, kind: str) -> Tensor:
     return torch.stack((found.start_logits, found.end_logits)) if "qa" in kind else found.logits
 
 
-class Run:
+class Run(Progress):
     """A fine-tuning whose model was asked right before it was written."""
 
     def __init__(self, place: Path, kind: str, how: Finetuning, recipe: Recipe | None = None, **options: Any) -> None:
@@ -89,12 +91,8 @@ class Run:
             patch.setattr(verb, "write_result", ask)
             self.result: Finetuned = verb.run(self.prepared, progress=self)
 
-    def phase(self, text: str) -> None: ...
-
     def step(self, step: Step) -> None:
         self.steps.append(step)
-
-    def batch(self, done: int, total: int) -> None: ...
 
     def check(self) -> None:
         """Everything that holds for every result."""
@@ -333,7 +331,7 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
 
 def at_step(number: int) -> Callable[[pytest.MonkeyPatch], Any]:
     def kill(patch: pytest.MonkeyPatch) -> Any:
-        class Watching(Silent):
+        class Watching(Progress):
             def step(self, step: Step) -> None:
                 if step.step == number:
                     raise Killed
@@ -372,7 +370,7 @@ PLACES = {
     "before its last file": (in_place_of(FinetuneTrainer, "_save_rng_state", 2, before=False), 3),
     "before the result is written": (in_place_of(verb, "write_result", 1, before=True), 20),
     "after the weights": (in_place_of(written, "write_config", 1, before=True), 20),
-    "before it is moved": (in_place_of(verb, "publish", 1, before=True), 20),
+    "before it is moved": (in_place_of(WorkFolder, "publish", 1, before=True), 20),
 }
 
 
@@ -389,7 +387,7 @@ def test_a_killed_run_goes_on(
     assert (last and last[0]) == saved
     told: list[int] = []
 
-    class Watching(Silent):
+    class Watching(Progress):
         def step(self, step: Step) -> None:
             told.append(step.step)
 
@@ -471,7 +469,7 @@ def test_resume(long_run: Any, tmp_path: Path) -> None:
     assert toys.digests(tmp_path / "out.partial") == before
     told: list[int] = []
 
-    class Watching(Silent):
+    class Watching(Progress):
         def step(self, step: Step) -> None:
             told.append(step.step)
 
@@ -504,7 +502,7 @@ def test_a_run_that_had_ended_is_not_done_again(
         finetune(output=tmp_path / "out", **asked, progress=kill(patch))
     assert (tmp_path / "out" / "losparse_journal.jsonl").is_file()
 
-    class Untouched(Silent):
+    class Untouched(Progress):
         def step(self, step: Step) -> None:
             raise AssertionError("nothing is left to be trained")
 
@@ -600,7 +598,7 @@ def test_a_full_disk(
 
 
 def test_other_errors_are_not_taken_for_a_full_disk(long_run: Any, tmp_path: Path) -> None:
-    class Broken(Silent):
+    class Broken(Progress):
         def step(self, step: Step) -> None:
             raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
@@ -611,7 +609,7 @@ def test_other_errors_are_not_taken_for_a_full_disk(long_run: Any, tmp_path: Pat
 def test_a_second_run_into_the_same_folder(long_run: Any, tmp_path: Path) -> None:
     asked, _ = long_run
 
-    class Second(Silent):
+    class Second(Progress):
         def step(self, step: Step) -> None:
             with pytest.raises(ResumeError, match="Another losparse is writing"):
                 finetune(output=tmp_path / "out", **asked)

@@ -18,8 +18,8 @@ from .console import Console, clean, size
 if TYPE_CHECKING:
     from ..checkpoint.report import LayerReport, Report
     from ..demo import Measured
-    from ..evaluation.scores import Estimate
     from ..inspection import DenseLayer, DenseReport
+    from ..tasks.paired import Estimate
 
 BLOCKS = " ▏▎▍▌▋▊▉█"
 SPARKS = "▁▂▃▄▅▆▇█"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from rich import progress as rich
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from ..progress import Progress
 from .console import Console, TimeLeft
 
 if TYPE_CHECKING:
@@ -15,21 +16,23 @@ if TYPE_CHECKING:
     from ..finetuning.trainer import Step
 
 
-class TrainingProgress:
+class TrainingProgress(Progress):
     """One bar of steps with loss, share of S and score; a plain line every tenth where there is no terminal."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._bars: Progress | None = None
-        self._task = TaskID(0)
+        self._bars: rich.Progress | None = None
+        self._task = rich.TaskID(0)
         self._main, self._said, self._smooth = "", -1, 0.0
+        self._rows = self._scored = 0
         if console.err.is_terminal and not console.quiet:
-            self._bars = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeLeft(),
-                TextColumn("{task.fields[note]}", style="dim"), console=console.err,
+            self._bars = rich.Progress(
+                rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn(),
+                TimeLeft(), rich.TextColumn("{task.fields[note]}", style="dim"),
+                console=console.err,
             )  # fmt: skip
 
-    def start(self, training: Training) -> None:
+    def introduce(self, training: Training) -> None:
         """What is going to happen, in a few lines."""
         self._main = training.task.main_score
         plan, say = training.plan, self._console.say
@@ -70,9 +73,13 @@ class TrainingProgress:
             self._said = step.step * 10 // step.total
             self._console.say(f"step {step.step}/{step.total}  {note}")
 
-    def batch(self, done: int, total: int) -> None:
+    def start(self, unit: str, total: int, done: int = 0) -> None:
+        self._rows, self._scored = total, done
+
+    def advance(self, unit: str, count: int = 1, name: str = "") -> None:
+        self._scored += count
         if self._bars is not None and self._bars.live.is_started:
-            self._bars.update(self._task, note=f"scoring {done:,} of {total:,}")
+            self._bars.update(self._task, note=f"scoring {self._scored:,} of {self._rows:,}")
 
     def __enter__(self) -> TrainingProgress:
         return self

@@ -7,7 +7,7 @@ import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from ..checkpoint.writer import sha256
 from ..errors import MissingExtraError, UsageError
 from ..load import load
 from ..models.device import find_device
+from ..progress import Progress
 from ..tasks.kinds import open_task
 from ..tasks.request import TaskRequest
 from ..tasks.rows import read_rows
@@ -36,27 +37,6 @@ from .teacher import find_teacher
 
 if TYPE_CHECKING:
     from ..tasks.task import Features, Task
-    from .trainer import Step
-
-
-class Progress(Protocol):
-    """What a caller may watch."""
-
-    def phase(self, text: str) -> None: ...
-
-    def step(self, step: Step) -> None: ...
-
-    def batch(self, done: int, total: int) -> None: ...
-
-
-class Silent:
-    """A Progress that says nothing."""
-
-    def phase(self, text: str) -> None: ...
-
-    def step(self, step: Step) -> None: ...
-
-    def batch(self, done: int, total: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -88,10 +68,17 @@ class Training:
         """Of the model on the validation data; {} without any."""
         if self.unseen is None:
             return {}
+        heard = 0
+
+        def hear(done: int, total: int) -> None:
+            nonlocal heard
+            told.advance("rows", done - heard)
+            heard = done
+
+        told.start("rows", len(self.unseen))
         return self.task.score(
-            model, self.tokenizer, self.unseen, batch_size=self.how.eval_batch_size, device=self.device,
-            on_batch=told.batch,
-        )  # fmt: skip
+            model, self.tokenizer, self.unseen, batch_size=self.how.eval_batch_size, device=self.device, on_batch=hear
+        )
 
 
 def prepare_finetuning(
@@ -118,7 +105,7 @@ def prepare_finetuning(
     import transformers
 
     _require_packages()
-    how, told = how or Finetuning(), progress or Silent()
+    how, told = how or Finetuning(), progress or Progress()
     place = find_device(device)
     parse_size(max_shard_size)  # an error now, not after hours; transformers reads the text itself
     checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir)

@@ -18,9 +18,10 @@ from ..checkpoint.output import STATES
 from ..checkpoint.report import LayerReport, Report
 from ..checkpoint.source import read_json
 from ..linalg.factors import LowRankSparse
+from ..progress import Progress
 from ..shim.layouts import LayerSpec
 from .conversion import finish, trained_layers
-from .prepare import Progress, Training
+from .prepare import Training
 
 
 def write_result(training: Training, model: Any, work: Path, seconds: float, told: Progress) -> Report:

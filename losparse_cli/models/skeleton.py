@@ -136,6 +136,8 @@ def classify(model: nn.Module) -> tuple[dict[str, Linear], dict[str, str]]:
             ):
                 skipped[name] = "fused 3-D expert weights"
             continue
+        if module.weight.dim() != 2:  # a compressed layer, which holds the values of S
+            continue
         transposed = isinstance(module, Conv1D)
         rows, columns = module.weight.shape
         shape = (columns, rows) if transposed else (rows, columns)

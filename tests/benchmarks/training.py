@@ -23,13 +23,13 @@ from losparse_cli.compress import compress
 from losparse_cli.compression.request import Refinement
 from losparse_cli.demo import cache_folder, minilm, smollm2
 from losparse_cli.finetune import finetune
-from losparse_cli.finetuning.prepare import Silent
 from losparse_cli.finetuning.pruner import Pruner
 from losparse_cli.finetuning.request import Finetuning
 from losparse_cli.finetuning.trainer import FinetuneTrainer, Step, chosen_precision
 from losparse_cli.linalg.precision import fast_float32
 from losparse_cli.load import load
 from losparse_cli.models.device import peak_memory
+from losparse_cli.progress import Progress
 from losparse_cli.refine import refine
 from losparse_cli.tasks.kinds import open_task
 from losparse_cli.tasks.request import TaskRequest
@@ -122,7 +122,7 @@ def dense_polarity(options: Options) -> Path:
     return output
 
 
-class Curve(Silent):
+class Curve(Progress):
     """(step, S that is left, accuracy after the last epoch) every few steps."""
 
     def __init__(self) -> None:
@@ -309,7 +309,7 @@ def _steps_in(options: Options, before: Path, text: TaskRequest) -> int:
     """As many steps as fit into MINUTES, by the time that a few take."""
     times: list[float] = []
 
-    class Watch(Silent):
+    class Watch(Progress):
         def step(self, step: Any) -> None:
             times.append(time.monotonic())
 
@@ -345,7 +345,7 @@ def speed_of(form: str, precision: str, train_file: str, folder: str) -> None:
 
     times: list[float] = []
 
-    class Watch(Silent):
+    class Watch(Progress):
         def step(self, step: Any) -> None:
             times.append(time.monotonic())
 

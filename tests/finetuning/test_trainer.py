@@ -13,16 +13,17 @@ from torch import Tensor
 
 from losparse_cli.budget.recipe import Recipe
 from losparse_cli.errors import UsageError
-from losparse_cli.finetuning.prepare import Silent, Training, prepare_finetuning
+from losparse_cli.finetuning.prepare import Training, prepare_finetuning
 from losparse_cli.finetuning.pruner import Pruner
 from losparse_cli.finetuning.request import Finetuning
 from losparse_cli.finetuning.trainer import FinetuneTrainer, Step, check_sharding, chosen_precision
+from losparse_cli.progress import Progress
 from tests.finetuning.learners import request_for, write_learner
 
 CPU = torch.device("cpu")
 
 
-class Watched(Silent):
+class Watched(Progress):
     """A training that is run, with the gradients of every step, and what was told of it."""
 
     def __init__(self, place: Path, kind: str, **options: Any) -> None:

@@ -251,7 +251,7 @@ def finetune(
             max_shard_size=max_shard_size,
             progress=progress,
         )
-        progress.start(training)
+        progress.introduce(training)
         result = run(training, resume=resume, overwrite=overwrite, progress=progress)
     s.show_finetuned(out, result)
     out.flush()
