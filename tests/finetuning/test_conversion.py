@@ -36,7 +36,8 @@ def taken_apart(name: str, pattern: str = "rows", rank: int = 4, **options: Any)
 
 def plan_of(name: str, shape: Any, transposed: bool, rank: int, pattern: str = "rows") -> LayerPlan:
     return plan_layer(
-        Layer(name, f"{name}.weight", name, shape, 4, transposed), Recipe(rank=rank, sparsity=0.5, pattern=pattern)
+        Layer(name, f"{name}.weight", name, shape, 4, transposed),
+        Recipe(rank=rank, sparsity=0.5, pattern=pattern).settled(),
     )
 
 
