@@ -76,7 +76,7 @@ def test_a_padding_token_that_the_model_lacks_is_refused() -> None:
 def test_batches_are_padded_on_the_right(side: str, model: str, segments: bool, capsys: Any) -> None:
     tokenizer = encoder_tokenizer(side)
     items = [{**tokenizer("a", "b"), "labels": 1}, {**tokenizer("a", "bc"), "labels": 0}]
-    batch = pad(tokenizer, toy_model(model), items, leave=["labels"])
+    batch = pad(tokenizer, toy_model(model), items)
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
     assert batch["input_ids"][0].tolist() == [*items[0]["input_ids"], 0]
     assert ("token_type_ids" in batch) == segments
@@ -88,7 +88,7 @@ def test_batches_are_padded_on_the_right(side: str, model: str, segments: bool, 
 def test_a_model_with_one_kind_of_segment_is_given_none() -> None:
     tokenizer = encoder_tokenizer()
     model = toy_model("bert", type_vocab_size=1)
-    batch = pad(tokenizer, model, [dict(tokenizer("a", "b"))], leave=[])
+    batch = pad(tokenizer, model, [dict(tokenizer("a", "b"))])
     model(**batch)
     assert "token_type_ids" not in batch
 
