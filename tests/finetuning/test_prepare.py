@@ -22,7 +22,7 @@ from losparse_cli.finetuning.prepare import Training, prepare_finetuning
 from losparse_cli.finetuning.pruner import Pruning
 from losparse_cli.finetuning.request import Finetuning
 from losparse_cli.tasks.request import TaskRequest
-from tests.finetuning.learners import VOCABULARY, request_for, rows_of, write_learner, write_rows
+from tests.finetuning.learners import VOCABULARY, request_for, rows_of, words_tokenizer, write_learner, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +238,21 @@ def test_a_teacher_of_another_depth(bert: Path, tmp_path: Path) -> None:
     other = write_learner(tmp_path / "other", "bert", num_hidden_layers=3)
     assert prepare(tmp_path, bert, teacher=str(other)).teacher is not None
     refused(UsageError, "--hidden-weight", tmp_path, bert, teacher=str(other), hidden_weight=1.0)
+
+
+def test_a_model_without_gradient_checkpointing(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    monkeypatch.setattr(transformers.BertForSequenceClassification, "supports_gradient_checkpointing", False)
+    refused(UsageError, "has no gradient checkpointing. Leave out --gradient-checkpointing", tmp_path, bert,
+            gradient_checkpointing=True)  # fmt: skip
+
+
+def test_a_model_that_refuses_its_rows_leaves_nothing(tmp_path: Path) -> None:
+    """An encoder-decoder that classifies by an end token, and a tokenizer that closes no text with it."""
+    model = write_learner(tmp_path / "model", "bart-classifier")
+    words_tokenizer("<s> $A").save_pretrained(model)
+    refused(UsageError, "row 1 has 0 of it", tmp_path, model, "bart-classifier")
 
 
 # --- settings ---------------------------------------------------------------------------------------
