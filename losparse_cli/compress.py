@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -35,6 +35,7 @@ from .models.device import peak_memory
 from .progress import Progress
 from .shim.layouts import LayerSpec
 from .text.request import Calibration
+from .text.sample import account, doubts
 from .text.windows import Windows
 
 
@@ -186,6 +187,8 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
         need = estimate(job, windows) if job.calibration is not None else None
         if job.calibration is not None and windows is None:
             windows = own_text(job, work, told)
+        for sentence in doubts(job.calibration, windows) if job.calibration is not None else ():
+            told.warn(sentence)
         made = schedule(job, allocated_plan(job, windows, work, told))
         writer = ShardWriter(work.path, made.shards, work.journal, job.blocks.values())
         resumed = writer.done
@@ -260,7 +263,7 @@ def _finish(
             recipe=job.recipe.to_dict() if job.start is None else job.start.report().get("recipe", {}),
             versions=versions(),
             fingerprint=mark,
-            calibration=_calibration(job, windows),
+            calibration=account(job.calibration, windows) if job.calibration is not None else {},
             blocks=tuple(line["block"] for line in stats if "block" in line),
         )
         return close(work.path, report, job.source.folder, job.output.name)
@@ -280,14 +283,3 @@ def _write_timing(work: WorkFolder, made: Schedule, took: Took) -> None:
     }
     with write_errors(work.path):
         write_json(work.path / TIMING, content)
-
-
-def _calibration(job: Job, windows: Windows | None) -> dict[str, Any]:
-    """What text was used, for the report."""
-    if job.calibration is None or windows is None:
-        return {}
-    return asdict(job.calibration) | {
-        "tokens_used": windows.tokens,
-        "windows": len(windows.ids),
-        "sha256": windows.digest(),
-    }

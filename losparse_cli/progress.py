@@ -28,6 +28,9 @@ class Progress:
     def tell(self, sentence: str) -> None:
         """Something that was decided or found, worth keeping in view."""
 
+    def warn(self, sentence: str) -> None:
+        """What bodes ill for the result."""
+
     def layer(self, report: LayerReport) -> None:
         """A layer was compressed."""
 

@@ -81,13 +81,18 @@ def test_dry_run_tells_time_memory_and_text_and_writes_nothing(
     command = ("compress", model, "--calibration", text, *FLAGS, "--refine", "blocks", "-o", out, "--dry-run")
     run = done(*command)
     assert run.code == 0
-    assert "256 tokens in 8 windows of 32" in " ".join(run.err.split())
+    assert "256 tokens in 8 windows from" in " ".join(run.err.split())
+    assert "warning: 256 tokens are few to calibrate with" in " ".join(run.err.split())
     assert "activations" in run.err
     shown = json.loads(done(*command, "--json").out)
     assert shown["seconds"] > 0
     assert shown["peak_memory_bytes"] > 0
     assert shown["blocks"] == ["model.layers.0", "model.layers.1"]
-    assert shown["calibration"]["length"] == 32
+    assert 0 < shown["least_seconds"] <= shown["seconds"] <= shown["most_seconds"]
+    text_there = {
+        name: shown["calibration"][name] for name in ("length", "tokens", "tokens_used", "windows", "held_out")
+    }
+    assert text_there == {"length": 32, "tokens": 256, "tokens_used": 256, "windows": 8, "held_out": 1}
     assert not out.exists()
     assert not out.with_name("out.partial").exists()
 

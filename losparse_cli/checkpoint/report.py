@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
+from pathlib import PurePath
 from typing import Any
 
 from ..errors import CheckpointError
@@ -17,7 +18,8 @@ class LayerReport:
 
     weight_squared and residual_squared: squared Frobenius norms of W and of W − U V − S, None if unknown.
     errors: relative Frobenius error after each iteration. output_errors: relative error of the layer's output on
-    the calibration text, after each stage of the solver; () without one.
+    the text that it was solved with, after each stage of the solver; () without one. held_out_error: the same on text
+    that was held out, as stored; None without any.
     """
 
     name: str
@@ -28,6 +30,7 @@ class LayerReport:
     residual_squared: float | None = None
     errors: tuple[float, ...] = ()
     output_errors: tuple[float, ...] = ()
+    held_out_error: float | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -36,7 +39,7 @@ class LayerReport:
 
     @property
     def output_error(self) -> float | None:
-        """sqrt(tr(E H Eᵀ) / tr(W H Wᵀ)) as stored, None without calibration text."""
+        """sqrt(tr(E H Eᵀ) / tr(W H Wᵀ)) at the end of the solver, on the text that it saw; None without any."""
         return self.output_errors[-1] if self.output_errors else None
 
     @property
@@ -130,10 +133,15 @@ class Report:
         """Relative Frobenius error over all compressed layers together."""
         return total_error(self.layers)
 
+    @property
+    def held_out_error(self) -> float | None:
+        """Mean of the layers' output errors on text that was held out, None without any."""
+        return error_of(self.layers, "held_out_error")
+
     def totals(self) -> dict[str, Any]:
         """The sums above under their names, for JSON."""
         names = ["bytes_before", "bytes_after", "model_bytes_before", "model_bytes_after", "parameters"]
-        names += ["targeted_parameters", "targeted_share", "kept_parameters", "relative_error"]
+        names += ["targeted_parameters", "targeted_share", "kept_parameters", "relative_error", "held_out_error"]
         return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,11 +164,38 @@ class Report:
             raise CheckpointError(f"{where} is incomplete ({error!r}). Compress the model again.") from error
 
 
-def mean_output_error(layers: Iterable[LayerReport]) -> float | None:
-    """Mean of the layers' output errors, None if one of them has none."""
-    errors = [layer.output_error for layer in layers]
-    known = [error for error in errors if error is not None]
-    return sum(known) / len(known) if known and len(known) == len(errors) else None
+def text_used(calibration: Mapping[str, Any]) -> str:
+    """What text was used, in words, and what was asked for where that is more; without folders of whoever ran it."""
+    given = (calibration.get(name) for name in ("windows", "length", "tokens", "held_out"))
+    count, length, asked, held_out = (value if isinstance(value, int) else 0 for value in given)
+    source = str(calibration.get("source"))
+    if source == "self":
+        name = "text that the model wrote itself"
+    else:
+        name = source if calibration.get("split") is not None else PurePath(source).name
+    amount = f"{count * length:,} tokens"
+    if length and count < round(asked / length):
+        amount = f"{count * length:,} of {asked:,} tokens asked for (the text has no more)"
+    return f"{amount} in {count} windows from {name}, {held_out or 'none'} of them held out"
+
+
+def telling_error(layers: Collection[LayerReport]) -> str:
+    """The property of LayerReport to judge these layers by: held_out_error, output_error or relative_error.
+
+    The first where held-out text reaches a layer, though not each of many experts; the second where all layers have it.
+    """
+    if any(layer.held_out_error is not None for layer in layers):
+        return "held_out_error"
+    by_output = bool(layers) and all(layer.output_error is not None for layer in layers)
+    return "output_error" if by_output else "relative_error"
+
+
+def error_of(layers: Collection[LayerReport], measure: str) -> float | None:
+    """What `telling_error` names, of all these layers: of weights together, else the mean of what is known, or None."""
+    if measure == "relative_error":
+        return total_error(layers)
+    known = [error for layer in layers if (error := getattr(layer, measure)) is not None]
+    return sum(known) / len(known) if known else None
 
 
 def total_error(layers: Iterable[LayerReport]) -> float | None:
@@ -174,18 +209,8 @@ def total_error(layers: Iterable[LayerReport]) -> float | None:
     return (residual / weight) ** 0.5 if weight else None
 
 
-def measured_on_text(layers: Iterable[LayerReport]) -> bool:
-    """Whether the error of every layer's output is known: then that is shown, for it is what was minimised."""
-    return mean_output_error(layers) is not None
-
-
-def error_of(layers: Iterable[LayerReport], *, on_text: bool) -> float | None:
-    """One error for a layer or several: the mean of their outputs' errors, or that of their weights together."""
-    return mean_output_error(layers) if on_text else total_error(layers)
-
-
-def error_range(layers: Iterable[LayerReport], *, on_text: bool) -> tuple[float, float] | None:
+def error_range(layers: Iterable[LayerReport], measure: str) -> tuple[float, float] | None:
     """Least and largest error of a single layer, None if none is known."""
-    errors = [error_of([layer], on_text=on_text) for layer in layers]
+    errors = [error_of([layer], measure) for layer in layers]
     known = [error for error in errors if error is not None and isfinite(error)]
     return (min(known), max(known)) if known else None

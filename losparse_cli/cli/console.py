@@ -25,6 +25,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from ..checkpoint.report import telling_error
 from ..errors import Interrupted
 from ..progress import Progress
 
@@ -134,9 +135,12 @@ class LayerProgress(Progress):
     def tell(self, sentence: str) -> None:
         self._console.say(escape(sentence))
 
+    def warn(self, sentence: str) -> None:
+        self._console.warn(sentence)
+
     def layer(self, report: LayerReport) -> None:
         self._done += 1
-        error = report.relative_error if report.output_error is None else report.output_error
+        error = getattr(report, telling_error([report]))
         note = report.name if error is None else f"{report.name}  error {error:.3f}"
         if self._bars is not None:
             self._bars.update(self._tasks["layers"], advance=1, note=escape(note))

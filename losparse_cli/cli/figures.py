@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.report import LayerReport, Report, error_of, error_range, measured_on_text
+from ..checkpoint.report import LayerReport, Report, error_of, error_range, telling_error
 from ..errors import UsageError
 from .console import clean, size
 
@@ -30,6 +30,11 @@ MARKERS = "osD^vPX"
 OTHER = "#999999"
 # Beyond the colours, kinds are dashed and hatched; beyond that, eyes no longer tell them apart.
 MOST_KINDS = 2 * len(COLOURS)
+ERRORS = {
+    "held_out_error": "output, held out",
+    "output_error": "output, in-sample",
+    "relative_error": "weight",
+}
 TITLE_WIDTH = 105  # letters that the narrowest picture holds in a line
 
 
@@ -79,7 +84,7 @@ def headline(report: Report | DenseReport) -> tuple[str, str]:
         whole = report.model_bytes_after / max(1, report.model_bytes_before)
         made_from = clean(report.source.get("name") or "")
         caption, _ = layer_errors(report.layers)
-        span = error_range(report.layers, on_text=measured_on_text(report.layers))
+        span = error_range(report.layers, telling_error(report.layers))
         return clean(report.name or made_from or "compressed model"), (
             (f"Made from {made_from}. " if report.name and made_from else "")
             + f"Compressed layers: {share:.1%} of their bytes are left; they hold {report.targeted_share:.1%} of all "
@@ -92,11 +97,9 @@ def headline(report: Report | DenseReport) -> tuple[str, str]:
 
 
 def layer_errors(layers: Sequence[LayerReport]) -> tuple[str, list[float | None]]:
-    """What the errors are, and one for each layer: of the layers' outputs if all are known, else of the weights."""
-    on_text = measured_on_text(layers)
-    return f"relative error of {'output' if on_text else 'weight'}", [
-        _finite(error_of([layer], on_text=on_text)) for layer in layers
-    ]
+    """What the errors are that say most about these layers, and one for each."""
+    measure = telling_error(layers)
+    return f"relative error of {ERRORS[measure]}", [_finite(error_of([layer], measure)) for layer in layers]
 
 
 def _finite(error: float | None) -> float | None:
@@ -158,7 +161,7 @@ def _compressed_figure(report: Report, titled: bool) -> Figure:
     where = places([layer.name for layer in report.layers])
     columns = _columns(where)
     looks = _looks(where, [layer.bytes_before for layer in report.layers])
-    on_text = measured_on_text(report.layers)
+    measure = telling_error(report.layers)
     caption, errors = layer_errors(report.layers)
     # One mark: the layers of a style in a block, which are several where there are experts.
     marks: dict[Style, dict[float, list[LayerReport]]] = {}
@@ -175,7 +178,7 @@ def _compressed_figure(report: Report, titled: bool) -> Figure:
     for i, (style, members) in enumerate(marks.items()):
         points: list[tuple[float, float]] = []
         for x in sorted(members):
-            error = _finite(error_of(members[x], on_text=on_text))
+            error = _finite(error_of(members[x], measure))
             if points and any(points[-1][0] < start <= x for start in starts.values()):
                 points.append((x, float("nan")))  # no line leads from one stack to the next
             points.append((x, float("nan") if error is None else error))

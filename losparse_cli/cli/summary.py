@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..budget.plan import LayerPlan
     from ..checkpoint.report import Report
     from ..compress import Result
-    from ..compression.estimate import Forecast
+    from ..compression.estimate import Estimate, Forecast
     from ..compression.plan import Job
     from ..finetune import Finetuned
 
@@ -56,11 +56,13 @@ def show_plan(out: Console, found: Forecast) -> None:
         out.say(f"Memory   about {size(job.peak_memory)} at the peak")
     else:
         out.say(f"Text     {_text(job)}")
-        for sentence in job.route.notes:
+        for sentence in found.warnings:
             out.warn(sentence)
         held = size(need.activation_bytes)
         out.say(f"Memory   about {size(need.peak_bytes)} at the peak, {held} of it activations, which can lie in files")
-        out.say(f"Time     about {minutes(need.seconds)} on this machine")
+        out.say(f"Time     {_time(need)} on this machine")
+        if need.busy:
+            out.say("         (other work runs on it: measure again when that has ended, or reckon with the longer)")
         if job.recipe.allocate == "error":
             out.say("Sizes    --allocate error measures them at the start of the run; the table shows the uniform plan")
     if found.finished:
@@ -70,11 +72,19 @@ def show_plan(out: Console, found: Forecast) -> None:
 
 def _text(job: Job) -> str:
     """What a calibrated job reads, in words."""
+    from ..checkpoint.report import text_used
+    from ..text.sample import account
+
     assert job.calibration is not None
     if job.windows is None:
         return f"about {job.calibration.tokens:,} tokens that the model writes itself"
-    count, length = job.windows.ids.shape
-    return f"{job.windows.tokens:,} tokens in {count} windows of {length}, from {escape(job.calibration.source)}"
+    return escape(text_used(account(job.calibration, job.windows)))
+
+
+def _time(need: Estimate) -> str:
+    """About how long, or from how long to how long."""
+    short, long = (minutes(seconds) for seconds in (need.least_seconds, need.most_seconds))
+    return f"{short} to {long}" if need.busy and short != long else f"about {minutes(need.seconds)}"
 
 
 def minutes(seconds: float) -> str:
@@ -86,20 +96,16 @@ def minutes(seconds: float) -> str:
 
 def show_result(out: Console, result: Result) -> None:
     """The summary after a run."""
-    from ..checkpoint.report import mean_output_error
+    from ..checkpoint.report import text_used
 
     report = result.report
     out.data(
         {"output": str(result.output), "seconds": result.seconds, "resumed_units": result.resumed} | report.totals()
     )
     _show_sizes(out, report, "before", "after")
-    error = report.relative_error
-    measured = "" if error is None else f", relative Frobenius error {error:.3f}"
-    on_text = mean_output_error(report.layers)
-    if on_text is not None:  # what calibration minimises; the other one is then no measure of quality
-        measured = f", mean relative output error {on_text:.3f} on {report.calibration.get('tokens_used', 0):,} tokens"
     out.say(
-        f"{len(report.layers)} layers, {report.targeted_share:.1%} of all parameters{measured}, {result.seconds:.1f} s"
+        f"{len(report.layers)} layers, {report.targeted_share:.1%} of all parameters{_error(report)}, "
+        f"{result.seconds:.1f} s"
     )
     if result.took.predicted is not None and not result.resumed:
         need = result.took.predicted
@@ -107,11 +113,15 @@ def show_result(out: Console, result: Result) -> None:
             f"Predicted {minutes(need.seconds)} and {size(need.peak_bytes)}, took {minutes(result.seconds)} and "
             f"{size(result.took.peak_bytes)} of memory"
         )
+    if report.calibration:
+        out.say(f"Text: {escape(text_used(report.calibration))}")
     if report.blocks:
-        before, after = (sum(block[name] for block in report.blocks) for name in ("loss_before", "loss_after"))
-        out.say(
-            f"Matching took {1 - after / before:.0%} off the blocks' distance from the dense ones" if before else ""
-        )
+        held_out = report.blocks[0].get("held_out_before") is not None
+        names = ("held_out_before", "held_out_after") if held_out else ("loss_before", "loss_after")
+        before, after = (sum(block[name] for block in report.blocks) for name in names)
+        if before:
+            where = "on held-out text" if held_out else "on the text it was trained on"
+            out.say(f"Matching: {after / before - 1:+.0%} of the blocks' distance from the dense ones, {where}")
     if report.targeted_share < 0.5:
         out.warn(
             f"only {report.targeted_share:.0%} of the parameters lie in layers that can be compressed; the rest "
@@ -141,6 +151,21 @@ def show_result(out: Console, result: Result) -> None:
     where = short(result.output)
     out.say(f"[bold green]Done.[/] The result is in {where}. To load it:")
     _show_loading(out, where)
+
+
+def _error(report: Report) -> str:
+    """The error that says most about a result, in words; "" if none was measured."""
+    from ..checkpoint.report import error_of, telling_error
+
+    measure = telling_error(report.layers)
+    error = error_of(report.layers, measure)
+    if error is None:
+        return ""
+    if measure == "relative_error":
+        return f", relative Frobenius error {error:.3f}"
+    if measure == "held_out_error":
+        return f", mean relative output error {error:.3f} on held-out text"
+    return f", mean relative output error {error:.3f} on the very text it was solved with"
 
 
 def show_finetuned(out: Console, result: Finetuned) -> None:

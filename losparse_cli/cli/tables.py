@@ -23,14 +23,15 @@ if TYPE_CHECKING:
 
 BLOCKS = " ▏▎▍▌▋▊▉█"
 SPARKS = "▁▂▃▄▅▆▇█"
+HEADS = {"held_out_error": "held-out error", "output_error": "in-sample error", "relative_error": "error"}
 SORTED_BY = {"bytes": "after"}
 """Order -> head of its column, where they differ."""
 
 
 class Group:
-    """Layers shown in one line: a block, a kind, or a single layer. on_text: whether errors are those of outputs."""
+    """Layers shown in one line: a block, a kind, or a single layer. measure: which error is shown."""
 
-    def __init__(self, name: str, layers: Sequence[LayerReport], *, on_text: bool) -> None:
+    def __init__(self, name: str, layers: Sequence[LayerReport], measure: str) -> None:
         from ..checkpoint.report import error_of
 
         self.name, self.layers = name, layers
@@ -39,7 +40,7 @@ class Group:
         self.share = self.after / max(1, self.before)
         self.nnz = sum(x.spec.nnz for x in layers)
         self.density = self.nnz / max(1, sum(x.parameters for x in layers))
-        self.error = error_of(layers, on_text=on_text)
+        self.error = error_of(layers, measure)
 
 
 SORTS: dict[str, Callable[[Group], float]] = {
@@ -67,17 +68,17 @@ def show_report(
 ) -> None:
     """Print a report in the form asked for; UsageError for an order that a dense model does not have."""
     from ..checkpoint.report import Report as Compressed
-    from ..checkpoint.report import measured_on_text
+    from ..checkpoint.report import telling_error
 
     if isinstance(report, Compressed):
-        on_text = measured_on_text(report.layers)
-        ordered = sorted(report.layers, key=lambda x: SORTS[sort](Group(x.name, [x], on_text=on_text)))
+        measure = telling_error(report.layers)
+        ordered = sorted(report.layers, key=lambda x: SORTS[sort](Group(x.name, [x], measure)))
         if as_json:
             out.data({"name": report.name} | replace(report, layers=tuple(ordered)).to_dict())
         elif as_csv:
             _write_csv(ordered)
         else:
-            _show_compressed(out, report, every_layer, sort, on_text)
+            _show_compressed(out, report, every_layer, sort, measure)
         return
     if sort not in DENSE_SORTS:
         raise UsageError(f"--sort {sort} is for compressed checkpoints; a dense one has {' and '.join(DENSE_SORTS)}.")
@@ -90,11 +91,11 @@ def show_report(
         _show_dense(out, report, every_layer, sort)
 
 
-def _show_compressed(out: Console, report: Report, every_layer: bool, sort: str, on_text: bool) -> None:
-    from ..checkpoint.report import error_range
+def _show_compressed(out: Console, report: Report, every_layer: bool, sort: str, measure: str) -> None:
+    from ..checkpoint.report import error_range, text_used
 
     def group(name: str, layers: Sequence[LayerReport]) -> Group:
-        return Group(name, layers, on_text=on_text)
+        return Group(name, layers, measure)
 
     whole = group("all", report.layers)
     blocks = [group(name, layers) for name, layers in _by_block(report.layers).items()]
@@ -112,7 +113,7 @@ def _show_compressed(out: Console, report: Report, every_layer: bool, sort: str,
         Column("after", [size(g.after) for g in groups], size(whole.after)),
         Column("share", [f"{g.share:5.1%} [cyan]{_bar(g.share)}[/]" for g in groups], f"{whole.share:5.1%}", left=True),
         Column(
-            "output error" if on_text else "error",
+            HEADS[measure],
             ["-" if g.error is None else f"{g.error:.3f} [red]{_bar(g.error / largest)}[/]" for g in groups],
             "-" if whole.error is None else f"{whole.error:.3f}",
             left=True,
@@ -132,7 +133,7 @@ def _show_compressed(out: Console, report: Report, every_layer: bool, sort: str,
     shown = [replace(x, goes=0) if x.head == SORTED_BY.get(sort, sort) else x for x in columns if x not in same]
     head = "layer" if every_layer else "block"
     show_columns(out, head, [g.name for g in groups], shown, footer=f"{len(report.layers)} layers")
-    span = error_range(report.layers, on_text=on_text)
+    span = error_range(report.layers, measure)
     if span is not None and len(report.layers) > 1:
         line = f"{_sparkline([block.error or 0.0 for block in blocks])}  " if len(blocks) > 1 else ""
         out.out.print(f"error by depth  {line}single layers {span[0]:.3f} to {span[1]:.3f}")
@@ -144,6 +145,8 @@ def _show_compressed(out: Console, report: Report, every_layer: bool, sort: str,
         f"parameters      {report.targeted_share:.1%} of all are in these layers; "
         f"{report.kept_parameters:.1%} of those are kept"
     )
+    if report.calibration:
+        out.out.print(f"text            {escape(clean(text_used(report.calibration), 200))}")
     if report.skipped:
         out.out.print(f"left dense      {escape(_reasons(report.skipped))}")
 
@@ -222,14 +225,15 @@ def _write_csv(layers: Sequence[LayerReport]) -> None:
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(
         ["layer", "out_features", "in_features", "rank", "nnz", "density", "pattern", "layout", "bytes_before",
-         "bytes_after", "relative_error", "output_error"]
+         "bytes_after", "relative_error", "output_error", "held_out_error"]
     )  # fmt: skip
     for x in layers:
         s = x.spec
         writer.writerow(
             [x.name, *x.shape, s.rank, s.nnz, f"{x.density:.6g}", s.pattern, s.layout, x.bytes_before, x.bytes_after,
              "" if x.relative_error is None else f"{x.relative_error:.6g}",
-             "" if x.output_error is None else f"{x.output_error:.6g}"]
+             "" if x.output_error is None else f"{x.output_error:.6g}",
+             "" if x.held_out_error is None else f"{x.held_out_error:.6g}"]
         )  # fmt: skip
 
 

@@ -79,9 +79,9 @@ class _Survey:
         count = len(windows.ids)
         each = min(JUDGES, count // 3)
         self.may_check = each > 0
-        self._measured = _part(windows, 0, min(WINDOWS, count - 2 * each))
-        self._weighing = _part(windows, count - 2 * each, count - each) if self.may_check else self._measured
-        self._checking = _part(windows, count - each, count)
+        self._measured = windows.take(range(min(WINDOWS, count - 2 * each)))
+        self._weighing = windows.take(range(count - 2 * each, count - each)) if self.may_check else self._measured
+        self._checking = windows.take(range(count - each, count))
         self.plans = {plan.layer.name: plan for plan in job.plan.layers if not names_size(job.recipe, plan.layer)}
         self.curves: dict[str, Curve] = {}
         self.split: dict[str, float] = {}
@@ -232,8 +232,3 @@ class _Survey:
 
 def _error(solved: Decomposition) -> float:
     return solved.output_errors[-1] ** 2 if solved.output_errors else solved.residual_squared / solved.weight_squared
-
-
-def _part(windows: Windows, start: int, stop: int) -> Windows:
-    targets = windows.target_ids
-    return replace(windows, ids=windows.ids[start:stop], target_ids=None if targets is None else targets[start:stop])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,13 +17,13 @@ from ..checkpoint.reader import FLOATING, TORCH_DTYPES
 from ..checkpoint.report import LayerReport
 from ..checkpoint.source import Checkpoint
 from ..errors import CheckpointError
-from ..linalg.error import relative_error, squared_norm
+from ..linalg.error import output_error, relative_error, squared_norm
 from ..linalg.factors import Decomposition, LowRankSparse
 from ..linalg.svd import seed_of
 from ..models.blocks import Call
 from ..shim.layouts import LayerSpec
 from .assembly import Assembly
-from .matching import match_block
+from .matching import LOSSES, match_block
 from .plan import Job, Schedule
 from .solve import as_matrix, encode, solve_layer, solve_layers
 
@@ -61,6 +62,7 @@ class Block:
             elif parameter is not None and len(entry.shape) == 1 and entry.dtype in FLOATING:
                 self.norms[entry.name] = parameter
         self.solved: dict[str, Decomposition] = {}
+        self._held_out: dict[str, Tensor] = {}  # layer -> second moment of what it is fed in windows that are held out
         self._encoded: dict[str, tuple[LayerReport, dict[str, Tensor]]] = {}
 
     def _say(self, text: str) -> None:
@@ -71,6 +73,11 @@ class Block:
         return [f"{self.prefix}{name}" for name, _ in self.module.named_parameters()]
 
     # --- the layers -----------------------------------------------------------------------------
+
+    def hold_out(self, calls: Sequence[Call]) -> None:
+        """Errors are measured on what the dense block's layers are fed in these calls, besides what a solver says."""
+        found = gather_moments(self.module, list(self.plans), calls, prefix=self.prefix)
+        self._held_out = {layer: group.H for group in found for layer in group.layers}
 
     def solve(self, calls: Sequence[Call], on_layer: Callable[[LayerReport], None]) -> None:
         """Solve every layer for what it is fed in `calls`; without data those that the text never reaches."""
@@ -84,7 +91,7 @@ class Block:
             stored = [self._stored(layer) for layer in group.layers]
             found = solve_layers(plans, stored, group.H, self.job.recipe, self.job.device)
             for layer, one in zip(group.layers, found, strict=True):
-                self.solved[layer] = one
+                self.solved[layer] = replace(one, held_out_error=self._unseen_error(layer, one.factors))
                 on_layer(self.encode(layer)[0])
         for layer, plan in self.plans.items():
             if layer not in self.solved:
@@ -121,8 +128,11 @@ class Block:
             elif entry.name in self.norms and entry.name in tensors[number]:
                 self._set_norm(self.norms[entry.name], tensors[number][entry.name])
 
-    def match(self, calls: Sequence[Call], targets: Sequence[Tensor]) -> dict[str, Any]:
-        """Train layers and norms towards `targets`; a line of the report with the loss before and after."""
+    def match(self, calls: Sequence[Call], targets: Sequence[Tensor], held_out: int) -> dict[str, Any]:
+        """Train layers and norms towards `targets`; a line of the report with the loss before and after.
+
+        held_out: of the calls, how many at the end are only measured on.
+        """
         refinement = self.job.refinement
         assert refinement is not None
         dtypes = {tensor: TORCH_DTYPES[self.job.source.entries[tensor].dtype] for tensor in self.norms}
@@ -133,6 +143,7 @@ class Block:
             {layer: one.factors for layer, one in self.solved.items()},
             {parameter.removeprefix(self.prefix): dtypes[tensor] for tensor, parameter in self.norms.items()},
             refinement,
+            held_out=held_out,
             transposed={layer: plan.layer.transposed for layer, plan in self.plans.items()},
             seed=seed_of(self.job.recipe.seed, self.name),
             on_step=lambda step, loss: self._say(f"matching, step {step} of {refinement.steps}, loss {loss:.4f}"),
@@ -142,7 +153,7 @@ class Block:
             self.solved[layer] = self._measured(layer, factors, before.errors, before.output_errors)
         self._encoded.clear()
         self._install()
-        return {"name": self.name, "loss_before": matched.loss_before, "loss_after": matched.loss_after}
+        return {"name": self.name, **{name: getattr(matched, name) for name in LOSSES}}
 
     # --- what is written ------------------------------------------------------------------------
 
@@ -169,8 +180,21 @@ class Block:
         W = as_matrix(self._stored(layer), self.plans[layer].layer, self.job.device)
         weight, residual = squared_norm(W), squared_norm(W - factors.dense())
         return Decomposition(
-            factors, (*errors, relative_error(residual, weight)), weight, residual, tuple(output_errors)
+            factors,
+            (*errors, relative_error(residual, weight)),
+            weight,
+            residual,
+            tuple(output_errors),
+            self._unseen_error(layer, factors),
         )
+
+    def _unseen_error(self, layer: str, factors: LowRankSparse) -> float | None:
+        """Of the layer's output in windows that are held out, None if none of them reaches it."""
+        H = self._held_out.get(layer)
+        if H is None:
+            return None
+        W = as_matrix(self._stored(layer), self.plans[layer].layer, self.job.device)
+        return output_error(W - factors.dense(), W, H)
 
     def _install(self) -> None:
         for layer, one in self.solved.items():

@@ -19,6 +19,7 @@ from ..models.route import Route
 from ..models.skeleton import empty_model
 from ..progress import Progress
 from ..shim.layouts import LayerSpec
+from ..text.sample import hold_out
 from ..text.windows import Windows
 from .assembly import Assembly
 from .block import Block
@@ -34,7 +35,10 @@ class CalibratedRun:
     def __init__(
         self, job: Job, windows: Windows, made: Schedule, writer: ShardWriter, told: Progress, fixed_bytes: int
     ) -> None:
-        self.job, self.windows, self.made, self.writer, self.told = job, windows, made, writer, told
+        self.job, self.made, self.writer, self.told = job, made, writer, told
+        assert job.calibration is not None
+        seen, unseen = (part.batches(job.calibration.batch, job.device) for part in hold_out(windows))
+        self._batches, self._held_out = [*seen, *unseen], len(unseen)
         self.assembly = calibration_model(job)
         self.model = self.assembly.model
         copied = job.start or job.source
@@ -45,10 +49,9 @@ class CalibratedRun:
 
     def run(self) -> None:
         job = self.job
-        assert job.calibration is not None
         self.assembly.load(parameters_outside(self.model, job.route))
         self._outside(range(min(numbers.start for numbers in job.blocks.values())))
-        batches = self.windows.batches(job.calibration.batch, job.device)
+        batches = self._batches
         # Where blocks are matched, the dense model's own stream runs along: it is what they are matched to.
         streams = 2 if job.refinement is not None else 1
         remedy = "Lower --calibration-tokens or --calibration-length, or set --memory-limit; what is finished is kept."
@@ -90,13 +93,15 @@ class CalibratedRun:
         self.assembly.load(parameters)
         self._run(block.module, dense)
         if self.writer.done < block.numbers.stop:
+            solved_with = len(calls) - self._held_out
+            block.hold_out(calls[solved_with:])
             if self.job.start is not None:
                 block.start_from(self.job.start, self.told.layer)
             else:
-                block.solve(calls, self.told.layer)
+                block.solve(calls[:solved_with], self.told.layer)
             summary = {}
             if self.job.refinement is not None:
-                summary = block.match(calls, [hidden_states(call.output) for call in dense])
+                summary = block.match(calls, [hidden_states(call.output) for call in dense], self._held_out)
             self._write(block, summary, time.monotonic() - begun)
         else:
             self._restore(block)

@@ -12,6 +12,7 @@ from ..load import load
 from ..models.device import release
 from ..progress import Progress
 from ..text.generated import generate_text, kept_windows, write_windows
+from ..text.sample import hold_out
 from ..text.windows import Windows
 from .allocation import Allocation, allocate_by_error
 from .plan import Job
@@ -67,7 +68,7 @@ def allocated_plan(job: Job, windows: Windows | None, work: WorkFolder, told: Pr
             path.unlink()
     with write_errors(work.path):
         work.journal.keep(0)
-    decided = allocate_by_error(job, windows, told.phase)
+    decided = allocate_by_error(job, hold_out(windows)[0], told.phase)
     with write_errors(work.path):
         part = path.with_name(path.name + ".part")
         write_json(part, {"layers": decided.layers, "gain": decided.gain})

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..checkpoint.output import check_space, free_bytes
 from ..checkpoint.workfolder import WorkFolder
 from ..linalg.precision import fast_float32
+from ..text.sample import account, doubts, hold_out
 from ..text.windows import Windows
 from .fingerprint import fingerprint
 from .plan import RESIDENT_BASE, Job, Schedule, schedule
@@ -21,16 +25,25 @@ GENERATION_OVERHEAD = 8  # a token at a time is bound by memory: measured agains
 GENERATION_BYTES = 1 << 30  # keys and values of the windows that are written side by side
 POLISH = 45  # products with H besides those of the iterations
 SOLVER_COPIES = 9  # float32 matrices of the weight's shape that the solver holds at once
+BURSTS, BURST_SECONDS = 7, 0.01
+UNSTEADY = 1.25  # of the second fastest burst's speed and the second slowest's; alone on a machine it is below 1.1
 TRAINING_COPIES = 8  # of the block: U V + S, S, its mask, gradients, Adam's two moments, and the weights put aside
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """fixed_bytes: all but activations. activation_bytes: what flows between blocks. seconds: on this device."""
+    """fixed_bytes: all but activations. activation_bytes: what flows between blocks. seconds: on this device.
+
+    least_seconds, most_seconds: at the fastest and the slowest that the device was while it was measured. busy: whether
+    other work runs on it, so that `seconds` may be far off.
+    """
 
     fixed_bytes: int
     activation_bytes: int
     seconds: float
+    least_seconds: float
+    most_seconds: float
+    busy: bool
 
     @property
     def peak_bytes(self) -> int:
@@ -60,10 +73,17 @@ class Forecast:
         """Of memory."""
         return self.job.peak_memory if self.need is None else self.need.peak_bytes
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What bodes ill, a sentence each."""
+        job = self.job
+        if job.calibration is None:
+            return ()
+        return (*doubts(job.calibration, job.windows), *job.route.notes)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form; sizes in bytes."""
         job, plan = self.job, self.made.plan
-        text = {"tokens": job.windows.tokens, "windows": len(job.windows.ids)} if job.windows is not None else {}
         return {
             "output": str(job.output),
             "recipe": job.recipe.to_dict(),
@@ -75,7 +95,10 @@ class Forecast:
             "free_bytes": self.free_bytes,
             "peak_memory_bytes": self.peak_bytes,
             "seconds": self.need.seconds if self.need else None,
-            "calibration": asdict(job.calibration) | text if job.calibration else None,
+            "least_seconds": self.need.least_seconds if self.need else None,
+            "most_seconds": self.need.most_seconds if self.need else None,
+            "busy": self.need.busy if self.need else None,
+            "calibration": account(job.calibration, job.windows) if job.calibration else None,
             "blocks": list(job.blocks),
             "shards": [shard.file for shard in self.made.shards],
             "layers": [
@@ -113,11 +136,13 @@ def estimate(job: Job, windows: Windows | None) -> Estimate:
     inside = set(job.unreached).union(*(set(numbers) for numbers in job.blocks.values()))
     outside = sum(e.elements for k, e in enumerate(job.entries) if k not in inside)
     widest = max(sum(job.entries[k].elements for k in numbers) for numbers in job.blocks.values())
+    held_out = windows is None or len(hold_out(windows)[1].ids) > 0
     moments = solver = 0
     work = 0.0  # flops, weighted with their overhead
     for numbers in job.blocks.values():
         plans = [plan for k in numbers if (plan := units[k][1]) is not None]
-        moments = max(moments, sum(4 * plan.layer.shape[1] ** 2 for plan in plans))
+        # Of what it is solved with, and of what is held out.
+        moments = max(moments, (1 + held_out) * sum(4 * plan.layer.shape[1] ** 2 for plan in plans))
         block = 0
         for plan in plans:
             m, n = plan.layer.shape
@@ -138,18 +163,27 @@ def estimate(job: Job, windows: Windows | None) -> Estimate:
         fixed = max(fixed, RESIDENT_BASE + job.source.nbytes + GENERATION_BYTES)
         work += FORWARD_OVERHEAD * GENERATION_OVERHEAD * 2 * job.parameters * tokens
     held = 3 if job.refinement is not None else 2
-    return Estimate(fixed, 4 * tokens * hidden * held, work / _speed(job.device))
+    speeds = _speeds(job.device)
+    slow, middle, fast = speeds[1], statistics.median(speeds), speeds[-2]
+    # A command that came before this one may still count as one process a core.
+    loaded = job.device.type == "cpu" and os.getloadavg()[0] > UNSTEADY * (os.cpu_count() or 1)
+    busy = loaded or fast > UNSTEADY * slow
+    return Estimate(fixed, 4 * tokens * hidden * held, work / middle, work / fast, work / slow, busy)
 
 
-def _speed(device: torch.device) -> float:
-    """Flops a second of float32 products of 1024 x 1024, measured now."""
+def _speeds(device: torch.device) -> list[float]:
+    """Flops a second of float32 products of 1024 x 1024, of several bursts, rising."""
     A = torch.randn(1024, 1024, device=device)
     with fast_float32():
         A @ A
-        begun, count = time.perf_counter(), 0
-        while count < 3 or time.perf_counter() - begun < 0.05:
-            A @ A
-            count += 1
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return count * 2 * 1024**3 / (time.perf_counter() - begun)
+        return sorted(_burst(A) for _ in range(BURSTS))
+
+
+def _burst(A: Tensor) -> float:
+    begun, count = time.perf_counter(), 0
+    while count < 1 or time.perf_counter() - begun < BURST_SECONDS:
+        A @ A
+        count += 1
+    if A.is_cuda:
+        torch.cuda.synchronize(A.device)
+    return count * 2 * len(A) ** 3 / (time.perf_counter() - begun)

@@ -24,12 +24,18 @@ class Matched:
     """What matching found for one block.
 
     factors: layer -> U, V and S as they are stored. loss_before, loss_after: ‖block − dense block‖² / ‖dense block's
-    change of its input‖² over all calibration tokens, both with factors and norms as they are stored.
+    change of its input‖² over all tokens it was trained on, both with factors and norms as they are stored.
+    held_out_before, held_out_after: the same over those held out, None without any.
     """
 
     factors: dict[str, LowRankSparse]
     loss_before: float
     loss_after: float
+    held_out_before: float | None = None
+    held_out_after: float | None = None
+
+
+LOSSES = ("loss_before", "loss_after", "held_out_before", "held_out_after")
 
 
 class _LowRankPlusSparse(nn.Module):
@@ -64,14 +70,16 @@ def match_block(
     refinement: Refinement,
     *,
     transposed: Mapping[str, bool],
+    held_out: int = 0,
     seed: int = 0,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Matched:
     """Train `block` on the inputs in `calls` towards `targets`, what the dense block gives for them.
 
-    layers: name inside the block -> factors to start from; their supports stay. norms: one-dimensional parameters that
-    are trained along, with the dtype in which they are stored; they are left changed in `block`. The layers' weights
-    are left as they were. If the result is no better than the start, the start is returned, and the norms put back.
+    held_out: of the calls, how many at the end are not trained on, only measured, and decide nothing. layers: name
+    inside the block -> factors to start from; their supports stay. norms: one-dimensional parameters that are trained
+    along, with the dtype in which they are stored; they are left changed in `block`. The layers' weights are left as
+    they were. If the result is no better than the start, the start is returned, and the norms put back.
     """
     started = {name: block.get_parameter(name).detach().clone() for name in norms}
     forms = {}
@@ -87,16 +95,21 @@ def match_block(
         parameter = block.get_parameter(name)
         parameter.requires_grad_()
         trained.append(parameter)
-    scale = sum(float(_change(target, call).square().sum()) for target, call in zip(targets, calls, strict=True))
+    pairs = list(zip(calls, targets, strict=True))
+    pairs, unseen = pairs[: len(pairs) - held_out], pairs[len(pairs) - held_out :]
+    scale = _scale(pairs)
 
-    def measure() -> float:
+    def measure(pairs: Sequence[tuple[Call, Tensor]], scale: float) -> float:
         with torch.no_grad():
-            lost = [_loss(block, call, target) for call, target in zip(calls, targets, strict=True)]
+            lost = [_loss(block, call, target) for call, target in pairs]
         return float(sum(float(x) for x in lost)) / scale if scale else 0.0
 
-    before = measure()
+    def measure_unseen() -> float | None:
+        return measure(unseen, _scale(unseen)) if unseen else None
+
+    before, unseen_before = measure(pairs, scale), measure_unseen()
     try:
-        _train(block, calls, targets, trained, refinement, seed, scale / len(calls), on_step)
+        _train(block, pairs, trained, refinement, seed, scale / len(pairs), on_step)
         found = {}
         with torch.no_grad():
             for name, form in forms.items():
@@ -107,9 +120,9 @@ def match_block(
             for name, dtype in norms.items():
                 parameter = block.get_parameter(name)
                 parameter.copy_(parameter.to(dtype))
-        after = measure()
+        after, unseen_after = measure(pairs, scale), measure_unseen()
         if not after < before:
-            found, after = dict(layers), before
+            found, after, unseen_after = dict(layers), before, unseen_before
             with torch.no_grad():
                 for name, value in started.items():
                     block.get_parameter(name).copy_(value)
@@ -118,13 +131,12 @@ def match_block(
             parametrize.remove_parametrizations(block.get_submodule(name), "weight", leave_parametrized=False)
         for name in norms:
             block.get_parameter(name).requires_grad_(False)
-    return Matched(found, before, after)
+    return Matched(found, before, after, unseen_before, unseen_after)
 
 
 def _train(
     block: nn.Module,
-    calls: Sequence[Call],
-    targets: Sequence[Tensor],
+    pairs: Sequence[tuple[Call, Tensor]],
     trained: Sequence[nn.Parameter],
     refinement: Refinement,
     seed: int,
@@ -136,15 +148,15 @@ def _train(
     order: list[int] = []
     for step in range(refinement.steps):
         if not order:
-            order = torch.randperm(len(calls), generator=generator).tolist()
-        k = order.pop()
+            order = torch.randperm(len(pairs), generator=generator).tolist()
+        call, target = pairs[order.pop()]
         warm = min(1.0, (step + 1) / max(1, refinement.steps // 20))
         rate = refinement.lr * warm * 0.5 * (1 + math.cos(math.pi * step / refinement.steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
-            loss = _loss(block, calls[k], targets[k]) / scale if scale else _loss(block, calls[k], targets[k])
+            loss = _loss(block, call, target) / (scale or 1.0)
             loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if on_step is not None:
@@ -153,6 +165,10 @@ def _train(
 
 def _loss(block: nn.Module, call: Call, target: Tensor) -> Tensor:
     return (hidden_states(run_block(block, call)).float() - target).square().sum()
+
+
+def _scale(pairs: Sequence[tuple[Call, Tensor]]) -> float:
+    return sum(float(_change(target, call).square().sum()) for call, target in pairs)
 
 
 def _change(target: Tensor, call: Call) -> Tensor:

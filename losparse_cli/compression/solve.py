@@ -95,6 +95,7 @@ def encode(plan: LayerPlan, solved: Decomposition, dtype: torch.dtype) -> tuple[
         solved.residual_squared,
         solved.errors,
         solved.output_errors,
+        solved.held_out_error,
     )
     return report, tensors
 

@@ -20,3 +20,9 @@ def output_squared(E: Tensor, H: Tensor) -> float:
 def relative_error(residual_squared: float, weight_squared: float) -> float:
     """‖W − U V − S‖_F / ‖W‖_F from the two squared norms; 0 for a zero weight."""
     return (max(0.0, residual_squared) / weight_squared) ** 0.5 if weight_squared > 0 else 0.0
+
+
+def output_error(E: Tensor, W: Tensor, H: Tensor) -> float | None:
+    """sqrt(tr(E H Eᵀ) / tr(W H Wᵀ)), None if W makes nothing of inputs of second moment H."""
+    total = output_squared(W, H)
+    return relative_error(output_squared(E, H), total) if total > 0 else None

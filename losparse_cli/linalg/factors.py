@@ -53,7 +53,8 @@ class Decomposition:
     errors: relative Frobenius error, ‖W − U V − S‖_F / ‖W‖_F, after each iteration, with factors as they are
     stored. weight_squared, residual_squared: the squared norms in it, at the end. output_errors: relative error of
     the layer's output, sqrt(tr(E H Eᵀ) / tr(W H Wᵀ)), after each stage of a solver that knows H; never rising but
-    for the last, which is that of the factors as they are stored.
+    for the last, which is that of the factors as they are stored. held_out_error: that error under a second moment that
+    the solver did not see, None without one.
     """
 
     factors: LowRankSparse
@@ -61,3 +62,4 @@ class Decomposition:
     weight_squared: float
     residual_squared: float
     output_errors: tuple[float, ...] = ()
+    held_out_error: float | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,12 @@ class Windows:
         """SHA-256 of the tokens."""
         parts = [self.ids] if self.target_ids is None else [self.ids, self.target_ids]
         return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
+
+    def take(self, numbers: Sequence[int]) -> Windows:
+        """Those of these numbers, in this order; there may be none."""
+        targets = self.target_ids
+        chosen = torch.tensor(numbers, dtype=torch.long)
+        return Windows(self.ids[chosen], None if targets is None else targets[chosen])
 
     def batches(self, size: int, device: torch.device | None = None) -> list[dict[str, Tensor]]:
         """Keyword arguments for the model, `size` windows at a time, on `device` (None: where they are)."""

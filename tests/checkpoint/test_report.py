@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from losparse_cli.checkpoint.report import LayerReport, Report, total_error
+from losparse_cli.checkpoint.report import LayerReport, Report, error_of, telling_error, text_used, total_error
 from losparse_cli.errors import CheckpointError
 from losparse_cli.shim.layouts import LayerSpec
 
@@ -65,3 +65,31 @@ def test_a_report_of_the_wrong_kind_names_the_file(key: str, value: object) -> N
         return
     with pytest.raises(CheckpointError, match=r"^here is incomplete"):
         Report.from_dict(fields, SPECS, "here")
+
+
+def test_text_is_named_without_folders_and_counted_as_it_is() -> None:
+    asked = {"source": "/home/somebody/secret/wiki.txt", "tokens": 65536, "length": 512, "windows": 8, "held_out": 1}
+    assert text_used(asked) == (
+        "4,096 of 65,536 tokens asked for (the text has no more) in 8 windows from wiki.txt, 1 of them held out"
+    )
+    assert text_used(asked | {"tokens": 4200, "held_out": 0}) == (
+        "4,096 tokens in 8 windows from wiki.txt, none of them held out"
+    )
+    assert "from user/data," in text_used(asked | {"source": "user/data", "split": "train"})
+    assert "from text that the model wrote itself," in text_used(asked | {"source": "self"})
+    text_used({"windows": "many", "length": None})  # a report may hold anything
+
+
+def test_the_error_on_held_out_text_says_most_then_that_of_outputs() -> None:
+    weights = replace(A, weight_squared=4.0, residual_squared=1.0)
+    outputs = replace(weights, output_errors=(0.5, 0.2))
+    unseen = replace(outputs, held_out_error=0.3)
+    for layers, measure, error in (
+        ([weights, outputs], "relative_error", 0.5),
+        ([outputs, outputs], "output_error", 0.2),
+        ([outputs, unseen, replace(unseen, held_out_error=0.4)], "held_out_error", 0.35),  # an expert is not reached
+    ):
+        assert telling_error(layers) == measure
+        assert error_of(layers, measure) == pytest.approx(error)
+    assert telling_error([]) == "relative_error"
+    assert LayerReport.from_dict(unseen.measured(), unseen.spec) == unseen

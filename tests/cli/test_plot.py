@@ -150,10 +150,13 @@ def test_errors_of_outputs_are_drawn_if_all_are_known() -> None:
         return replace(report, layers=layers)
 
     both = render(measured(0.5, 0.25), "svg")
-    assert "relative error of output" in texts(both)
+    assert "relative error of output, in-sample" in texts(both)
     (_, first), (_, second) = corners(marked(both, "error-")["error-0"])
     assert second > first  # lower on the page
     assert "relative error of weight" in texts(render(measured(0.5, None), "svg"))
+    layers = tuple(replace(layer, held_out_error=0.6) for layer in measured(0.5, 0.25).layers)
+    unseen = replace(report, layers=layers)
+    assert "relative error of output, held out" in texts(render(unseen, "svg"))
 
 
 def test_unknown_errors_are_said_to_be_unknown(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from losparse_cli.budget.recipe import Recipe
 from losparse_cli.checkpoint.output import ALLOCATION
 from losparse_cli.checkpoint.workfolder import WorkFolder
 from losparse_cli.checkpoint.writer import ShardWriter
-from losparse_cli.compress import Result, compress, plan
+from losparse_cli.compress import Result, compress, plan, run
 from losparse_cli.compression import allocation, block, calibrated, decisions
 from losparse_cli.compression import plan as planning
 from losparse_cli.compression.estimate import estimate
@@ -29,6 +29,7 @@ from losparse_cli.compression.request import Refinement
 from losparse_cli.errors import UsageError
 from losparse_cli.models.blocks import THREAD
 from losparse_cli.progress import Progress
+from losparse_cli.text.sample import hold_out
 from losparse_cli.text.windows import Calibration
 
 RECIPE = Recipe(keep=0.6, rank_ratio=0.2, iterations=8)
@@ -97,6 +98,75 @@ def killed_then_resumed(
                 again()
         assert [thread for thread in threading.enumerate() if thread.name == THREAD] == []
     return again()
+
+
+# --- what is held out ---------------------------------------------------------------------------------
+
+
+def test_the_held_out_error_is_that_of_outputs_for_windows_that_the_solver_did_not_see(
+    toy: Any, asked: Calibration, tmp_path: Path
+) -> None:
+    source = toy("llama", tokenizer=True)
+    job = plan(source, tmp_path / "out", RECIPE, calibration=asked)
+    assert job.windows is not None
+    result = run(job)
+    assert result.report.calibration["held_out"] == 1
+    dense, ours = losparse_cli.load(source)[0].float(), losparse_cli.load(result.output)[0].float()
+    fed: dict[str, Tensor] = {}
+    for name, module in dense.named_modules():
+        module.register_forward_pre_hook(lambda _, args, name=name: args and fed.setdefault(name, args[0]))
+    with torch.no_grad():
+        dense(input_ids=hold_out(job.windows)[1].ids)
+        for layer in result.report.layers:
+            if layer.name.startswith("model.layers.0."):  # what the next one is fed comes from the compressed one
+                X = fed[layer.name].reshape(-1, layer.shape[1])
+                expected = dense.get_submodule(layer.name)(X)
+                error = float((ours.get_submodule(layer.name)(X) - expected).norm() / expected.norm())
+                assert layer.held_out_error == pytest.approx(error, rel=1e-3), layer.name
+            assert layer.held_out_error is not None
+            assert layer.output_error is not None
+    assert result.report.held_out_error == pytest.approx(
+        sum(layer.held_out_error or 0.0 for layer in result.report.layers) / len(result.report.layers)
+    )
+
+
+@pytest.mark.parametrize("refinement", [None, Refinement(steps=8)])
+def test_what_is_held_out_changes_no_weight(
+    refinement: Refinement | None, toy: Any, asked: Calibration, tmp_path: Path
+) -> None:
+    source = toy("llama", tokenizer=True)
+    results = []
+    for number in range(2):
+        job = plan(source, tmp_path / str(number) / "out", RECIPE, calibration=asked, refinement=refinement)
+        assert job.windows is not None
+        out = [k for k, row in enumerate(job.windows.ids) if (row == hold_out(job.windows)[1].ids[0]).all()]
+        if number:  # the same tokens in another order
+            job.windows.ids[out] = job.windows.ids[out].flip(1)
+        results.append(run(job))
+    first, second = (toys.digests(result.output) for result in results)
+    weights = [file for file in first if file.endswith(".safetensors")]
+    assert weights
+    assert all(first[file] == second[file] for file in weights)
+    errors = [[layer.held_out_error for layer in result.report.layers] for result in results]
+    assert all(a != b for a, b in zip(*errors, strict=True))
+    if refinement is not None:
+        for block in results[0].report.blocks:
+            assert 0 < block["held_out_after"] != block["held_out_before"] > 0
+
+
+def test_a_text_that_repeats_itself_shows_no_error_as_if_it_were_of_other_text(
+    toy: Any, asked: Calibration, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over it. " * 60, encoding="utf-8")
+    repeated = replace(asked, source=str(tmp_path / "text.txt"))
+    found = {
+        name: compress(toy("llama", tokenizer=True), tmp_path / name, RECIPE, calibration=given).report
+        for name, given in (("repeated", repeated), ("real", asked))
+    }
+    assert all(layer.output_error is not None for layer in found["repeated"].layers)  # which is in-sample
+    assert found["repeated"].held_out_error is None
+    assert found["real"].held_out_error is not None
+    assert any("repeats itself" in sentence for sentence in found["repeated"].calibration["warnings"])
 
 
 # --- what comes out ---------------------------------------------------------------------------------

@@ -222,3 +222,17 @@ def test_a_perfect_start_is_kept() -> None:
 def test_numbers_that_train_nothing_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="--refine-"):
         Refinement(**wrong)
+
+
+def test_what_is_held_out_is_measured_and_trains_nothing() -> None:
+    first, second = Scene("llama"), Scene("llama")
+    with torch.no_grad():  # other targets for the last call
+        second.targets[-1].mul_(1.5)
+    a, b = first.match(held_out=1), second.match(held_out=1)
+    assert all(same_factors(a.factors[layer], b.factors[layer]) for layer in a.factors)
+    assert (a.loss_before, a.loss_after) == (b.loss_before, b.loss_after)
+    assert a.held_out_before is not None
+    assert a.held_out_after is not None
+    assert 0 < a.held_out_after < a.held_out_before
+    assert a.held_out_before != b.held_out_before
+    assert Scene("llama").match().held_out_before is None

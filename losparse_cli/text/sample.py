@@ -1,0 +1,77 @@
+"""What a calibration text can tell: which windows are held out of it, and what makes it a poor sample."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .request import Calibration
+from .windows import Windows
+
+HELD_OUT = 20  # windows, of which one is held out
+ENOUGH = 8192  # tokens below which a result hangs on which text it was
+SEQUENCE = 16  # tokens; two texts of people hardly ever share a sequence as long, of characters neither
+REPEATED = 0.5  # share of such sequences that were there before, above which a text repeats itself
+
+
+def hold_out(windows: Windows) -> tuple[Windows, Windows]:
+    """Windows that a result is solved with, and those that it is only measured on: a twentieth, evenly spread.
+
+    Of two windows or more one at least is held out; none of a text that repeats itself, where it was seen all the same.
+    """
+    count = len(windows.ids)
+    number = max(1, count // HELD_OUT) if count > 1 else 0
+    out = {(2 * k + 1) * count // (2 * number) for k in range(number)}
+    kept, held = windows.take([k for k in range(count) if k not in out]), windows.take(sorted(out))
+    seen = torch.isin(_sequences(held.ids), _sequences(kept.ids))
+    if int(seen.sum()) > REPEATED * len(seen):
+        return windows, windows.take([])
+    return kept, held
+
+
+def repeated_share(windows: Windows) -> float:
+    """Share of the text's sequences of 16 tokens that stand in it before, 0 to 1."""
+    found = _sequences(windows.ids).tolist()
+    return 1 - len(set(found)) / len(found) if found else 0.0
+
+
+def doubts(calibration: Calibration, windows: Windows | None) -> tuple[str, ...]:
+    """What makes a settled request's text a poor sample, a sentence each; windows: None if they are yet to be had."""
+    assert calibration.length is not None
+    found = []
+    tokens = windows.ids.numel() if windows is not None else calibration.windows * calibration.length
+    if tokens < ENOUGH:
+        short = windows is not None and len(windows.ids) < calibration.windows
+        remedy = "Give more text." if short else "Raise --calibration-tokens."
+        found.append(f"{tokens:,} tokens are few to calibrate with: below {ENOUGH:,} it matters much which. {remedy}")
+    repeated = repeated_share(windows) if windows is not None else 0.0
+    if repeated > REPEATED:
+        found.append(
+            f"The text repeats itself: {repeated:.0%} of its sequences of {SEQUENCE} tokens stand in it before. Errors "
+            "on it say nothing about other text. Give text as the model will read it."
+        )
+    return tuple(found)
+
+
+def account(calibration: Calibration, windows: Windows | None) -> dict[str, Any]:
+    """What was asked for, what of it there is and what is wrong with it; JSON."""
+    found: dict[str, Any] = asdict(calibration)
+    if windows is not None:
+        found |= {
+            "tokens_used": windows.tokens,
+            "windows": len(windows.ids),
+            "held_out": len(hold_out(windows)[1].ids),
+            "sha256": windows.digest(),
+        }
+    return found | {"warnings": list(doubts(calibration, windows))}
+
+
+def _sequences(ids: Tensor) -> Tensor:
+    """A number for each sequence of 16 tokens within a window, none in shorter ones; equal ones have the same."""
+    if ids.shape[1] < SEQUENCE:
+        return ids.new_zeros(0)
+    weights = torch.randint(1 << 62, (SEQUENCE,), generator=torch.Generator().manual_seed(0)) | 1
+    return (ids.unfold(1, SEQUENCE, 1) * weights).sum(-1).flatten()  # modulo 2**64
