@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..calibration.activations import Activations
 from ..checkpoint.writer import ShardWriter, tensor_part
 from ..linalg.precision import fast_float32
-from ..models.blocks import Call, Relay, block_of, hidden_states, run_block, with_hidden_states
+from ..models.blocks import Call, Relay, block_of, changed, hidden_states, run_block
 from ..models.device import available, memory_errors
 from ..models.reading import output_embeddings
 from ..models.route import Route
@@ -112,8 +112,12 @@ class CalibratedRun:
     def _run(self, module: nn.Module, calls: Sequence[Call]) -> None:
         with torch.no_grad():
             for call in calls:
-                output = run_block(module, call)
-                call.output = with_hidden_states(output, self._activations.keep(hidden_states(output)))
+                given = {id(value) for value in (*call.args, *call.kwargs.values())}
+                # Beside activations T5 hands the biases of all positions from its first block to the last.
+                call.output = changed(
+                    run_block(module, call),
+                    lambda tensor, given=given: tensor if id(tensor) in given else self._activations.keep(tensor),  # type: ignore[misc]
+                )
                 self._activations.release()
 
     def _write(self, block: Block, summary: dict[str, Any], seconds: float) -> None:

@@ -212,16 +212,24 @@ def _parts(output: Any) -> dict[Any, Any]:
 
 def with_hidden_states(output: Any, states: Tensor) -> Any:
     """`output` of a block with its activations replaced by `states`."""
+    first = hidden_states(output)
+    return changed(output, lambda tensor: states if tensor is first else tensor)
+
+
+def changed(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`output` of a block with every tensor of floating values in it put through `change`."""
     if isinstance(output, Tensor):
-        return states
-    parts = _parts(output)
-    key = next(key for key, part in parts.items() if _first(part) is not None)
-    parts[key] = with_hidden_states(parts[key], states)
+        return change(output) if output.is_floating_point() else output
+    before = _parts(output)
+    parts = {key: changed(part, change) for key, part in before.items()}
+    if all(parts[key] is part for key, part in before.items()):
+        return output
     if isinstance(output, Mapping):
         made: Any = type(output)
         return made(**parts) if hasattr(output, "to_tuple") else made(parts)  # transformers' ModelOutput takes keywords
     if isinstance(output, list | tuple):
         return type(output)(*parts.values()) if hasattr(output, "_fields") else type(output)(parts.values())
     made = copy(output)  # a dataclass, frozen or not, whose constructor may want more
-    object.__setattr__(made, key, parts[key])
+    for key, part in parts.items():
+        object.__setattr__(made, key, part)
     return made
