@@ -6,7 +6,7 @@ import gc
 import os
 import platform
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from .errors import UsageError
 from .load import load
 from .models.device import find_device, memory_errors
 from .models.reading import TEXT_MODELS, require_text, text_alone
+from .progress import Progress
 from .text.tokenizer import length_limit, positions
 
 ROWS = (1, 16, 256)
@@ -45,14 +46,13 @@ def bench(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     trust_remote_code: bool = False,
-    on_step: Callable[[str, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> BenchReport:
     """Figures of a compressed checkpoint, a folder or a Hub id; with `against`, of the dense model beside it.
 
     Every shape of compressed layer is timed at each number of `rows` of x beside nn.Linear. The model reads `batch`
     prompts of `prompt` random tokens and writes `new_tokens` more, `rounds` times, the two models in turn; a model
-    that writes nothing only reads. `threads` are those of torch. `revision` is that of `source`. `on_step` hears what
-    was measured and the number of calls to come in all.
+    that writes nothing only reads. `threads` are those of torch. `revision` is that of `source`.
 
     UsageError for values out of range, a model that reads no text, and models that hold nothing to compare;
     ResourceError if memory runs out; otherwise the errors of `load`.
@@ -91,10 +91,11 @@ def bench(
             load=load,
         )  # fmt: skip
         total = len(by_shape(layers)) * len(rows) + (rounds + 2) * len(runners)
+        told = progress or Progress()
+        told.start("measurements", total)
 
         def hear(what: str) -> None:
-            if on_step is not None:
-                on_step(what, total)
+            told.advance("measurements", name=what)
 
         found: list[LayerSpeed] = []
         for speed in layer_speeds(layers, rows, rounds):

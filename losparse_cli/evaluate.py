@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from .evaluation.windows import Cut, Line, Window, cut, lines
 from .load import load
 from .models.device import find_device, release
 from .models.reading import TEXT_MODELS, require_text, text_alone
+from .progress import Progress
 from .tasks.paired import Estimate
 from .text.files import find_file, read_pieces
 from .text.tokenizer import check_tokens, length_limit
@@ -64,7 +64,7 @@ def evaluate(
     revision: str | None = None,
     cache_dir: Path | None = None,
     trust_remote_code: bool = False,
-    on_window: Callable[[str, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Perplexity of a language model on `text`; with `against`, its distance from that dense model too.
 
@@ -76,8 +76,7 @@ def evaluate(
     Standard errors count windows, or lines, as independent, not tokens; with a single one they are None. `memory`
     says whether both models are held at once ("together"), or the dense one runs first and leaves its predictions in
     a temporary folder, two bytes for each token and vocabulary entry ("apart"); "auto" asks whether they fit. `dtype`
-    is auto (as stored), float32 or bfloat16. `revision` is that of `source`. `on_window` hears the model's name and
-    the number of calls to come in all.
+    is auto (as stored), float32 or bfloat16. `revision` is that of `source`.
 
     UsageError on a text that is not there or shorter than a window, options that contradict the model, or models of
     different vocabularies; SourceError if text or checkpoint cannot be read, or has no tokenizer; OutputError if the
@@ -100,7 +99,7 @@ def evaluate(
             logits = length * (ours.vocabulary or 0)
             memory = "together" if fit_together((dense, ours), DTYPES[dtype], logits, place) else "apart"
     request = _Request(text, length, stride, windows, place, DTYPES[dtype], trust_remote_code)
-    subject, sums = _run(request, ours, dense, memory, on_window or (lambda name, count: None))
+    subject, sums = _run(request, ours, dense, memory, progress or Progress())
     protocol = Protocol(
         subject.length, subject.cut.stride, len(sums), sum(s.tokens for s in sums), subject.cut.before, str(place),
         subject.dtype, memory,
@@ -118,7 +117,6 @@ def perplexity(
     *,
     length: int = 512,
     windows: int = 8,
-    on_window: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Perplexity of a causal language model on the first `windows` disjoint windows of `length` tokens of `text`.
 
@@ -127,12 +125,10 @@ def perplexity(
     """
     total, predicted = 0.0, 0
     units = cut(tokenizer, text, length=length, count=windows).units
-    for k, window in enumerate(units):
+    for window in units:
         assert isinstance(window, Window)
         total -= float(score(model, window).likelihood.double().sum())
         predicted += window.scored
-        if on_window is not None:
-            on_window(k + 1, len(units))
     return Perplexity(exponential(Estimate(total / predicted, None)).value, predicted, length)
 
 
@@ -196,7 +192,7 @@ class _Subject:
 
 
 def _run(
-    request: _Request, ours: Checkpoint, dense: Checkpoint | None, memory: str, hear: Callable[[str, int], None]
+    request: _Request, ours: Checkpoint, dense: Checkpoint | None, memory: str, told: Progress
 ) -> tuple[_Subject, list[Sums]]:
     """Our model, loaded, and the sums of every unit."""
     with tempfile.TemporaryDirectory(prefix="losparse-eval-") as name:
@@ -204,7 +200,7 @@ def _run(
         reference = None if dense is None else request.subject(dense, True)
         kind, shared = (reference.kind, reference.cut) if reference is not None else (None, None)
         if reference is not None and memory == "apart":
-            _keep(reference, folder, hear)
+            _keep(reference, folder, told)
             reference = None
             release(request.device)
         subject = request.subject(ours, dense is not None)
@@ -215,6 +211,8 @@ def _run(
             )
         sums: list[Sums] = []
         units = subject.cut.units
+        if memory != "apart":
+            told.start("windows", len(units))
         for k, unit in enumerate(units):
             mine = subject.predict(unit)
             theirs: Scores | Vector | None = None
@@ -224,13 +222,14 @@ def _run(
                 theirs = type(mine).read(folder / str(k), request.device)
                 (folder / str(k)).unlink()
             sums.append(compare(mine, theirs))
-            hear(subject.name, len(units) * (2 if memory == "apart" else 1))
+            told.advance("windows", name=subject.name)
     return subject, sums
 
 
-def _keep(subject: _Subject, folder: Path, hear: Callable[[str, int], None]) -> None:
+def _keep(subject: _Subject, folder: Path, told: Progress) -> None:
     """The model's predictions for every unit, in a file each."""
     units = subject.cut.units
+    told.start("windows", 2 * len(units))  # and as many of ours
     for k, unit in enumerate(units):
         with write_errors(folder):
             subject.predict(unit).save(folder / str(k))
@@ -241,7 +240,7 @@ def _keep(subject: _Subject, folder: Path, hear: Callable[[str, int], None]) -> 
                     f"The dense model's predictions take {needed / 1e9:.1f} GB more in {folder.parent}, where "
                     f"{free / 1e9:.1f} GB are free. Set TMPDIR to a larger place, or give fewer --windows."
                 )
-        hear(subject.name, 2 * len(units))
+        told.advance("windows", name=subject.name)
 
 
 # --- what is refused ------------------------------------------------------------------------------

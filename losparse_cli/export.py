@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from .checkpoint.workfolder import WorkFolder
 from .checkpoint.writer import ShardWriter, Slot, plan_shards, tensor_part, write_json
 from .errors import write_errors
 from .linalg.factors import LowRankSparse
+from .progress import Progress
 from .shim.layouts import LayerSpec
 from .shim.loader import is_loader
 
@@ -44,12 +44,12 @@ def export(
     cache_dir: Path | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
-    on_tensor: Callable[[str, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Write the dense form of a compressed checkpoint to `output`, and return that folder.
 
     Each layer is U V + S, summed in float32 and rounded once to the stored dtype. One layer is in memory at
-    a time; a killed export goes on where it was. `on_tensor` hears each tensor's name and their number.
+    a time; a killed export goes on where it was.
     """
     checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
     specs = layer_specs(checkpoint)
@@ -61,7 +61,8 @@ def export(
     with WorkFolder(output, mark, overwrite=overwrite, source=checkpoint.folder) as work:
         if work.finished:  # killed after its last step: only the journal was left to remove
             return output
-        writer = ShardWriter(work.path, shards, work.journal)
+        writer, told = ShardWriter(work.path, shards, work.journal), progress or Progress()
+        told.start("tensors", len(units), writer.done)
         files = {file.path: file for file in checkpoint.files}
         for unit in units[writer.done :]:
             if unit.spec is None:
@@ -69,8 +70,7 @@ def export(
                 writer.append([(entry.name, entry.dtype, entry.shape, files[entry.path].chunks(entry))])
             else:
                 writer.append([tensor_part(unit.entry.name, _dense(checkpoint, unit))])
-            if on_tensor is not None:
-                on_tensor(unit.entry.name, len(units))
+            told.advance("tensors", name=unit.entry.name)
         writer.finish()
         with write_errors(work.path):
             copy_companions(checkpoint.folder, work.path)

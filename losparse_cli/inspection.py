@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from .checkpoint.reader import BITS
 from .checkpoint.report import LayerReport, Report
 from .checkpoint.source import REPORT, Checkpoint, open_checkpoint
 from .errors import SourceError, UsageError
+from .progress import Progress
 
 SPECTRUM_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -56,13 +56,12 @@ def inspect(
     revision: str | None = None,
     cache_dir: Path | None = None,
     trust_remote_code: bool = False,
-    on_layer: Callable[[str, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Report | DenseReport:
     """A Report of a compressed checkpoint, a DenseReport of a dense one.
 
     Of a Hub id only headers, config and report are fetched; `spectrum` needs the weights, so it needs a
-    dense folder (UsageError otherwise), and None asks for it of whatever is dense. `on_layer` hears each
-    layer's name and the number of layers.
+    dense folder (UsageError otherwise), and None asks for it of whatever is dense.
     """
     checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir, headers_only=True)
     if checkpoint.is_compressed:
@@ -74,7 +73,7 @@ def inspect(
             f"--spectrum reads the weights, and {source} is on the Hub. Download it first with: hf download {source} "
             "--local-dir FOLDER"
         )
-    return _dense_report(checkpoint, spectrum is not False, trust_remote_code, on_layer)
+    return _dense_report(checkpoint, spectrum is not False, trust_remote_code, progress or Progress())
 
 
 def compressed_report(checkpoint: Checkpoint) -> Report:
@@ -104,9 +103,7 @@ def compressed_report(checkpoint: Checkpoint) -> Report:
     )
 
 
-def _dense_report(
-    checkpoint: Checkpoint, spectrum: bool, trust_remote_code: bool, on_layer: Callable[[str, int], None] | None
-) -> DenseReport:
+def _dense_report(checkpoint: Checkpoint, spectrum: bool, trust_remote_code: bool, told: Progress) -> DenseReport:
     from .budget.recipe import Recipe
     from .compression.plan import find_layers
     from .models.names import NameMap
@@ -121,13 +118,14 @@ def _dense_report(
     tensors = {layer.name: layer.tensor for layer in targeted}
     disk = NameMap(skeleton.model, checkpoint.entries).disk
     layers = []
+    if spectrum:
+        told.start("layers", len(tensors))
     for name in (*tensors, *skipped):
         entry = checkpoint.entries.get(tensors.get(name) or next(iter(disk.get(f"{name}.weight", ())), ""))
         curve: dict[int, float] = {}
         if spectrum and name in tensors and entry is not None:
             curve = _energy(checkpoint, entry)
-            if on_layer is not None:
-                on_layer(name, len(tensors))
+            told.advance("layers", name=name)
         shape = skeleton.linears[name].shape if name in skeleton.linears else None
         if shape is None and entry is not None and len(entry.shape) == 2:
             shape = (entry.shape[0], entry.shape[1])

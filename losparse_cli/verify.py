@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from .checkpoint.report import Report
 from .checkpoint.source import REPORT, Checkpoint, open_checkpoint
 from .checkpoint.writer import sha256
 from .errors import CheckpointError
+from .progress import Progress
 from .shim.layouts import LayerSpec
 
 
@@ -31,10 +31,12 @@ class Verification:
         return not self.problems
 
 
-def verify(source: str | Path, *, on_layer: Callable[[str, int], None] | None = None) -> Verification:
+def verify(source: str | Path, *, progress: Progress | None = None) -> Verification:
     """Check a compressed checkpoint; raises only if it cannot be opened or is none (as `open_checkpoint`)."""
     checkpoint = open_checkpoint(source)
     specs = layer_specs(checkpoint)
+    told = progress or Progress()
+    told.start("layers", len(specs))
     problems: list[str] = []
     used: set[str] = set()
     for name, spec in specs.items():
@@ -50,8 +52,7 @@ def verify(source: str | Path, *, on_layer: Callable[[str, int], None] | None = 
             ]
         except CheckpointError as error:
             problems.append(str(error))
-        if on_layer is not None:
-            on_layer(name, len(specs))
+        told.advance("layers", name=name)
     problems += [
         f"{entry.path}: the tensor {name} belongs to no layer of config.json. Compress the model again."
         for name, entry in checkpoint.entries.items()

@@ -25,6 +25,7 @@ from losparse_cli.benchmark.resident import resident
 from losparse_cli.cli import app
 from losparse_cli.errors import LosparseError, UsageError
 from losparse_cli.load import load
+from tests.hearing import Hearing
 
 MODULE = sys.modules["losparse_cli.bench"]  # the name stands for the function
 SMALL: dict[str, Any] = {"prompt": 8, "new_tokens": 2, "rounds": 1, "rows": (1, 3), "device": "cpu"}
@@ -74,18 +75,18 @@ def consistent(report: BenchReport) -> None:
 def test_a_model_that_writes(
     name: str, comparing: bool, compressed: Callable[..., Path], toy: Callable[..., Path]
 ) -> None:
-    heard: list[tuple[str, int]] = []
+    heard = Hearing()
     report = bench(
         compressed(name, **RECIPE),
         against=toy(name) if comparing else None,
-        on_step=lambda what, total: heard.append((what, total)),
+        progress=heard,
         **SMALL,
     )
     consistent(report)
     assert report.compressed is not None
     assert report.compressed.decode is not None
     assert report.compressed.decode > 0
-    assert {total for _, total in heard} == {len(heard)}
+    assert heard.totals == heard.done == {"measurements": len(heard.names)}
     assert [x.rows for x in report.layers] == [1, 3] * len(report.shapes)
     layers = compressed_layers(load(compressed(name, **RECIPE))[0])
     assert sum(cases[0].count for cases in report.shapes) == len(layers) > 0

@@ -26,6 +26,7 @@ from losparse_cli.evaluation.windows import Window, cut, lines
 from losparse_cli.load import load
 from losparse_cli.models import device as room
 from losparse_cli.tasks.paired import Estimate
+from tests.hearing import Hearing
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen.\n" * 8
 OPTIONS: dict[str, Any] = {"length": 24, "device": "cpu"}
@@ -234,18 +235,17 @@ def test_the_stated_error_is_the_spread_of_repeated_measurements() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "t5", "bert"])
 def test_apart_and_together_agree(name: str, toy: Callable[..., Path], compressed: Callable[..., Path]) -> None:
-    heard: dict[str, list[tuple[str, int]]] = {"together": [], "apart": []}
+    heard = {"together": Hearing(), "apart": Hearing()}
     found: dict[str, dict[str, Any]] = {}
     for way in ("together", "apart"):
-        said = heard[way]
         figures = evaluate(
             compressed(name, tokenizer=True), TEXT, against=toy(name, tokenizer=True), windows=4, memory=way,
-            on_window=lambda model, count, said=said: said.append((model, count)), **OPTIONS,
+            progress=heard[way], **OPTIONS,
         )  # fmt: skip
         found[way] = figures.to_dict()
         assert figures.protocol.memory == way
-    assert len(heard["together"]) == 4 == heard["together"][0][1]
-    assert len(heard["apart"]) == 8 == heard["apart"][0][1]
+    assert heard["together"].totals == heard["together"].done == {"windows": 4}
+    assert heard["apart"].totals == heard["apart"].done == {"windows": 8}
     for key in ("perplexity", "dense_perplexity", "log_difference", "agreement", "cosine"):
         assert found["apart"][key] == found["together"][key], key
     if name != "bert":

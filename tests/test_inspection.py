@@ -15,6 +15,7 @@ from terminal import done
 from losparse_cli.checkpoint.report import Report
 from losparse_cli.errors import SourceError, UsageError
 from losparse_cli.inspection import DenseReport, inspect
+from tests.hearing import Hearing
 
 MEASURED = ("weight_squared", "residual_squared", "errors")
 
@@ -90,10 +91,10 @@ def test_a_dense_model_lists_every_linear_layer(place: Path) -> None:
 
 
 def test_the_spectrum_is_that_of_the_weights(place: Path) -> None:
-    heard: list[str] = []
-    found = inspect(place / "model", spectrum=True, on_layer=lambda name, count: heard.append(name))
+    heard = Hearing()
+    found = inspect(place / "model", spectrum=True, progress=heard)
     assert isinstance(found, DenseReport)
-    assert len(heard) == 28
+    assert heard.totals == heard.done == {"layers": 28}
     weights = load_file(place / "model" / "model.safetensors")
     for layer in found.layers:
         if layer.reason is None:

@@ -14,6 +14,7 @@ from terminal import done
 
 from losparse_cli.errors import CheckpointError, SourceError, UsageError
 from losparse_cli.verify import require_sound, verify
+from tests.hearing import Hearing
 
 Q_PROJ = "model.layers.1.self_attn.q_proj"
 
@@ -32,14 +33,13 @@ def sound(original: Path, tmp_path: Path) -> Path:
 
 
 def test_a_sound_checkpoint(sound: Path) -> None:
-    heard: list[tuple[str, int]] = []
-    found = verify(sound, on_layer=lambda name, count: heard.append((name, count)))
+    heard = Hearing()
+    found = verify(sound, progress=heard)
     assert found.sound
     assert found.problems == ()
     assert found.layers == 28
     assert found.tensors == len(toys.tensor_bytes(sound))
-    assert len(heard) == 28
-    assert {count for _, count in heard} == {28}
+    assert heard.totals == heard.done == {"layers": 28}
     decisive = {path for kind in ("*.safetensors", "*.json", "losparse_*.py") for path in sound.glob(kind)}
     assert found.hashed == len(decisive) - 2  # of the report and of the times there is no hash
     require_sound(sound)

@@ -180,21 +180,22 @@ class _Amount(DownloadColumn):
         return MofNCompleteColumn().render(task) if task.fields["unit"] == "layers" else super().render(task)
 
 
-class CountProgress:
-    """One bar over items that are named as they are finished."""
+class CountProgress(Progress):
+    """One bar over units that are named as they are finished."""
 
     def __init__(self, console: Console, verb: str) -> None:
         self._bars = Bars(
-            TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeLeft(),
+            TextColumn(escape(verb)), BarColumn(), MofNCompleteColumn(), TimeLeft(),
             TextColumn("{task.fields[note]}", style="dim"), console=console.err, transient=True,
             disable=console.quiet or not console.err.is_terminal,
         )  # fmt: skip
-        self._task: TaskID | None = None
+        self._task = self._bars.add_task("", total=None, note="")
 
-    def advance(self, name: str, count: int) -> None:
-        if self._task is None:
-            self._task = self._bars.add_task("", total=count, note="")
-        self._bars.update(self._task, advance=1, note=escape(name))
+    def start(self, unit: str, total: int, done: int = 0) -> None:
+        self._bars.update(self._task, total=total, completed=done)
+
+    def advance(self, unit: str, count: int = 1, name: str = "") -> None:
+        self._bars.update(self._task, advance=count, note=escape(name))
 
     def __enter__(self) -> CountProgress:
         self._bars.start()
@@ -202,6 +203,16 @@ class CountProgress:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._bars.stop()
+
+
+class Phases(Progress):
+    """What begins, a line each; for work that shows by itself how far it is."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def phase(self, text: str) -> None:
+        self._console.say(escape(text))
 
 
 def size(nbytes: float) -> str:

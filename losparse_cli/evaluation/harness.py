@@ -10,7 +10,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +22,7 @@ from ..checkpoint.source import Checkpoint
 from ..errors import MissingExtraError, SourceError, UsageError
 from ..load import load
 from ..models.device import find_device, memory_errors, release
+from ..progress import Progress
 from ..text.tokenizer import positions
 from .evaluation import plain
 from .harness_scores import RESAMPLES, SEED, Estimates, differences, estimates
@@ -94,13 +95,13 @@ def evaluate_harness(
     cache_dir: Path | None = None,
     trust_remote_code: bool = False,
     bars: bool = False,
-    on_model: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> HarnessEvaluation:
     """The harness's `tasks`, names or patterns such as mmlu_*, on the language model `source`; and on `against`.
 
     path: a folder with definitions of tasks (YAML), which come before the harness's own; files that they name lie
     where they say from here, or from that folder. limit: documents of each task. The models run one after the other,
-    and are never both in memory; `on_model` hears the name of each before it runs, and `bars` lets the harness show
+    and are never both in memory; `progress` hears the name of each before it runs, and `bars` lets the harness show
     how far it is, on standard error.
 
     MissingExtraError without lm_eval; UsageError on a task that is not known, a definition that the harness refuses,
@@ -120,8 +121,8 @@ def evaluate_harness(
     manager, names = find_tasks(tasks, folder)
     ours, dense = open_models(source, against, revision=revision, cache_dir=cache_dir)
     run = _Run(manager, names, folder, limit, place, DTYPES[dtype], batch_size, trust_remote_code, bars)
-    hear = on_model or (lambda name: None)
-    hear(ours.name)
+    told = progress or Progress()
+    told.phase(ours.name)
     mine, precision = run.results(ours)
     release(place)
     protocol = HarnessProtocol(
@@ -131,7 +132,7 @@ def evaluate_harness(
     )  # fmt: skip
     if dense is None:
         return HarnessEvaluation(ours.address, ours.nbytes, protocol, estimates(mine))
-    hear(dense.name)
+    told.phase(dense.name)
     theirs, _ = run.results(dense)
     release(place)
     with _quiet():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from ..checkpoint.source import Checkpoint
 from ..errors import UsageError
 from ..load import load
 from ..models.device import find_device, memory_errors, release
+from ..progress import Progress
 from ..tasks.kinds import open_task
 from ..tasks.paired import RESAMPLES, Estimate
 from ..tasks.request import TaskRequest
@@ -20,9 +20,6 @@ from ..tasks.rows import Rows, read_rows
 from ..tasks.task import Judged
 from .evaluation import plain
 from .models import DTYPES, check_batch_size, check_choice, dtype_of, open_models
-
-OnItem = Callable[[str, int], None]
-"""(the model's name, how many items there are in all), as each of them is done"""
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ def evaluate_task(
     revision: str | None = None,
     cache_dir: Path | None = None,
     trust_remote_code: bool = False,
-    on_item: OnItem | None = None,
+    progress: Progress | None = None,
 ) -> TaskEvaluation:
     """Scores of the model `source` on the validation rows of `request`; with `against`, of that dense model too.
 
@@ -111,8 +108,7 @@ def evaluate_task(
     ours, dense = open_models(source, against, revision=revision, cache_dir=cache_dir)
     rows = read_rows(request, "validation")
     run = _Run(
-        request, rows, place, DTYPES[dtype], batch_size, trust_remote_code, 1 if dense is None else 2,
-        on_item or (lambda name, count: None),
+        request, rows, place, DTYPES[dtype], batch_size, trust_remote_code, progress or Progress()
     )  # fmt: skip
     mine, main_score, precision = run.judge(ours)
     release(place)
@@ -141,8 +137,7 @@ class _Run:
     dtype: torch.dtype | None
     batch_size: int
     trust_remote_code: bool
-    models: int
-    hear: OnItem
+    told: Progress
 
     def judge(self, checkpoint: Checkpoint) -> tuple[Judged, str, str]:
         """(scores, the main one, dtype); the model is gone afterwards."""
@@ -155,12 +150,13 @@ class _Run:
         task.check_model(model)
         task.check(self.rows, model.config)
         features = task.prepare(self.rows, tokenizer, model, training=False)
+        self.told.phase(checkpoint.name)
+        self.told.start("rows", len(features))
         heard = 0
 
         def hear(done: int, total: int) -> None:
             nonlocal heard
-            for _ in range(done - heard):
-                self.hear(checkpoint.name, total * self.models)
+            self.told.advance("rows", done - heard, checkpoint.name)
             heard = done
 
         with memory_errors("Lower --batch-size."):

@@ -18,6 +18,7 @@ from losparse_cli.evaluation import harness
 from losparse_cli.evaluation.harness_scores import differences, estimates
 from losparse_cli.load import load
 from losparse_cli.tasks.paired import Estimate
+from tests.hearing import Hearing
 from tests.tasks.made import write_lines
 
 installed = pytest.mark.skipif(harness.find_spec("lm_eval") is None, reason="lm_eval is not installed")
@@ -94,13 +95,13 @@ def choices(folder: Path) -> torch.Tensor:
 
 @installed
 def test_a_task_of_our_own_beside_the_dense_model(folder: Path, pair: tuple[Path, Path]) -> None:
-    heard: list[str] = []
+    heard = Hearing()
     found = harness.evaluate_harness(
-        pair[0], ["coefficient", " both "], path=folder, against=pair[1], device="cpu", on_model=heard.append
+        pair[0], ["coefficient", " both "], path=folder, against=pair[1], device="cpu", progress=heard
     )
     ours, dense = choices(pair[0]), choices(pair[1])
     assert not torch.equal(ours, dense), "models that agree show no paired error"
-    assert heard == ["small", "dense"]
+    assert heard.phases == ["small", "dense"]
     assert found.dense_scores is not None
     assert found.differences is not None
     for scores, right in ((found.scores, ours), (found.dense_scores, dense), (found.differences, ours - dense)):

@@ -22,6 +22,7 @@ from losparse_cli.load import load
 from losparse_cli.tasks import metrics
 from losparse_cli.tasks.paired import Estimate
 from losparse_cli.tasks.request import TaskRequest
+from tests.hearing import Hearing
 from tests.tasks.made import write_lines
 
 TEXTS = ["yes it was", "no", "never again", "a bright cold day", "in April", "the clocks", "were", "thirteen hours"]
@@ -67,10 +68,8 @@ def classes_of(folder: Path) -> torch.Tensor:
 
 def test_scores_beside_the_dense_model(pair: tuple[Path, Path], dev: Path) -> None:
     source, folder = pair
-    heard: list[tuple[str, int]] = []
-    found = evaluate_task(
-        source, request_of(dev), against=folder, on_item=lambda name, count: heard.append((name, count)), **OPTIONS
-    )
+    heard = Hearing()
+    found = evaluate_task(source, request_of(dev), against=folder, progress=heard, **OPTIONS)
     labels = torch.tensor([k % 3 for k in range(8)])
     ours, dense = (classes_of(path) == labels for path in (source, folder))
     assert not torch.equal(ours, dense), "models that agree show no paired error"
@@ -87,7 +86,8 @@ def test_scores_beside_the_dense_model(pair: tuple[Path, Path], dev: Path) -> No
     assert found.differences["f1"].value == pytest.approx(found.scores["f1"].value - found.dense_scores["f1"].value)
     assert found.differences["f1"].error is not None
     assert found.nbytes < (found.dense_nbytes or 0)
-    assert heard == [(source.name, 16)] * 8 + [(folder.name, 16)] * 8
+    assert heard.phases == [source.name, folder.name]
+    assert (heard.totals, heard.done) == ({"rows": 8}, {"rows": 16})
 
 
 def test_a_model_does_not_differ_from_itself(pair: tuple[Path, Path], dev: Path) -> None:

@@ -75,7 +75,7 @@ def bench(
             revision=revision,
             cache_dir=cache_dir,
             trust_remote_code=trust_remote_code,
-            on_step=progress.advance,
+            progress=progress,
         )
     out.data(found.to_dict())
     show_speed(out, found)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from ...errors import UsageError, flag
 from ...tasks.request import TaskRequest
@@ -151,7 +150,7 @@ def eval_(
         from ...evaluate import evaluate
 
         with c.CountProgress(out, "Evaluating") as progress:
-            measured = evaluate(source, given["text"], on_window=progress.advance, **shared, **own)
+            measured = evaluate(source, given["text"], progress=progress, **shared, **own)
         out.data(measured.to_dict())
         tables.show_evaluation(out, measured)
     elif mode == "task":
@@ -161,7 +160,7 @@ def eval_(
         from ...evaluate import evaluate_task
 
         with c.CountProgress(out, "Scoring") as progress:
-            scored = evaluate_task(source, request, on_item=progress.advance, **shared, **own)
+            scored = evaluate_task(source, request, progress=progress, **shared, **own)
         out.data(scored.to_dict())
         tables.show_task_evaluation(out, scored)
     else:
@@ -174,7 +173,7 @@ def eval_(
             path=lm_eval_path,
             limit=lm_eval_limit,
             bars=shown,
-            on_model=lambda name: out.say(escape(name)) if shown else None,
+            progress=c.Phases(out) if shown else None,
             **shared,
             **own,
         )

@@ -35,7 +35,7 @@ def export(
             cache_dir=cache_dir,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
-            on_tensor=progress.advance,
+            progress=progress,
         )
     out.data({"output": str(folder)})
     out.say(f"[bold green]Done.[/] {c.short(folder)} holds the dense model.")

@@ -46,14 +46,14 @@ def inspect(
     tables.check_sort(sort)
     if plot is not None:
         check_plot(plot)
-    with out.status(f"Reading {source}") as status:
+    with c.CountProgress(out, f"Reading {source}") as progress:
         report = look(
             source,
             spectrum=None if plot is not None and not spectrum else spectrum,
             revision=revision,
             cache_dir=cache_dir,
             trust_remote_code=trust_remote_code,
-            on_layer=lambda name, count: status.update(f"Spectrum of {name} (of {count} layers)"),
+            progress=progress,
         )
     tables.show_report(out, report, every_layer=layers, sort=sort, as_csv=csv, as_json=json)
     out.flush()

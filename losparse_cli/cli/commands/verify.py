@@ -21,7 +21,7 @@ def verify(
 
     out = c.Console(json=json, quiet=quiet)
     with c.CountProgress(out, "Checking") as progress:
-        found = check(source, on_layer=progress.advance)
+        found = check(source, progress=progress)
     out.data(asdict(found) | {"sound": found.sound})
     for problem in found.problems:
         out.complain(problem)
