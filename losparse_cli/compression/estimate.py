@@ -163,12 +163,15 @@ def estimate(job: Job, windows: Windows | None) -> Estimate:
         fixed = max(fixed, RESIDENT_BASE + job.source.nbytes + GENERATION_BYTES)
         work += FORWARD_OVERHEAD * GENERATION_OVERHEAD * 2 * job.parameters * tokens
     held = 3 if job.refinement is not None else 2
+    batches = -(-(len(windows.ids) if windows is not None else job.calibration.windows) // job.calibration.batch)
+    biases = 4 * job.bias_heads * job.calibration.length**2 * batches * (held - 1)
+    carried = 4 * tokens * hidden * held + biases
     speeds = _speeds(job.device)
     slow, middle, fast = speeds[1], statistics.median(speeds), speeds[-2]
     # A command that came before this one may still count as one process a core.
     loaded = job.device.type == "cpu" and os.getloadavg()[0] > UNSTEADY * (os.cpu_count() or 1)
     busy = loaded or fast > UNSTEADY * slow
-    return Estimate(fixed, 4 * tokens * hidden * held, work / middle, work / fast, work / slow, busy)
+    return Estimate(fixed, carried, work / middle, work / fast, work / slow, busy)
 
 
 def _speeds(device: torch.device) -> list[float]:

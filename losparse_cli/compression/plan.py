@@ -17,7 +17,7 @@ from ..checkpoint.reader import BITS, FLOATING, TensorEntry
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..checkpoint.writer import Shard, Slot, plan_shards
 from ..errors import CheckpointError, SourceError, UsageError
-from ..models.blocks import block_of, hidden_size
+from ..models.blocks import bias_heads, block_of, hidden_size
 from ..models.device import find_device
 from ..models.names import NameMap
 from ..models.route import Route, find_route
@@ -41,7 +41,8 @@ class Job:
     (`decisions.own_text`). blocks: block of the model -> where its entries lie, in the order of the forward pass; {}
     without calibration. route: where text goes. unreached: where those of blocks lie that it never reaches, which are
     never in memory together. memory_limit: bytes, None for three quarters of what is free. hidden_size: width of what
-    flows between blocks. start: the compressed checkpoint whose layers are refined, None if they are solved anew.
+    flows between blocks. bias_heads: of the biases of positions that flow along. start: the compressed checkpoint whose
+    layers are refined, None if they are solved anew.
     """
 
     source: Checkpoint
@@ -52,6 +53,7 @@ class Job:
     device: torch.device
     max_shard_bytes: int
     hidden_size: int
+    bias_heads: int
     trust_remote_code: bool = False
     calibration: Calibration | None = None
     windows: Windows | None = None
@@ -169,6 +171,7 @@ def prepare(
         device,
         shard_bytes,
         hidden_size(skeleton.model),
+        bias_heads(skeleton.model),
         trust_remote_code,
         calibration,
         windows,

@@ -48,6 +48,21 @@ def hidden_size(model: Any) -> int:
     return int(named or (0 if words is None else words.weight.shape[1]))
 
 
+def bias_heads(model: nn.Module) -> int:
+    """Heads of the biases for each pair of positions that the first block of a stack hands to all others, as in T5.
+
+    Of a model with a decoder beside an encoder, twice: there two of them are carried at a time. 0 if there are none.
+    """
+    tables = {
+        name: module
+        for name, module in model.named_modules()
+        if name.endswith(".relative_attention_bias") and isinstance(module, nn.Embedding)
+    }
+    if any(".1." in name for name in tables):  # one for each block, which keeps it to itself
+        return 0
+    return sum(table.embedding_dim for table in tables.values())
+
+
 @dataclass
 class Call:
     """One block's call for one batch. `output` is what the model will be told the block returned."""

@@ -49,6 +49,8 @@ def find_route(model: Any, layers: Collection[str]) -> Route:
     seen = _watch(model, blocks)
     if seen.changed:
         return Route(("",), why=f"{name} changes weights of its blocks itself, all at once")
+    if not seen.whole and seen.called == list(blocks[: len(seen.called)]):
+        return Route(tuple(blocks))  # how it goes on is not known, and `Relay` sees if it goes otherwise
     unreached = tuple(block for block in blocks if block not in seen.touched)
     apart = [block for block in blocks if block in seen.touched and block not in seen.called]
     if apart:
@@ -62,20 +64,25 @@ def find_route(model: Any, layers: Collection[str]) -> Route:
 
 @dataclass
 class _Seen:
-    """called: blocks as they were. touched: those of which anything was. changed: whether a weight was written to."""
+    """called: blocks as they were. touched: those of which anything was. changed: whether a weight was written to.
+
+    whole: whether the pass came to its end.
+    """
 
     called: list[str]
     touched: set[str]
     changed: bool = False
+    whole: bool = True
 
 
 def _watch(model: Any, blocks: Collection[str]) -> _Seen:
     """What a pass over a few tokens does, without weights; with zeros for weights where it asks for values."""
-    try:
-        return _pass(model, blocks, "meta")
-    except Exception:  # whatever looks at values, of which there are none
-        with _zeros(model), text_alone(type(model).__name__, REMEDY):
-            return _pass(model, blocks, "cpu")
+    with _plain_experts(model):
+        try:
+            return _pass(model, blocks, "meta")
+        except Exception:  # whatever looks at values, of which there are none
+            with _zeros(model), text_alone(type(model).__name__, REMEDY):
+                return _pass(model, blocks, "cpu")
 
 
 def _pass(model: Any, blocks: Collection[str], device: str) -> _Seen:
@@ -103,12 +110,26 @@ def _pass(model: Any, blocks: Collection[str], device: str) -> _Seen:
     except Exception:
         if device == "meta" or not seen.called:
             raise
-        # What comes after the blocks is not needed: a head that looks for a certain token, say.
+        seen.whole = False  # a head that looks for a certain token, say, or a product that takes no zeros like ours
     finally:
         for hook in hooks:
             hook.remove()
     seen.changed = versions != [parameter._version for parameter in model.parameters()]
     return seen
+
+
+@contextmanager
+def _plain_experts(model: Any) -> Iterator[None]:
+    """Experts one by one, in plain products: those in groups take neither the meta device nor zeros like ours."""
+    if not hasattr(model, "get_experts_implementation"):
+        yield
+        return
+    before = model.get_experts_implementation()
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
 
 
 @contextmanager

@@ -25,8 +25,10 @@ from losparse_cli.compress import Result, compress, plan, run
 from losparse_cli.compression import allocation, block, calibrated, decisions
 from losparse_cli.compression import plan as planning
 from losparse_cli.compression.estimate import estimate
+from losparse_cli.compression.plan import Job
 from losparse_cli.compression.request import Refinement
 from losparse_cli.errors import UsageError
+from losparse_cli.models import route
 from losparse_cli.models.blocks import THREAD
 from losparse_cli.progress import Progress
 from losparse_cli.text.sample import hold_out
@@ -267,7 +269,7 @@ def test_a_model_without_repeated_blocks_is_one_block(
     source = toy("llama", tokenizer=True)
     recipe = replace(RECIPE, threshold_scope="row", iterations=30)
     free = compress(source, tmp_path / "free", recipe)
-    monkeypatch.setattr(planning, "find_blocks", lambda *_: ())
+    monkeypatch.setattr(route, "find_blocks", lambda *_: ())
     whole = compress(source, tmp_path / "whole", recipe, calibration=asked)
     assert losparse_cli.verify(whole.output).sound
     assert far(whole.output, source, held_out(text)) < 0.8 * far(free.output, source, held_out(text))
@@ -277,7 +279,7 @@ def test_a_model_without_repeated_blocks_is_one_block(
 def test_matching_a_model_that_is_one_block(
     toy: Any, asked: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "find_blocks", lambda *_: ())
+    monkeypatch.setattr(route, "find_blocks", lambda *_: ())
     options: dict[str, Any] = {"calibration": asked, "refinement": Refinement(steps=6)}
     result = compress(toy("llama", tokenizer=True), tmp_path / "out", RECIPE, **options)
     assert losparse_cli.verify(result.output).sound
@@ -590,14 +592,23 @@ def test_allocation_by_error_without_text(toy: Any, tmp_path: Path) -> None:
 def test_the_estimate_grows_with_what_is_asked_for(
     name: str, toy: Any, asked: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("losparse_cli.compression.estimate._speed", lambda _: 1e9)
+    monkeypatch.setattr("losparse_cli.compression.estimate._speeds", lambda _: [1e9] * 9)
+
+    def planned(tokens: int, **options: Any) -> Job:
+        calibration = replace(asked, tokens=tokens)
+        return plan(toy(name, tokenizer=True), tmp_path / "out", RECIPE, calibration=calibration, **options)
 
     def expected(tokens: int, **options: Any) -> Any:
-        calibration = replace(asked, tokens=tokens)
-        job = plan(toy(name, tokenizer=True), tmp_path / "out", RECIPE, calibration=calibration, **options)
+        job = planned(tokens, **options)
         return estimate(job, job.windows)
 
     few, many, matched = expected(128), expected(1024), expected(1024, refinement=Refinement(steps=50))
+    job = planned(1024)
+    assert job.windows is not None
+    # Of every pair of positions in each batch, which encoder and decoder hand from block to block.
+    biases = 4 * job.bias_heads * job.windows.length**2 * -(-len(job.windows.ids) // asked.batch)
+    assert job.bias_heads == (6 if name == "t5" else 0)
+    assert many.activation_bytes - estimate(replace(job, bias_heads=0), job.windows).activation_bytes == biases
     assert few.fixed_bytes > 0
     assert few.activation_bytes > 0
     assert 0 < few.seconds < many.seconds < matched.seconds
