@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .checkpoint.measured import record, require_recordable
 from .checkpoint.source import Checkpoint
 from .errors import OutputError, UsageError, write_errors
 from .evaluation.evaluation import Evaluation, Protocol, with_figures
@@ -37,7 +38,9 @@ __all__ = [
     "evaluate",
     "evaluate_harness",
     "evaluate_task",
+    "keep",
     "perplexity",
+    "require_recordable",
 ]
 
 
@@ -108,6 +111,23 @@ def evaluate(
     if dense is not None:
         base = replace(base, dense=dense.address, dense_nbytes=dense.nbytes)
     return with_figures(base, sums)
+
+
+def keep(folder: str | Path, on: str, found: Evaluation | TaskEvaluation | HarnessEvaluation) -> None:
+    """Keep figures beside the checkpoint in `folder` that they were measured of, and show them on its card.
+
+    on: what they were measured on, such as a file's name. Raises as `checkpoint.measured.record`.
+    """
+    # What is kept goes wherever the checkpoint goes, and there folders of this machine say nothing.
+    found = replace(found, model="", dense=found.dense and _without_folders(found.dense))
+    if isinstance(found, TaskEvaluation):
+        found = replace(found, protocol=replace(found.protocol, data=_without_folders(found.protocol.data)))
+    record(Path(folder).expanduser(), on, str(found.protocol), found.to_dict())
+
+
+def _without_folders(name: str) -> str:
+    """The last part of a path that is there; a Hub id as it is."""
+    return Path(name).name if Path(name).exists() else name
 
 
 def perplexity(

@@ -9,6 +9,7 @@ import torch
 
 from .checkpoint.config import layer_specs, layer_tensors
 from .checkpoint.layers import read_layer
+from .checkpoint.measured import problem as measured_problem
 from .checkpoint.report import Report
 from .checkpoint.source import REPORT, Checkpoint, open_checkpoint
 from .checkpoint.writer import sha256
@@ -62,6 +63,8 @@ def verify(source: str | Path, *, progress: Progress | None = None) -> Verificat
         and f"{name.removesuffix('weight')}V" in checkpoint.entries
     ]
     hashed = _check_hashes(checkpoint, specs, problems)
+    measured = measured_problem(checkpoint.folder)
+    problems += [measured] if measured else []
     return Verification(tuple(problems), len(specs), len(checkpoint.entries), hashed)
 
 

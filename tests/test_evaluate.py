@@ -18,14 +18,18 @@ from conftest import Loads, character_tokenizer
 from terminal import done, losparse
 from torch import Tensor
 
-from losparse_cli.errors import OutputError, SourceError, UsageError
+from losparse_cli.budget.recipe import Recipe
+from losparse_cli.compress import compress
+from losparse_cli.errors import CheckpointError, OutputError, SourceError, UsageError
 from losparse_cli.evaluate import Evaluation, evaluate, perplexity
 from losparse_cli.evaluation import memory
 from losparse_cli.evaluation.scores import Scores, compare, exponential, mean
 from losparse_cli.evaluation.windows import Window, cut, lines
+from losparse_cli.export import export
 from losparse_cli.load import load
 from losparse_cli.models import device as room
 from losparse_cli.tasks.paired import Estimate
+from losparse_cli.verify import require_sound
 from tests.hearing import Hearing
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen.\n" * 8
@@ -512,3 +516,24 @@ def test_a_figure_that_is_not_finite_is_valid_json(toy: Callable[..., Path]) -> 
     assert found.perplexity.error is None
     wild = replace(found, perplexity=Estimate(math.inf, math.nan)).to_dict()
     assert json.loads(json.dumps(wild, allow_nan=False))["perplexity"] == {"value": None, "error": None}
+
+
+def test_recorded_figures_go_with_the_checkpoint_and_not_with_what_is_made_of_it(
+    toy: Callable[..., Path], file: Path, tmp_path: Path
+) -> None:
+    dense = toy("llama", tokenizer=True)
+    small = compress(dense, tmp_path / "small", Recipe(rank=4, sparsity=0.5)).output
+    command = ("eval", small, "--against", dense, "--text", file, "--length", "24", "--windows", "2", "--record")
+    run = done(*command)
+    assert run.code == 0, run.err
+    kept = (small / "losparse_evaluation.json").read_text()
+    assert str(tmp_path) not in kept
+    assert str(dense) not in kept
+    assert f"| {file.name} | perplexity |" in (small / "README.md").read_text()
+    require_sound(small)
+    export(small, tmp_path / "dense")
+    assert not (tmp_path / "dense" / "losparse_evaluation.json").exists()
+    (small / "losparse_evaluation.json").write_text(kept.replace("report_sha256", "other"))
+    with pytest.raises(CheckpointError, match=r"losparse_evaluation.json is damaged"):
+        require_sound(small)
+    assert "--record keeps figures in a folder that losparse wrote" in losparse("eval", dense, *command[2:]).complaint

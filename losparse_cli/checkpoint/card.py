@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .report import Report
+from .report import Report, error_of, telling_error, text_used
 from .source import read_json
 
 CARRIED_METADATA = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
@@ -65,6 +65,20 @@ def address_card(folder: Path, place: str) -> None:
             path.write_text(text.replace(f"({named[1]}", f"({_quoted(place)}"), encoding="utf-8")
 
 
+def place_section(folder: Path, title: str, body: str) -> None:
+    """Put a section at the end of the card in `folder`, or in place of the one that this put there; the rest stays."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return
+    begin, end = f"<!-- losparse: {title} -->", f"<!-- losparse: end of {title} -->"
+    section = f"{begin}\n\n## {title}\n\n{body}\n\n{end}"
+    text = path.read_text(encoding="utf-8")
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    text = f"{before}{section}{after}" if found and closed else f"{text.rstrip()}\n\n{section}\n"
+    path.write_text(text, encoding="utf-8")
+
+
 def write_dense_card(destination: Path, metadata: dict[str, Any], source: str) -> None:
     """README.md of a dense export: where it comes from, under the licence it had.
 
@@ -95,7 +109,6 @@ def _texts(value: Any) -> list[str]:
 def _body(report: Report, name: str, place: str, loading: str) -> str:
     recipe = {k: v for k, v in report.recipe.items() if v is not None and v is not False and v not in ([], {})}
     settings = ", ".join(f"{k} {v}" for k, v in sorted(recipe.items()))
-    error = report.relative_error
     layers, model = (
         _share(report.bytes_after, report.bytes_before),
         _share(report.model_bytes_after, report.model_bytes_before),
@@ -119,9 +132,30 @@ W ≈ U V + S (after LoSparse, Li et al., ICML 2023).
 | parameters of the compressed layers | {report.targeted_parameters:,} | {kept:,} | {report.kept_parameters:.1%} |
 
 {len(report.layers)} layers are compressed; they hold {report.targeted_share:.1%} of the model's parameters.
-Relative Frobenius error of their weights: {"not recorded" if error is None else f"{error:.4f}"}.
+{_error(report)}
 Recipe: {settings}.
-{_training(report)}"""
+{_calibration(report)}{_training(report)}"""
+
+
+def _error(report: Report) -> str:
+    """The one that says most: with calibration text, that of weights would say nothing of quality."""
+    measure = telling_error(report.layers)
+    error = error_of(report.layers, measure)
+    what = {
+        "held_out_error": "Mean relative error of their outputs on held-out calibration text",
+        "output_error": "Mean relative error of their outputs on the very text they were solved with",
+        "relative_error": "Relative Frobenius error of their weights",
+    }[measure]
+    return f"{what}: {'not recorded' if error is None else f'{error:.4f}'}."
+
+
+def _calibration(report: Report) -> str:
+    """The text, as a section of the card; nothing without any."""
+    if not report.calibration:
+        return ""
+    warnings = "".join(f"\n- {sentence}" for sentence in _texts(report.calibration.get("warnings")))
+    warned = f"\nOf that text the run warned:\n{warnings}\n" if warnings else ""
+    return f"\n## Calibration\n\nCalibrated on {text_used(report.calibration)}.\n{warned}"
 
 
 def _training(report: Report) -> str:

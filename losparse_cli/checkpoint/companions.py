@@ -12,11 +12,11 @@ from pathlib import Path
 from ..errors import CheckpointError
 from .hub import OTHER_FOLDERS, OTHER_WEIGHTS
 from .journal import FILE as JOURNAL
-from .source import REPORT, TIMING
+from .source import EVALUATION, REPORT, TIMING
 
 # Tokenizers keep what they know in files of any ending, so what stays is named, and all else goes along.
 LEFT_BEHIND = (
-    "config.json", "README.md", REPORT, TIMING, JOURNAL,
+    "config.json", "README.md", REPORT, TIMING, EVALUATION, JOURNAL,
     "*.safetensors", "*.bin", *OTHER_WEIGHTS, "*.index.json", "*.index.*.json",
     "trainer_state.json", "events.out.tfevents.*", "*.log", "*.lock", "*.partial", "*.tmp", "*.pyc",
 )  # fmt: skip

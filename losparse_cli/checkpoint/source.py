@@ -20,6 +20,7 @@ PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 REPORT = "losparse_report.json"
 TIMING = "losparse_timing.json"
+EVALUATION = "losparse_evaluation.json"  # what eval measured of a result, later
 
 HUB_ID = re.compile(r"(?![.\-])[A-Za-z0-9_.\-]{1,96}(/[A-Za-z0-9_.\-]{1,96})?")
 

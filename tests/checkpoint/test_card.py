@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +155,22 @@ def test_the_card_of_an_export(tmp_path: Path) -> None:
         "library_name": "transformers",
         "tags": ["losparse", "x"],
     }
+
+
+def test_of_a_calibrated_result_text_and_held_out_error_are_named_not_that_of_weights(tmp_path: Path) -> None:
+    layer = replace(LAYER, output_errors=(0.5, 0.125))
+    text = {
+        "source": "/home/somebody/wiki.txt", "tokens": 65536, "length": 512, "windows": 8, "held_out": 1,
+        "warnings": ["4,096 tokens are few."],
+    }  # fmt: skip
+    write_card(tmp_path, replace(report(), layers=(layer,), calibration=text), {}, place="out")
+    card = (tmp_path / "README.md").read_text()
+    assert "on the very text they were solved with: 0.1250." in card
+    layer = replace(layer, held_out_error=0.375)
+    write_card(tmp_path, replace(report(), layers=(layer,), calibration=text), {}, place="out")
+    card = (tmp_path / "README.md").read_text()
+    assert "outputs on held-out calibration text: 0.3750." in card
+    assert "Calibrated on 4,096 of 65,536 tokens asked for (the text has no more) in 8 windows from wiki.txt," in card
+    assert "- 4,096 tokens are few." in card
+    assert "Frobenius" not in card
+    assert "somebody" not in card

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ...errors import UsageError, flag
 from ...tasks.request import TaskRequest
 from .. import options as o
+
+if TYPE_CHECKING:
+    from ...evaluate import Evaluation, HarnessEvaluation, TaskEvaluation
 
 HARNESS = "Evaluation harness"
 
@@ -100,6 +103,9 @@ def eval_(
             show_default="32; with --lm-eval 8",
         ),
     ] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Keep the figures in the checkpoint's folder, and show them on its card.")
+    ] = False,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -136,6 +142,11 @@ def eval_(
     """
     given = {name: value for name, value in locals().items() if value is not None}
     mode = _mode(given)
+    if record:
+        from ...evaluate import require_recordable
+
+        require_recordable(Path(source).expanduser())
+    found: Evaluation | TaskEvaluation | HarnessEvaluation
     from .. import console as c
     from .. import evaluation_tables as tables
 
@@ -150,9 +161,9 @@ def eval_(
         from ...evaluate import evaluate
 
         with c.CountProgress(out, "Evaluating") as progress:
-            measured = evaluate(source, given["text"], progress=progress, **shared, **own)
-        out.data(measured.to_dict())
-        tables.show_evaluation(out, measured)
+            found = evaluate(source, given["text"], progress=progress, **shared, **own)
+        tables.show_evaluation(out, found)
+        on = Path(given["text"]).name
     elif mode == "task":
         if not {"validation_file", "dataset_name"} & given.keys():
             raise UsageError("--task needs rows to score on. Give --validation-file, or --dataset-name.")
@@ -160,9 +171,9 @@ def eval_(
         from ...evaluate import evaluate_task
 
         with c.CountProgress(out, "Scoring") as progress:
-            scored = evaluate_task(source, request, progress=progress, **shared, **own)
-        out.data(scored.to_dict())
-        tables.show_task_evaluation(out, scored)
+            found = evaluate_task(source, request, progress=progress, **shared, **own)
+        tables.show_task_evaluation(out, found)
+        on = f"{request.task} ({request.dataset_name or Path(given['validation_file']).name})"
     else:
         from ...evaluate import evaluate_harness
 
@@ -177,8 +188,14 @@ def eval_(
             **shared,
             **own,
         )
-        out.data(found.to_dict())
         tables.show_harness_evaluation(out, found)
+        on = f"lm_eval {given['lm_eval']}"
+    out.data(found.to_dict())
+    if record:
+        from ...evaluate import keep
+
+        keep(source, on, found)
+        out.say("Kept in the folder, and shown on its card.")
     out.flush()
 
 
