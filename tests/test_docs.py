@@ -24,7 +24,7 @@ import yaml
 
 import losparse_cli
 from losparse_cli.budget.plan import Layer, plan_layer
-from losparse_cli.budget.recipe_file import make_recipe
+from losparse_cli.budget.recipe import make_recipe
 from losparse_cli.checkpoint.report import LayerReport, Report
 from losparse_cli.cli import app
 from losparse_cli.compression.request import Refinement, make_request

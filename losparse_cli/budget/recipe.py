@@ -7,13 +7,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError, flag
+from ..errors import RecipeError, UsageError, flag
+from .recipe_file import RANK_CHOICES, SIZE_CHOICES, RecipeFile, asked, read_recipe
 from .targets import check_expressions, matches, only
 
-RANK_CHOICES = ("rank", "rank_ratio")
-SIZE_CHOICES = ("sparsity", "keep", "keep_parameters")
-PER_LAYER = (*RANK_CHOICES, *SIZE_CHOICES, "pattern", "threshold_scope", "iterations")
-WHOLE_RUN = ("targets", "ignore", "solver", "allocate", "seed")
 SOLVERS = ("magnitude", "oats", "admm")
 ALLOCATIONS = ("uniform", "error")
 
@@ -94,9 +91,7 @@ class Recipe:
 
         RecipeError names the file and the entry at fault.
         """
-        from .recipe_file import read_recipe
-
-        return read_recipe(path).under({})
+        return recipe_of(read_recipe(path), {})
 
     def for_layer(self, name: str, kinds: tuple[str, ...] = ()) -> Recipe:
         """This recipe with the overrides that mean the module `name`, of the classes `kinds`; later ones win."""
@@ -141,6 +136,47 @@ class Recipe:
         fields["overrides"] = {glob: dict(values) for glob, values in self.overrides}
         fields["targets"], fields["ignore"] = list(self.targets), list(self.ignore)
         return fields
+
+
+def recipe_of(file: RecipeFile, given: Mapping[str, Any]) -> Recipe:
+    """The recipe in a file under what was given beside it, which wins everywhere, also over settings of single layers.
+
+    RecipeError names the file and the entry at fault.
+    """
+    where = file.name
+    try:
+        merged = override(override(Recipe(), file.settings), given)
+        kept = []
+        for target, fields in file.layers.items():
+            where = f"{file.name}, layers: {target}"
+            fields = {k: v for k, v in fields.items() if not _superseded(k, given)}
+            if fields:
+                override(merged, fields)  # a contradiction is reported here, with its place in the file
+                kept.append((target, tuple(sorted(fields.items()))))
+        return replace(merged, overrides=tuple(kept))
+    except UsageError as error:
+        raise RecipeError(f"{where}: {error}") from error
+
+
+def make_recipe(flags: Mapping[str, Any], file: Path | None = None) -> Recipe:
+    """The recipe of a YAML file (optional) under command-line flags; flags that are None were not given.
+
+    RecipeError names the file and the entry at fault, which may be what it says of a run.
+    """
+    given = asked(flags)
+    if file is None:
+        return Recipe(**given)
+    found = read_recipe(file)
+    if found.run:
+        raise RecipeError(
+            f"{file} has the setting {next(iter(found.run))!r}, which is of losparse compress. Remove it."
+        )
+    return recipe_of(found, given)
+
+
+def _superseded(name: str, given: Mapping[str, Any]) -> bool:
+    group: tuple[str, ...] = next((group for group in (RANK_CHOICES, SIZE_CHOICES) if name in group), (name,))
+    return any(other in given for other in group)
 
 
 def override(recipe: Recipe, fields: Mapping[str, Any]) -> Recipe:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError, UsageError
-from .recipe import PER_LAYER, RANK_CHOICES, SIZE_CHOICES, WHOLE_RUN, Recipe, override
+from ..errors import RecipeError
 
+RANK_CHOICES = ("rank", "rank_ratio")
+SIZE_CHOICES = ("sparsity", "keep", "keep_parameters")
+PER_LAYER = (*RANK_CHOICES, *SIZE_CHOICES, "pattern", "threshold_scope", "iterations")
+WHOLE_RUN = ("targets", "ignore", "solver", "allocate", "seed")
 RUN = ("calibration", "refine", "device", "memory_limit", "max_shard_size")
 """What a recipe may say of a run beside its layers."""
 
@@ -24,41 +27,6 @@ class RecipeFile:
     settings: dict[str, Any] = field(default_factory=dict)
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
-
-    def under(self, given: Mapping[str, Any]) -> Recipe:
-        """The recipe under what was given beside it, which wins everywhere, also over settings of single layers.
-
-        RecipeError names the file and the entry at fault.
-        """
-        where = self.name
-        try:
-            merged = override(override(Recipe(), self.settings), given)
-            kept = []
-            for target, fields in self.layers.items():
-                where = f"{self.name}, layers: {target}"
-                fields = {k: v for k, v in fields.items() if not _superseded(k, given)}
-                if fields:
-                    override(merged, fields)  # a contradiction is reported here, with its place in the file
-                    kept.append((target, tuple(sorted(fields.items()))))
-            return replace(merged, overrides=tuple(kept))
-        except UsageError as error:
-            raise RecipeError(f"{where}: {error}") from error
-
-
-def make_recipe(flags: Mapping[str, Any], file: Path | None = None) -> Recipe:
-    """The recipe of a YAML file (optional) under command-line flags; flags that are None were not given.
-
-    RecipeError names the file and the entry at fault, which may be what it says of a run.
-    """
-    given = asked(flags)
-    if file is None:
-        return Recipe(**given)
-    found = read_recipe(file)
-    if found.run:
-        raise RecipeError(
-            f"{file} has the setting {next(iter(found.run))!r}, which is of losparse compress. Remove it."
-        )
-    return found.under(given)
 
 
 def asked(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,8 +111,3 @@ def _only_known(name: str, fields: Mapping[Any, Any], known: tuple[str, ...], wh
     for key in fields:
         if key not in known:
             raise RecipeError(f"{name} has the unknown setting {key!r}{where}; known are {', '.join(known)}.")
-
-
-def _superseded(name: str, given: Mapping[str, Any]) -> bool:
-    group: tuple[str, ...] = next((group for group in (RANK_CHOICES, SIZE_CHOICES) if name in group), (name,))
-    return any(other in given for other in group)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..budget.allocate import REACH, Curve, allocate
 from ..budget.plan import Layer, plan_layer
-from ..budget.recipe import RANK_CHOICES, SIZE_CHOICES, Recipe
+from ..budget.recipe import Recipe
+from ..budget.recipe_file import RANK_CHOICES, SIZE_CHOICES
 from ..budget.targets import matches
 from ..calibration.moments import gather_moments
 from ..errors import UsageError

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..budget.recipe import Recipe, override
+from ..budget.recipe import Recipe, override, recipe_of
 from ..budget.recipe_file import asked, read_recipe
 from ..errors import RecipeError, UsageError
 from ..text.request import Calibration
@@ -69,7 +69,7 @@ def make_request(
         layers = Recipe(**wanted)
     elif isinstance(recipe, Mapping | str | Path):
         file = read_recipe(recipe)
-        layers, run, where = file.under(wanted), file.run, file.name
+        layers, run, where = recipe_of(file, wanted), file.run, file.name
     else:
         raise UsageError(
             "recipe is a Recipe, a mapping such as {'keep': 0.6}, or the path of a YAML file, not "

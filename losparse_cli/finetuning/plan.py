@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ..budget.plan import Layer, Plan, make_plan, plan_as_stored, plan_layer
-from ..budget.recipe import RANK_CHOICES, SIZE_CHOICES, Recipe
+from ..budget.recipe import Recipe
+from ..budget.recipe_file import RANK_CHOICES, SIZE_CHOICES
 from ..budget.targets import choose
 from ..checkpoint.source import Checkpoint
 from ..errors import UsageError

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from losparse_cli.budget.recipe import Recipe
-from losparse_cli.budget.recipe_file import make_recipe
+from losparse_cli.budget.recipe import Recipe, make_recipe
 from losparse_cli.errors import RecipeError, UsageError
 
 

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from losparse_cli.budget.plan import Layer, make_plan
-from losparse_cli.budget.recipe import Recipe
-from losparse_cli.budget.recipe_file import make_recipe
+from losparse_cli.budget.recipe import Recipe, make_recipe
 from losparse_cli.budget.targets import choose, matches, only, parts
 from losparse_cli.errors import RecipeError, UsageError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from losparse_cli.budget.recipe_file import make_recipe
+from losparse_cli.budget.recipe import make_recipe
 from losparse_cli.cli.options import task_request
 from losparse_cli.errors import UsageError
 from losparse_cli.finetuning.pruner import Pruning

@@ -210,7 +210,7 @@ def finetune(
 
     [dim]losparse finetune user/model --task text-classification --train-file train.csv --validation-file dev.csv[/dim]
     """
-    from ...budget.recipe_file import make_recipe
+    from ...budget.recipe import make_recipe
     from ...finetuning.recipes import settings
 
     given = settings(recipe, {name: value for name, value in locals().items() if value is not None})
