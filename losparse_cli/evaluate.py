@@ -13,12 +13,11 @@ import torch
 from .checkpoint.measured import record, require_recordable
 from .checkpoint.source import Checkpoint
 from .errors import OutputError, UsageError, write_errors
-from .evaluation.evaluation import Evaluation, Protocol, with_figures
+from .evaluation.figures import Evaluation, Protocol, with_figures
 from .evaluation.harness import HarnessEvaluation, evaluate_harness
-from .evaluation.memory import fit_together
-from .evaluation.models import DTYPES, check_choice, dtype_of, open_models
+from .evaluation.models import DTYPES, check_choice, dtype_of, fit_together, open_models
 from .evaluation.scores import Scores, Sums, Vector, compare, embed, exponential, score
-from .evaluation.task_evaluation import TaskEvaluation, evaluate_task
+from .evaluation.task import TaskEvaluation, evaluate_task
 from .evaluation.windows import Cut, Line, Window, cut, lines
 from .load import load
 from .models.device import find_device, release

@@ -22,7 +22,7 @@ from losparse_cli.budget.recipe import Recipe
 from losparse_cli.compress import compress
 from losparse_cli.errors import CheckpointError, OutputError, SourceError, UsageError
 from losparse_cli.evaluate import Evaluation, evaluate, perplexity
-from losparse_cli.evaluation import memory
+from losparse_cli.evaluation import models
 from losparse_cli.evaluation.scores import Scores, compare, exponential, mean
 from losparse_cli.evaluation.windows import Window, cut, lines
 from losparse_cli.export import export
@@ -287,7 +287,7 @@ def test_auto_holds_models_apart_that_do_not_fit(
 ) -> None:
     source, dense = compressed("llama", tokenizer=True), toy("llama", tokenizer=True)
     for free, way in ((10**12, "together"), (10**4, "apart")):
-        monkeypatch.setattr(memory, "available", lambda device, free=free: free)
+        monkeypatch.setattr(models, "available", lambda device, free=free: free)
         assert evaluate(source, TEXT, against=dense, windows=1, **OPTIONS).protocol.memory == way
 
 

@@ -24,7 +24,7 @@ from ..load import load
 from ..models.device import find_device, memory_errors, release
 from ..progress import Progress
 from ..text.tokenizer import positions
-from .evaluation import plain
+from .figures import plain
 from .harness_scores import RESAMPLES, SEED, Estimates, differences, estimates
 from .models import DTYPES, check_batch_size, check_choice, dtype_of, open_models
 

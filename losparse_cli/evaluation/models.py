@@ -10,8 +10,11 @@ import torch
 
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import UsageError
+from ..models.device import available
 from ..text.tokenizer import check_tokenizer
 
+HEADROOM = 1.25  # buffers, activations and the allocator's own, over the bytes of the weights
+COPIES = 6  # of the logits of a window, in float32: two models' logits, log-probabilities and what lies between
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -40,3 +43,9 @@ def open_models(
 def dtype_of(model: Any) -> str:
     """Such as float32."""
     return str(model.dtype).removeprefix("torch.")
+
+
+def fit_together(models: tuple[Checkpoint, ...], dtype: torch.dtype | None, logits: int, device: torch.device) -> bool:
+    """Whether the models, in `dtype` (None: as stored), and `logits` predicted numbers fit into free memory."""
+    weights = sum(checkpoint.nbytes if dtype is None else checkpoint.elements * dtype.itemsize for checkpoint in models)
+    return HEADROOM * weights + 4 * COPIES * logits <= available(device)

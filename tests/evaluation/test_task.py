@@ -17,7 +17,7 @@ from terminal import done, losparse
 
 from losparse_cli.errors import MissingExtraError, SourceError, UsageError
 from losparse_cli.evaluate import TaskEvaluation, evaluate_task
-from losparse_cli.evaluation import task_evaluation
+from losparse_cli.evaluation import task as task_evaluation
 from losparse_cli.load import load
 from losparse_cli.tasks import metrics
 from losparse_cli.tasks.paired import Estimate

@@ -18,7 +18,7 @@ from ..tasks.paired import RESAMPLES, Estimate
 from ..tasks.request import TaskRequest
 from ..tasks.rows import Rows, read_rows
 from ..tasks.task import Judged
-from .evaluation import plain
+from .figures import plain
 from .models import DTYPES, check_batch_size, check_choice, dtype_of, open_models
 
 
