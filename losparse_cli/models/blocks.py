@@ -8,7 +8,7 @@ one thread ever runs at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
 from threading import Semaphore, Thread
@@ -70,6 +70,8 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any = None
+    caches: list[tuple[Any, dict[str, Any]]] | None = None
+    """What caches among the arguments held before the block first ran, as (cache or part of one, its attributes)."""
 
 
 THREAD = "losparse-pass"
@@ -187,13 +189,42 @@ class Relay:
 
 
 def run_block(block: nn.Module, call: Call) -> Any:
-    """What `block` itself returns for the call; the block may be under a `Relay`."""
+    """What `block` itself returns for the call; the block may be under a `Relay`.
+
+    A block is run several times on one call, and some models keep a cache whatever they are told: what an earlier run
+    added to it is taken away first.
+    """
+    if call.caches is None:
+        call.caches = [(part, _copied(vars(part))) for part in _cache_parts((*call.args, *call.kwargs.values()))]
+    for part, held in call.caches:
+        vars(part).clear()
+        vars(part).update(_copied(held))
     forward = vars(block).pop("forward", None)
     try:
         return block(*call.args, **call.kwargs)
     finally:
         if forward is not None:
             block.forward = forward
+
+
+def _cache_parts(values: Iterable[Any]) -> Iterator[Any]:
+    """The caches among `values`, those inside them, and their layers."""
+    from transformers import Cache
+
+    for value in values:
+        if isinstance(value, Cache):
+            yield value
+            yield from _cache_parts(vars(value).values())
+            yield from getattr(value, "layers", ())
+
+
+def _copied(held: Any, depth: int = 0) -> Any:
+    """A copy. Keys and values grow into new tensors; the states that a layer holds in lists or dicts are overwritten."""
+    if isinstance(held, list):
+        return [_copied(value, depth + 1) for value in held]
+    if isinstance(held, dict):
+        return {key: _copied(value, depth + 1) for key, value in held.items()}
+    return held.clone() if isinstance(held, Tensor) and depth > 1 else held
 
 
 def hidden_states(output: Any) -> Tensor:

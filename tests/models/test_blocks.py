@@ -283,6 +283,28 @@ def test_a_block_is_run_by_its_own_method_while_it_is_halted() -> None:
     assert is_restored(model)
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["a cache", "a cache in a cache"])
+def test_a_block_that_runs_again_finds_the_cache_as_it_was(inside: bool) -> None:
+    """XLM and Flaubert keep one whatever their config says, and would attend to their own earlier runs."""
+
+    class Keeping(nn.Module):
+        def forward(self, x: Tensor, cache: Any) -> Tensor:
+            held = cache.self_attention_cache if inside else cache
+            held.layers[0].seen["sum"] += 1.0
+            return held.update(x, x, 1)[0]
+
+    cache = transformers.DynamicCache()
+    cache.update(torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4), 0)
+    cache.layers[0].seen = {"sum": torch.zeros(1)}  # a state that is written over, as those of linear attention
+    given = transformers.EncoderDecoderCache(cache, transformers.DynamicCache()) if inside else cache
+    call, block = Call((torch.ones(1, 1, 5, 4),), {"cache": given}), Keeping()
+    for _ in range(3):
+        assert run_block(block, call).shape == (1, 1, 5, 4)
+        assert cache.layers[0].keys.shape[2] == 3
+        assert cache.layers[0].seen["sum"] == 1
+        assert len(cache.layers) == 2  # what the last run added stays for the blocks that follow
+
+
 def test_no_batches_is_no_work() -> None:
     assert drive(Chain(), []) == list(BLOCKS)
 

@@ -14,8 +14,8 @@ RESULTS = ROOT / ".cache" / "zoo.jsonl"
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
     parser.add_argument("types", nargs="*", help="model types, as config.json names them")
-    parser.add_argument("--part", default="1/1", help="2/3: the second of three parts of the types")
-    parser.add_argument("--again", action="store_true", help="those that failed, too")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="types at a time")
+    parser.add_argument("--again", action="store_true", help="those that failed or were not tried, too")
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
     home = tempfile.TemporaryDirectory(prefix="losparse-zoo-home-")
@@ -36,20 +36,27 @@ def main() -> None:
     transformers.utils.logging.set_verbosity(50)
     transformers.utils.logging.disable_progress_bar()
 
-    from .sweep import sweep
-    from .table import failed, known
+    from .sweep import short, sweep
+    from .table import OPEN, known, outcome, write_page
 
     given.results.parent.mkdir(exist_ok=True)
     types = given.types or sorted(transformers.CONFIG_MAPPING.keys())
-    done: set[tuple[str, str]] = set()
-    if not given.types:
-        part, parts = map(int, given.part.split("/"))
-        lines = [line for line in known(given.results) if not (given.again and failed(line))]
-        done = {(line["type"], line["class"]) for line in lines}
-        types = types[part - 1 :: parts]
-    for bases in (False, True):
-        kept = types if bases else [t for t in types if not any(t == known_type for known_type, _ in done)]
-        sweep(kept, given.results, done, bases=bases)
+    lines = [] if given.types else known(given.results)
+    done = {(line["type"], line["class"]) for line in lines if not (given.again and outcome(line) in OPEN)}
+    jobs = []
+    for job in range(given.jobs):
+        if (child := os.fork()) == 0:
+            sweep(types[job :: given.jobs], given.results, done)
+            os._exit(0)
+        jobs.append(child)
+    for child in jobs:
+        os.waitpid(child, 0)
+    lines = known(given.results)
+    write_page(lines, ROOT / "docs" / "architectures.md")
+    failed = [line for line in lines if outcome(line) == "fails"]
+    for line in failed:
+        print(f"{line['type']}, {line['class']}: {short(line)}")
+    raise SystemExit(1 if failed else 0)
 
 
 main()

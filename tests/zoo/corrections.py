@@ -17,6 +17,7 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": {"num_key_value_heads": 4},
     "glm5_next_text": {"num_key_value_heads": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "mamba2": {"num_heads": 8},
     "xlstm": {"num_heads": 4},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"]},

@@ -94,20 +94,23 @@ def _warm() -> None:
     conversion_mapping.get_checkpoint_conversion_mapping("llama")
 
 
-def sweep(types: list[str], results: Path, known: set[tuple[str, str]], *, bases: bool) -> None:
-    """Append a line to `results` for one class of each of `types`: the head, or the base model beside it."""
+def sweep(types: list[str], results: Path, done: set[tuple[str, str]]) -> None:
+    """Append a line to `results` for each class of each of `types` that is not done: the heads, then the base models."""
     server = Server()
-    for model_type in types:
-        begun = time.monotonic()
-        chosen = in_child(lambda: [(c.__name__, auto) for c, auto in classes(model_type)])  # noqa: B023
-        if isinstance(chosen, list) and chosen:
-            chosen = chosen[:-1] if bases else chosen[-1:]
-        elif bases:
-            continue
-        for line in _of(server, model_type, chosen, known):
-            with results.open("a", encoding="utf-8") as out:
-                out.write(json.dumps({"type": model_type, **line}) + "\n")
-            print(f"{model_type} ({time.monotonic() - begun:.1f} s), {line['class']}: {short(line)}", flush=True)
+    for bases in (False, True):
+        for model_type in types:
+            begun = time.monotonic()
+            if (model_type, "") in done:
+                continue
+            chosen = in_child(lambda: [(c.__name__, auto) for c, auto in classes(model_type)])  # noqa: B023
+            if isinstance(chosen, list) and chosen:
+                chosen = chosen[:-1] if bases else chosen[-1:]
+            elif bases:
+                continue
+            for line in _of(server, model_type, chosen, done):
+                with results.open("a", encoding="utf-8") as out:
+                    out.write(json.dumps({"type": model_type, **line}) + "\n")
+                print(f"{model_type} ({time.monotonic() - begun:.1f} s), {line['class']}: {short(line)}", flush=True)
 
 
 def _of(server: Server, model_type: str, chosen: Any, known: set[tuple[str, str]]) -> list[dict[str, Any]]:

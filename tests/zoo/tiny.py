@@ -47,21 +47,23 @@ RULES: tuple[tuple[str, int | None], ...] = (
 def shrink(config: Any, model_type: str = "", level: int = 0) -> Any:
     """A small configuration of the class of `config`, the default one, and of the same structure.
 
-    level: 0 makes all sizes small; 1 leaves twice the layers, 2 the widths too, 3 whatever is a list.
+    level: 0 makes all sizes small; 1 keeps one layer of each kind that there is; 2 leaves the widths as they are.
     """
     changes: dict[str, Any] = {}
     for key, value in _given(config):
         if hasattr(value, "to_dict"):
             changes[key] = shrink(value, f"{model_type}.{key}", level)
         elif isinstance(value, list | tuple) and value and all(type(v) is int for v in value):
-            if level < 3:
-                changes[key] = type(value)(_short_list(key, list(value), 2 * LAYERS if level else LAYERS))
+            changes[key] = type(value)(_short_list(key, list(value), 2 * LAYERS if level else LAYERS))
         elif type(value) is int:
             small = _small(key, value, level)
             if small is not None:
                 changes[key] = small
     if "mrope_section" in (getattr(type(config), "ignore_keys_at_rope_validation", None) or ()) and level < 2:
         changes["rope_parameters"] = _rope(config)
+    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
+    if level == 1 and len(kinds) > 1 and "num_hidden_layers" in changes:
+        changes |= {"layer_types": kinds, "num_hidden_layers": len(kinds)}
     changes |= _tokens(config)
     changes |= CORRECTIONS.get(str(config.model_type), {})
     changes |= CORRECTIONS.get(model_type, {}) if model_type else {}
@@ -99,6 +101,8 @@ def _small(key: str, value: int, level: int) -> int | None:
         if re.fullmatch(pattern, key):
             if limit is None or (level > 1 and limit not in (VOCABULARY, LAYERS, 128)):
                 return None
+            if limit == VOCABULARY:
+                return limit  # of bytes, even where the default is of amino acids
             return min(value, 2 * limit if level and limit == LAYERS and "layers" in key else limit)
     return None
 
