@@ -9,7 +9,7 @@ CONSTRAINED = $(PIP) --constraint constraints.txt
 # What pytest makes of the tests is kept, even where bytecode is not: it takes ten seconds.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help install install-demo install-dev demo test test-fast lint docs bench bench-quality bench-training build clean
+.PHONY: help install install-demo install-dev demo test test-zoo test-fast lint docs bench bench-quality bench-training build clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -50,6 +50,9 @@ test: $(VENV)/.dev  ## Set up, then run all tests
 
 test-fast: $(VENV)/.dev  ## Run the tests for between two edits: a part of every folder's
 	$(PYTEST) -m "not slow"
+
+test-zoo: $(VENV)/.dev  ## Try every model type of transformers, tiny (an hour on two cores)
+	$(BIN)/python -m tests.zoo
 
 lint: $(VENV)/.dev  ## Check style, types, layering and docs
 	$(BIN)/ruff check .

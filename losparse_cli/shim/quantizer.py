@@ -79,8 +79,11 @@ class LosparseQuantizer(HfQuantizer):  # type: ignore[misc]
             for fields in [recorded[source]]
         }
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        # Between this and the next step transformers initializes what no file holds, by the model's own code.
+        model.initialize_weights = lambda: _initialize_the_rest(model, tuple(installed))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        vars(model).pop("initialize_weights", None)
         for name in self.quantization_config.modules:
             _require_loaded(name, model.get_submodule(name))
         _cast_as_asked(model, self._dtypes)
@@ -106,6 +109,22 @@ class LosparseQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def _initialize_the_rest(model: Any, names: tuple[str, ...]) -> None:
+    """transformers' `initialize_weights`, while dense layers without weights stand in place of those called `names`.
+
+    That code may ask a layer's weight for its shape from wherever it likes (Blt's does), and ours has only one dimension.
+    """
+    ours = {name: model.get_submodule(name) for name in names}
+    try:
+        for name, layer in ours.items():
+            dense = torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+            model.set_submodule(name, dense)
+        type(model).initialize_weights(model)
+    finally:
+        for name, layer in ours.items():
+            model.set_submodule(name, layer)
 
 
 def _require_loaded(name: str, layer: LowRankSparseLinear) -> None:

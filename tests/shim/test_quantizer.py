@@ -331,3 +331,22 @@ def test_gradient_checkpointing_changes_no_gradient(compressed: Any) -> None:
         model(**tokens, labels=tokens["input_ids"]).loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters()})
     assert all(torch.equal(gradients[0][n], gradients[1][n]) for n in gradients[0])
+
+
+def test_the_models_own_initialization_sees_dense_layers(compressed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blt's asks `down_proj.weight` of its feed-forward module for its second dimension."""
+    seen = []
+    original = transformers.LlamaPreTrainedModel._init_weights
+
+    def reads_shapes(self: Any, module: nn.Module) -> None:
+        if hasattr(module, "down_proj"):
+            seen.append(tuple(module.down_proj.weight.shape))
+        original(self, module)
+
+    monkeypatch.setattr(transformers.LlamaPreTrainedModel, "_init_weights", reads_shapes)
+    expected = answer(losparse_cli.load(compressed("llama"))[0])
+    assert seen == [(68, 131)] * 2
+    model, _ = losparse_cli.load(compressed("llama"))
+    assert torch.equal(answer(model), expected)
+    assert "initialize_weights" not in vars(model)
+    assert torch.equal(answer(copy.deepcopy(model)), expected)

@@ -43,8 +43,13 @@ def build(model_type: str, model_class: type[Any]) -> tuple[Any, Batch]:
 def _built(model_type: str, model_class: type[Any], level: int) -> tuple[Any, Batch]:
     import transformers
 
+    def configured() -> Any:
+        whole = shrink(transformers.CONFIG_MAPPING[model_type](), model_type, level)
+        parts = [part for part in vars(whole).values() if type(part) is model_class.config_class]
+        return parts[0] if parts and type(whole) is not model_class.config_class else whole
+
     try:
-        config = shrink(transformers.CONFIG_MAPPING[model_type](), model_type, level)
+        config = configured()
         with torch.device("meta"):
             size = sum(p.numel() for p in model_class._from_config(config).parameters())
     except (NotImplementedError, RuntimeError):
@@ -55,8 +60,7 @@ def _built(model_type: str, model_class: type[Any], level: int) -> tuple[Any, Ba
         raise Stop(f"no tiny configuration: {size:,} parameters")
     torch.manual_seed(0)
     try:
-        config = shrink(transformers.CONFIG_MAPPING[model_type](), model_type, level)
-        model = model_class._from_config(config).eval()
+        model = model_class._from_config(configured()).eval()
     except Exception as error:
         raise Stop(f"no tiny configuration: {sentence(error)}") from error
     batch, reason = find_batch(model)
@@ -222,10 +226,8 @@ def with_losparse(model_type: str, model_class: type[Any], auto: str, folder: Pa
     return found
 
 
-def _calibrated(
-    model_class: type[Any], dense: Path, folder: Path, recipe: Any, batch: Batch, faults: list[str]
-) -> str:
-    """"yes", or the reason why not."""
+def _calibrated(model_class: type[Any], dense: Path, folder: Path, recipe: Any, batch: Batch, faults: list[str]) -> str:
+    """ "yes", or the reason why not."""
     import losparse_cli
 
     text = folder / "text.txt"

@@ -20,7 +20,9 @@ def classes(model_type: str) -> Iterator[tuple[type[Any], str]]:
     from transformers.models.auto import modeling_auto
 
     auto_classes = {
-        name: auto for name, auto in vars(modeling_auto).items() if name.startswith("AutoModel") and inspect.isclass(auto)
+        name: auto
+        for name, auto in vars(modeling_auto).items()
+        if name.startswith("AutoModel") and inspect.isclass(auto)
     }
     found: dict[type[Any], str] = {}
     for name in sorted(auto_classes, key=lambda name: (name != "AutoModel", _rank(name))):

@@ -105,7 +105,7 @@ def sweep(types: list[str], results: Path, done: set[tuple[str, str]]) -> None:
             chosen = in_child(lambda: [(c.__name__, auto) for c, auto in classes(model_type)])  # noqa: B023
             if isinstance(chosen, list) and chosen:
                 chosen = chosen[:-1] if bases else chosen[-1:]
-            elif bases:
+            if bases and (not chosen or isinstance(chosen, dict)):
                 continue
             for line in _of(server, model_type, chosen, done):
                 with results.open("a", encoding="utf-8") as out:
@@ -134,7 +134,9 @@ def _class(server: Server, model_type: str, name: str, auto: str) -> dict[str, A
             unregistered = in_child(lambda: _unregistered(model_type, name, auto, folder))
             fault = unregistered if isinstance(unregistered, str) else unregistered.get("fault", "")
             if fault:
-                found.setdefault("faults", []).append(fault if fault.startswith("shipped") else f"shipped loader: {fault}")
+                found.setdefault("faults", []).append(
+                    fault if fault.startswith("shipped") else f"shipped loader: {fault}"
+                )
         return {**found, "seconds": round(time.monotonic() - begun, 1)}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
