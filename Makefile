@@ -9,7 +9,7 @@ CONSTRAINED = $(PIP) --constraint constraints.txt
 # What pytest makes of the tests is kept, even where bytecode is not: it takes ten seconds.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help install install-demo install-dev demo test test-zoo test-fast lint docs bench bench-quality bench-training build clean
+.PHONY: help install install-demo install-dev demo test test-fast test-zoo lint docs bench bench-quality bench-training build clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16

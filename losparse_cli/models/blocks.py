@@ -44,8 +44,8 @@ def hidden_size(model: Any) -> int:
     """Width of what flows between the blocks: that of the input embeddings where the config does not say, else 0."""
     settings = model.config.get_text_config()
     named = getattr(settings, "hidden_size", None) or getattr(settings, "d_model", None)
-    words: Any = input_embeddings(model)
-    return int(named or (0 if words is None else words.weight.shape[1]))
+    weight = getattr(input_embeddings(model), "weight", None)  # SAM 3 embeds patches, by a module of its own
+    return int(named or (0 if weight is None else weight.shape[1]))
 
 
 def bias_heads(model: nn.Module) -> int:
@@ -219,7 +219,7 @@ def _cache_parts(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def _copied(held: Any, depth: int = 0) -> Any:
-    """A copy. Keys and values grow into new tensors; the states that a layer holds in lists or dicts are overwritten."""
+    """A copy. Keys and values grow into new tensors; states that a layer holds in lists or dicts are overwritten."""
     if isinstance(held, list):
         return [_copied(value, depth + 1) for value in held]
     if isinstance(held, dict):

@@ -114,7 +114,7 @@ class LosparseQuantizer(HfQuantizer):  # type: ignore[misc]
 def _initialize_the_rest(model: Any, names: tuple[str, ...]) -> None:
     """transformers' `initialize_weights`, while dense layers without weights stand in place of those called `names`.
 
-    That code may ask a layer's weight for its shape from wherever it likes (Blt's does), and ours has only one dimension.
+    That code may ask a layer's weight for its shape from wherever it likes (Blt's does); ours has only one dimension.
     """
     ours = {name: model.get_submodule(name) for name in names}
     try:

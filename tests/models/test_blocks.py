@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import transformers
 from conftest import TOYS, token_batch, toy_model
 from torch import Tensor, nn
 
@@ -344,6 +345,14 @@ def test_hidden_size_is_the_width_between_blocks(name: str) -> None:
     batch = {**token_batch(model), "use_cache": False}
     for calls in captured(model, blocks, [batch]).values():
         assert hidden_states(calls[0].output).shape[-1] == hidden_size(model)
+
+
+def test_embeddings_without_a_weight_of_their_own_say_no_width() -> None:
+    """Those of SAM 3's video model are a module of patches."""
+    model = toy_model("bert")
+    model.get_input_embeddings = lambda: nn.Sequential()
+    vars(model.config)["hidden_size"] = None
+    assert hidden_size(model) == 0
 
 
 def test_states_are_replaced_and_the_rest_is_kept() -> None:

@@ -1,4 +1,4 @@
-"""What the rules of `tiny` get wrong: model type -> fields of its configuration; `...` leaves a field at its default."""
+"""What the rules of `tiny` get wrong: model type -> fields of its configuration; `...` leaves one at its default."""
 
 from __future__ import annotations
 

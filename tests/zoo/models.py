@@ -34,7 +34,7 @@ def classes(model_type: str) -> Iterator[tuple[type[Any], str]]:
         if len(found) == 2:
             break
     if not found:
-        found |= {model_class: "" for model_class in _own(transformers.CONFIG_MAPPING[model_type])[:1]}
+        found |= dict.fromkeys(_own(transformers.CONFIG_MAPPING[model_type])[:1], "")
     yield from found.items()
 
 

@@ -1,4 +1,4 @@
-"""Each type in processes of its own, forked from two that have imported all they need: one knows losparse, one does not."""
+"""Each class in processes of its own, forked from two that have imported all they need; one knows losparse."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _warm() -> None:
 
 
 def sweep(types: list[str], results: Path, done: set[tuple[str, str]]) -> None:
-    """Append a line to `results` for each class of each of `types` that is not done: the heads, then the base models."""
+    """Append a line to `results` for each class of each of `types` that is not done: heads, then base models."""
     server = Server()
     for bases in (False, True):
         for model_type in types:

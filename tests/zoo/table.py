@@ -12,13 +12,13 @@ OPEN = ("fails", "not tried")
 
 HEAD = """# Architectures
 
-Every model type of transformers {version} was built tiny, with random weights, and compressed. Written by
-`make test-zoo`; `python -m tests.zoo llama` tries one type again.
+{tried} of the {all} model types of transformers {version}, each tiny, with random weights, all through losparse.
+Written by `make test-zoo`; `python -m tests.zoo llama` tries one type again.
 
-A class counts as **equal** when it was compressed without data, loaded by `losparse_cli.load` and, by plain transformers,
-with the loader that the checkpoint carries; when tensors and outputs were those of its dense export both times; and when it
-was saved, loaded again, and still the same. It counts as **calibrated** when it was compressed with text, too, and that
-result gave what its dense export gives.
+A class counts as **equal** when it was compressed without data, loaded by `losparse_cli.load` and, by plain
+transformers, with the loader that the checkpoint carries; when tensors and outputs were those of its dense export both
+times; and when it was saved, loaded again, and still the same. It counts as **calibrated** when it was compressed with
+text, too, and that result gave what its dense export gives.
 
 """
 
@@ -52,8 +52,9 @@ def write_page(lines: list[dict[str, Any]], page: Path) -> None:
               ("equal", "no layer", "not tried", "no model", "fails")}  # fmt: skip
     calibrated = sum(line.get("calibrated") == "yes" for line in counts["equal"])
     reading = sum("calibrated" in line for line in counts["equal"])
+    tried = len({line["type"] for line in lines})
     rows = [
-        ("model types, of which transformers knows the configuration", len({line["type"] for line in lines})),
+        ("model types tried", f"{tried} of {len(transformers.CONFIG_MAPPING)}"),
         ("classes compressed, and equal in every way of loading", len(counts["equal"])),
         ("of these: calibrated, out of those that read text", f"{calibrated} of {reading}"),
         ("classes without a layer that can be compressed", len(counts["no layer"])),
@@ -61,7 +62,7 @@ def write_page(lines: list[dict[str, Any]], page: Path) -> None:
         ("types that are a part of others, and no model", len(counts["no model"])),
         ("classes that fail", len(counts["fails"])),
     ]
-    text = HEAD.format(version=transformers.__version__)
+    text = HEAD.format(version=transformers.__version__, tried=tried, all=len(transformers.CONFIG_MAPPING))
     text += _table(("", ""), rows, right=True)
     text += "\n## By type\n\nA layer is a linear layer; those of the output head and embeddings always stay dense.\n\n"
     text += _table(("type", "class", "compressed", "calibrated", "left dense, or why not"), map(_row, lines))

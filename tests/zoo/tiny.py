@@ -95,7 +95,7 @@ def _given(config: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _small(key: str, value: int, level: int) -> int | None:
-    if value <= 3 or re.search(r"token|_id$|index", key) and "num" not in key and "size" not in key:
+    if value <= 3 or (re.search(r"token|_id$|index", key) and "num" not in key and "size" not in key):
         return None
     for pattern, limit in RULES:
         if re.fullmatch(pattern, key):
