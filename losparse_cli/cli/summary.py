@@ -60,9 +60,8 @@ def show_plan(out: Console, found: Forecast) -> None:
             out.warn(sentence)
         held = size(need.activation_bytes)
         out.say(f"Memory   about {size(need.peak_bytes)} at the peak, {held} of it activations, which can lie in files")
-        out.say(f"Time     {_time(need)} on this machine")
-        if need.busy:
-            out.say("         (other work runs on it: measure again when that has ended, or reckon with the longer)")
+        busy = "; other work runs on it now, so this is uncertain" if need.busy else ""
+        out.say(f"Time     {_time(need)} on this machine{busy}")
         if job.recipe.allocate == "error":
             out.say("Sizes    --allocate error measures them at the start of the run; the table shows the uniform plan")
     if found.finished:
