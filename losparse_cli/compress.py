@@ -177,7 +177,7 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
     """Carry out a planned job; see `compress`."""
     begun, told, mark = time.monotonic(), progress or Progress(), fingerprint(job)
     needs_package = "AutoConfig" in (job.source.config.get("auto_map") or {})
-    with WorkFolder(job.output, mark, resume=resume, overwrite=overwrite, source=job.source.folder) as work:
+    with WorkFolder(job.output, mark, resume=resume, overwrite=overwrite, reads=job.reads) as work:
         if work.finished:
             report = read_report(job.output)
             assert report is not None, "a result that is whole has one"

@@ -58,7 +58,7 @@ def export(
     units = _units(checkpoint, specs)
     shards = plan_shards([_slot(unit) for unit in units], parse_size(max_shard_size))
     mark = _fingerprint(checkpoint, max_shard_size)
-    with WorkFolder(output, mark, overwrite=overwrite, source=checkpoint.folder) as work:
+    with WorkFolder(output, mark, overwrite=overwrite, reads=[checkpoint.folder]) as work:
         if work.finished:  # killed after its last step: only the journal was left to remove
             return output
         writer, told = ShardWriter(work.path, shards, work.journal), progress or Progress()

@@ -71,7 +71,7 @@ def run(
     """Carry out a prepared fine-tuning; see `finetune`. Of several processes the first alone writes the result."""
     begun, told = time.monotonic(), progress or Progress()
     with WorkFolder(
-        training.output, training.fingerprint, resume=resume, overwrite=overwrite, source=training.source.folder,
+        training.output, training.fingerprint, resume=resume, overwrite=overwrite, reads=[training.source.folder],
         owner=is_main_process(),
     ) as work:  # fmt: skip
         if work.finished:

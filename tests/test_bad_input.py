@@ -201,7 +201,9 @@ def test_a_hub_name_without_a_network(tmp_path: Path) -> None:
 
 
 def test_a_hub_name_while_offline(tmp_path: Path) -> None:
-    refused(tmp_path, "compress", "user/model", says=("no folder user/model", "Hub is not asked", "unset HF_HUB_OFFLINE"))
+    refused(
+        tmp_path, "compress", "user/model", says=("no folder user/model", "Hub is not asked", "unset HF_HUB_OFFLINE")
+    )
 
 
 # --- config.json ----------------------------------------------------------------------------------

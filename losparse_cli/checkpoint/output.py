@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import OutputError, UsageError, write_errors
@@ -24,19 +25,19 @@ def working_folder(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
-def check_output(output: Path, *, overwrite: bool, source: Path | None = None) -> None:
+def check_output(output: Path, *, overwrite: bool, reads: Iterable[Path] = ()) -> None:
     """UsageError if the result may not go to `output`, OutputError if it cannot.
 
-    It may not lie in the folder `source` that is read, nor hold it. A folder that is there must be empty, or
+    It may not lie in one of the folders that the run `reads`, nor hold one. A folder that is there must be empty, or
     be a checkpoint that may be overwritten.
     """
     with write_errors(output):
         place = Path(os.path.realpath(output))
-        read = Path(os.path.realpath(source)) if source is not None else None
-        if read is not None and (place == read or read in place.parents):
-            raise UsageError(f"--output {output} lies inside the folder that is read. Choose a place outside it.")
-        if read is not None and place in read.parents:
-            raise UsageError(f"--output {output} holds the folder that is read. Choose another place.")
+        for read in (Path(os.path.realpath(folder)) for folder in reads):
+            if place == read or read in place.parents:
+                raise UsageError(f"--output {output} lies inside the folder that is read. Choose a place outside it.")
+            if place in read.parents:
+                raise UsageError(f"--output {output} holds the folder that is read. Choose another place.")
         above = next(folder for folder in output.parents if folder.exists())
         if not os.access(above, os.W_OK):
             raise OutputError(f"Nothing can be written in {above}. Choose another place with --output.")

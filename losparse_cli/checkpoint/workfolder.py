@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,8 +25,8 @@ class WorkFolder:
     go on with it. After anything else (a kill, ctrl-C, a full disk) what is finished is kept.
 
     path: where to write. journal: what is done; open within. finished: `output` is of this very run, and whole, so that
-    there is nothing to do, and neither path nor journal may be used. resume: auto, required or never. source: the
-    folder that is read. owner: of several processes one writes, and publishes; the others have no journal. Entering
+    there is nothing to do, and neither path nor journal may be used. resume: auto, required or never. reads: the
+    folders that are read. owner: of several processes one writes, and publishes; the others have no journal. Entering
     raises UsageError, OutputError and ResumeError as `check_output` and Journal.
     """
 
@@ -38,13 +39,13 @@ class WorkFolder:
         *,
         resume: str = "auto",
         overwrite: bool = False,
-        source: Path | None = None,
+        reads: Iterable[Path] = (),
         owner: bool = True,
     ) -> None:
         check_resume(resume)
         self.output, self.path = output, working_folder(output)
         self.finished = False
-        self._fingerprint, self._resume, self._overwrite, self._source = fingerprint, resume, overwrite, source
+        self._fingerprint, self._resume, self._overwrite, self._reads = fingerprint, resume, overwrite, tuple(reads)
         self._owner = owner
         self._made: list[Path] = []  # folders that were not there before, the innermost first
 
@@ -54,7 +55,7 @@ class WorkFolder:
             self.finished = not self._overwrite and _is_of(self.output, self._fingerprint)
             if self.finished:
                 return
-            check_output(self.output, overwrite=self._overwrite, source=self._source)
+            check_output(self.output, overwrite=self._overwrite, reads=self._reads)
             if self._resume == "required" and not self.path.is_dir():
                 raise ResumeError(
                     f"There is nothing to resume at {self.path}. Leave out --resume required to start anew."

@@ -115,7 +115,7 @@ def forecast(job: Job, *, resume: str = "auto", overwrite: bool = False) -> Fore
 
     UsageError, OutputError and ResumeError as WorkFolder and `check_space`.
     """
-    work = WorkFolder(job.output, fingerprint(job), resume=resume, overwrite=overwrite, source=job.source.folder)
+    work = WorkFolder(job.output, fingerprint(job), resume=resume, overwrite=overwrite, reads=job.reads)
     work.check()
     made = schedule(job, job.plan)
     free = free_bytes(job.output)

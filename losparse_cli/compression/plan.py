@@ -70,6 +70,11 @@ class Job:
         return self.source.elements
 
     @property
+    def reads(self) -> list[Path]:
+        """Folders that are read."""
+        return [checkpoint.folder for checkpoint in (self.source, self.start) if checkpoint is not None]
+
+    @property
     def peak_memory(self) -> int:
         """Estimated peak resident bytes without text: the base, one layer in hand and the next being read."""
         return RESIDENT_BASE + self.plan.workspace_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,8 +58,10 @@ def doubts(calibration: Calibration, windows: Windows | None) -> tuple[str, ...]
 
 
 def account(calibration: Calibration, windows: Windows | None) -> dict[str, Any]:
-    """What was asked for, what of it there is and what is wrong with it; JSON."""
+    """What was asked for, what of it there is and what is wrong with it; JSON. Of a file's path its name alone."""
     found: dict[str, Any] = asdict(calibration)
+    if Path(calibration.source).expanduser().exists():
+        found["source"] = Path(calibration.source).name
     if windows is not None:
         found |= {
             "tokens_used": windows.tokens,

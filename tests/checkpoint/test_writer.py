@@ -123,8 +123,8 @@ def test_a_place_that_may_be_written(tmp_path: Path) -> None:
     (tmp_path / "result" / "config.json").write_text("{}")
     (tmp_path / "model").mkdir()
     for output in (tmp_path / "new", tmp_path / "empty", tmp_path / "model-small"):
-        check_output(output, overwrite=False, source=tmp_path / "model")
-    check_output(tmp_path / "result", overwrite=True, source=tmp_path / "model")
+        check_output(output, overwrite=False, reads=[tmp_path / "model"])
+    check_output(tmp_path / "result", overwrite=True, reads=[tmp_path / "model"])
 
 
 def test_a_loop_of_links_is_refused(tmp_path: Path) -> None:
