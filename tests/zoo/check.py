@@ -202,13 +202,11 @@ def with_losparse(model_type: str, model_class: type[Any], auto: str, folder: Pa
     found["skipped"] = _reasons(small)
     losparse_cli.export(small, plain)
     stock = model_class.from_pretrained(plain).eval()
-    found["moved"] = difference(answers(stock, batch), original)
     loaded, _ = losparse_cli.load(small, **({} if auto else {"model_class": model_class}))
     if type(loaded) is not model_class:
         faults.append(f"load: gives {type(loaded).__name__}, not {model_class.__name__}")
         loaded, _ = losparse_cli.load(small, model_class=model_class)
-    faults += filter(None, [same("load", loaded, stock, batch)])
-
+    # Saved before it computes: RWKV writes over its weights when it does.
     loaded.save_pretrained(folder / "again")
     again, _ = losparse_cli.load(folder / "again", model_class=model_class)
     first, second = loaded.state_dict(), again.state_dict()
@@ -216,8 +214,13 @@ def with_losparse(model_type: str, model_class: type[Any], auto: str, folder: Pa
         unlike = [k for k in first if k not in second or not torch.equal(first[k], second[k])]
         if not all(bool(first[k].isnan().any()) for k in unlike):
             faults.append(f"save: {(unlike or sorted(second.keys() - first.keys()))[:2]} differ when loaded again")
-    elif difference(answers(again, batch), answers(loaded, batch)) > 0:
-        faults.append("save: outputs differ when loaded again")
+    faults += filter(None, [same("load", loaded, stock, batch)])
+    found["moved"] = difference(answers(stock, batch), original)
+    if (
+        not any(fault.startswith("save") for fault in faults)
+        and (gap := difference(answers(again, batch), answers(loaded, batch))) > 1e-6
+    ):
+        faults.append(f"save: outputs differ by {gap:.1e} when loaded again")
     if not losparse_cli.verify(folder / "again").sound:
         faults.append("save: verify finds what is saved unsound")
 

@@ -30,7 +30,10 @@ def classes(model_type: str) -> Iterator[tuple[type[Any], str]]:
         names = getattr(getattr(auto_classes[name], "_model_mapping", None), "_model_mapping", {})
         if model_type in names:
             made = names[model_type]
-            found.setdefault(getattr(transformers, made if isinstance(made, str) else made[0]), name)
+            model_class = getattr(transformers, made if isinstance(made, str) else made[0])
+            # Some heads are of a part of the type's configuration, and save that part alone.
+            whole = model_class.config_class is transformers.CONFIG_MAPPING[model_type]
+            found.setdefault(model_class, name if whole else "")
         if len(found) == 2:
             break
     if not found:
