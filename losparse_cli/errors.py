@@ -28,6 +28,16 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def is_whole(value: object) -> bool:
+    """Whether a setting, which may stand in a file, is a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether a setting, which may stand in a file, is a number."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 class LosparseError(Exception):
     """Base of all deliberate errors. `str(error)` is one or two sentences: what, where, remedy."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,4 +111,4 @@ def _dense(checkpoint: Checkpoint, unit: _Unit) -> torch.Tensor:
 def _fingerprint(checkpoint: Checkpoint, max_shard_size: str) -> dict[str, Any]:
     paths = [checkpoint.folder / "config.json", *(file.path for file in checkpoint.files)]
     files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
-    return {"export": __version__, "source": checkpoint.commit or files, "shards": re.sub(r"\s", "", max_shard_size)}
+    return {"export": __version__, "source": checkpoint.commit or files, "shards": parse_size(max_shard_size)}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .checkpoint.finish import read_report
 from .checkpoint.output import output_path
 from .checkpoint.source import open_checkpoint
 from .compress import Result, run
@@ -79,7 +80,8 @@ def prepare_refinement(
             f"{start.address} is not compressed, so there is nothing to refine. Compress it first, with: losparse "
             f"compress {start.address} --calibration FILE --refine blocks"
         )
-    made_from = start.report().get("source", {})
+    report = read_report(start.folder)  # CheckpointError now if it is damaged, not halfway
+    made_from = report.source if report is not None else {}
     commit = made_from.get("commit")
     if against is None and commit is None:
         raise UsageError(f"{start.address} does not say where its dense model is. Give it with --against.")

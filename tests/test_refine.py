@@ -20,7 +20,7 @@ from losparse_cli.checkpoint.config import layer_specs
 from losparse_cli.checkpoint.source import open_checkpoint
 from losparse_cli.compress import compress
 from losparse_cli.compression.request import Refinement
-from losparse_cli.errors import UsageError
+from losparse_cli.errors import CheckpointError, UsageError
 from losparse_cli.load import load
 from losparse_cli.refine import refine
 from losparse_cli.text.request import Calibration
@@ -147,6 +147,17 @@ def test_requests_that_cannot_be_met(toy: Callable[..., Path], small: Path, text
     with pytest.raises(UsageError, match="--refine-lr"):
         Refinement(lr=0.0)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", [{"source": None}, {"layers": None}, {"recipe": 3}])
+def test_a_damaged_report_is_said_at_once(
+    toy: Callable[..., Path], small: Path, text: Calibration, tmp_path: Path, damage: dict[str, Any]
+) -> None:
+    path = small / "losparse_report.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | damage), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"losparse_report\.json is incomplete"):
+        refine(small, tmp_path / "out", calibration=text, against=toy("llama", tokenizer=True))
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_command(toy: Callable[..., Path], small: Path, text: Calibration, tmp_path: Path) -> None:

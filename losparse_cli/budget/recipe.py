@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError, UsageError, flag
+from ..errors import RecipeError, UsageError, flag, is_number, is_whole
 from .recipe_file import RANK_CHOICES, SIZE_CHOICES, RecipeFile, asked, read_recipe
 from .targets import check_expressions, matches, only
 
@@ -52,12 +52,12 @@ class Recipe:
     def __post_init__(self) -> None:
         _at_most_one(self, RANK_CHOICES)
         _at_most_one(self, SIZE_CHOICES)
-        if self.rank is not None and (not _is_int(self.rank) or self.rank < 0):
+        if self.rank is not None and (not is_whole(self.rank) or self.rank < 0):
             raise UsageError(f"--rank must be a whole number >= 0, not {self.rank!r}; 8 is a usual choice.")
         for name in ("rank_ratio", *SIZE_CHOICES):
             value = getattr(self, name)
-            if value is not None and (not _is_number(value) or not 0 <= value <= 1):
-                percent = f" Did you mean {value / 100:g}?" if _is_number(value) and 1 < value <= 100 else ""
+            if value is not None and (not is_number(value) or not 0 <= value <= 1):
+                percent = f" Did you mean {value / 100:g}?" if is_number(value) and 1 < value <= 100 else ""
                 raise UsageError(f"{flag(name)} is a share between 0 and 1, not {value!r}.{percent}")
         if self.rank_ratio == 1 and self.sparsity not in (None, 1):
             raise UsageError(
@@ -69,9 +69,9 @@ class Recipe:
             raise UsageError(f"--solver is magnitude, oats or admm, not {self.solver!r}.")
         if self.allocate not in ALLOCATIONS:
             raise UsageError(f"--allocate is uniform or error, not {self.allocate!r}.")
-        if self.iterations is not None and (not _is_int(self.iterations) or self.iterations < 1):
+        if self.iterations is not None and (not is_whole(self.iterations) or self.iterations < 1):
             raise UsageError(f"--iterations must be a whole number >= 1, not {self.iterations!r}.")
-        if not _is_int(self.seed):
+        if not is_whole(self.seed):
             raise UsageError(f"--seed must be a whole number, not {self.seed!r}.")
         for name in ("targets", "ignore"):
             given = getattr(self, name)
@@ -226,11 +226,3 @@ def _at_most_one(recipe: Recipe, names: tuple[str, ...]) -> None:
     given = [flag(name) for name in names if getattr(recipe, name) is not None]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} contradict each other: give one of them.")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

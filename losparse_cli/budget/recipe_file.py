@@ -30,8 +30,13 @@ class RecipeFile:
 
 
 def asked(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the settings that were given."""
-    return {name: value for name, value in flags.items() if value is not None and value != ()}
+    """Those of the settings that were given; a number of NumPy or torch as Python's own, which can be written."""
+    plain = {name: value.item() if getattr(value, "ndim", None) == 0 else value for name, value in flags.items()}
+    return {name: value for name, value in plain.items() if value is not None and not _is_empty(value)}
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, tuple) and not value
 
 
 def read_recipe(source: str | Path | Mapping[str, Any]) -> RecipeFile:

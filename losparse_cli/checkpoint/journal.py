@@ -49,8 +49,7 @@ class Journal:
         self, folder: Path, fingerprint: dict[str, Any], *, required: bool = False, discard: bool = False
     ) -> None:
         path = folder / FILE
-        if not path.exists() and any(folder.iterdir()):
-            raise OutputError(f"{folder} is there, and losparse did not make it. Move it, or choose another --output.")
+        require_ours(folder)
         # Held open, with its lock, until close(); unbuffered, so that a full disk is noticed line by line.
         self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
         try:
@@ -142,6 +141,16 @@ def _empty(folder: Path) -> None:
             shutil.rmtree(path)
         elif path.name != FILE:
             path.unlink()
+
+
+def require_ours(folder: Path) -> None:
+    """OutputError if `folder` is there and holds something, but no journal, or is no folder; OSError as lstat."""
+    try:
+        folder.lstat()
+    except FileNotFoundError:
+        return
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / FILE).exists()):
+        raise OutputError(f"{folder} is there, and losparse did not make it. Move it, or choose another --output.")
 
 
 def require_same(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:

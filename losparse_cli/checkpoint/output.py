@@ -39,6 +39,8 @@ def check_output(output: Path, *, overwrite: bool, reads: Iterable[Path] = ()) -
             if place in read.parents:
                 raise UsageError(f"--output {output} holds the folder that is read. Choose another place.")
         above = next(folder for folder in output.parents if folder.exists())
+        if not above.is_dir():
+            raise OutputError(f"{above} is a file, so nothing can lie below it. Choose another place with --output.")
         if not os.access(above, os.W_OK):
             raise OutputError(f"Nothing can be written in {above}. Choose another place with --output.")
         if output.is_symlink():
@@ -69,9 +71,9 @@ def check_space(place: Path, need: int) -> None:
         )
 
 
-def parse_size(text: str, option: str = "--max-shard-size") -> int:
-    """Bytes of a size such as 5GB, 500MB or 2GiB; UsageError otherwise."""
-    match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,9})?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+def parse_size(text: str | int, option: str = "--max-shard-size") -> int:
+    """Bytes of a size such as 5GB, 500MB or 2GiB, or of their number; UsageError otherwise."""
+    match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,9})?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
     size = float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ") if match else 0
     if size < 1:
         raise UsageError(f"{option} {text!r} is no size; write 5GB, 500MB or 2GiB.")

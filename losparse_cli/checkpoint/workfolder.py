@@ -13,7 +13,7 @@ from ..errors import CheckpointError, LosparseError, ResumeError, SourceError, T
 from .fingerprint import digest
 from .finish import read_report
 from .journal import FILE as JOURNAL
-from .journal import Journal, fingerprint_in, require_same
+from .journal import Journal, fingerprint_in, require_ours, require_same
 from .output import ALLOCATION, GENERATED, STATES, check_output, working_folder
 
 
@@ -56,11 +56,12 @@ class WorkFolder:
             if self.finished:
                 return
             check_output(self.output, overwrite=self._overwrite, reads=self._reads)
-            if self._resume == "required" and not self.path.is_dir():
+            require_ours(self.path)
+            found = fingerprint_in(self.path)
+            if self._resume == "required" and found is None:
                 raise ResumeError(
                     f"There is nothing to resume at {self.path}. Leave out --resume required to start anew."
                 )
-            found = fingerprint_in(self.path)
             if found is not None and self._resume != "never":
                 require_same(self.path, found, self._fingerprint)
 

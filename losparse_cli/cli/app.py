@@ -68,6 +68,9 @@ def main() -> None:
             raise
         _complain(str(error))
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:  # before a command began, while what it needs is imported
+        _complain("Interrupted. Nothing was begun.")
+        sys.exit(Interrupted.exit_code)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has left; there is nobody to tell
         sys.exit(1)

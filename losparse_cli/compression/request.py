@@ -9,7 +9,7 @@ from typing import Any
 
 from ..budget.recipe import Recipe, override, recipe_of
 from ..budget.recipe_file import asked, read_recipe
-from ..errors import RecipeError, UsageError
+from ..errors import RecipeError, UsageError, is_number, is_whole
 from ..text.request import Calibration
 
 
@@ -24,10 +24,10 @@ class Refinement:
     lr: float = 5e-4
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UsageError(f"--refine-steps is a whole number >= 1, not {self.steps}.")
-        if not 0 < self.lr < 1:
-            raise UsageError(f"--refine-lr is a number between 0 and 1, not {self.lr}; 5e-4 is a usual choice.")
+        if not is_whole(self.steps) or self.steps < 1:
+            raise UsageError(f"--refine-steps is a whole number >= 1, not {self.steps!r}.")
+        if not is_number(self.lr) or not 0 < self.lr < 1:
+            raise UsageError(f"--refine-lr is a number between 0 and 1, not {self.lr!r}; 5e-4 is a usual choice.")
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,9 @@ def _merged(first: Any, second: Any, leading: str, kind: type) -> Any:
         return second
     found: dict[str, Any] = {}
     for part in (first, second):
-        if isinstance(part, str | Path | bool):  # YAML reads `off` as a boolean in some versions
+        if isinstance(part, str | Path) or (
+            isinstance(part, bool) and kind is Refinement
+        ):  # YAML reads `off` as a boolean in some versions
             found[leading] = str(part) if not isinstance(part, bool) else "blocks" if part else "off"
         elif isinstance(part, Mapping):
             found |= asked(part)

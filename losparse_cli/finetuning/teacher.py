@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..checkpoint.finish import read_report
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import UsageError
 from ..load import load
@@ -36,11 +37,12 @@ def find_teacher(
     if name is None and not checkpoint.is_compressed:
         name = str(checkpoint.folder)
     if name is None:
-        origin = checkpoint.report().get("source", {})
+        report = read_report(checkpoint.folder)
+        origin = report.source if report is not None else {}
         name, commit = origin.get("name"), origin.get("commit")
         if commit is None:
             raise UsageError(f"{checkpoint.address} does not say where its dense model is. Give it with --teacher.")
-    found = open_checkpoint(name, revision=commit, cache_dir=cache_dir)
+    found = open_checkpoint(str(name), revision=commit, cache_dir=cache_dir)
     checkpoint.check_vocabulary(found)
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(chosen_precision(how.precision, device))
     head = task.head(found.address, trained=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, is_number, is_whole
 from .documents import SELF, kind_of
 from .tokenizer import SHORTEST, length_limit, named_length
 
@@ -31,10 +31,12 @@ class Calibration:
     target_field: str | None = None
 
     def __post_init__(self) -> None:
-        if self.tokens <= 0:
-            raise UsageError(f"--calibration-tokens is a positive number, not {self.tokens}.")
-        if self.length is not None and self.length < SHORTEST:
-            raise UsageError(f"--calibration-length is {SHORTEST} or more, not {self.length}.")
+        if not is_number(self.tokens) or not 0 < self.tokens < float("inf"):
+            raise UsageError(f"--calibration-tokens is a positive number, not {self.tokens!r}.")
+        if self.length is not None and (not is_whole(self.length) or self.length < SHORTEST):
+            raise UsageError(f"--calibration-length is a whole number, {SHORTEST} or more, not {self.length!r}.")
+        if not is_whole(self.batch) or self.batch < 1:
+            raise UsageError(f"batch of the calibration is a whole number >= 1, not {self.batch!r}.")
 
     @property
     def windows(self) -> int:

@@ -102,3 +102,33 @@ def test_of_several_processes_one_owns_it(tmp_path: Path) -> None:
         fill(work)
         work.publish()
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("made", "resume"), [("folder", "auto"), ("folder", "never"), ("file", "auto"), ("link", "auto")]
+)
+def test_what_stands_in_the_way_is_known_beforehand(made: str, resume: str, tmp_path: Path) -> None:
+    place = tmp_path / "out.partial"
+    if made == "folder":
+        place.mkdir()
+        (place / "notes.txt").write_text("of somebody else")
+    elif made == "file":
+        place.write_text("of somebody else")
+    else:
+        place.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OutputError, match="is there, and losparse did not make it"):
+        WorkFolder(tmp_path / "out", RUN, resume=resume).check()
+
+
+def test_an_empty_folder_holds_nothing_to_go_on_with(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    WorkFolder(tmp_path / "out", RUN).check()
+    with pytest.raises(ResumeError, match="nothing to resume"):
+        WorkFolder(tmp_path / "out", RUN, resume="required").check()
+
+
+@pytest.mark.parametrize("output", ["file/out", "file/deep/out", "x" * 254])
+def test_a_place_that_cannot_be_is_known_beforehand(output: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"Choose another place with --output\.$"):
+        WorkFolder(tmp_path / output, RUN).check()

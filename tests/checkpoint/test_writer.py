@@ -137,9 +137,9 @@ def test_a_loop_of_links_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "size"),
     [("5GB", 5_000_000_000), ("500MB", 500_000_000), ("2GiB", 2 << 30), ("1.5 kB", 1500), (" 10 MiB ", 10 << 20),
-     ("7", 7), ("1T", 10**12), ("3b", 3)],
+     ("7", 7), ("1T", 10**12), ("3b", 3), (4_000_000_000, 4_000_000_000)],
 )  # fmt: skip
-def test_sizes(text: str, size: int) -> None:
+def test_sizes(text: str | int, size: int) -> None:
     assert parse_size(text) == size
 
 

@@ -37,6 +37,19 @@ def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "error: Interrupted. The same command begins anew." in " ".join(capsys.readouterr().err.split())
 
 
+def test_an_interrupt_before_the_command_is_a_sentence_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(terminal, "app", stop)
+    with pytest.raises(SystemExit) as ended:
+        terminal.main()
+    assert ended.value.code == 130
+    assert "error: Interrupted. Nothing was begun." in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
 def test_every_command_is_registered_with_that_sentence(command: object) -> None:
     found = [info.callback for info in terminal.app.registered_commands]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from losparse_cli.budget.recipe import Recipe
@@ -55,6 +56,7 @@ def test_what_is_given_beside_a_recipe_wins(tmp_path: Path) -> None:
         ({}, Request()),
         ({"recipe": {"keep": 0.5, "targets": "q_proj"}}, Request(Recipe(keep=0.5, targets=("q_proj",)))),
         ({"given": {"keep": 0.5, "rank": None, "targets": ()}}, Request(Recipe(keep=0.5))),
+        ({"given": {"keep": np.float32(0.5), "rank": np.int64(4)}}, Request(Recipe(keep=0.5, rank=4))),
         ({"recipe": Recipe(rank=4, sparsity=0.5), "given": {"keep": 0.5}}, Request(Recipe(rank=4, keep=0.5))),
         ({"calibration": "text.txt"}, Request(calibration=Calibration("text.txt"))),
         ({"calibration": Path("text.txt")}, Request(calibration=Calibration("text.txt"))),
@@ -82,6 +84,12 @@ def test_the_first_obvious_calls(asked: dict[str, Any], meant: Request) -> None:
         ({"refinement": {"steps": 3}}, UsageError, "--refine-steps says how to refine: add --refine blocks"),
         ({"refinement": {"mode": "off", "lr": 0.1}}, UsageError, "--refine-lr says how to refine"),
         ({"recipe": {"refine": {"steps": 0}}}, RecipeError, "--refine-steps is a whole number"),
+        ({"recipe": {"refine": {"steps": 2.5}}}, RecipeError, "--refine-steps is a whole number >= 1, not 2.5"),
+        ({"recipe": {"refine": {"lr": "fast"}}}, RecipeError, "--refine-lr is a number between 0 and 1, not 'fast'"),
+        ({"calibration": {"source": "self", "tokens": "9"}}, UsageError, "--calibration-tokens is a positive number"),
+        ({"calibration": {"source": "self", "length": 32.0}}, UsageError, "--calibration-length is a whole number"),
+        ({"calibration": {"source": "self", "batch": 0}}, UsageError, "batch of the calibration is a whole number"),
+        ({"calibration": True}, UsageError, "calibration is a Calibration, a mapping .* not bool"),
     ],
 )
 def test_what_is_none_of_these(asked: dict[str, Any], kind: type[UsageError], says: str) -> None:

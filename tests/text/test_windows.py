@@ -469,7 +469,11 @@ BAD_REQUESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...], int]] = {
     "folder": ((".",), ("is a folder. Give a file in it",), 2),
     "no tokens": (("self", "--calibration-tokens", "0"), ("--calibration-tokens", "not 0"), 2),
     "fewer than no tokens": (("self", "--calibration-tokens", "-5"), ("--calibration-tokens", "not -5"), 2),
-    "short windows": (("self", "--calibration-length", "7"), ("--calibration-length is 8 or more", "not 7"), 2),
+    "short windows": (
+        ("self", "--calibration-length", "7"),
+        ("--calibration-length is a whole number, 8 or more", "not 7"),
+        2,
+    ),
     "long windows": (("self", "--calibration-length", "65"), ("at most 64 tokens", "Give 64 or less"), 2),
 }
 
