@@ -20,9 +20,9 @@ transformers, with the loader that the checkpoint carries; when tensors and outp
 times; and when it was saved, loaded again, and still the same. It counts as **calibrated** when it was compressed with
 text, too, and that result gave what its dense export gives.
 
-Outputs are compared to a thousandth of their largest entry, on one batch: a model that reads text gets text alone, so of
-its towers for pictures and sounds only the tensors are compared. A class that no Auto class knows was not loaded with the
-checkpoint's own loader. Rows of earlier runs stay until their type is tried again.
+Outputs are compared to a thousandth of their largest entry, on one batch: a model that reads text gets text alone, so
+of its towers for pictures and sounds only the tensors are compared. A class that no Auto class knows was not loaded
+with the checkpoint's own loader. Rows of earlier runs stay until their type is tried again.
 
 """
 
@@ -58,7 +58,7 @@ def write_page(lines: list[dict[str, Any]], page: Path) -> None:
     reading = sum("calibrated" in line for line in counts["equal"])
     tried = len({line["type"] for line in lines})
     rows = [
-        ("model types tried", f"{tried} of {len(transformers.CONFIG_MAPPING)}"),
+        ("model types tried", f"{tried} of {len(transformers.CONFIG_MAPPING.keys())}"),
         ("classes compressed, and equal", len(counts["equal"])),
         ("of these: without an Auto class, so by losparse alone", sum(not line["auto"] for line in counts["equal"])),
         (
@@ -71,7 +71,7 @@ def write_page(lines: list[dict[str, Any]], page: Path) -> None:
         ("types that are a part of others, and no model", len(counts["no model"])),
         ("classes that fail", len(counts["fails"])),
     ]
-    text = HEAD.format(version=transformers.__version__, tried=tried, all=len(transformers.CONFIG_MAPPING))
+    text = HEAD.format(version=transformers.__version__, tried=tried, all=len(transformers.CONFIG_MAPPING.keys()))
     text += _table(("", ""), rows, right=True)
     text += "\n## By type\n\nA layer is a linear layer; those of the output head and embeddings always stay dense.\n\n"
     text += _table(("type", "class", "compressed", "calibrated", "left dense, or why not"), map(_row, lines))
