@@ -88,10 +88,15 @@ def make_request(
         layers,
         text,
         match,
-        device or run.get("device") or "auto",
-        memory_limit if memory_limit is not None else run.get("memory_limit"),
-        max_shard_size or run.get("max_shard_size") or "5GB",
+        _first(device, run.get("device"), Request.device),
+        _first(memory_limit, run.get("memory_limit")),
+        _first(max_shard_size, run.get("max_shard_size"), Request.max_shard_size),
     )
+
+
+def _first(*given: Any) -> Any:
+    """The first that was given at all; 0 is given, and is refused where it means nothing."""
+    return next((value for value in given if value is not None), None)
 
 
 def _merged(first: Any, second: Any, leading: str, kind: type) -> Any:

@@ -63,6 +63,7 @@ def test_what_is_given_beside_a_recipe_wins(tmp_path: Path) -> None:
         ({"calibration": {"source": None, "tokens": None}}, Request()),
         ({"recipe": {"calibration": "self", "refine": "blocks"}}, Request(Recipe(), Calibration("self"), Refinement())),
         ({"recipe": {"refine": False}}, Request()),
+        ({"recipe": {"device": 0, "max_shard_size": 0}}, Request(device=0, max_shard_size=0)),  # refused by `prepare`
         ({"calibration": "self", "refinement": "blocks"}, Request(Recipe(), Calibration("self"), Refinement())),
     ],
 )  # fmt: skip
