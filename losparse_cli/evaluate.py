@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
@@ -70,10 +71,11 @@ def evaluate(
 ) -> Evaluation:
     """Perplexity of a language model on `text`; with `against`, its distance from that dense model too.
 
-    text: itself, or the Path of a UTF-8 file, of which no more is read than is needed. Windows of `length` tokens are
-    cut as `losparse_cli.evaluation.windows.cut` says: `windows` of them (0: all), `stride` new tokens each (default:
-    they are disjoint). A model with an encoder and a decoder reads a window and predicts it again. A model that
-    predicts no next token is compared by its vectors of the first `windows` lines, and needs `against`.
+    text: itself, or a UTF-8 file (a Path, or the name of one that is there), of which no more is read than is needed.
+    Windows of `length` tokens are cut as `losparse_cli.evaluation.windows.cut` says: `windows` of them (0: all),
+    `stride` new tokens each (default: they are disjoint). A model with an encoder and a decoder reads a window and
+    predicts it again. A model that predicts no next token is compared by its vectors of the first `windows` lines, and
+    needs `against`.
 
     Standard errors count windows, or lines, as independent, not tokens; with a single one they are None. `memory`
     says whether both models are held at once ("together"), or the dense one runs first and leaves its predictions in
@@ -89,9 +91,7 @@ def evaluate(
     if memory != "auto" and against is None:
         raise UsageError(f"--memory {memory} is about two models. Add --against DENSE, or leave it out.")
     place = find_device(device)
-    if isinstance(text, Path):
-        text = text.expanduser()
-        _check_text(text)
+    text = _file_or_text(text)
     ours, dense = open_models(source, against, revision=revision, cache_dir=cache_dir)
     if dense is None:
         memory = "alone"
@@ -151,10 +151,18 @@ def perplexity(
     return Perplexity(exponential(Estimate(total / predicted, None)).value, predicted, length)
 
 
-def _check_text(text: Path) -> None:
-    """UsageError if there is no such file, or nothing in it; SourceError if what comes first in it is unreadable."""
+def _file_or_text(text: str | Path) -> str | Path:
+    """The file that `text` names, or the text that it is.
+
+    UsageError if there is no such file, or nothing in it; SourceError if what comes first in it is unreadable.
+    """
+    short = isinstance(text, str) and len(text) < 4096 and "\n" not in text and "\0" not in text
+    if isinstance(text, str) and not (short and os.path.isfile(os.path.expanduser(text))):
+        return text
+    text = Path(os.path.expanduser(text))
     if not any(piece.strip() for piece in read_pieces(find_file(text, "--text"))):
         raise UsageError(f"{text} is empty. Give a file with text.")
+    return text
 
 
 # --- one run --------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def load(
 ) -> tuple[Any, Any]:
     """(model, tokenizer) of a compressed or dense checkpoint, a folder or a Hub id.
 
-    The class is the one that config.json names, unless `model_class` (an AutoModel class or a model class)
+    The class is the one that config.json names, unless `model_class` (an AutoModel class, a model class, or its name)
     is given. The tokenizer is None if the checkpoint has none, and with a warning if it has one that cannot be
     loaded; with `need_tokenizer` both are a SourceError. `options` go to from_pretrained: dtype, device_map, revision,
     subfolder, trust_remote_code and so on; those that say where files come from reach config and tokenizer, too.
@@ -84,6 +84,10 @@ def _model(name: str, model_class: Any, where: dict[str, Any], options: dict[str
     if not isinstance(config, transformers.PretrainedConfig):
         config = transformers.AutoConfig.from_pretrained(name, **where)
     chosen = model_class or _class_of(config)
+    if isinstance(chosen, str):
+        if not hasattr(transformers, chosen):
+            raise UsageError(f"transformers has no class {chosen}. Give an Auto class, a model class or its name.")
+        chosen = getattr(transformers, chosen)
     if isinstance(chosen, type) and issubclass(chosen, transformers.PreTrainedModel):
         options = {key: value for key, value in options.items() if key != "code_revision"}  # for the Auto classes
         options |= _text_config(chosen, config)

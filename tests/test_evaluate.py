@@ -537,3 +537,10 @@ def test_recorded_figures_go_with_the_checkpoint_and_not_with_what_is_made_of_it
     with pytest.raises(CheckpointError, match=r"losparse_evaluation.json is damaged"):
         require_sound(small)
     assert "--record keeps figures in a folder that losparse wrote" in losparse("eval", dense, *command[2:]).complaint
+
+
+def test_a_file_is_taken_by_its_name(toy: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    named, given = (evaluate(toy("llama", tokenizer=True), text, windows=2, **OPTIONS)
+                    for text in (str(tmp_path / "text.txt"), TEXT))  # fmt: skip
+    assert named.to_dict() == given.to_dict()

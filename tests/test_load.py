@@ -311,3 +311,9 @@ def test_the_shim_needs_nothing_of_ours() -> None:
             elif isinstance(node, ast.ImportFrom):
                 # Only siblings by a plain `from .name import`, the form that is renamed in a checkpoint.
                 assert (node.level == 1 and node.module) or (node.module or "").partition(".")[0] in allowed, path
+
+
+def test_a_class_may_be_given_by_its_name(toy: Any) -> None:
+    assert isinstance(losparse_cli.load(toy("bert"), model_class="BertModel")[0], transformers.BertModel)
+    with pytest.raises(UsageError, match="no class BrainModel"):
+        losparse_cli.load(toy("bert"), model_class="BrainModel")

@@ -65,6 +65,7 @@ def test_what_is_given_beside_a_recipe_wins(tmp_path: Path) -> None:
         ({"recipe": {"refine": False}}, Request()),
         ({"recipe": {"device": 0, "max_shard_size": 0}}, Request(device=0, max_shard_size=0)),  # refused by `prepare`
         ({"calibration": "self", "refinement": "blocks"}, Request(Recipe(), Calibration("self"), Refinement())),
+        ({"calibration": "self", "refinement": {"steps": 3}}, Request(Recipe(), Calibration("self"), Refinement(3))),
     ],
 )  # fmt: skip
 def test_the_first_obvious_calls(asked: dict[str, Any], meant: Request) -> None:
@@ -82,7 +83,7 @@ def test_the_first_obvious_calls(asked: dict[str, Any], meant: Request) -> None:
         ({"calibration": ["a.txt"]}, UsageError, "calibration is a Calibration, a mapping .* not list"),
         ({"calibration": {"tokens": 9}}, UsageError, "--calibration-tokens says how to use calibration text"),
         ({"refinement": "all"}, UsageError, "--refine is blocks or off"),
-        ({"refinement": {"steps": 3}}, UsageError, "--refine-steps says how to refine: add --refine blocks"),
+        ({"refinement": {"mode": None, "steps": 3}}, UsageError, "--refine-steps says how to refine: add --refine"),
         ({"refinement": {"mode": "off", "lr": 0.1}}, UsageError, "--refine-lr says how to refine"),
         ({"recipe": {"refine": {"steps": 0}}}, RecipeError, "--refine-steps is a whole number"),
         ({"recipe": {"refine": {"steps": 2.5}}}, RecipeError, "--refine-steps is a whole number >= 1, not 2.5"),
