@@ -79,9 +79,9 @@ def make_request(
         text = _calibration(_merged(run.get("calibration"), calibration, "source", Calibration))
         off = "off" in (refinement, refinement.get("mode") if isinstance(refinement, Mapping) else None)
         asks = None if off else run.get("refine")
-        # A mapping that leaves the mode out says how because it wants it; options of the command line hold one, or
-        # None. asks, beside = ({"mode": "blocks", **x} if isinstance(x, Mapping) else x for x in (asks, refinement))
-        # match = _refinement(_merged(asks, beside, "mode", Refinement))
+        # A mapping that leaves the mode out says how because it wants it; options of the command line hold one.
+        asks, beside = ({"mode": "blocks", **x} if isinstance(x, Mapping) else x for x in (asks, refinement))
+        match = _refinement(_merged(asks, beside, "mode", Refinement))
     except UsageError as error:
         raise (RecipeError(f"{where}: {error}") if where else error) from None
     return Request(
