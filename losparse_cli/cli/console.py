@@ -185,11 +185,11 @@ class CountProgress(Progress):
 
     def __init__(self, console: Console, verb: str) -> None:
         self._bars = Bars(
-            TextColumn(escape(verb)), BarColumn(), MofNCompleteColumn(), TimeLeft(),
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeLeft(),
             TextColumn("{task.fields[note]}", style="dim"), console=console.err, transient=True,
             disable=console.quiet or not console.err.is_terminal,
         )  # fmt: skip
-        self._task = self._bars.add_task("", total=None, note="")
+        self._task = self._bars.add_task(escape(verb), total=None, note="")
 
     def start(self, unit: str, total: int, done: int = 0) -> None:
         self._bars.update(self._task, total=total, completed=done)
