@@ -149,11 +149,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is slow by its kind; a single test that takes more than a second is marked where it stands."""
+    """What is slow by its kind, and what was measured to be: slow.txt names tests of more than half a second."""
+    measured = set((Path(__file__).parent / "slow.txt").read_text().split())
     for item in items:
         case = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         rare = item.path.name in SLOW or item.get_closest_marker("real_model") is not None
-        if rare or case.get("name") in TOYS.keys() - {FAST}:
+        test = item.nodeid.removeprefix("tests/").partition("[")[0]
+        if rare or test in measured or case.get("name") in TOYS.keys() - {FAST}:
             item.add_marker("slow")
 
 

@@ -502,7 +502,7 @@ def test_an_output_that_holds_the_model(tmp_path: Path) -> None:
 
 def test_an_output_under_a_file(model: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    refused(tmp_path, "compress", model, "-o", "file/out", *SMALL, says=("Cannot write", "--output"))
+    refused(tmp_path, "compress", model, "-o", "file/out", *SMALL, says=("is a file", "--output"))
 
 
 def test_an_output_with_too_long_a_name(model: Path, tmp_path: Path) -> None:
@@ -511,7 +511,7 @@ def test_an_output_with_too_long_a_name(model: Path, tmp_path: Path) -> None:
 
 def test_a_working_folder_that_is_a_file(model: Path, tmp_path: Path) -> None:
     (tmp_path / "out.partial").write_text("mine")
-    says = ("out.partial", "File exists", "--output")
+    says = ("out.partial is there, and losparse did not make it", "--output")
     refused(tmp_path, "compress", model, "-o", "out", *SMALL, says=says)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..errors import CheckpointError, LosparseError, ResumeError, SourceError, TrainingError, UsageError, write_errors
+from ..errors import CheckpointError, LosparseError, ResumeError, SourceError, UsageError, write_errors
 from .fingerprint import digest
 from .finish import read_report
 from .journal import FILE as JOURNAL
@@ -146,7 +146,7 @@ def _is_of(output: Path, fingerprint: dict[str, Any]) -> bool:
 
 def _is_of_the_input(error: BaseException) -> bool:
     """Whether a run that ended so would end so again; a file that could not be read may be there the next time."""
-    known = isinstance(error, UsageError | SourceError | CheckpointError | TrainingError)
+    known = isinstance(error, UsageError | SourceError | CheckpointError)
     return known and not isinstance(error.__cause__, OSError)
 
 
