@@ -121,7 +121,7 @@ def die(*arguments, **options):
 WINDOWS = {
     "before the headers": "writer.ShardWriter.finish = die",
     "before the card": "compress.close = die",
-    "before publishing": "compress.publish = die",
+    "before publishing": "compress.WorkFolder.publish = die",
     "before the rename": "pathlib.Path.rename = die",
     "after the rename": "pathlib.Path.rename = lambda *paths: (rename(*paths), die())",
 }

@@ -220,7 +220,7 @@ writer.ShardWriter.append = counted
 )
 WHILE_GENERATING = DIE + "compress.write_windows = die\n"
 AFTER_GENERATING = DIE + "compress.CalibratedRun = die\n"
-BEFORE_PUBLISHING = DIE + "compress.publish = die\n"
+BEFORE_PUBLISHING = DIE + "compress.WorkFolder.publish = die\n"
 AFTER_THE_RENAME = (
     DIE
     + """
