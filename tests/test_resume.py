@@ -246,10 +246,10 @@ def test_a_journal_without_a_beginning_is_begun_anew(
 # --- the wrong run --------------------------------------------------------------------------------
 
 DIFFERENT: dict[str, tuple[tuple[str, ...], str]] = {
-    "another seed": ((*OPTIONS, "--seed", "1"), "recipe"),
-    "another rank": (("--rank", "5", *OPTIONS[2:]), "plan, recipe"),
+    "another seed": ((*OPTIONS, "--seed", "1"), "recipe.seed 0, now 1"),
+    "another rank": (("--rank", "5", *OPTIONS[2:]), "recipe.rank 4, now 5"),
     "other shards": ((*OPTIONS[:-1], "200kB"), "plan"),
-    "fewer layers": ((*OPTIONS, "--ignore", "*.0.*"), "plan, recipe"),
+    "fewer layers": ((*OPTIONS, "--ignore", "*.0.*"), 'recipe.ignore [], now ["*.0.*"]'),
 }
 
 
@@ -273,7 +273,7 @@ def test_a_source_that_changed_may_not_be_gone_on_with(tmp_path: Path) -> None:
     killed(model, tmp_path, 10)
     toys.llama(model, layers=8, seed=1)
     ended = losparse("compress", model, "-o", "out", *OPTIONS, cwd=tmp_path)
-    assert "(different: source)" in ended.complaint
+    assert "(different: source.model.safetensors)" in ended.complaint
 
 
 def test_resume_never_starts_anew(model: Path, whole: dict[str, str], tmp_path: Path) -> None:
@@ -334,7 +334,7 @@ def test_an_export_notices_another_config(compressed: Path, tmp_path: Path) -> N
     config: dict[str, Any] = json.loads((source / "config.json").read_text())
     toys.write_json(source / "config.json", config | {"torch_dtype": "float32"})
     ended = losparse("export", source, "--dense", "-o", "dense", cwd=tmp_path)
-    assert "(different: source)" in ended.complaint
+    assert "(different: source.config.json)" in ended.complaint
 
 
 def test_an_interrupted_run_goes_on(model: Path, whole: dict[str, str], tmp_path: Path) -> None:

@@ -176,7 +176,8 @@ def _differences(found: Any, expected: Any, name: str = "") -> list[str]:
     if found == expected:
         return []
     shown = [json.dumps(value) for value in (found, expected)]
-    if any(len(text) > SHORT for text in shown):
+    states = any(isinstance(value, list) and any(isinstance(x, int) for x in value) for value in (found, expected))
+    if states or any(len(text) > SHORT for text in shown):  # sizes and times of files, say
         return [name]
     return [f"{name} {shown[0]}, now {shown[1]}"]
 
