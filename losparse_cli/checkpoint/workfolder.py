@@ -132,8 +132,9 @@ def clear_away(output: Path) -> None:
 
 def _is_of(output: Path, fingerprint: dict[str, Any]) -> bool:
     """Whether the folder is the result of this very run, and whole: repeated, or killed after its last step."""
-    if fingerprint_in(output) is not None:  # published, and then killed: only clearing away was left
-        return digest(fingerprint_in(output)) == digest(fingerprint)
+    left = fingerprint_in(output)
+    if left is not None:  # published, and then killed: only clearing away was left
+        return digest(left) == digest(fingerprint)
     try:
         report = read_report(output)
         whole = report is not None and all(
