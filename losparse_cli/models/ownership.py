@@ -8,8 +8,8 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import sys
 from functools import cache
-from textwrap import dedent
 from typing import Any
 
 from torch import nn
@@ -24,6 +24,7 @@ def read_by_others(model: nn.Module) -> dict[str, str]:
         for inside, _ in module.named_modules() if patterns else ():
             if any(re.fullmatch(pattern, inside) for pattern in patterns):
                 found.setdefault(f"{name}.{inside}" if name else inside, kind.__name__)
+    _definitions.cache_clear()  # trees of whole files are large
     return found
 
 
@@ -32,14 +33,36 @@ def _read_by(kind: Any) -> frozenset[str]:
     """Patterns of the names, inside a module of the class, of those whose weight its methods use."""
     found: set[str] = set()
     for parent in kind.__mro__[: kind.__mro__.index(nn.Module)]:
-        try:
-            (definition,) = ast.parse(dedent(inspect.getsource(parent))).body
-        except (OSError, TypeError, SyntaxError):  # made without a source file, or inside a function
-            continue
-        for method in definition.body if isinstance(definition, ast.ClassDef) else ():
-            if isinstance(method, ast.FunctionDef) and not re.match(r"(_*init|reset)_", method.name):
-                found |= _read_in(method)
+        for definition in _definitions(parent.__module__).get(parent.__qualname__, ()):
+            for method in definition.body:
+                if isinstance(method, ast.FunctionDef) and not re.match(r"(_*init|reset)_", method.name):
+                    found |= _read_in(method)
     return frozenset(found)
+
+
+@cache
+def _definitions(module: str) -> dict[str, list[ast.ClassDef]]:
+    """The classes that a module's source defines, by their qualified names; none where there is no source.
+
+    A file is parsed once: `inspect.getsource` of a class parses all of its file.
+    """
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (KeyError, OSError, TypeError, SyntaxError):
+        return {}
+    found: dict[str, list[ast.ClassDef]] = {}
+    inside: list[tuple[str, ast.AST]] = [("", tree)]
+    while inside:
+        name, node = inside.pop()
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef):
+                found.setdefault(name + child.name, []).append(child)
+                inside.append((f"{name}{child.name}.", child))
+            elif isinstance(child, ast.FunctionDef):
+                inside.append((f"{name}{child.name}.<locals>.", child))
+            elif isinstance(child, ast.stmt):
+                inside.append((name, child))  # if, try, with
+    return found
 
 
 def _read_in(method: ast.FunctionDef) -> set[str]:

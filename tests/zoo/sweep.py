@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .check import Stop, sentence, with_losparse, without_losparse
 from .models import classes
 
@@ -84,14 +86,21 @@ class Server:
 
 
 def _warm() -> None:
-    """Import what every class needs."""
-    from transformers import conversion_mapping
+    """Import what every class needs, and read the sources that all of them share."""
+    from tokenizers import trainers  # noqa: F401
+    from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, conversion_mapping
+    from transformers.models.auto import tokenization_auto  # noqa: F401
 
     import losparse_cli
+    from losparse_cli.models.ownership import read_by_others
 
     for verb in ("compress", "export", "load", "verify", "Calibration", "Recipe"):
         getattr(losparse_cli, verb)
     conversion_mapping.get_checkpoint_conversion_mapping("llama")
+    with torch.device("meta"):
+        for model in (LlamaForCausalLM(LlamaConfig(num_hidden_layers=1)), BertModel(BertConfig(num_hidden_layers=1))):
+            read_by_others(model)
+        read_by_others(torch.nn.Conv2d(1, 1, 1))
 
 
 def sweep(types: list[str], results: Path, done: set[tuple[str, str]]) -> None:
