@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..shim.layouts import LayerSpec, n_of_m, position_bits
-from . import cpu, gpu
+from ..shim.streams import Contexts, Parts
+from . import cpu, gpu, streams
 from .choice import SPREAD_ROWS as MOST_FEW
 from .choice import cpu_way, forced, gpu_way
 from .native import LEVELS, Layer, Library, library
@@ -165,6 +166,16 @@ class Kernels:
             keep, group = n_of_m(spec.pattern)
             return cpu.bits_of_groups(code, index["S_index"], keep, group, position_bits(group), spec.shape)
         return None
+
+    def codes(self, contexts: Contexts, parts: Parts) -> Tensor | None:
+        code = library()
+        if code is None or not all(_plain(t) and t.device.type == "cpu" for t in (parts.words, contexts.rows)):
+            return None
+        return streams.decode(code, contexts, parts)
+
+    def coded(self, codes: Tensor, contexts: Contexts) -> Parts | None:
+        code = library()
+        return None if code is None or not _plain(codes) else streams.encode(code, codes, contexts)
 
 
 def _plain(tensor: Tensor) -> bool:

@@ -47,6 +47,22 @@ class Layer(ctypes.Structure):
     )
 
 
+class Classes(ctypes.Structure):
+    """`Classes` of streams.h: sizes, and addresses of classes and tables."""
+
+    _fields_ = (
+        ("m", ctypes.c_int64),
+        ("n", ctypes.c_int64),
+        ("lane_rows", ctypes.c_int64),
+        ("rows", ctypes.c_void_p),
+        ("columns", ctypes.c_void_p),
+        ("frequencies", ctypes.c_void_p),
+        ("widths", ctypes.c_void_p),
+        ("tables", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    )
+
+
 class Library:
     """The loaded functions of sparse.c. level: index into LEVELS of what this processor can do."""
 
@@ -58,10 +74,13 @@ class Library:
     bits_of_gaps: Any
     bits_of_groups: Any
     starts_of_bits: Any
+    decode_codes: Any
+    encode_codes: Any
 
     def __init__(self, path: Path) -> None:
         handle = ctypes.CDLL(str(path))
         pointer, long, whole, layer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.POINTER(Layer)
+        classes = ctypes.POINTER(Classes)
         for name, arguments in {
             "few": (layer, pointer, pointer, long, whole, whole),
             "walk": (layer, pointer, pointer, long, whole, whole),
@@ -71,6 +90,8 @@ class Library:
             "bits_of_gaps": (pointer, long, pointer, long, long, long, long, whole, pointer, pointer, whole),
             "bits_of_groups": (pointer, whole, whole, whole, long, long, pointer, pointer, whole),
             "starts_of_bits": (pointer, long, long, long, pointer),
+            "decode_codes": (classes, pointer, pointer, pointer, pointer, long, whole, pointer),
+            "encode_codes": (classes, pointer, pointer, pointer, pointer),
         }.items():
             function = getattr(handle, f"losparse_{name}")
             function.argtypes, function.restype = arguments, ctypes.c_int

@@ -37,6 +37,8 @@ SHIPPED = (
     "losparse_linear.py",
     "losparse_loader.py",
     "losparse_quantizer.py",
+    "losparse_streams.py",
+    "losparse_tables.py",
 )
 
 

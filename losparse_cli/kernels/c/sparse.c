@@ -24,3 +24,4 @@
 #include "block.h"
 #include "expand.h"
 #include "stored.h"
+#include "streams.h"
