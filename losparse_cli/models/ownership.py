@@ -28,15 +28,19 @@ def read_by_others(model: nn.Module) -> dict[str, str]:
     return found
 
 
-@cache
 def _read_by(kind: Any) -> frozenset[str]:
     """Patterns of the names, inside a module of the class, of those whose weight its methods use."""
+    return frozenset().union(*map(_read_by_own, kind.__mro__[: kind.__mro__.index(nn.Module)]))
+
+
+@cache
+def _read_by_own(kind: Any) -> frozenset[str]:
+    """The same, of those methods that the class itself defines."""
     found: set[str] = set()
-    for parent in kind.__mro__[: kind.__mro__.index(nn.Module)]:
-        for definition in _definitions(parent.__module__).get(parent.__qualname__, ()):
-            for method in definition.body:
-                if isinstance(method, ast.FunctionDef) and not re.match(r"(_*init|reset)_", method.name):
-                    found |= _read_in(method)
+    for definition in _definitions(kind.__module__).get(kind.__qualname__, ()):
+        for method in definition.body:
+            if isinstance(method, ast.FunctionDef) and not re.match(r"(_*init|reset)_", method.name):
+                found |= _read_in(method)
     return frozenset(found)
 
 

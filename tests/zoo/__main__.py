@@ -28,8 +28,10 @@ def main() -> None:
 
     import torch
     import transformers
-    from transformers import modeling_utils, pytorch_utils  # noqa: F401
+    from torch.utils.serialization import config  # noqa: F401
+    from transformers import conversion_mapping, modeling_utils, processing_utils, pytorch_utils  # noqa: F401
     from transformers.models.auto import modeling_auto  # noqa: F401
+    from transformers.models.llama import modeling_llama  # noqa: F401
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

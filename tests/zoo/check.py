@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from .batches import Batch, find_batch
+from .corrections import GIVEN
 from .tiny import shrink
 
-LARGEST = 12_000_000  # parameters
-LEVELS = (0, 1, 2)
+LARGEST = {0: 40_000_000, 1: 40_000_000, 2: 12_000_000}  # parameters, by how much stays as it is
 TOLERANCE = 1e-3  # of the largest entry of an output; a tensor that is read wrong is off by 1e-1 and more
 TEXT = "The cat sat on the mat, and 17 dogs (or were they foxes?) ran past it as quickly as they could. "
 
@@ -27,7 +27,7 @@ class Stop(Exception):
 def build(model_type: str, model_class: type[Any]) -> tuple[Any, Batch]:
     """A tiny model, every parameter random, and what it is called with. Stop if there is no such thing."""
     reasons = []
-    for level in LEVELS:
+    for level in LARGEST:
         try:
             model, batch = _built(model_type, model_class, level)
         except Stop as stop:
@@ -44,7 +44,7 @@ def _built(model_type: str, model_class: type[Any], level: int) -> tuple[Any, Ba
     import transformers
 
     def configured() -> Any:
-        whole = shrink(transformers.CONFIG_MAPPING[model_type](), model_type, level)
+        whole = shrink(transformers.CONFIG_MAPPING[model_type](**GIVEN.get(model_type, {})), model_type, level)
         parts = [part for part in vars(whole).values() if type(part) is model_class.config_class]
         return parts[0] if parts and type(whole) is not model_class.config_class else whole
 
@@ -56,7 +56,7 @@ def _built(model_type: str, model_class: type[Any], level: int) -> tuple[Any, Ba
         size = 0  # the constructor looks at values
     except Exception as error:
         raise Stop(f"no tiny configuration: {sentence(error)}") from error
-    if size > LARGEST:
+    if size > LARGEST[level]:
         raise Stop(f"no tiny configuration: {size:,} parameters")
     torch.manual_seed(0)
     try:

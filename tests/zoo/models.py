@@ -31,8 +31,11 @@ def classes(model_type: str) -> Iterator[tuple[type[Any], str]]:
         if model_type in names:
             made = names[model_type]
             model_class = getattr(transformers, made if isinstance(made, str) else made[0])
-            # Some heads are of a part of the type's configuration, and save that part alone.
-            whole = model_class.config_class is transformers.CONFIG_MAPPING[model_type]
+            # Some heads are of a part of the type's configuration, and save that part alone; and one configuration
+            # may be that of several types, of which the Auto class knows another.
+            config = transformers.CONFIG_MAPPING[model_type]
+            whole = model_class.config_class is config
+            whole = whole and auto_classes[name]._model_mapping._reverse_config_mapping.get(config.__name__) in names
             found.setdefault(model_class, name if whole else "")
         if len(found) == 2:
             break

@@ -86,12 +86,16 @@ class Server:
 
 
 def _warm() -> None:
-    """Import what every class needs, and read the sources that all of them share."""
+    """Import what every class needs, read the sources that all of them share, and measure this machine once."""
+    from functools import cache
+
     from tokenizers import trainers  # noqa: F401
     from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, conversion_mapping
     from transformers.models.auto import tokenization_auto  # noqa: F401
 
     import losparse_cli
+    from losparse_cli.compression import estimate
+    from losparse_cli.linalg.precision import fast_float32
     from losparse_cli.models.ownership import read_by_others
 
     for verb in ("compress", "export", "load", "verify", "Calibration", "Recipe"):
@@ -101,6 +105,10 @@ def _warm() -> None:
         for model in (LlamaForCausalLM(LlamaConfig(num_hidden_layers=1)), BertModel(BertConfig(num_hidden_layers=1))):
             read_by_others(model)
         read_by_others(torch.nn.Conv2d(1, 1, 1))
+    estimate._speeds = cache(estimate._speeds)
+    estimate._speeds(torch.device("cpu"))
+    with fast_float32():
+        pass
 
 
 def sweep(types: list[str], results: Path, done: set[tuple[str, str]]) -> None:

@@ -43,6 +43,9 @@ RULES: tuple[tuple[str, int | None], ...] = (
     (r".*num_.*|.*max_.*|.*_length|.*_len|.*topk", 16),
 )
 
+# What is alike stays alike: keys for every query, what is turned of a head.
+ALIKE = (("num_key_value_heads", "num_attention_heads"), ("head_dim", "qk_rope_head_dim"))
+
 
 def shrink(config: Any, model_type: str = "", level: int = 0) -> Any:
     """A small configuration of the class of `config`, the default one, and of the same structure.
@@ -59,12 +62,17 @@ def shrink(config: Any, model_type: str = "", level: int = 0) -> Any:
             small = _small(key, value, level)
             if small is not None:
                 changes[key] = small
+        if key not in changes and isinstance(value, bool | int | float | str) and _chosen(config, key, value):
+            changes[key] = value
+    for key, other in ALIKE:
+        if key in changes and other in changes and getattr(config, key) == getattr(config, other):
+            changes[key] = changes[other]
     if "mrope_section" in (getattr(type(config), "ignore_keys_at_rope_validation", None) or ()) and level < 2:
         changes["rope_parameters"] = _rope(config)
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
     if level == 1 and len(kinds) > 1 and "num_hidden_layers" in changes:
         changes |= {"layer_types": kinds, "num_hidden_layers": len(kinds)}
-    changes |= _tokens(config)
+    changes |= _tokens(config) | _stages(config, changes)
     changes |= CORRECTIONS.get(str(config.model_type), {})
     changes |= CORRECTIONS.get(model_type, {}) if model_type else {}
     changes = {key: value for key, value in changes.items() if value is not ...}
@@ -82,6 +90,17 @@ def _rope(config: Any) -> dict[str, Any]:
     return {**known, "mrope_section": [half - 2 * (half // 4), half // 4, half // 4]}
 
 
+def _stages(config: Any, changes: dict[str, Any]) -> dict[str, Any]:
+    """What a backbone gives out: from as many of its layers or stages as by default."""
+    indices = list(getattr(config, "_out_indices", None) or ())
+    if not indices or "stage_names" not in vars(config):
+        return {}
+    if "num_hidden_layers" in changes and len(config.stage_names) == config.num_hidden_layers + 1:
+        last = max(LAYERS, len(indices))
+        return {"num_hidden_layers": last, "out_indices": list(range(last - len(indices) + 1, last + 1))}
+    return {"out_indices": indices}
+
+
 def _given(config: Any) -> Iterator[tuple[str, Any]]:
     """Fields that the class itself gives a value, not those computed from others."""
     fields: Mapping[str, Any] = getattr(type(config), "__dataclass_fields__", {})
@@ -92,6 +111,12 @@ def _given(config: Any) -> Iterator[tuple[str, Any]]:
         computed = field is not None and field.default is None and field.default_factory is MISSING
         if not computed or hasattr(value, "to_dict"):
             yield key, value
+
+
+def _chosen(config: Any, key: str, value: Any) -> bool:
+    """Whether a configuration inside another one was given a value that is not its own default."""
+    field = getattr(type(config), "__dataclass_fields__", {}).get(key)
+    return field is not None and type(field.default) is type(value) and field.default != value
 
 
 def _small(key: str, value: int, level: int) -> int | None:
@@ -119,6 +144,8 @@ def _short_list(key: str, values: list[int], layers: int) -> list[int]:
     largest = max(values)
     if largest <= WIDTH:
         return values
+    if len(set(values)) == 1 and "head" not in key:
+        return [WIDTH] * len(values)
     return [max(1, v * WIDTH // largest) if "head" in key else max(8, v * 2 * WIDTH // largest) for v in values]
 
 
@@ -128,9 +155,9 @@ def _tokens(config: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     free = iter(range(VOCABULARY - 1, 258, -1))
     for key, value in _given(config):
-        if not re.search(r"token(_id|_index|_ids)?s?$|_(id|idx|index)$", key) or isinstance(value, bool):
+        if not re.search(r"token(_id|_index|_ids)?s?$|_(id|idx|index)$", key) or re.match(r"(num|max|n)_", key):
             continue
-        if type(value) is int and value >= 0:
+        if type(value) is int and value >= 0:  # no bool
             found[key] = usual.get(key, next(free) if value > 3 else value)
         elif isinstance(value, list) and value and all(type(v) is int for v in value):
             found[key] = usual.get(key) if key in usual else [next(free) for _ in value[:4]]
