@@ -13,7 +13,7 @@ from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
 from threading import Semaphore, Thread
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -85,13 +85,15 @@ class _Stopped(BaseException):
 class _Runner:
     """The forward pass of one batch, in a thread that runs only while `advance` waits for it."""
 
-    def __init__(self, run: Callable[[], Any]) -> None:
-        self._run = run
+    def __init__(self, run: Callable[[], Any], gradients: bool) -> None:
+        self._run, self._gradients = run, gradients
         self._go, self._halted = Semaphore(0), Semaphore(0)
         self._stop = False
         self.block: str | None = None
         self.call: Call | None = None
         self.error: BaseException | None = None
+        self.result: Any = None
+        """What the model returned, if it came to its end."""
         self._thread = Thread(target=self._main, name=THREAD, daemon=True)
         self._thread.start()
 
@@ -99,8 +101,8 @@ class _Runner:
         self._go.acquire()
         try:
             if not self._stop:
-                with torch.no_grad():  # of this thread: autograd's switch is not shared
-                    self._run()
+                with torch.set_grad_enabled(self._gradients):  # of this thread: autograd's switch is not shared
+                    self.result = self._run()
         except _Stopped:
             pass
         except BaseException as error:
@@ -143,16 +145,22 @@ class Relay:
     end after the last block, so that whatever follows it (an output head, say) may be without weights.
     """
 
+    gradients = False
+    """Whether autograd hears of what the model does between its blocks."""
+
     def __init__(self, model: nn.Module, blocks: Sequence[str], batches: Sequence[dict[str, Tensor]]) -> None:
         self._model, self._blocks = model, tuple(blocks)
         self._batches = batches
         self._runners: list[_Runner] = []
         self._current: _Runner | None = None
 
-    def __enter__(self) -> Relay:
+    def __enter__(self) -> Self:
         for name in self._blocks:
             self._model.get_submodule(name).forward = self._stub(name)  # hides the class's own method
-        self._runners = [_Runner(lambda batch=batch: self._model(**batch)) for batch in self._batches]  # type: ignore[misc]
+        self._runners = [
+            _Runner(lambda batch=batch: self._model(**batch), self.gradients)  # type: ignore[misc]
+            for batch in self._batches
+        ]
         return self
 
     def _stub(self, name: str) -> Callable[..., Any]:
@@ -244,10 +252,10 @@ def hidden_states(output: Any) -> Tensor:
 def _first(output: Any) -> Tensor | None:
     if isinstance(output, Tensor):
         return output if output.is_floating_point() else None
-    return next((found for part in _parts(output).values() if (found := _first(part)) is not None), None)
+    return next((found for part in parts_of(output).values() if (found := _first(part)) is not None), None)
 
 
-def _parts(output: Any) -> dict[Any, Any]:
+def parts_of(output: Any) -> dict[Any, Any]:
     """What a container of any kind holds, in its order; {} for anything else."""
     if isinstance(output, Mapping):
         return dict(output)
@@ -266,7 +274,7 @@ def changed(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """`output` of a block with every tensor of floating values in it put through `change`."""
     if isinstance(output, Tensor):
         return change(output) if output.is_floating_point() else output
-    before = _parts(output)
+    before = parts_of(output)
     parts = {key: changed(part, change) for key, part in before.items()}
     if all(parts[key] is part for key, part in before.items()):
         return output

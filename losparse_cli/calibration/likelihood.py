@@ -1,0 +1,88 @@
+"""Labels drawn from what a model says, and their loss: the mean of its squared gradient is Fisher information.
+
+Labels of the text would give the empirical Fisher, which is another thing (Kunstner et al., arXiv 1905.12558).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..models.blocks import hidden_states, parts_of
+
+
+def logits_of(output: Any) -> dict[str, Tensor]:
+    """Field -> scores, of whatever in the output of a model is called logits, or something that ends so."""
+    return {
+        name: value
+        for name, value in parts_of(output).items()
+        if isinstance(name, str) and name.endswith("logits") and isinstance(value, Tensor) and value.is_floating_point()
+    }
+
+
+def drawn_loss(
+    output: Any, masks: Mapping[str, Tensor], generator: torch.Generator, *, several: bool = False
+) -> Tensor:
+    """The loss of labels that are drawn from the model's own distribution, summed over all that it says.
+
+    A label for every token that a head classifies, over a vocabulary or not; for every text; for the places where an
+    answer begins and ends. A head with one score has a normal distribution of variance one around it. With `several`
+    every score is one of a label by itself. A model without a head has the same distribution around each entry of its
+    last hidden states, which is the identity as metric. masks: attention masks; what they hide counts nothing.
+    """
+    found = logits_of(output)
+    if not found:
+        return _normal(hidden_states(output), masks, generator)
+    total: Any = 0.0
+    for logits in found.values():
+        if logits.shape[-1] == 1:
+            total = total + _normal(logits, masks, generator)
+        elif several:
+            total = total + _bernoulli(logits, generator)
+        else:
+            total = total + categorical(logits, masks, uniform(logits.shape[:-1], logits.device, generator))
+    return torch.as_tensor(total)
+
+
+def uniform(shape: torch.Size, device: torch.device, generator: torch.Generator) -> Tensor:
+    """Random numbers between 0 and 1, one for each label that is to be drawn."""
+    return torch.rand(shape, dtype=torch.float64, generator=generator).to(device)
+
+
+def categorical(logits: Tensor, masks: Mapping[str, Tensor], chance: Tensor) -> Tensor:
+    """Cross-entropy of labels that `chance` draws from `logits`, summed over all of them that no mask hides."""
+    logits = logits.float()
+    for mask in masks.values():
+        if mask.shape == logits.shape:  # scores of places in a text
+            logits = logits.masked_fill(mask == 0, float("-inf"))
+            break
+    rows = logits.reshape(-1, logits.shape[-1])
+    with torch.no_grad():
+        sums = torch.softmax(rows, dim=-1).cumsum(dim=-1, dtype=torch.float64)
+        labels = torch.searchsorted(sums, chance.reshape(-1, 1) * sums[:, -1:], right=True)
+        labels = labels.squeeze(1).clamp_(max=rows.shape[1] - 1)
+    losses = F.cross_entropy(rows, labels, reduction="none")
+    seen = shown(masks, logits.shape[:-1])
+    return losses.sum() if seen is None else losses[seen.reshape(-1)].sum()
+
+
+def shown(masks: Mapping[str, Tensor], shape: torch.Size) -> Tensor | None:
+    """Which of (batch, tokens) no mask hides, None where there is no mask of this shape; the decoder's comes first."""
+    fitting = [name for name in masks if masks[name].shape == shape]
+    return masks[max(fitting, key=len)] != 0 if fitting else None
+
+
+def _normal(values: Tensor, masks: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
+    values = values.float()
+    direction = torch.randn(values.shape, generator=generator).to(values.device)
+    seen = shown(masks, values.shape[:-1])
+    return (values * (direction if seen is None else direction * seen.unsqueeze(-1))).sum()
+
+
+def _bernoulli(logits: Tensor, generator: torch.Generator) -> Tensor:
+    labels = uniform(logits.shape, logits.device, generator) < torch.sigmoid(logits.detach().double())
+    return F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="sum")

@@ -1,0 +1,268 @@
+"""How much the loss minds an error in each output of a layer: the diagonal of Fisher information, by one forward and
+one backward pass, of which only one block is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, UsageError
+from ..models.backward import GradientRelay, Rerun, gradients_allowed
+from ..models.blocks import Call, run_block
+from ..models.reading import output_embeddings
+from .activations import Activations
+from .likelihood import categorical, drawn_loss, logits_of, shown, uniform
+from .moments import Moments, gather_moments
+
+LOGITS = 64 << 20
+"""Bytes of logits over a vocabulary that are computed at a time."""
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Fisher information of a layer's outputs.
+
+    g: (out_features,), float32, the mean over tokens of the squared derivative of the loss by each output. tokens: how
+    many were seen.
+    """
+
+    g: Tensor
+    tokens: int
+
+
+def gather_sensitivity(
+    model: Any,
+    layers: Mapping[str, Sequence[str]],
+    batches: Sequence[dict[str, Tensor]],
+    *,
+    load: Callable[[str], None],
+    drop: Callable[[str], None],
+    activations: Activations,
+    seed: int = 0,
+    on_forward: Callable[[str, list[Moments]], None] = lambda block, moments: None,
+    on_backward: Callable[[str, dict[str, Sensitivity]], None] = lambda block, found: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Sensitivity]:
+    """Fisher information of the outputs of linear layers, by their names in the model.
+
+    The loss is that of labels drawn, by `seed`, from what the model says (`likelihood.drawn_loss`), summed over tokens.
+    A layer that is never called, or on whose outputs the loss does not depend, is left out.
+
+    layers: block -> names inside it, in the order in which the model calls the blocks; the block "" is the whole model,
+    all of which is in memory then. batches: keyword arguments of the model. load, drop: give a block its weights, which
+    need no gradients, and take them away; what lies in no block has its weights, the head too. activations: keeps what
+    flows from block to block, forwards and backwards. on_forward: hears the second moments of what a block's layers are
+    fed, as soon as it ran; layers go by their names inside it, as in on_backward. UsageError where the model's code
+    takes no gradients, CheckpointError where they are not finite.
+    """
+    run = _Passes(model, layers, batches, load, drop, activations, seed, on_forward, on_backward, say)
+    if list(layers) == [""]:
+        run.whole()
+    else:
+        run.forward()
+        run.backward()
+    return run.found
+
+
+class _Passes:
+    """The two passes of one model over the same batches."""
+
+    def __init__(
+        self,
+        model: Any,
+        layers: Mapping[str, Sequence[str]],
+        batches: Sequence[dict[str, Tensor]],
+        load: Callable[[str], None],
+        drop: Callable[[str], None],
+        activations: Activations,
+        seed: int,
+        on_forward: Callable[[str, list[Moments]], None],
+        on_backward: Callable[[str, dict[str, Sensitivity]], None],
+        say: Callable[[str], None],
+    ) -> None:
+        self._model, self._layers, self._batches = model, layers, batches
+        self._load, self._drop, self._activations = load, drop, activations
+        self._seed, self._on_forward, self._on_backward, self._say = seed, on_forward, on_backward, say
+        self._several = getattr(model.config, "problem_type", None) == "multi_label_classification"
+        self._kept: dict[str, list[Call]] = {}
+        self.found: dict[str, Sensitivity] = {}
+
+    def forward(self) -> None:
+        """All blocks in turn, then each batch on its own to the loss, and back to what the last block returned."""
+        head = output_embeddings(self._model)
+        with GradientRelay(self._model, list(self._layers), self._batches, head) as relay:
+            for number, (name, calls) in enumerate(relay):
+                self._say(f"sensitivity: block {number + 1} of {len(self._layers)}, forwards")
+                self._load(name)
+                self._on_forward(name, self._moments(name, calls))
+                self._drop(name)
+            for number in range(len(self._batches)):
+                self._say(f"sensitivity: the loss of batch {number + 1} of {len(self._batches)}")
+                self._end(relay, number, head)
+                self._activations.release()
+            self._kept = relay.kept
+
+    def _moments(self, name: str, calls: Sequence[Call]) -> list[Moments]:
+        current: list[Rerun] = []
+
+        def reruns() -> Iterator[Call]:
+            for call in calls:
+                current[:] = [Rerun(call)]
+                yield current[0].call
+
+        def returned(output: Any) -> None:
+            current.pop().set_output(output, self._activations.keep)
+            self._activations.release()
+
+        block = self._model.get_submodule(name)
+        return gather_moments(block, self._layers[name], reruns(), prefix=f"{name}.", on_output=returned)
+
+    def _end(self, relay: GradientRelay, number: int, head: nn.Module | None) -> None:
+        call = relay.head_call(number)
+        if call is not None and head is not None:
+            if self._in_chunks(relay, number, head, call):
+                return
+            with torch.enable_grad(), gradients_allowed(self._model, ""):
+                call.output = head(*call.args, **call.kwargs)
+        output = relay.result(number)
+        with torch.enable_grad(), gradients_allowed(self._model, ""):
+            self._loss(output, number).backward()  # type: ignore[no-untyped-call]
+
+    def _loss(self, output: Any, number: int) -> Tensor:
+        return drawn_loss(output, self._masks(number), self._generator(number), several=self._several)
+
+    def _in_chunks(self, relay: GradientRelay, number: int, head: nn.Module, call: Call) -> bool:
+        """The loss of a batch whose logits are large, some tokens at a time; False, and nothing done, if they cannot
+        be had so.
+
+        What the model does after its head, to cap logits, say, is its own code: it runs again for each chunk.
+        """
+        states = call.args[0] if len(call.args) == 1 and not call.kwargs else None
+        weight = getattr(head, "weight", None)
+        if not isinstance(states, Tensor) or states.dim() != 3 or not isinstance(weight, Tensor) or self._several:
+            return False
+        size = max(1, LOGITS // (4 * weight.shape[0] * states.shape[0]))
+        if states.shape[1] <= size:
+            return False
+        leaf = states.detach().requires_grad_()
+        chance = uniform(states.shape[:2], states.device, self._generator(number))
+        masks = {name: mask for name, mask in self._masks(number).items() if mask.shape == states.shape[:2]}
+        for begin in range(0, states.shape[1], size):
+            part = slice(begin, begin + size)
+            with torch.enable_grad():
+                try:
+                    found = logits_of(relay.replay(number, head(leaf[:, part])))
+                except UsageError:
+                    if begin:
+                        raise
+                    return False
+                logits = next(iter(found.values()), states)
+                if len(found) != 1 or logits.dim() != 3 or logits.shape[:2] != leaf[:, part].shape[:2]:
+                    return False  # so it is from the first chunk on
+                with gradients_allowed(self._model, ""):
+                    hidden = {name: mask[:, part] for name, mask in masks.items()}
+                    categorical(logits, hidden, chance[:, part]).backward()  # type: ignore[no-untyped-call]
+        with gradients_allowed(self._model, ""):
+            torch.autograd.backward([states], [leaf.grad])
+        return True
+
+    def backward(self) -> None:
+        """From the last block to the first, each run once more with gradients."""
+        for number, name in enumerate(reversed(list(self._layers))):
+            self._say(f"sensitivity: block {len(self._layers) - number} of {len(self._layers)}, backwards")
+            self._load(name)
+            block = self._model.get_submodule(name)
+            calls = self._kept.pop(name)[::-1]
+            with gradients_allowed(self._model, name), _Watch(block, self._layers[name]) as watch:
+                for batch in range(len(self._batches)):
+                    again = Rerun(calls.pop(), gradients=True)
+                    if again.reached:
+                        watch.masks = self._masks(batch)
+                        again.backward(block)
+                    del again
+                    self._activations.release()
+            self._report(name, watch)
+            self._drop(name)
+
+    def whole(self) -> None:
+        """The model as one block: each batch forwards for the moments, then forwards and backwards."""
+        self._load("")
+        calls = [Call((), dict(batch)) for batch in self._batches]
+        self._say("sensitivity: the whole model, forwards")
+        self._on_forward("", gather_moments(self._model, self._layers[""], calls))
+        with gradients_allowed(self._model, ""), _Watch(self._model, self._layers[""]) as watch, torch.enable_grad():
+            for number, call in enumerate(calls):
+                self._say(f"sensitivity: the whole model, batch {number + 1} of {len(calls)}")
+                watch.masks = self._masks(number)
+                self._loss(run_block(self._model, call), number).backward()  # type: ignore[no-untyped-call]
+        self._report("", watch)
+        self._drop("")
+
+    def _report(self, name: str, watch: _Watch) -> None:
+        found = watch.found()
+        for layer, one in found.items():
+            full = f"{name}.{layer}" if name else layer
+            if not bool(torch.isfinite(one.g).all()):
+                raise CheckpointError(
+                    f"The gradients of {full} are not finite: the model overflows in a backward pass, or its weights "
+                    "are damaged. Try other text, or compress it with --sensitivity off."
+                )
+            self.found[full] = one
+        self._on_backward(name, found)
+
+    def _masks(self, number: int) -> dict[str, Tensor]:
+        batch = self._batches[number]
+        return {name: batch[name] for name in ("attention_mask", "decoder_attention_mask") if name in batch}
+
+    def _generator(self, number: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self._seed + number)
+
+
+class _Watch:
+    """Sums the squared gradients of what the linear layers of a block give; a context manager.
+
+    masks: those of the batch that runs.
+    """
+
+    def __init__(self, block: nn.Module, layers: Sequence[str]) -> None:
+        self._modules = {name: block.get_submodule(name) for name in layers}
+        self._sums: dict[str, Tensor] = {}
+        self._tokens: dict[str, int] = {}
+        self._hooks: list[Any] = []
+        self.masks: Mapping[str, Tensor] = {}
+
+    def __enter__(self) -> _Watch:
+        self._hooks = [m.register_forward_hook(self._forward(name)) for name, m in self._modules.items()]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _forward(self, name: str) -> Callable[..., Tensor]:
+        def backward(grad: Tensor) -> None:
+            squares = grad.detach().float().square().reshape(-1, grad.shape[-1]).sum(0).double()
+            self._sums[name] = self._sums[name] + squares if name in self._sums else squares
+
+        def forward(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            seen = shown(self.masks, output.shape[:-1])
+            count = output.shape[:-1].numel() if seen is None else int(seen.sum())
+            self._tokens[name] = self._tokens.get(name, 0) + count
+            if not output.requires_grad:  # fed what no other block has changed
+                output = output.detach().requires_grad_().clone()
+            output.register_hook(backward)  # type: ignore[no-untyped-call]
+            return output
+
+        return forward
+
+    def found(self) -> dict[str, Sensitivity]:
+        """Layer -> what was found, in the order in which they were named."""
+        return {
+            name: Sensitivity((self._sums[name] / self._tokens[name]).float(), self._tokens[name])
+            for name in self._modules
+            if name in self._sums and self._tokens[name]
+        }

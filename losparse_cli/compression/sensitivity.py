@@ -1,0 +1,62 @@
+"""How much the loss minds an error in each output of each layer, for a job: its model filled a block at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ..calibration.activations import Activations
+from ..calibration.moments import Moments
+from ..calibration.sensitivity import Sensitivity, gather_sensitivity
+from ..linalg.precision import fast_float32
+from ..models.blocks import block_of
+from ..models.device import available, memory_errors
+from ..progress import Progress
+from ..text.windows import Windows
+from .calibrated import calibration_model
+from .plan import Job
+
+
+def measure_sensitivity(
+    job: Job,
+    windows: Windows,
+    told: Progress,
+    *,
+    folder: Path,
+    fixed_bytes: int = 0,
+    on_forward: Callable[[str, list[Moments]], None] = lambda block, moments: None,
+    on_backward: Callable[[str, dict[str, Sensitivity]], None] = lambda block, found: None,
+) -> dict[str, Sensitivity]:
+    """Layer -> Fisher information of its outputs on `windows`, of the layers that the job is to compress.
+
+    folder: for files of activations that do not fit in memory. fixed_bytes: of memory that is needed beside them.
+    on_forward, on_backward: hear a block's second moments, and what was found; see `gather_sensitivity`.
+    """
+    assert job.calibration is not None
+    assembly = calibration_model(job)
+    model, blocks = assembly.model, list(job.blocks)
+    inside = (*blocks, *job.route.unreached)
+    assembly.load([name for name, _ in model.named_parameters() if block_of(name, inside) is None])
+    parameters: dict[str, list[str]] = {block: [] for block in blocks}
+    layers: dict[str, list[str]] = {block: [] for block in blocks}
+    for name, _ in model.named_parameters():
+        if (block := block_of(name, blocks)) is not None:
+            parameters[block].append(name)
+    for plan in job.plan.layers:
+        if (block := block_of(plan.layer.name, blocks)) is not None:
+            layers[block].append(plan.layer.name.removeprefix(f"{block}." if block else ""))
+    limit = job.memory_limit if job.memory_limit is not None else available(job.device) * 3 // 4
+    remedy = "Lower --calibration-tokens or --calibration-length, or set --memory-limit."
+    with memory_errors(remedy), fast_float32():
+        return gather_sensitivity(
+            model,
+            layers,
+            windows.batches(job.calibration.batch, job.device),
+            load=lambda block: assembly.load(parameters[block]),
+            drop=lambda block: assembly.drop(parameters[block]),
+            activations=Activations(folder, max(0, limit - fixed_bytes)),
+            seed=job.recipe.seed,
+            on_forward=on_forward,
+            on_backward=on_backward,
+            say=told.phase,
+        )
