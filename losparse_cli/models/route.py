@@ -77,7 +77,7 @@ class _Seen:
 
 def _watch(model: Any, blocks: Collection[str]) -> _Seen:
     """What a pass over a few tokens does, without weights; with zeros for weights where it asks for values."""
-    with _plain_experts(model):
+    with _plain_experts(model), _no_cache(model):
         try:
             return _pass(model, blocks, "meta")
         except Exception:  # whatever looks at values, of which there are none
@@ -116,6 +116,20 @@ def _pass(model: Any, blocks: Collection[str], device: str) -> _Seen:
             hook.remove()
     seen.changed = versions != [parameter._version for parameter in model.parameters()]
     return seen
+
+
+@contextmanager
+def _no_cache(model: nn.Module) -> Iterator[None]:
+    """No cache, as in what follows: some models cannot make one of what their configuration says."""
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    before = [(config, config.use_cache) for config in configs.values() if hasattr(config, "use_cache")]
+    for config, _ in before:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, cached in before:
+            config.use_cache = cached
 
 
 @contextmanager

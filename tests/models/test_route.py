@@ -83,3 +83,27 @@ def test_text_that_does_not_do() -> None:
     tower = [name for name in classify(model)[0] if "vision_tower" in name]
     with pytest.raises(UsageError, match=r"Text reaches none of the layers"):
         find_route(model, tower)
+
+
+class Caching(nn.Module):
+    """Cannot make the cache that its configuration asks for, as BLT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = transformers.LlamaConfig(num_hidden_layers=2)
+        self.words = nn.Embedding(9, 4)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        if self.config.use_cache:
+            raise AttributeError("no number of layers")
+        x: torch.Tensor = self.words(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_no_cache_is_asked_for() -> None:
+    model = Caching().to("meta")
+    assert find_route(model, {"layers.0.0", "layers.1.0"}) == Route(("layers.0", "layers.1"))
+    assert model.config.use_cache

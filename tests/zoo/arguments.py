@@ -35,7 +35,9 @@ def ways(model: Any, name: str, names: frozenset[str]) -> list[Way]:
     if name in TEXT or re.fullmatch(r".*(input_ids|tokens)|labels|codes|audio_codes", name):
         books = size.of("num_codebooks", "n_codebooks", default=0)
         return [lambda: text(model, name), *((lambda: _codes(generator, books),) if books and name != "labels" else ())]
-    if re.fullmatch(r".*grid_thw|image_sizes|spatial_shapes|.*grid_hw|.*grid_sizes|.*grids?", name):
+    if re.fullmatch(
+        r".*grid_thw|image_sizes|spatial_shapes|.*grid_hw|tgt_sizes|target_sizes|.*grid_sizes|.*grids?", name
+    ):
         grids = [GRID] * ROWS if "thw" in name else [GRID[1:]] * ROWS
         return [lambda: torch.tensor(grids)]
     if "pixel_position_ids" in names and name in ("pixel_values", "pixel_position_ids"):
@@ -98,6 +100,14 @@ def ways(model: Any, name: str, names: frozenset[str]) -> list[Way]:
         return [lambda: torch.arange(LENGTH).expand(ROWS, LENGTH)]
     if name == "use_cache":
         return [lambda: False]
+    if name == "latents":
+        return noise(*[(ROWS, latent, LENGTH) for latent in (size.of("latent_dim", default=width), width)])
+    if name in ("marks", "num_options", "question_type_ids"):
+        return [lambda: torch.tensor({"marks": [[5, 9]], "num_options": [[2, 2]]}.get(name, [[0, 0]]))]
+    if name == "image_attention_mask":
+        return ones((ROWS, LENGTH, 1))
+    if name == "context_hidden_states":
+        return noise((ROWS, LENGTH, width * len(size.list_of("target_layer_ids"))))
     if name == "is_longer":
         return [lambda: torch.zeros(ROWS, 1, dtype=torch.bool)]
     if "mask" in name:

@@ -41,7 +41,7 @@ def find_batch(model: Any) -> tuple[Batch, str]:
                     widest = len(names)
                 wanted |= _asked(error, takes) - names
         # What it lacks is tried before any other beginning.
-        further = [names | wanted, *(names | {name} for name in sorted(wanted))]
+        further = [names | wanted, *(names | {n} for n in sorted(wanted, key=lambda n: (n not in PICTURES, n)))]
         waiting[:0] = [f for f in dict.fromkeys(further) if f not in known]
         known.update(further)
     return {}, reason
@@ -85,7 +85,7 @@ def _asked(error: BaseException, takes: Any) -> set[str]:
             held = trace.tb_frame.f_locals
             found |= {n for n in re.findall(r"\w+", line) if n in takes and n in held and held[n] is None}
         trace = trace.tb_next
-    if "Cache" in str(error) or "num_hidden_layers" in str(error):
+    if "num_hidden_layers" in str(error):
         found |= {"use_cache"} & set(takes)
     return found - {"labels", "return_dict", "kwargs"}
 

@@ -16,7 +16,7 @@ LAYERS = 2
 # Tried in this order. What an entry matches is decided by it alone.
 RULES: tuple[tuple[str, int | None], ...] = (
     (r"(sampling|sample)_rate|hop_length|.*_theta|.*_base|.*temperature.*|scale|num_labels", None),
-    (r"num_feat_extract_layers|chunk_right_context", None),
+    (r"num_feat_extract_layers|chunk_right_context|chunk_length|num_encoder_blocks", None),
     (r".*vocab(ulary)?(_size.*)?", VOCABULARY),
     (r"num_embeddings|codebook_size|.*_bins", 256),
     (r".*(kernel|stride|conv_pos|dilation|padding|window_size|ratio|factor|groups|_mult|multiplier|bias_max).*", None),
