@@ -25,9 +25,11 @@ import yaml
 import losparse_cli
 from losparse_cli.budget.plan import Layer, plan_layer
 from losparse_cli.budget.recipe import make_recipe
+from losparse_cli.checkpoint.codes import fit_contexts
 from losparse_cli.checkpoint.report import LayerReport, Report
 from losparse_cli.cli import app
 from losparse_cli.compression.request import Refinement, make_request
+from losparse_cli.shim import streams, tables
 from losparse_cli.shim.codec import decode, encode, smallest
 from losparse_cli.shim.layouts import (
     FORMAT_VERSION,
@@ -305,7 +307,9 @@ def test_reasons_in_method_are_those_of_the_code() -> None:
 
 # --- the format -----------------------------------------------------------------------------------
 
-EXAMPLES = [yaml.safe_load(block) for block in blocks(read("format.md"), "yaml")]
+ALL_EXAMPLES = [yaml.safe_load(block) for block in blocks(read("format.md"), "yaml")]
+EXAMPLES = [example for example in ALL_EXAMPLES if "layout" in example]
+OF_CODES = [example for example in ALL_EXAMPLES if "codes" in example]
 
 
 def spec_of(example: dict[str, Any]) -> LayerSpec:
@@ -321,10 +325,10 @@ def support_of(example: dict[str, Any]) -> torch.Tensor:
 
 
 def reader() -> dict[str, Any]:
-    """The names that the numpy reader in format.md defines."""
-    (code,) = blocks(read("format.md"), "python")
+    """The names that the numpy readers in format.md define."""
     names: dict[str, Any] = {}
-    exec(compile(code, "format.md", "exec"), names)
+    for code in blocks(read("format.md"), "python"):
+        exec(compile(code, "format.md", "exec"), names)
     return names
 
 
@@ -375,6 +379,36 @@ def test_reader_agrees_with_the_package(layout: str) -> None:
         tensors |= {"U": U.numpy(), "V": V.numpy(), "weight": values.numpy()}
         expected = (U @ V).masked_scatter(support, (U @ V)[support] + values)
         torch.testing.assert_close(torch.from_numpy(names["dense"](spec.to_dict(), tensors)), expected)
+
+
+@pytest.mark.parametrize("example", OF_CODES)
+def test_examples_of_codes(example: dict[str, Any]) -> None:
+    rows, columns = (torch.tensor(example[name], dtype=torch.uint8) for name in ("rows", "columns"))
+    numbers = (example[name] for name in ("lane_rows", "base", "unit", "shape"))
+    written = streams.encode(torch.tensor(example["codes"]), streams.Contexts(rows, columns, *numbers))
+    assert written.tolist() == example["S_codes"]
+    assert reader()["codes"](bytes(example["S_codes"])).tolist() == example["codes"]
+
+
+def test_reader_of_codes_agrees_with_the_package() -> None:
+    names = reader()
+    generator = torch.Generator().manual_seed(0)
+    for shape, step in (((1, 1), 1.0), ((7, 65), 0.3), ((70, 9), 2.0), ((3, 50), 0.001), ((5, 20), 1e9)):
+        codes = (torch.randn(shape, generator=generator) / step).round().int()
+        for contexts in (
+            fit_contexts(codes),
+            streams.Contexts(*(torch.zeros(x, dtype=torch.uint8) for x in shape), 3, 1, 1, 9),
+        ):
+            stream = streams.encode(codes, contexts)
+            assert names["codes"](bytes(stream.tolist())).tolist() == codes.tolist()
+    line = torch.tensor([[0, 0, 4, 0, 9], [4, 0, -4, 0, 0]])
+    some = streams.Contexts(
+        torch.tensor([0, 1]).byte(), torch.zeros(5).byte(), 1, tables=((4000,), (9, *[0] * 3, 4000, *[0] * 3, 9))
+    )
+    assert names["codes"](bytes(streams.encode(line, some).tolist())).tolist() == line.tolist()
+    for scale in (*range(-52, 84, 45), 80):
+        for kind in range(len(tables.SHAPES)):
+            assert tuple(names["frequencies"](scale, kind)) == tables.table(tables.within(scale), kind)
 
 
 def test_sizes_in_format() -> None:

@@ -15,7 +15,7 @@ EXACT = 16
 """Magnitudes below this are counted each by itself, larger ones by eighths of an octave."""
 PER_OCTAVE = 8
 BLOCK = 1 << 22  # entries that are counted at a time
-ROUNDS = 3
+ROUNDS = 1
 LANE_BITS = 8192
 """Of code a lane at least: its state costs 24 more."""
 MOST_IN_LANE = 8192

@@ -91,11 +91,12 @@ class Library:
             "bits_of_groups": (pointer, whole, whole, whole, long, long, pointer, pointer, whole),
             "starts_of_bits": (pointer, long, long, long, pointer),
             "decode_codes": (classes, pointer, pointer, pointer, pointer, long, whole, pointer),
-            "encode_codes": (classes, pointer, pointer, pointer, pointer),
+            "encode_codes": (classes, pointer, pointer, pointer, pointer, pointer),
         }.items():
             function = getattr(handle, f"losparse_{name}")
             function.argtypes, function.restype = arguments, ctypes.c_int
             setattr(self, name, function)
+        self.encode_codes.restype = long
         self.level: int = handle.losparse_level()
 
 

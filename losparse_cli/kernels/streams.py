@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..shim.streams import LANES, WIDTHS, Contexts, Parts, escaped, width_of
+from ..shim.streams import LANES, WIDTHS, Contexts, Parts, width_of
 from .native import Classes, Library
 
 
@@ -26,11 +26,14 @@ def encode(code: Library, codes: Tensor, contexts: Contexts) -> Parts | None:
     lanes = -(-described.m // described.lane_rows)
     counts = torch.empty(-(-lanes // LANES), dtype=torch.int32)
     states = torch.empty(lanes, dtype=torch.int32)
-    words = torch.empty(codes.numel(), dtype=torch.int16)
-    if code.encode_codes(described, codes.data_ptr(), counts.data_ptr(), states.data_ptr(), words.data_ptr()):
+    # Room for the most that there can be: memory is taken where it is written to.
+    words, escapes = torch.empty(codes.numel(), dtype=torch.int16), torch.empty(codes.numel(), dtype=torch.int32)
+    results = (x.data_ptr() for x in (counts, states, words, escapes))
+    found = code.encode_codes(described, codes.data_ptr(), *results)
+    if found < 0:
         return None
     used = int((counts.long() & 0xFFFFFFFF).sum())
-    return Parts(counts, states, words[:used].clone(), escaped(codes, contexts), width_of(codes))
+    return Parts(counts, states, words[:used].clone(), escapes[:found].clone(), width_of(codes))
 
 
 def _describe(contexts: Contexts) -> tuple[Classes, tuple[Tensor, ...]]:

@@ -34,6 +34,7 @@ MOST_IN_LANE = 1 << 16
 WIDTHS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 ESCAPED = -(1 << 15)
 BATCH = 1 << 24  # entries that plain torch holds at a time
+BLOCK_ROWS = 256
 LOOKS = 64  # steps between two looks at whether the words are used up
 
 
@@ -147,40 +148,43 @@ def _decode(contexts: Contexts, parts: Parts) -> Tensor:
     """In plain torch: a step reads an entry of every lane."""
     m, n, device = contexts.rows.numel(), contexts.columns.numel(), parts.words.device
     lookup = _decoding(contexts.every_table()).to(device)
+    lookups = [lookup[k * TOTAL :] for k in range(16)]
     classes, entries = contexts.columns.tolist(), contexts.lane_rows * n
     counts = parts.counts.long() & 0xFFFFFFFF
     starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
     words = torch.nn.functional.pad(parts.words.long() & 0xFFFF, (1, LOOKS * LANES))  # numbered from 1
     codes = torch.empty(m, n, dtype=torch.int16, device=device)
     for first, last in _batches(contexts):
-        rows = _row_offsets(contexts, first, last).to(device)
+        rows = _row_offsets(contexts, first, last).to(device).unbind()
         x = torch.full((LANES * (last - first),), LOWEST, dtype=torch.int64, device=device)
         states = parts.states[LANES * first : LANES * last].long() & 0xFFFFFFFF
         _require(bool((states >= LOWEST).all()), "a state is too small")
         x[: len(states)] = states
-        read, stop = starts[first:last, None].clone(), starts[first + 1 : last + 1, None]
+        read, stop = starts[first:last, None], starts[first + 1 : last + 1, None]
         found = torch.empty(entries, len(x), dtype=torch.int16, device=device)
         place, e, f, ahead = (torch.empty_like(x) for _ in range(4))
-        low, ranks = torch.empty_like(x, dtype=torch.bool), torch.empty_like(x).view(-1, LANES)
-        for step in range(entries):
+        low = torch.empty_like(x, dtype=torch.bool)
+        low_by_chunk = low.view(-1, LANES)
+        ranks = [(r, r.view(-1), r[:, -1:]) for r in (torch.empty_like(x).view(-1, LANES) for _ in range(2))]
+        for step, line in enumerate(found):
+            row, column = divmod(step, n)
             torch.bitwise_and(x, TOTAL - 1, out=place)
-            place += rows[step // n]
-            torch.index_select(lookup[classes[step % n] * TOTAL :], 0, place, out=e)
-            found[step].copy_(e)  # its lowest 16 bits
+            place += rows[row]
+            torch.index_select(lookups[classes[column]], 0, place, out=e)
+            line.copy_(e)  # its lowest 16 bits
             torch.bitwise_right_shift(e, 16, out=f)
             f &= 0x1FFF
             x >>= TOTAL_BITS
             x *= f
-            e >>= 32
-            x += e
+            x += e.bitwise_right_shift_(32)
             torch.lt(x, LOWEST, out=low)
-            torch.cumsum(low.view(-1, LANES), 1, out=ranks)
-            ranks += read
-            read.copy_(ranks[:, -1:])
-            torch.index_select(words, 0, ranks.view(-1), out=ahead)
-            torch.bitwise_left_shift(x, 16, out=f)
-            f |= ahead
-            x = torch.where(low, f, x)
+            rank, rank_of_lane, after = ranks[step % 2]
+            torch.cumsum(low_by_chunk, 1, out=rank)
+            rank += read
+            read = after
+            torch.index_select(words, 0, rank_of_lane, out=ahead)
+            ahead |= torch.bitwise_left_shift(x, 16, out=f)
+            x = torch.where(low, ahead, x)
             if step % LOOKS == LOOKS - 1:
                 _require(bool((read <= stop).all()), "words are used up too early")
         _require(bool((read == stop).all()), "words are not used up exactly")
@@ -311,27 +315,19 @@ def _encode(codes: Tensor, contexts: Contexts) -> Parts:
         found.append(x)
     lanes = -(-codes.shape[0] // contexts.lane_rows)
     states = torch.cat(found)[:lanes].int()
-    return Parts(torch.cat(counts).int(), states, torch.cat(words), escaped(codes, contexts), width_of(codes))
+    return Parts(torch.cat(counts).int(), states, torch.cat(words), _escapes(codes, contexts), width_of(codes))
 
 
-def escaped(codes: Tensor, contexts: Contexts) -> Tensor:
+def _escapes(codes: Tensor, contexts: Contexts) -> Tensor:
     """The codes (m, n; int32) that have no frequency in their tables, in row-major order."""
     tables = contexts.every_table()
-    # Up to here every table has every magnitude, and most codes need no closer look.
-    common = min(_first_unknown(frequencies) for frequencies in tables)
-    where = torch.nonzero((codes >= common) | (codes <= -common)).T
-    values = codes[where[0], where[1]]
     lookup, widest = _encoding(tables)
-    size = 2 * widest + 2
-    table_of = contexts.rows.long()[where[0]] + contexts.columns.long()[where[1]]
-    marks = lookup[table_of * size + _places(values, widest)]
-    return values[marks == lookup[table_of * size + size - 1]]
-
-
-def _first_unknown(frequencies: Table) -> int:
-    """The least magnitude that one sign of has no frequency."""
-    K = len(frequencies) // 2
-    return next((k for k in range(K + 1) if not frequencies[K - k] or not frequencies[K + k]), K + 1)
+    size, found = 2 * widest + 2, []
+    for begin in range(0, len(codes), BLOCK_ROWS):
+        part, rows = (x[begin : begin + BLOCK_ROWS] for x in (codes, contexts.rows.long()))
+        start = (rows[:, None] + contexts.columns.long()) * size
+        found.append(part[lookup[start + _places(part, widest)] == lookup[start + size - 1]])
+    return torch.cat(found)
 
 
 def _places(codes: Tensor, widest: int) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import calibrated, kernels, kernels_gpu, quality, sizes, speed, streaming, training
+from . import calibrated, codes, kernels, kernels_gpu, quality, sizes, speed, streaming, training
 from .results import Options
 
 BENCHMARKS = {
@@ -19,6 +19,7 @@ BENCHMARKS = {
     "energy": speed.energy,
     "streaming": streaming.streaming,
     "sizes": sizes.sizes,
+    "codes": codes.codes,
     "quality": quality.quality,
     "iterations": quality.iterations,
     "kernels": kernels.kernels,

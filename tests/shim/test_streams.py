@@ -203,7 +203,7 @@ def fuzz(name: str, count: int, seed: int) -> int:
 
 @pytest.mark.parametrize("name", WAYS)
 def test_damage_is_found(name: str) -> None:
-    fuzz(name, 400, 5)
+    fuzz(name, 200, 5)
 
 
 @pytest.mark.parametrize("name", WAYS)

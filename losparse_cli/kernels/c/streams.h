@@ -174,42 +174,63 @@ done:
     return damaged;
 }
 
+INLINE int64_t place_of(int64_t value, int64_t widest) {
+    return value < -widest || value > widest ? 2 * widest + 1 : value + widest;
+}
+
 /* One chunk, backwards, its words up to `end`; returns where they begin. marks: start << 16 | frequency of -widest..
-   widest and of the escape, for each table. */
+   widest and of the escape, for each table. escapes: whether there are any. */
 static uint16_t *encode_chunk(const Classes *c, const uint32_t *marks, int64_t widest, int64_t chunk,
-                              const int32_t *values, uint32_t *states, uint16_t *end) {
+                              const int32_t *values, uint32_t *states, uint16_t *end, uint8_t *escapes) {
     const int64_t top = chunk * LANES * c->lane_rows, size = 2 * widest + 2;
     const int64_t left = c->m - top < LANES * c->lane_rows ? c->m - top : LANES * c->lane_rows;
     const int lanes = (int)((left + c->lane_rows - 1) / c->lane_rows);
-    uint32_t x[LANES];
+    uint32_t x[LANES], tile[STEPS][LANES];
+    uint8_t escaped = 0;
     for (int lane = 0; lane < lanes; lane++) x[lane] = LOWEST;
     for (int64_t row = (c->lane_rows < left ? c->lane_rows : left) - 1; row >= 0; row--) {
         const int active = (lanes - 1) * c->lane_rows + row < left ? lanes : lanes - 1;
-        for (int64_t j = c->n - 1; j >= 0; j--)
-            for (int lane = active - 1; lane >= 0; lane--) {
-                const int64_t i = top + lane * c->lane_rows + row, value = values[i * c->n + j];
-                const int64_t code = value < -widest || value > widest ? size - 1 : value + widest;
-                const uint32_t mark = marks[(c->rows[i] + c->columns[j]) * size + code], f = mark & 0xffff;
-                if (x[lane] >= (uint64_t)f << 20) {
-                    *--end = (uint16_t)x[lane];
-                    x[lane] >>= 16;
+        for (int64_t j = (c->n - 1) / STEPS * STEPS; j >= 0; j -= STEPS) {
+            const int steps = c->n - j < STEPS ? (int)(c->n - j) : STEPS;
+            for (int lane = 0; lane < active; lane++) {
+                const int64_t i = top + lane * c->lane_rows + row;
+                const int32_t *line = values + i * c->n + j;
+                const uint32_t *of_row = marks + c->rows[i] * size;
+                for (int s = 0; s < steps; s++) {
+                    const uint32_t *of_table = of_row + c->columns[j + s] * size;
+                    tile[s][lane] = of_table[place_of(line[s], widest)];
+                    escaped |= tile[s][lane] == of_table[size - 1];
                 }
-                x[lane] += x[lane] / f * (PLACES - f) + (mark >> 16);
             }
+            for (int s = steps - 1; s >= 0; s--)
+                for (int lane = active - 1; lane >= 0; lane--) {
+                    const uint32_t f = tile[s][lane] & 0xffff, full = x[lane] >= (uint64_t)f << 20;
+                    end[-1] = (uint16_t)x[lane]; /* a code takes a word at most, so there is room for one */
+                    end -= full;
+                    x[lane] >>= 16 * full;
+                    x[lane] += x[lane] / f * (PLACES - f) + (tile[s][lane] >> 16);
+                }
+        }
     }
     for (int lane = 0; lane < lanes; lane++) states[chunk * LANES + lane] = x[lane];
+    *escapes = escaped;
     return end;
 }
 
-/* counts: (chunks); states: one a lane; words: room for m * n, and those of the stream at its beginning afterwards.
-   Returns 0, or 2 if there is no memory. */
-int losparse_encode_codes(const Classes *c, const int32_t *values, uint32_t *counts, uint32_t *states, uint16_t *words) {
+/* counts: (chunks); states: one a lane; words and escapes: room for m * n each, and those of the stream at its beginning
+   afterwards. Returns how many escapes, or -1 if there is no memory. */
+int64_t losparse_encode_codes(const Classes *c, const int32_t *values, uint32_t *counts, uint32_t *states,
+                              uint16_t *words, int32_t *escapes) {
     const int64_t chunks = chunks_of(c);
     int64_t widest = 0;
     for (int t = 0; t < c->tables; t++) widest = c->widths[t] > widest ? c->widths[t] : widest;
     const int64_t size = 2 * widest + 2;
     uint32_t *marks = malloc(sizeof *marks * c->tables * size);
-    if (!marks) return 2;
+    uint8_t *escaped = malloc(chunks);
+    if (!marks || !escaped) {
+        free(marks), free(escaped);
+        return -1;
+    }
     const int32_t *frequencies = c->frequencies;
     for (int t = 0; t < c->tables; t++) {
         const int K = c->widths[t];
@@ -226,14 +247,19 @@ int losparse_encode_codes(const Classes *c, const int32_t *values, uint32_t *cou
 #pragma omp parallel for num_threads(c->threads) schedule(dynamic)
     for (int64_t k = 0; k < chunks; k++) {
         uint16_t *end = words + (k + 1 < chunks ? (k + 1) * room : c->m * c->n);
-        counts[k] = (uint32_t)(end - encode_chunk(c, marks, widest, k, values, states, end));
+        counts[k] = (uint32_t)(end - encode_chunk(c, marks, widest, k, values, states, end, escaped + k));
     }
-    int64_t kept = 0;
+    int64_t kept = 0, found = 0;
     for (int64_t k = 0; k < chunks; k++) {
         const int64_t end = k + 1 < chunks ? (k + 1) * room : c->m * c->n;
         memmove(words + kept, words + end - counts[k], 2 * counts[k]);
         kept += counts[k];
+        if (!escaped[k]) continue;
+        for (int64_t at = k * room; at < end; at++) {
+            const uint32_t *of_table = marks + (c->rows[at / c->n] + c->columns[at % c->n]) * size;
+            if (of_table[place_of(values[at], widest)] == of_table[size - 1]) escapes[found++] = values[at];
+        }
     }
-    free(marks);
-    return 0;
+    free(marks), free(escaped);
+    return found;
 }
