@@ -17,6 +17,12 @@ from ..errors import write_errors
 _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
+def trim() -> None:
+    """Give back what was freed: glibc keeps tensors of up to 32 MiB for itself."""
+    if _TRIM is not None:
+        _TRIM(0)
+
+
 def _reserve(file: int, nbytes: int) -> None:
     """Bytes that are there: on a full disk, to write to a mapping of bytes that are not would end the process."""
     if hasattr(os, "posix_fallocate"):
@@ -61,8 +67,8 @@ class Activations:
         """Let go of the pages of files that were read since; what they hold stays."""
         for area in list(self._mapped.values()):
             area.madvise(mmap.MADV_DONTNEED)
-        if self.spilled and _TRIM is not None:
-            _TRIM(0)  # glibc keeps freed tensors of up to 32 MiB for itself
+        if self.spilled:
+            trim()
 
     def _forget(self, nbytes: int) -> None:
         self._resident -= nbytes

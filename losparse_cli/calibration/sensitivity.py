@@ -14,7 +14,7 @@ from ..errors import CheckpointError, UsageError
 from ..models.backward import GradientRelay, Rerun, gradients_allowed
 from ..models.blocks import Call, run_block
 from ..models.reading import output_embeddings
-from .activations import Activations
+from .activations import Activations, trim
 from .likelihood import categorical, drawn_loss, logits_of, shown, uniform
 from .moments import Moments, gather_moments
 
@@ -100,6 +100,7 @@ class _Passes:
                 self._load(name)
                 self._on_forward(name, self._moments(name, calls))
                 self._drop(name)
+                trim()
             for number in range(len(self._batches)):
                 self._say(f"sensitivity: the loss of batch {number + 1} of {len(self._batches)}")
                 self._end(relay, number, head)
@@ -130,7 +131,8 @@ class _Passes:
                 call.output = head(*call.args, **call.kwargs)
         output = relay.result(number)
         with torch.enable_grad(), gradients_allowed(self._model, ""):
-            self._loss(output, number).backward()  # type: ignore[no-untyped-call]
+            # Blocks may be given what lies behind this: where sums around them are the model's own, as in XLM.
+            self._loss(output, number).backward(retain_graph=True)  # type: ignore[no-untyped-call]
 
     def _loss(self, output: Any, number: int) -> Tensor:
         return drawn_loss(output, self._masks(number), self._generator(number), several=self._several)
@@ -167,7 +169,7 @@ class _Passes:
                     hidden = {name: mask[:, part] for name, mask in masks.items()}
                     categorical(logits, hidden, chance[:, part]).backward()  # type: ignore[no-untyped-call]
         with gradients_allowed(self._model, ""):
-            torch.autograd.backward([states], [leaf.grad])
+            torch.autograd.backward([states], [leaf.grad], retain_graph=True)
         return True
 
     def backward(self) -> None:
@@ -187,6 +189,7 @@ class _Passes:
                     self._activations.release()
             self._report(name, watch)
             self._drop(name)
+            trim()
 
     def whole(self) -> None:
         """The model as one block: each batch forwards for the moments, then forwards and backwards."""
@@ -254,6 +257,8 @@ class _Watch:
             self._tokens[name] = self._tokens.get(name, 0) + count
             if not output.requires_grad:  # fed what no other block has changed
                 output = output.detach().requires_grad_().clone()
+            elif output._is_view():  # its hook would go with its place in the graph once a model writes over it, as LED
+                output = output.clone()
             output.register_hook(backward)  # type: ignore[no-untyped-call]
             return output
 

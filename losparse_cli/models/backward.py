@@ -170,7 +170,7 @@ class Rerun:
         del again, pairs
         back = [(tensor, leaf.grad) for tensor, leaf in self._leaves if leaf.grad is not None]
         if back:
-            # Other blocks may be given the same tensor: the piece of the graph behind it is freed with their calls.
+            # Other blocks may be given what lies behind it, too: pieces of the graph are freed with their calls.
             torch.autograd.backward([tensor for tensor, _ in back], [grad for _, grad in back], retain_graph=True)
 
     @property

@@ -85,7 +85,12 @@ def in_core(model: Any, batches: list[dict[str, Tensor]], seed: int) -> dict[str
             count = mask.sum() if mask is not None and mask.shape == grad.shape[:-1] else grad.shape[:-1].numel()
             tokens[name] = tokens.get(name, 0) + int(count)
 
-        return lambda module, args, output: output.register_hook(backward) and None
+        def forward(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            output = output.clone()  # of a view that is written over hooks are not told
+            output.register_hook(backward)
+            return output
+
+        return forward
 
     hooks = [model.get_submodule(name).register_forward_hook(watch(name)) for name in classify(model)[0]]
     model.requires_grad_(True)  # so that the first layers' outputs need gradients, too
@@ -313,10 +318,12 @@ class Model(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.words(input_ids)
-        tables = (torch.ones(3), {"scale": x.mean() + 1})
+        tables, around = (torch.ones(3), {"scale": x.mean() + 1}), x * 0
         for layer in self.layers:
             output = layer(x, tables=tables)
             x, tables = output["states"] * 1.5, output["tables"]
+            around = around + x.sin()  # past all the blocks that follow
+            x = x + around.cos()
             if self.fault == "between":
                 with torch.no_grad():
                     x = x + 1
