@@ -9,8 +9,10 @@ for those to the piece that they came from, which adds it to the leaves of block
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy as shallow
 from dataclasses import replace
 from typing import Any
 
@@ -123,6 +125,7 @@ class Rerun:
         self._leaves: list[tuple[Tensor, Tensor]] = []  # (what the model gave, the leaf under its copy)
         self._copies: dict[int, Tensor] = {}
         self._given: dict[int, Tensor] = {}
+        self._shared: list[tuple[Any, Any, dict[Any, Any]]] = []  # the model's, ours, as it was
 
         def copy(given: Tensor) -> Tensor:
             if id(given) not in self._copies:
@@ -133,8 +136,30 @@ class Rerun:
                 self._given[id(made)] = given
             return self._copies[id(given)]
 
+        def own(value: Any) -> Any:
+            if not isinstance(value, dict | UserDict):
+                return changed(value, copy)
+            made = shallow(value)
+            made.update({key: changed(part, copy) for key, part in value.items()})
+            self._shared.append((value, made, dict(made)))
+            return made
+
         with torch.set_grad_enabled(gradients):
-            self.call = replace(call, args=changed(call.args, copy), kwargs=changed(call.kwargs, copy))
+            self.call = replace(
+                call, args=tuple(map(own, call.args)), kwargs={name: own(value) for name, value in call.kwargs.items()}
+            )
+        # As it was now: blocks write into dicts that they share, as those of Gemma 3n do with keys and values.
+        call.args = tuple(map(_as_it_is, call.args))
+        call.kwargs = {name: _as_it_is(value) for name, value in call.kwargs.items()}
+
+    def _written(self) -> list[tuple[Any, Any, Any]]:
+        """(the model's own dict, key, value) of all that the block put into dicts that it was given."""
+        return [
+            (shared, key, value)
+            for shared, made, before in self._shared
+            for key, value in made.items()
+            if value is not before.get(key)
+        ]
 
     def set_output(self, output: Any, keep: Callable[[Tensor], Tensor]) -> None:
         """The model is told that the block returned `output`, as leaves that `keep` keeps.
@@ -151,14 +176,20 @@ class Rerun:
             return leaves[id(tensor)]
 
         self._original.output = changed(output, leaf)
+        written = self._written()
+        for shared, key, value in written:
+            shared[key] = changed(value, leaf)
+        self._original.written = tuple(shared[key] for shared, key, _ in written)
         self._original.caches = self.call.caches
 
     def backward(self, block: nn.Module) -> None:
         """Run the block, and carry the gradients of what it returned to what the model gave it."""
         given = set(self._copies)
-        returned = floating(self._original.output)
+        returned = self._returned()
         with torch.enable_grad():
-            again = floating(run_block(block, self.call))
+            output = run_block(block, self.call)
+            again = floating((output, *(value for _, _, value in self._written())))
+            del output
         pairs = [
             (tensor, leaf.grad)
             for tensor, leaf in {id(b): (a, b) for a, b in zip(again, returned, strict=True)}.values()
@@ -173,11 +204,18 @@ class Rerun:
             # Other blocks may be given what lies behind it, too: pieces of the graph are freed with their calls.
             torch.autograd.backward([tensor for tensor, _ in back], [grad for _, grad in back], retain_graph=True)
 
+    def _returned(self) -> list[Tensor]:
+        return floating((self._original.output, *self._original.written))
+
     @property
     def reached(self) -> bool:
         """Whether the loss depends on anything that the block returned."""
         given = set(self._copies)
-        return any(leaf.grad is not None for leaf in floating(self._original.output) if id(leaf) not in given)
+        return any(leaf.grad is not None for leaf in self._returned() if id(leaf) not in given)
+
+
+def _as_it_is(value: Any) -> Any:
+    return shallow(value) if isinstance(value, dict | UserDict) else value
 
 
 def floating(value: Any) -> list[Tensor]:

@@ -72,6 +72,8 @@ class Call:
     output: Any = None
     caches: list[tuple[Any, dict[str, Any]]] | None = None
     """What caches among the arguments held before the block first ran, as (cache or part of one, its attributes)."""
+    written: tuple[Any, ...] = ()
+    """What the block put into dicts that it was given, for others to find."""
 
 
 THREAD = "losparse-pass"
