@@ -15,7 +15,8 @@ from .tiny import VOCABULARY
 ROWS, LENGTH = 2, 16
 GRID = (1, 8, 8)  # patches of a picture: times, down, across
 TEXT = ("input_ids", "attention_mask", "decoder_input_ids")
-MEL = ("num_mel_bins", "feature_size", "input_feat_per_channel", "mel_dim", "n_mels", "input_feat_size")
+MEL = ("num_mel_bins", "feature_size", "input_feat_per_channel", "mel_dim", "n_mels", "input_feat_size",
+       "feature_projection_input_dim", "input_size")  # fmt: skip
 
 Way = Callable[[], Any]
 
@@ -60,11 +61,21 @@ def ways(model: Any, name: str, names: frozenset[str]) -> list[Way]:
     if re.fullmatch(r"(.*_)?(input_features|input_values|feature|features|audio)_(attention_)?mask", name):
         return ones((ROWS, steps), (ROWS, 4000), kind=torch.long)
     pictures = getattr(model, "main_input_name", "") == "pixel_values" and name == "hidden_states"
-    if "pixel" in name or name in ("image", "images") or pictures:
+    if "pixel" in name or name in ("image", "images", "prompt_masks") or pictures:
         still = [(ROWS, channels, image, image), video, (ROWS, 1, channels, image, image), (ROWS, channels, 128, 128)]
         still.append((ROWS, 2, channels, image, image))
+        patch, tiles = size.of("patch_size", default=8), size.of("max_num_tiles", default=1)
+        still.append((ROWS, (image // patch) ** 2, channels * patch**2))
+        still.append((ROWS, 1, tiles, channels, image, image))
         still += [(ROWS, channels, *pair) for pair in [size.list_of("image_size")] if len(pair) == 2]
         return noise(*([video, (ROWS, channels, frames, image, image), *still] if "video" in name else still))
+    if name == "merge_sizes":
+        return [lambda: torch.tensor([2] * ROWS)]
+    if name == "flattened_patches":
+        shape = (ROWS, size.of("seq_len", default=LENGTH), 2 + size.of("patch_embed_hidden_size", default=width))
+        return [lambda: torch.rand(shape, generator=generator)]  # each begins with its row and column
+    if name == "mel_spectrogram":
+        return noise((ROWS, mel, LENGTH))
     if name == "spectrogram":
         return noise((ROWS, LENGTH, size.of("model_in_dim", "num_mel_bins", default=mel)))
     if name == "audio_mel_mask":
@@ -80,7 +91,7 @@ def ways(model: Any, name: str, names: frozenset[str]) -> list[Way]:
         width = size.of("encoder_hidden_size", "cross_attention_hidden_size", default=width)
         return noise((ROWS, LENGTH, width))
     if re.fullmatch(r"(hidden_states|inputs?_embeds|x|features|.*_embeds|.*embeddings|encoder_outputs)", name):
-        return noise((ROWS, LENGTH, width), (LENGTH, width), (ROWS, width, 8, 8), (ROWS, width))
+        return noise((ROWS, LENGTH, width), (LENGTH, width), (ROWS, width, 8, 8), (ROWS, width), (ROWS, 1, 3200))
     if re.fullmatch(r"(past|future)_(values|observed_mask|time_features)", name):
         return _series(name, size, generator)
     if name == "visual_feats":
@@ -100,6 +111,8 @@ def ways(model: Any, name: str, names: frozenset[str]) -> list[Way]:
         return [lambda: torch.arange(LENGTH).expand(ROWS, LENGTH)]
     if name == "use_cache":
         return [lambda: False]
+    if name in ("aspect_ratio_ids", "aspect_ratio_mask"):
+        return ones((ROWS, 1) if "ids" in name else (ROWS, 1, size.of("max_num_tiles", default=1)))
     if name == "latents":
         return noise(*[(ROWS, latent, LENGTH) for latent in (size.of("latent_dim", default=width), width)])
     if name in ("marks", "num_options", "question_type_ids"):
@@ -139,7 +152,7 @@ def _flat_patches(name: str, names: frozenset[str], size: _Sizes) -> list[tuple[
         return []
     patch = size.of("patch_size", "spatial_patch_size", default=8)
     channels = size.of("in_channels", "num_channels", "in_chans", default=3)
-    times = size.of("temporal_patch_size", default=1)
+    times = size.of("temporal_patch_size", "patch_temporal", default=1)
     count = ROWS * prod(GRID)
     wide = channels * times * patch * patch
     pictures = (count, channels, patch, patch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import time
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
@@ -15,6 +16,7 @@ from .arguments import TEXT, ways
 
 Batch = dict[str, Any]
 MOST = 40  # batches that are tried
+SECONDS = 10.0
 
 
 def find_batch(model: Any) -> tuple[Batch, str]:
@@ -25,7 +27,8 @@ def find_batch(model: Any) -> tuple[Batch, str]:
     takes = inspect.signature(model.forward).parameters
     waiting = list(_beginnings(model, takes))
     known = set(waiting)
-    while waiting and tried < MOST:
+    end = time.monotonic() + SECONDS
+    while waiting and tried < MOST and time.monotonic() < end:
         names = waiting.pop(0)
         wanted: set[str] = set()
         for batch in _batches(model, names):
@@ -42,6 +45,7 @@ def find_batch(model: Any) -> tuple[Batch, str]:
                 wanted |= _asked(error, takes) - names
         # What it lacks is tried before any other beginning.
         further = [names | wanted, *(names | {n} for n in sorted(wanted, key=lambda n: (n not in PICTURES, n)))]
+        further += [frozenset({name}) for name in sorted(wanted)]
         waiting[:0] = [f for f in dict.fromkeys(further) if f not in known]
         known.update(further)
     return {}, reason
@@ -87,7 +91,7 @@ def _asked(error: BaseException, takes: Any) -> set[str]:
         trace = trace.tb_next
     if "num_hidden_layers" in str(error):
         found |= {"use_cache"} & set(takes)
-    return found - {"labels", "return_dict", "kwargs"}
+    return found - {"labels", "return_dict", "kwargs", "encoder_outputs"}
 
 
 def _line(file: str, number: int) -> str:

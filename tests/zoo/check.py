@@ -177,7 +177,10 @@ def with_losparse(model_type: str, model_class: type[Any], auto: str, folder: Pa
     found["reads"] = sorted(batch)
     faults: list[str] = found["faults"]
     dense, small, plain = folder / "dense", folder / "small", folder / "plain"
-    original = answers(model, batch)
+    try:
+        original = answers(model, batch)
+    except Exception as error:
+        raise Stop(f"with random weights it cannot be called: {sentence(error)}") from error
     if not original or not all(bool(torch.isfinite(t).any()) for t in original.values() if t.is_floating_point()):
         found["note"] = "outputs are not finite" if original else "returns no tensor"
     try:

@@ -30,7 +30,9 @@ def classes(model_type: str) -> Iterator[tuple[type[Any], str]]:
         names = getattr(getattr(auto_classes[name], "_model_mapping", None), "_model_mapping", {})
         if model_type in names:
             made = names[model_type]
-            model_class = getattr(transformers, made if isinstance(made, str) else made[0])
+            model_class = getattr(transformers, made if isinstance(made, str) else made[0], None)
+            if model_class is None:  # transformers lists a class that it does not give out
+                continue
             # Some heads are of a part of the type's configuration, and save that part alone; and one configuration
             # may be that of several types, of which the Auto class knows another.
             config = transformers.CONFIG_MAPPING[model_type]

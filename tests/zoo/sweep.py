@@ -48,6 +48,8 @@ def _guarded(work: Callable[[], Any]) -> Any:
         return work()
     except Stop as stop:
         return {"stopped": str(stop)}
+    except ImportError as error:
+        return {"stopped": f"no tiny configuration: {sentence(error)}"}
     except BaseException as error:
         last = [f for f in traceback.extract_tb(error.__traceback__) if "losparse_cli" in f.filename]
         where = f" (losparse_cli{last[-1].filename.rpartition('losparse_cli')[2]}:{last[-1].lineno})" if last else ""

@@ -20,9 +20,9 @@ transformers, with the loader that the checkpoint carries; when tensors and outp
 times; and when it was saved, loaded again, and still the same. It counts as **calibrated** when it was compressed with
 text, too, and that result gave what its dense export gives.
 
-Outputs are compared to a thousandth of their largest entry, on one batch: a model that reads text gets text alone, so
-of its towers for pictures and sounds only the tensors are compared. A class that no Auto class knows was not loaded
-with the checkpoint's own loader. Rows of earlier runs stay until their type is tried again.
+Outputs are compared to a thousandth of their largest entry, on one batch: a model that takes text alone gets nothing
+else, so of its towers for pictures and sounds only the tensors are compared. A class that no Auto class knows was not
+loaded with the checkpoint's own loader. Rows of earlier runs stay until their type is tried again.
 
 """
 

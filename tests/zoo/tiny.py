@@ -146,7 +146,9 @@ def _short_list(key: str, values: list[int], layers: int) -> list[int]:
         return values
     if len(set(values)) == 1 and "head" not in key:
         return [WIDTH] * len(values)
-    return [max(1, v * WIDTH // largest) if "head" in key else max(8, v * 2 * WIDTH // largest) for v in values]
+    if "head" in key:
+        return [max(1, v * WIDTH // largest) for v in values]
+    return [v if v <= 3 else max(8, v * WIDTH // (4 * largest) * 8) for v in values]  # 3: of a picture's colours
 
 
 def _tokens(config: Any) -> dict[str, Any]:
