@@ -51,7 +51,7 @@ test: $(VENV)/.dev  ## Set up, then run all tests
 test-fast: $(VENV)/.dev  ## Run the tests for between two edits: a part of every folder's
 	$(PYTEST) -m "not slow"
 
-test-zoo: $(VENV)/.dev  ## Try every model type of transformers, tiny (an hour on two cores)
+test-zoo: $(VENV)/.dev  ## Try every model type of transformers, tiny (forty minutes on an idle core)
 	$(BIN)/python -m tests.zoo
 
 lint: $(VENV)/.dev  ## Check style, types, layering and docs

@@ -66,9 +66,12 @@ def ways(model: Any, name: str, names: frozenset[str]) -> list[Way]:
         still.append((ROWS, 2, channels, image, image))
         patch, tiles = size.of("patch_size", default=8), size.of("max_num_tiles", default=1)
         still.append((ROWS, (image // patch) ** 2, channels * patch**2))
-        still.append((ROWS, 1, tiles, channels, image, image))
+        still += [(ROWS, 1, tiles, channels, image, image), (ROWS, 2, channels, 128, 128)]
+        still.append((ROWS, 2, image, image, channels))
         still += [(ROWS, channels, *pair) for pair in [size.list_of("image_size")] if len(pair) == 2]
         return noise(*([video, (ROWS, channels, frames, image, image), *still] if "video" in name else still))
+    if name == "task_inputs":
+        return noise((ROWS, size.of("task_seq_len", default=LENGTH)))
     if name == "merge_sizes":
         return [lambda: torch.tensor([2] * ROWS)]
     if name == "flattened_patches":
@@ -91,7 +94,14 @@ def ways(model: Any, name: str, names: frozenset[str]) -> list[Way]:
         width = size.of("encoder_hidden_size", "cross_attention_hidden_size", default=width)
         return noise((ROWS, LENGTH, width))
     if re.fullmatch(r"(hidden_states|inputs?_embeds|x|features|.*_embeds|.*embeddings|encoder_outputs)", name):
-        return noise((ROWS, LENGTH, width), (LENGTH, width), (ROWS, width, 8, 8), (ROWS, width), (ROWS, 1, 3200))
+        return noise(
+            (ROWS, LENGTH, width),
+            (LENGTH, width),
+            (ROWS, width, 8, 8),
+            (ROWS, width),
+            (ROWS, 1, 3200),
+            (ROWS, LENGTH, mel),
+        )
     if re.fullmatch(r"(past|future)_(values|observed_mask|time_features)", name):
         return _series(name, size, generator)
     if name == "visual_feats":
@@ -148,7 +158,9 @@ def _codes(generator: torch.Generator, books: int) -> Tensor:
 
 def _flat_patches(name: str, names: frozenset[str], size: _Sizes) -> list[tuple[int, ...]]:
     """Shapes of the patches of pictures, one after another, of models that are told the grid beside them."""
-    if not any("grid" in other for other in names) or not re.fullmatch(r"hidden_states|pixel_values\w*|x", name):
+    if not any("grid" in other or other.endswith("t_sizes") for other in names) or not re.fullmatch(
+        r"hidden_states|pixel_values\w*|x", name
+    ):
         return []
     patch = size.of("patch_size", "spatial_patch_size", default=8)
     channels = size.of("in_channels", "num_channels", "in_chans", default=3)
@@ -156,7 +168,9 @@ def _flat_patches(name: str, names: frozenset[str], size: _Sizes) -> list[tuple[
     count = ROWS * prod(GRID)
     wide = channels * times * patch * patch
     pictures = (count, channels, patch, patch)
-    return [(count, wide), (1, count, wide), pictures, (1, *pictures), (count // 4, 2 * patch, 2 * patch, channels)]
+    merged = (2 * patch, 2 * patch, channels)
+    row = (1, channels, patch, count * patch)
+    return [(count, wide), (1, count, wide), pictures, (1, *pictures), (count // 4, *merged), (count, *merged), row]
 
 
 def _series(name: str, size: _Sizes, generator: torch.Generator) -> list[Way]:

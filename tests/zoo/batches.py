@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .arguments import TEXT, ways
 
 Batch = dict[str, Any]
-MOST = 40  # batches that are tried
+MOST = 100  # batches that are tried
 SECONDS = 10.0
 
 
@@ -43,6 +43,8 @@ def find_batch(model: Any) -> tuple[Batch, str]:
                     reason = f"{type(error).__name__}: {(str(error).strip() or ' ').splitlines()[0]}"
                     widest = len(names)
                 wanted |= _asked(error, takes) - names
+        if "pixel_values" in wanted | names:
+            wanted |= {"image_embeds_position_mask"} & set(takes) - names
         # What it lacks is tried before any other beginning.
         further = [names | wanted, *(names | {n} for n in sorted(wanted, key=lambda n: (n not in PICTURES, n)))]
         further += [frozenset({name}) for name in sorted(wanted)]
@@ -54,13 +56,14 @@ def find_batch(model: Any) -> tuple[Batch, str]:
 def _beginnings(model: Any, takes: Any) -> Iterator[frozenset[str]]:
     """Sets of arguments worth trying, the fullest kind of text first."""
     needs = {n for n, p in takes.items() if p.default is inspect.Parameter.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
-    main = getattr(model, "main_input_name", "input_ids")
+    given = getattr(model, "main_input_name", "input_ids")
+    main = {given} if isinstance(given, str) else set(given)
     text = {name for name in TEXT if name in takes}
     if not getattr(model.config, "is_encoder_decoder", False):
         text.discard("decoder_input_ids")
     kinds = [name for name in PICTURES if name in takes]
-    first = {name for name in takes if name in (main, *needs)}
-    for names in (needs, first, {main}, set(kinds[:1]), set(kinds), {*kinds, *first}):
+    first = {name for name in takes if name in main | needs}
+    for names in (needs, first, main, set(kinds[:1]), set(kinds), {*kinds, *first}):
         for base in (text, text & {"decoder_input_ids"}, set()):
             if names | base:
                 yield frozenset(names | base)
@@ -75,7 +78,7 @@ def _batches(model: Any, names: frozenset[str]) -> Iterator[Batch]:
     found = {name: ways(model, name, names) for name in sorted(names)}
     if all(found.values()):
         for way in range(max(map(len, found.values()))):
-            yield {name: values[min(way, len(values) - 1)]() for name, values in found.items()}
+            yield {name: values[way % len(values)]() for name, values in found.items()}
 
 
 def _asked(error: BaseException, takes: Any) -> set[str]:

@@ -11,11 +11,22 @@ SMALL_EFFICIENTNET = {
     "hidden_dim": 1280,
 }  # fmt: skip
 
-# What a type's own configuration must be given to be built at all.
+RESNET = {
+    "model_type": "resnet", "depths": [1, 1, 1, 1], "hidden_sizes": [16, 32, 64, 128], "embedding_size": 16,
+    "layer_type": "basic", "out_features": ["stage2", "stage3", "stage4"],
+}  # fmt: skip
+LAST = {**RESNET, "out_features": ["stage4"]}
+
+# What a type's own configuration must be given to be built at all, or without a library of backbones.
 GIVEN: dict[str, dict[str, Any]] = {
+    "conditional_detr": {"backbone_config": LAST},
+    "dab-detr": {"backbone_config": LAST},
+    "deformable_detr": {"backbone_config": RESNET},
+    "detr": {"backbone_config": LAST},
     "gemma4_assistant": {
         "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
     },
+    "table-transformer": {"backbone_config": LAST},
 }
 
 CORRECTIONS: dict[str, dict[str, Any]] = {
@@ -96,6 +107,7 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lilt": {"hidden_size": 96},
     "llama4_vision_model": {"intermediate_size": 256},
+    "lw_detr": {"projector_scale_factors": [1.0]},
     "mamba2": {"num_heads": 8},
     "markuplm": {
         "tag_pad_id": 216,
@@ -108,6 +120,7 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "mimi_decoder": {"upsample_groups": 64},
     "ministral": {"head_dim": 16},
     "mistral4": {"qk_nope_head_dim": 8, "head_dim": 16},
+    "mllama_vision_model": {"intermediate_layers_indices": [0, 1], "vision_output_dim": 192},
     "molmo2.adapter_config": {"vision_feature_layer": [1, 0]},
     "molmo2_vision": {"image_size": [64, 64]},
     "moonshine_streaming": {"num_key_value_heads": 4},
@@ -115,6 +128,7 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": {"n_groups": 2},
     "nemotron_h_omni.vision_config": {"video_temporal_patch_size": 2},
+    "patchtsmixer": {"d_model": 32},
     "perceiver": {"d_latents": 64, "num_self_attends_per_block": 2},
     "phi4_multimodal_audio": {"input_size": ...},
     "pix2struct_text_model": {"initializer_range": 0.02},
@@ -123,7 +137,7 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "pp_doclayout_v2": {"class_thresholds": [0.5, 0.5], "class_order": [0, 1]},
     "pp_lcnet_v4": {"stem_channels": ...},
     "qwen3_asr_encoder": {"n_window": 8},
-    "qwen3_omni_moe_talker": {"spatial_merge_size": 2},
+    "qwen3_omni_moe.talker_config": {"spatial_merge_size": 2},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 96},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"is_decoder": True, "axial_pos_shape": [4, 4], "axial_pos_embds_dim": [32, 32]},
@@ -146,6 +160,7 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "seggpt": {"merge_index": 0, "intermediate_hidden_state_indices": [0, 1]},
     "shieldgemma2": {"mm_tokens_per_image": 16, "yes_token_index": 5, "no_token_index": 6},
     "step3p5": {"sliding_window": 8},
+    "step3p7.text_config": {"sliding_window": 8},
     "superpoint": {"keypoint_decoder_dim": 65},
     "swin": {"embed_dim": 24, "num_heads": [2, 2, 4, 4], "window_size": 4, "image_size": 128},
     "swin2sr": {"embed_dim": 60, "num_heads": [6, 6], "depths": [2, 2]},
@@ -153,11 +168,15 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "textnet": {"stem_out_channels": 16},
     "time_series_transformer": {"prediction_length": 4, "context_length": 16},
     "tvp": {"visual_prompt_size": 8},
+    "udop": {"max_2d_position_embeddings": 1024},
+    "unlimited_ocr.vision_config.sam_config": {"downsample_channels": [64, 64]},
+    "unlimited_ocr_vision.sam_config": {"downsample_channels": [64, 64]},
     "vibevoice_acoustic_tokenizer": {"num_filters": 4},
     "vibevoice_acoustic_tokenizer_decoder": {"num_filters": 4},
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 4},
     "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 3200},
     "vitmatte": {"convstream_hidden_sizes": [8, 16, 32], "fusion_hidden_sizes": [32, 32, 16, 8]},
+    "vitmatte.backbone_config": {"patch_size": 16},
     "wav2vec2-bert": {"vocab_size": 300},
     "wav2vec2-conformer": {"vocab_size": 300},
     "xclip_vision_model": {"num_frames": 2},

@@ -157,7 +157,7 @@ def _tokens(config: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     free = iter(range(VOCABULARY - 1, 258, -1))
     for key, value in _given(config):
-        if not re.search(r"token(_id|_index|_ids)?s?$|_(id|idx|index)$", key) or re.match(r"(num|max|n)_", key):
+        if not re.search(r"token(_id|_index|_ids)?s?$|_(id|idx|index)$", key) or re.search(r"(^|_)(num|max|n)_", key):
             continue
         if type(value) is int and value >= 0:  # no bool
             found[key] = usual.get(key, next(free) if value > 3 else value)
