@@ -29,6 +29,7 @@ from .compression.estimate import Estimate, estimate
 from .compression.fingerprint import fingerprint
 from .compression.plan import Job, Schedule, prepare, schedule
 from .compression.request import Refinement, make_request
+from .compression.steps import Steps, foreseen_steps
 from .compression.stream import compress_stream
 from .errors import write_errors
 from .models.device import peak_memory
@@ -76,6 +77,9 @@ def compress(
     sparsity: float | None = None,
     keep: float | None = None,
     keep_parameters: float | None = None,
+    bits: float | None = None,
+    values: str | None = None,
+    embedding_bits: float | str | None = None,
     pattern: str | None = None,
     calibration: Calibration | Mapping[str, Any] | str | Path | None = None,
     refinement: Refinement | Mapping[str, Any] | str | None = None,
@@ -104,6 +108,9 @@ def compress(
         sparsity=sparsity,
         keep=keep,
         keep_parameters=keep_parameters,
+        bits=bits,
+        values=values,
+        embedding_bits=embedding_bits,
         pattern=pattern,
         calibration=calibration,
         refinement=refinement,
@@ -127,6 +134,9 @@ def plan(
     sparsity: float | None = None,
     keep: float | None = None,
     keep_parameters: float | None = None,
+    bits: float | None = None,
+    values: str | None = None,
+    embedding_bits: float | str | None = None,
     pattern: str | None = None,
     calibration: Calibration | Mapping[str, Any] | str | Path | None = None,
     refinement: Refinement | Mapping[str, Any] | str | None = None,
@@ -151,6 +161,9 @@ def plan(
         "sparsity": sparsity,
         "keep": keep,
         "keep_parameters": keep_parameters,
+        "bits": bits,
+        "values": values,
+        "embedding_bits": embedding_bits,
         "pattern": pattern,
     }
     request = make_request(
@@ -190,6 +203,9 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
         for sentence in doubts(job.calibration, windows) if job.calibration is not None else ():
             told.warn(sentence)
         made = schedule(job, allocated_plan(job, windows, work, told))
+        steps = Steps((), {})
+        if windows is not None and need is not None:
+            steps = foreseen_steps(job, made.plan, windows, work, told, need.fixed_bytes)
         writer = ShardWriter(work.path, made.shards, work.journal, job.blocks.values())
         resumed = writer.done
         check_space(work.path, made.plan.expected_bytes + made.copied_bytes - writer.nbytes)
@@ -201,7 +217,7 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
                 if need is None or windows is None:
                     compress_stream(job, made, writer, told)
                 else:
-                    CalibratedRun(job, windows, made, writer, told, need.fixed_bytes).run()
+                    CalibratedRun(job, windows, made, writer, told, need.fixed_bytes, steps).run()
                 writer.finish()
                 report = _finish(job, made, windows, work, hashes.result(), digest(mark))
                 took = Took(time.monotonic() - begun, peak_memory(), need)

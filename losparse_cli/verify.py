@@ -14,6 +14,7 @@ from .checkpoint.report import Report
 from .checkpoint.source import REPORT, Checkpoint, open_checkpoint
 from .checkpoint.writer import sha256
 from .errors import CheckpointError
+from .linalg.factors import LowRankSparse
 from .progress import Progress
 from .shim.layouts import LayerSpec
 
@@ -45,10 +46,11 @@ def verify(source: str | Path, *, progress: Progress | None = None) -> Verificat
         try:
             entries = layer_tensors(checkpoint, name, spec)
             used |= {entry.name for entry in entries.values()}
-            U, V, values, _ = read_layer(checkpoint, name, spec, entries)
+            factors = read_layer(checkpoint, name, spec, entries)
+            S = factors.values if isinstance(factors, LowRankSparse) else factors.rows
             problems += [
                 f"{entries[suffix].path}: {entries[suffix].name} holds NaN or infinity. Compress the model again."
-                for suffix, tensor in (("U", U), ("V", V), ("weight", values))
+                for suffix, tensor in (("U", factors.U), ("V", factors.V), ("weight", S))
                 if not torch.isfinite(tensor).all()
             ]
         except CheckpointError as error:

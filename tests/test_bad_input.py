@@ -50,7 +50,11 @@ WRONG_REQUESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "sparsity below 0": (("--sparsity", "-0.1"), ("--sparsity", "between 0 and 1", "-0.1")),
     "sparsity not a number": (("--sparsity", "nan"), ("--sparsity", "between 0 and 1", "nan")),
     "sparsity infinite": (("--sparsity", "inf"), ("--sparsity", "between 0 and 1")),
-    "keep 0": (("--keep", "0"), ("Nothing would be left of model.layers.0.", "--keep")),
+    "keep 0": (("--keep", "0"), ("cannot be stored in 0 bits a weight", "--bits")),
+    "keep 0 of floats": (
+        ("--keep", "0", "--values", "float"),
+        ("Nothing would be left of model.layers.0.", "--keep"),
+    ),
     "keep above 1": (("--keep", "1.01"), ("--keep", "between 0 and 1", "1.01")),
     "keep not a number": (("--keep", "nan"), ("--keep", "between 0 and 1")),
     "keep that cannot hold the rank": (("--keep", "0.1", "--rank", "30"), ("does not fit the budget", "Lower --rank")),
@@ -636,7 +640,7 @@ def test_a_dense_model_is_no_losparse_checkpoint(command: str, model: Path, tmp_
 
 
 WRONG_BLOCKS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "newer format": ({"format_version": 2}, ("format version 2", "pip install --upgrade losparse")),
+    "newer format": ({"format_version": 3}, ("format version 3", "pip install --upgrade losparse")),
     "no modules": ({"modules": None}, ("lists no compressed modules",)),
     "rank not there": ({"rank": None}, ("layer model.layers.0.self_attn.q_proj", "Compress it again")),
     "rank impossible": ({"rank": 1000}, ("layer model.layers.0.self_attn.q_proj", "impossible")),

@@ -32,7 +32,7 @@ def text(tmp_path: Path) -> Path:
         (("--allocate", "fair"), "--allocate is uniform or error"),
         (("--allocate", "error", "--rank", "4"), "--allocate error"),
         (("--allocate", "error", "--pattern", "2:4"), "--allocate error"),
-        (("--solver", "best"), "--solver is magnitude, oats or admm"),
+        (("--solver", "best"), "--solver is admm, oats, magnitude, feedback or rounding"),
         (("--memory-limit", "much"), "--memory-limit"),
     ],
 )

@@ -173,7 +173,9 @@ def test_the_bounds_of_a_dry_run_hold(case: str, model: Path, tmp_path: Path) ->
     assert planned.keys() == {layer["name"] for layer in report["layers"]}
     for layer in report["layers"]:
         expected = planned[layer["name"]]
-        assert (layer["rank"], layer["nnz"]) == (expected["rank"], expected["nnz"])
+        assert layer["rank"] == expected["rank"]
+        # Of whole numbers what is zero is not known before.
+        assert layer["nnz"] <= expected["nnz"] if layer["layout"] == "codes" else layer["nnz"] == expected["nnz"]
         assert layer["bytes_after"] <= expected["bound_bytes"]
     weights = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert weights == sorted(plan["shards"])

@@ -16,7 +16,7 @@ from losparse_cli.verify import verify
 TEXT = "\n\n".join(f"{number} bottles of beer on the wall, {number} bottles of beer." for number in range(99, 0, -1))
 
 
-def test_three_ways_beside_dense(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_sizes_beside_dense_and_rounding(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = toy("llama", tokenizer=True, max_position_embeddings=600)
     monkeypatch.setattr(demo, "smollm2", lambda on_step: dense)
     monkeypatch.setattr(demo, "encyclopedia_text", lambda: (TEXT, TEXT))
@@ -24,19 +24,23 @@ def test_three_ways_beside_dense(toy: Any, tmp_path: Path, monkeypatch: pytest.M
     said: list[tuple[str, float | None]] = []
     reports: list[Any] = []
     rows = demo.demo(tmp_path, on_step=lambda *step: said.append(step), on_report=reports.append)
-    assert [row.name for row in rows] == list(demo.WORK) == ["dense", *demo.WAYS]
+    assert [row.name for row in rows] == list(demo.WORK) == ["dense", demo.ROUNDING, *demo.WAYS]
     assert rows[0].gap is None
     for row in rows[1:]:
         assert row.layer_bytes < 0.7 * rows[0].layer_bytes
         assert row.gap is not None
         assert row.gap.error is not None
         assert row.perplexity.error is not None
+    for row in rows[2:]:
         assert verify(row.folder).sound
+    gaps = [row.gap.value for row in rows if row.gap is not None]
+    assert abs(gaps[1]) < abs(gaps[0])  # a toy knows nothing, and may as well be better
+    assert rows[2].layer_bytes < rows[1].layer_bytes
     assert [report.bytes_after for report in reports] == [rows[-1].layer_bytes]
     # It is said first that it takes minutes; then, with every compression, what is left in all.
     assert "minutes" in said[0][0]
     left = [seconds for _, seconds in said if seconds is not None]
-    assert len(left) == 3
+    assert len(left) == 2
     assert all(seconds > 0 for seconds in left)
 
 

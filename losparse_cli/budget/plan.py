@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from ..errors import UnfitError, UsageError
 from ..shim.layouts import LayerSpec, bound_index_bytes, candidates, expected_index_bytes, n_of_m
-from .recipe import Recipe
+from .recipe import MOST_BITS, Recipe
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class Layer:
 
     shape: (out_features, in_features). itemsize: bytes of one stored weight. transposed: the tensor lies
     on disk as (in, out). disk_module: what its tensors are called on disk, without `.weight`. kinds: its class and
-    those that it is made from, by name.
+    those that it is made from, by name. rows: `embedding`, or `head` of an output head that is tied to none, whose rows
+    are coded alone and have bits of their own; empty for other layers.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Layer:
     itemsize: int
     transposed: bool = False
     kinds: tuple[str, ...] = ()
+    rows: str = ""
 
     @property
     def dense_bytes(self) -> int:
@@ -35,7 +37,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one layer gets. bound_bytes is never exceeded; expected_bytes assumes an even spread of S."""
+    """What one layer gets. bound_bytes is never exceeded; expected_bytes assumes an even spread of S.
+
+    bits: a weight, where S is whole numbers, on average over all layers of which as many are asked; 0 for floats.
+    """
 
     layer: Layer
     rank: int
@@ -45,6 +50,7 @@ class LayerPlan:
     iterations: int
     bound_bytes: int
     expected_bytes: int
+    bits: float = 0.0
 
     @property
     def parameters(self) -> int:
@@ -69,7 +75,8 @@ class Plan:
 
     @property
     def bound_bytes(self) -> int:
-        return sum(p.bound_bytes for p in self.layers)
+        """Most bytes of all layers; codes of many layers together take what was asked for, whatever one layer does."""
+        return sum(p.expected_bytes if p.bits else p.bound_bytes for p in self.layers)
 
     @property
     def workspace_bytes(self) -> int:
@@ -79,6 +86,8 @@ class Plan:
 
 def _workspace(plan: LayerPlan) -> int:
     """Bytes an entry: float32 copies, masks and 64-bit indices, and the stored weight twice."""
+    if plan.layer.rows:  # codes, those of the step before, and 32-bit ones that are written; floats are of a few rows
+        return 16 + 2 * plan.layer.itemsize
     sorted_in_groups = ":" in plan.pattern or plan.scope == "row"
     return (44 if sorted_in_groups else 30) + 2 * plan.layer.itemsize
 
@@ -94,7 +103,8 @@ def make_plan(layers: Iterable[Layer], skipped: dict[str, str], recipe: Recipe, 
     too_small: list[str] = []
     unfit: UnfitError | None = None
     for layer in layers:
-        request = recipe.for_layer(layer.name, layer.kinds).settled(calibrated=calibrated)
+        request = recipe.for_rows(layer.name, layer.kinds) if layer.rows else recipe.for_layer(layer.name, layer.kinds)
+        request = request.settled(calibrated=calibrated)
         m, n = layer.shape
         if request.rank is not None and request.rank * (m + n) >= m * n:
             skipped[layer.name] = f"rank {request.rank} factors are no smaller than the {m} x {n} matrix"
@@ -106,8 +116,9 @@ def make_plan(layers: Iterable[Layer], skipped: dict[str, str], recipe: Recipe, 
             skipped[layer.name] = error.reason
             unfit = unfit or error
             continue
-        if plan.bound_bytes >= layer.dense_bytes:
-            skipped[layer.name] = f"would not shrink: {plan.bound_bytes:,} of {layer.dense_bytes:,} bytes"
+        size = plan.expected_bytes if plan.bits else plan.bound_bytes
+        if size >= layer.dense_bytes:
+            skipped[layer.name] = f"would not shrink: {size:,} of {layer.dense_bytes:,} bytes"
             too_small.append(layer.name)
         else:
             plans.append(plan)
@@ -133,6 +144,8 @@ def plan_layer(layer: Layer, recipe: Recipe) -> LayerPlan:
     """
     assert recipe.threshold_scope is not None
     assert recipe.iterations is not None
+    if recipe.coded:
+        return _plan_codes(layer, recipe)
     rank, nnz = _rank_and_nnz(layer.shape, layer.itemsize, recipe)
     if rank is None:
         raise UnfitError(
@@ -156,6 +169,31 @@ def plan_layer(layer: Layer, recipe: Recipe) -> LayerPlan:
         bound_bytes=int(_bytes(layer.shape, layer.itemsize, rank, nnz, recipe.pattern, bound=True)),
         expected_bytes=round(_bytes(layer.shape, layer.itemsize, rank, nnz, recipe.pattern, bound=False)),
     )
+
+
+def _plan_codes(layer: Layer, recipe: Recipe) -> LayerPlan:
+    """UnfitError if factors and streams alone take more than what was asked for."""
+    (m, n), rank = layer.shape, recipe.rank or 0
+    bits = recipe.bits if recipe.bits is not None else min(MOST_BITS, 8 * layer.itemsize * (recipe.keep or 0.0))
+    beside = code_overhead(layer, rank)
+    option = "--embedding-bits" if layer.rows else "--bits"
+    if bits * m * n / 8 <= beside:
+        raise UnfitError(
+            f"{layer.name} ({m} x {n}) cannot be stored in {bits:.3g} bits a weight: factors and stream alone take "
+            f"{8 * beside / (m * n):.3g}. Raise {option} to {8 * beside / (m * n) + 0.05:.2f} at least"
+            f"{', or lower --rank' if rank else ''}, or leave the layer out with --ignore '{layer.name}'.",
+            f"cannot be stored in {bits:.3g} bits a weight: factors and stream alone take more",
+        )
+    expected = round(bits * m * n / 8)
+    # What a layer takes depends on how much the loss minds it, and on the others: this is what no real one came near.
+    return LayerPlan(layer, rank, m * n, recipe.pattern, "matrix", 1, 2 * m * n + 2 * beside + 4096, expected, bits)
+
+
+def code_overhead(layer: Layer, rank: int) -> int:
+    """Bytes of a coded layer beside the codes: U, V, factors of rows and columns, and what a stream says first."""
+    m, n = layer.shape
+    lanes = -(-m * n // 2048) if n < 2048 else m
+    return rank * (m + n) * layer.itemsize + m * layer.itemsize + n + (m + n) // 2 + 4 * lanes + 64
 
 
 def plan_as_stored(layers: Iterable[Layer], skipped: dict[str, str], specs: Mapping[str, LayerSpec]) -> Plan:

@@ -11,11 +11,21 @@ from ..errors import RecipeError, UsageError, flag, is_number, is_whole
 from .recipe_file import RANK_CHOICES, SIZE_CHOICES, RecipeFile, asked, read_recipe
 from .targets import check_expressions, matches, only
 
-SOLVERS = ("magnitude", "oats", "admm")
+FLOAT_SOLVERS, CODE_SOLVERS = ("magnitude", "oats", "admm"), ("rounding", "feedback")
+SOLVERS = (*FLOAT_SOLVERS, *CODE_SOLVERS)
+VALUES = ("codes", "float")
 ALLOCATIONS = ("uniform", "error")
 
+DEFAULT_BITS, CALIBRATED_BITS = 5.25, 4.25
+"""Bits a weight of codes without and with calibration text."""
+EMBEDDING_BITS = 7.0
+"""Bits a weight of embeddings and output heads, where S is codes."""
+MOST_BITS = 8.0
+"""Beyond which codes say nothing that matters (docs/performance.md)."""
+CODED_KEEP = 0.5
+"""Share of the bytes up to which `keep` is spent on codes."""
 DEFAULT_KEEP, CALIBRATED_KEEP = 0.85, 0.6
-"""Share of the bytes kept without and with calibration text."""
+"""Share of the bytes kept of floats, without and with calibration text."""
 CALIBRATED_RANK_RATIO = 0.2
 DEFAULT_ITERATIONS = {"magnitude": 4, "oats": 80, "admm": 120}
 """Solver -> passes over one weight."""
@@ -29,9 +39,11 @@ class Recipe:
     """What to do with every targeted layer; `overrides` holds target -> fields for some of them.
 
     At most one of rank (columns of U) and rank_ratio (share of the kept parameters in U and V), and at
-    most one of sparsity (share of S that is zero), keep (stored bytes over dense bytes) and
-    keep_parameters ((r(m+n) + nnz) / mn). What is None depends on whether there is calibration text: see `settled`.
-    UsageError on contradictions and values out of range.
+    most one of sparsity (share of S that is zero), keep (stored bytes over dense bytes),
+    keep_parameters ((r(m+n) + nnz) / mn) and bits (stored, a weight). values: of S, codes (whole numbers) or float.
+    embedding_bits: where S is codes, of embeddings and output heads, which are in no other budget; "none" leaves them
+    dense. sensitivity: on or off, whether codes follow the loss. What is None depends on whether there is calibration
+    text: see `settled`. UsageError on contradictions and values out of range.
     """
 
     rank: int | None = None
@@ -39,10 +51,14 @@ class Recipe:
     sparsity: float | None = None
     keep: float | None = None
     keep_parameters: float | None = None
+    bits: float | None = None
+    values: str | None = None
+    embedding_bits: float | str | None = None
     pattern: str = "unstructured"
     threshold_scope: str | None = None
     iterations: int | None = None
     solver: str | None = None
+    sensitivity: str | None = None
     allocate: str = "uniform"
     seed: int = 0
     targets: tuple[str, ...] = ()
@@ -54,7 +70,18 @@ class Recipe:
         _at_most_one(self, SIZE_CHOICES)
         if self.rank is not None and (not is_whole(self.rank) or self.rank < 0):
             raise UsageError(f"--rank must be a whole number >= 0, not {self.rank!r}; 8 is a usual choice.")
-        for name in ("rank_ratio", *SIZE_CHOICES):
+        if self.bits is not None and (not is_number(self.bits) or not 0 < self.bits <= MOST_BITS):
+            raise UsageError(
+                f"--bits is how many bits a weight takes, above 0 and at most {MOST_BITS:g}, not {self.bits!r}; "
+                f"{CALIBRATED_BITS:g} is a usual choice."
+            )
+        given = self.embedding_bits
+        if given not in (None, "none") and (not is_number(given) or not 0 < given <= MOST_BITS):  # type: ignore[operator]
+            raise UsageError(
+                f"--embedding-bits is how many bits a weight of an embedding takes, above 0 and at most {MOST_BITS:g}, "
+                f"or none, not {given!r}; {EMBEDDING_BITS:g} is a usual choice."
+            )
+        for name in ("rank_ratio", "sparsity", "keep", "keep_parameters"):
             value = getattr(self, name)
             if value is not None and (not is_number(value) or not 0 <= value <= 1):
                 percent = f" Did you mean {value / 100:g}?" if is_number(value) and 1 < value <= 100 else ""
@@ -66,7 +93,11 @@ class Recipe:
         if self.threshold_scope not in (None, "row", "matrix"):
             raise UsageError(f"--threshold-scope is row or matrix, not {self.threshold_scope!r}.")
         if self.solver not in (None, *SOLVERS):
-            raise UsageError(f"--solver is magnitude, oats or admm, not {self.solver!r}.")
+            raise UsageError(f"--solver is admm, oats, magnitude, feedback or rounding, not {self.solver!r}.")
+        if self.values not in (None, *VALUES):
+            raise UsageError(f"--values is codes or float, not {self.values!r}.")
+        if self.sensitivity not in (None, "on", "off"):
+            raise UsageError(f"--sensitivity is on or off, not {self.sensitivity!r}.")
         if self.allocate not in ALLOCATIONS:
             raise UsageError(f"--allocate is uniform or error, not {self.allocate!r}.")
         if self.iterations is not None and (not is_whole(self.iterations) or self.iterations < 1):
@@ -84,6 +115,7 @@ class Recipe:
         for target, _ in self.overrides:
             check_expressions(target, "layers:")
         _check_pattern(self)
+        _check_values(self)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Recipe:
@@ -101,18 +133,44 @@ class Recipe:
                 recipe = override(recipe, dict(fields))
         return recipe
 
+    def for_rows(self, name: str, kinds: tuple[str, ...] = ()) -> Recipe:
+        """As `for_layer`, for an embedding or an output head: bits of its own, and no U and V."""
+        bits = EMBEDDING_BITS if self.embedding_bits in (None, "none") else self.embedding_bits
+        recipe = override(self, {"bits": bits}).for_layer(name, kinds)
+        return override(recipe, {"rank": 0})
+
     def with_overrides(self, layers: Mapping[str, Mapping[str, Any]]) -> Recipe:
         """This recipe with further fields for the layers of these names, which win over what was there."""
         added = tuple((only(name), tuple(sorted(fields.items()))) for name, fields in layers.items())
         return replace(self, overrides=(*self.overrides, *added))
 
-    def settled(self, *, calibrated: bool = False) -> Recipe:
+    def settled(self, *, calibrated: bool = False, refined: bool = False) -> Recipe:
         """This recipe with every choice made that was left open; without calibration text unless told otherwise.
 
-        Without data all of the budget is best spent on S; with it, a fifth on U and V (docs/performance.md).
+        S is whole numbers, unless something asks for what only floats can do, or for more bytes than whole numbers can
+        use. refined: whether blocks are to be matched, which needs floats. Of floats all of the budget is best spent on
+        S without data; with it, a fifth on U and V (docs/performance.md).
         """
+        if self.coded is None:
+            values = "float" if refined or (self.keep is not None and self.keep > CODED_KEEP) else "codes"
+            return replace(self, values=values).settled(calibrated=calibrated)
+        if self.coded:
+            sized = self.bits is not None or self.keep is not None
+            return replace(
+                self,
+                values="codes",
+                bits=self.bits if sized else CALIBRATED_BITS if calibrated else DEFAULT_BITS,
+                rank=self.rank or 0,
+                solver=self.solver or ("feedback" if calibrated else "rounding"),
+                sensitivity=self.sensitivity or ("on" if calibrated else "off"),
+                # Layers that --targets names are all that is meant, unless something is said of embeddings, too.
+                embedding_bits=self.embedding_bits or (None if self.targets else EMBEDDING_BITS),
+                iterations=1,
+                threshold_scope="matrix",
+            )
         solver = self.solver or ("admm" if calibrated else "magnitude")
         changes: dict[str, Any] = {
+            "values": "float",
             "solver": solver,
             "iterations": self.iterations or self._passes(solver, calibrated),
             "threshold_scope": self.threshold_scope or ("row" if calibrated else "matrix"),
@@ -123,6 +181,19 @@ class Recipe:
         if self.rank is None and self.rank_ratio is None and self.sparsity is None and not fixed:
             changes["rank_ratio"] = CALIBRATED_RANK_RATIO if calibrated else 0.0
         return replace(self, **changes)
+
+    @property
+    def coded(self) -> bool | None:
+        """Whether S is whole numbers; None where nothing that was asked decides it."""
+        if self.values is not None:
+            return self.values == "codes"
+        rows = self.embedding_bits not in (None, "none")
+        if self.bits is not None or self.solver in CODE_SOLVERS or self.sensitivity is not None or rows:
+            return True
+        of_floats = (self.rank, self.rank_ratio, self.sparsity, self.keep_parameters, self.threshold_scope)
+        others = (self.iterations, self.solver)
+        asked = any(value is not None for value in (*of_floats, *others))
+        return False if asked or self.pattern != "unstructured" or self.allocate != "uniform" else None
 
     def _passes(self, solver: str, calibrated: bool) -> int:
         shares = (self.keep, self.keep_parameters, None if self.sparsity is None else 1 - self.sparsity)
@@ -192,6 +263,33 @@ def override(recipe: Recipe, fields: Mapping[str, Any]) -> Recipe:
         if budget and "rank_ratio" not in fields:
             changes["rank_ratio"] = None  # and a budget then fixes the rank
     return replace(recipe, **changes)
+
+
+def _check_values(recipe: Recipe) -> None:
+    """UsageError for what codes cannot do, or floats."""
+    if recipe.values == "float" or (recipe.values is None and not recipe.coded):
+        rows = None if recipe.embedding_bits == "none" else recipe.embedding_bits
+        given = {"--bits": recipe.bits, "--embedding-bits": rows, "--sensitivity": recipe.sensitivity}
+        given |= {f"--solver {recipe.solver}": recipe.solver in CODE_SOLVERS or None}
+        wrong = next((name for name, value in given.items() if value is not None), None)
+        if wrong and recipe.values == "float":
+            raise UsageError(f"{wrong} is for whole numbers in S: leave out --values float.")
+        return
+    given = {
+        "--rank-ratio": recipe.rank_ratio,
+        "--sparsity": recipe.sparsity,
+        "--keep-parameters": recipe.keep_parameters,
+        "--threshold-scope": None if recipe.threshold_scope == "matrix" else recipe.threshold_scope,
+        "--iterations": None if recipe.iterations == 1 else recipe.iterations,
+        f"--solver {recipe.solver}": recipe.solver if recipe.solver in FLOAT_SOLVERS else None,
+        f"--pattern {recipe.pattern}": None if recipe.pattern == "unstructured" else recipe.pattern,
+        f"--allocate {recipe.allocate}": None if recipe.allocate == "uniform" else recipe.allocate,
+    }
+    wrong = next((name for name, value in given.items() if value is not None), None)
+    if wrong:
+        raise UsageError(
+            f"{wrong} is for floats in S, and whole numbers were asked for: leave it out, or say --values float."
+        )
 
 
 def _check_pattern(recipe: Recipe) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 from ..errors import RecipeError
 
 RANK_CHOICES = ("rank", "rank_ratio")
-SIZE_CHOICES = ("sparsity", "keep", "keep_parameters")
+SIZE_CHOICES = ("sparsity", "keep", "keep_parameters", "bits")
 PER_LAYER = (*RANK_CHOICES, *SIZE_CHOICES, "pattern", "threshold_scope", "iterations")
-WHOLE_RUN = ("targets", "ignore", "solver", "allocate", "seed")
+WHOLE_RUN = ("targets", "ignore", "values", "embedding_bits", "solver", "sensitivity", "allocate", "seed")
 RUN = ("calibration", "refine", "device", "memory_limit", "max_shard_size")
 """What a recipe may say of a run beside its layers."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, FormatVersionError, UsageError
-from ..shim.layouts import FORMAT_VERSION, LayerSpec
+from ..shim.layouts import FORMAT_VERSION, LayerSpec, format_version
 from ..shim.loader import write_loader
 from .reader import FLOATING, TORCH_DTYPES, TensorEntry
 from .source import Checkpoint
@@ -32,7 +32,7 @@ def write_config(
         auto_map["AutoConfig"] = AUTO_CONFIG
     quantization = {
         "quant_method": "losparse",
-        "format_version": FORMAT_VERSION,
+        "format_version": format_version(specs.values()),
         "modules": {name: spec.to_dict() for name, spec in specs.items()},
         "skipped": dict(skipped),
     }
@@ -63,9 +63,9 @@ def specs_of(config: Mapping[str, Any], address: str) -> dict[str, LayerSpec]:
     if quantization.get("quant_method") != "losparse":
         raise UsageError(f"{address} is no losparse checkpoint. Make one with: losparse compress {address}")
     version = quantization.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise FormatVersionError(
-            f"{address} has losparse format version {version}; this losparse reads version "
+            f"{address} has losparse format version {version}; this losparse reads versions up to "
             f"{FORMAT_VERSION}. Upgrade with: pip install --upgrade losparse"
         )
     modules = quantization.get("modules")

@@ -4,36 +4,43 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from ..budget.plan import LayerPlan
 from ..errors import CheckpointError
+from ..linalg.factors import LowRankCodes, LowRankSparse
 from ..shim.codec import decode, smallest
-from ..shim.layouts import LayerSpec
+from ..shim.layouts import COLUMN_FACTORS, LayerSpec, column_factors
+from ..shim.streams import decode as decode_stream
+from ..shim.streams import encode
+from .codes import fit_contexts
 from .reader import TensorEntry
 from .source import Checkpoint
 
 
-def encode_layer(
-    plan: LayerPlan, U: Tensor, V: Tensor, values: Tensor, support: Tensor
-) -> tuple[LayerSpec, dict[str, Tensor]]:
-    """The entry in config.json of a layer's factors, and its tensors as stored, by suffix.
-
-    U: (out, rank). V: (rank, in). values: (nnz,), in row-major order. support: (out, in), bool, where they lie.
-    """
-    layer, rank = plan.layer, U.shape[1]
-    spec, index = smallest(support, rank, plan.pattern)
+def encode_layer(plan: LayerPlan, factors: LowRankSparse | LowRankCodes) -> tuple[LayerSpec, dict[str, Tensor]]:
+    """The entry in config.json of a layer's factors, and its tensors as stored, by suffix."""
+    layer, rank = plan.layer, factors.rank
+    if isinstance(factors, LowRankCodes):
+        stream = encode(factors.codes, fit_contexts(factors.codes))
+        kind = "embedding" if layer.rows == "embedding" else ""
+        spec = LayerSpec(layer.shape, rank, factors.nnz, plan.pattern, "codes", index_bytes=stream.numel(), kind=kind)
+        scale = torch.searchsorted(COLUMN_FACTORS, factors.columns.cpu()).to(torch.uint8)
+        tensors = {"weight": factors.rows, "S_codes": stream, "S_scale": scale}
+    else:
+        spec, index = smallest(factors.support, rank, plan.pattern)
+        tensors = {"weight": factors.values, **index}
     disk = layer.disk_module if layer.disk_module != layer.name else ""
     spec = replace(spec, transposed=layer.transposed, tensor=disk)
-    tensors = {"U": U, "V": V} if rank else {}
-    tensors |= {"weight": values, **index}
+    tensors = ({"U": factors.U, "V": factors.V} if rank else {}) | tensors
     return spec, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def read_layer(
     checkpoint: Checkpoint, name: str, spec: LayerSpec, entries: dict[str, TensorEntry]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(U, V, values, support) of one layer, every index checked; U and V have rank 0 columns if absent.
+) -> LowRankSparse | LowRankCodes:
+    """The factors of one layer, every index checked; U and V have rank 0 columns if absent.
 
     CheckpointError names the layer if an index leaves its range.
     """
@@ -48,11 +55,16 @@ def read_layer(
         ) from error
 
 
-def unpack_layer(spec: LayerSpec, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(U, V, values, support) from the stored tensors by suffix; ValueError if an index leaves its range."""
-    support = decode(spec, {k: t for k, t in tensors.items() if k.startswith("S_")})
+def unpack_layer(spec: LayerSpec, tensors: dict[str, Tensor]) -> LowRankSparse | LowRankCodes:
+    """The factors from the stored tensors by suffix; ValueError if an index leaves its range."""
     m, n = spec.shape
     values = tensors["weight"]
     U = tensors.get("U", values.new_zeros(m, 0))
     V = tensors.get("V", values.new_zeros(0, n))
-    return U, V, values, support
+    if spec.layout == "codes":
+        codes, _ = decode_stream(tensors["S_codes"], spec.shape)
+        if int(torch.count_nonzero(codes)) != spec.nnz:
+            raise ValueError(f"S_codes does not hold {spec.nnz} entries other than zero")
+        return LowRankCodes(U, V, values, column_factors(tensors["S_scale"]), codes.to(values.device))
+    support = decode(spec, {k: t for k, t in tensors.items() if k.startswith("S_")})
+    return LowRankSparse(U, V, values, support)

@@ -12,6 +12,7 @@ from ..errors import OutputError, UsageError, write_errors
 
 ALLOCATION = "losparse_allocation.json"  # what --allocate error decided; of a run under way
 GENERATED = "losparse_generated.safetensors"  # text that the model wrote for its own calibration; of a run under way
+SENSITIVITY = "losparse_sensitivity.safetensors"  # what the loss minds, and bits by the step; of a run under way
 STATES = "training"  # folder of the states that a fine-tuning saves; of a run under way
 
 

@@ -19,7 +19,7 @@ class LayerReport:
     weight_squared and residual_squared: squared Frobenius norms of W and of W − U V − S, None if unknown.
     errors: relative Frobenius error after each iteration. output_errors: relative error of the layer's output on
     the text that it was solved with, after each stage of the solver; () without one. held_out_error: the same on text
-    that was held out, as stored; None without any.
+    that was held out, as stored; None without any. log_step: of codes, log2 of the step that they were made with.
     """
 
     name: str
@@ -31,6 +31,7 @@ class LayerReport:
     errors: tuple[float, ...] = ()
     output_errors: tuple[float, ...] = ()
     held_out_error: float | None = None
+    log_step: float | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -55,6 +56,11 @@ class LayerReport:
     @property
     def density(self) -> float:
         return self.spec.nnz / self.parameters
+
+    @property
+    def coded(self) -> bool:
+        """Whether S is whole numbers."""
+        return self.spec.layout == "codes"
 
     @property
     def relative_error(self) -> float | None:
@@ -124,6 +130,16 @@ class Report:
         return self.targeted_parameters / max(1, self.parameters)
 
     @property
+    def bits(self) -> float:
+        """Stored, a weight of the compressed layers, everything counted."""
+        return 8 * self.bytes_after / max(1, self.targeted_parameters)
+
+    @property
+    def coded(self) -> bool:
+        """Whether S is whole numbers in every layer."""
+        return bool(self.layers) and all(layer.coded for layer in self.layers)
+
+    @property
     def kept_parameters(self) -> float:
         """(r(m+n) + nnz) / mn over the compressed layers."""
         return sum(layer.kept for layer in self.layers) / max(1, self.targeted_parameters)
@@ -141,7 +157,8 @@ class Report:
     def totals(self) -> dict[str, Any]:
         """The sums above under their names, for JSON."""
         names = ["bytes_before", "bytes_after", "model_bytes_before", "model_bytes_after", "parameters"]
-        names += ["targeted_parameters", "targeted_share", "kept_parameters", "relative_error", "held_out_error"]
+        names += ["targeted_parameters", "targeted_share", "kept_parameters", "bits"]
+        names += ["relative_error", "held_out_error"]
         return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:

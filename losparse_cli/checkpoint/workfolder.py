@@ -14,7 +14,7 @@ from .fingerprint import digest
 from .finish import read_report
 from .journal import FILE as JOURNAL
 from .journal import Journal, fingerprint_in, require_ours, require_same
-from .output import ALLOCATION, GENERATED, STATES, check_output, working_folder
+from .output import ALLOCATION, GENERATED, SENSITIVITY, STATES, check_output, working_folder
 
 
 class WorkFolder:
@@ -123,7 +123,7 @@ def check_resume(resume: str) -> None:
 def clear_away(output: Path) -> None:
     """Remove what a published result no longer needs: text, states, the journal, and the folder that it replaced."""
     with write_errors(output):
-        for name in (GENERATED, ALLOCATION):
+        for name in (GENERATED, ALLOCATION, SENSITIVITY):
             (output / name).unlink(missing_ok=True)
         shutil.rmtree(output / STATES, ignore_errors=True)
         (output / JOURNAL).unlink(missing_ok=True)

@@ -50,13 +50,20 @@ MemoryLimit = Annotated[
     ),
 ]
 
-_PLAIN, _CALIBRATED = Recipe().settled(), Recipe().settled(calibrated=True)
+
+def number_or_word(text: str | None) -> float | str | None:
+    """The number that an option was given, or the word."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
 
 
-def by_calibration(name: str) -> str:
-    """The default of a field of the recipe: without calibration text, and with it."""
-    plain, calibrated = (getattr(recipe, name) for recipe in (_PLAIN, _CALIBRATED))
-    return f"{plain}; with --calibration {calibrated}"
+def by_calibration(name: str, values: str = "float") -> str:
+    """The default of a field of the recipe for S of such values: without calibration text, and with it."""
+    recipe = Recipe(values=values)
+    plain, calibrated = (getattr(recipe.settled(calibrated=text), name) for text in (False, True))
+    return f"{'of floats ' if values == 'float' else ''}{plain}; with --calibration {calibrated}"
 
 
 ITERATIONS = ", ".join(f"{solver} {count}" for solver, count in DEFAULT_ITERATIONS.items()) + (

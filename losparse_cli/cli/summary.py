@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 # on SmolLM2-135M perplexity goes from 33 to 61 at 0.69 and to 247 at 0.54 (docs/performance.md).
 NOTICED, RUINED = 0.75, 0.6
 CALIBRATED_RUINED = 0.4
+FEW_BITS, CALIBRATED_FEW_BITS = 4.0, 2.75
+"""Of whole numbers, without text and with it: what a language model loses below is a tenth of a nat and more."""
 
 
 def show_plan(out: Console, found: Forecast) -> None:
@@ -34,21 +36,29 @@ def show_plan(out: Console, found: Forecast) -> None:
     targeted = sum(p.layer.shape[0] * p.layer.shape[1] for p in plan.layers)
     kinds: dict[tuple[Any, ...], list[LayerPlan]] = {}
     for p in plan.layers:
-        kinds.setdefault((p.layer.name.rpartition(".")[2], p.layer.shape, p.rank, p.nnz), []).append(p)
+        entries = f"{p.bits:g} bits" if p.bits else f"{p.nnz:,}"
+        kinds.setdefault((p.layer.name.rpartition(".")[2], p.layer.shape, p.rank, entries), []).append(p)
     columns = [
         Column("shape", [f"{shape[0]} x {shape[1]}" for _, shape, _, _ in kinds]),
         Column("rank", [str(rank) for _, _, rank, _ in kinds]),
-        Column("nnz", [f"{nnz:,}" for _, _, _, nnz in kinds], goes=1),
+        Column("S" if job.recipe.coded else "nnz", [entries for _, _, _, entries in kinds], goes=1),
         Column("before", [size(sum(p.layer.dense_bytes for p in members)) for members in kinds.values()], goes=2),
         Column("about", [size(sum(p.expected_bytes for p in members)) for members in kinds.values()]),
         Column("at most", [size(sum(p.bound_bytes for p in members)) for members in kinds.values()]),
     ]
+    if job.recipe.coded:  # a layer may take more than its share, and another less
+        columns.pop()
     show_columns(out, "layers", [f"{len(members)} x {name}" for (name, *_), members in kinds.items()], columns)
     out.say(f"Layers   {len(plan.layers)} compressed, {len(plan.skipped)} left dense")
     share = targeted / job.parameters
-    out.say(f"Share    {share:.1%} of all parameters are targeted; {kept / targeted:.1%} of those are kept")
     about, most = size(plan.expected_bytes), size(plan.bound_bytes)
-    out.say(f"Result   {about} of {size(plan.dense_bytes)} in those layers, at most {most}")
+    if job.recipe.coded:
+        bits = 8 * plan.expected_bytes / targeted
+        out.say(f"Share    {share:.1%} of all parameters are targeted, with {bits:.3g} bits each on average")
+        out.say(f"Result   at most {about} of {size(plan.dense_bytes)} in those layers, and hardly less")
+    else:
+        out.say(f"Share    {share:.1%} of all parameters are targeted; {kept / targeted:.1%} of those are kept")
+        out.say(f"Result   {about} of {size(plan.dense_bytes)} in those layers, at most {most}")
     out.say(f"Disk     at most {size(found.disk_bytes)} in {short(job.output)}; {size(found.free_bytes)} free")
     if not job.source.files:
         out.say(f"Download {size(job.source.nbytes)} from the Hub, kept in its cache")
@@ -126,7 +136,14 @@ def show_result(out: Console, result: Result) -> None:
             f"only {report.targeted_share:.0%} of the parameters lie in layers that can be compressed; the rest "
             "(embeddings, heads, fused experts) stays as it is. `losparse inspect` on the dense model lists why."
         )
-    if report.calibration:
+    if report.coded:
+        if report.bits < (CALIBRATED_FEW_BITS if report.calibration else FEW_BITS):
+            remedy = "raise --bits" if report.calibration else "raise --bits, or give text: --calibration FILE"
+            out.warn(
+                f"{report.bits:.3g} bits a weight cost a language model noticeably. Measure it with `losparse eval`, "
+                f"or {remedy}."
+            )
+    elif report.calibration:
         if report.kept_parameters < CALIBRATED_RUINED:
             out.warn(
                 f"keeping {report.kept_parameters:.0%} of the parameters costs a language model much of its quality, "
@@ -195,8 +212,12 @@ def _show_sizes(out: Console, report: Report, before: str, after: str) -> None:
     table.add_row("compressed layers", size(report.bytes_before), size(report.bytes_after), _share(report))
     table.add_row("whole model", size(report.model_bytes_before), size(report.model_bytes_after),
                   f"{report.model_bytes_after / max(1, report.model_bytes_before):.1%}")  # fmt: skip
-    table.add_row("parameters kept", f"{report.targeted_parameters:,}", f"{sum(x.kept for x in report.layers):,}",
-                  f"{report.kept_parameters:.1%}")  # fmt: skip
+    if report.coded:
+        dense = 8 * report.bytes_before / max(1, report.targeted_parameters)
+        table.add_row("bits a weight", f"{dense:g}", f"{report.bits:.3f}", f"{report.bits / dense:.1%}")
+    else:
+        table.add_row("parameters kept", f"{report.targeted_parameters:,}", f"{sum(x.kept for x in report.layers):,}",
+                      f"{report.kept_parameters:.1%}")  # fmt: skip
     out.err.print(table)
 
 

@@ -40,6 +40,7 @@ class Group:
         self.share = self.after / max(1, self.before)
         self.nnz = sum(x.spec.nnz for x in layers)
         self.density = self.nnz / max(1, sum(x.parameters for x in layers))
+        self.bits = 8 * self.after / max(1, sum(x.parameters for x in layers))
         self.error = error_of(layers, measure)
 
 
@@ -51,6 +52,7 @@ SORTS: dict[str, Callable[[Group], float]] = {
     "rank": lambda group: -max(x.spec.rank for x in group.layers),
     "nnz": lambda group: -group.nnz,
     "density": lambda group: -group.density,
+    "bits": lambda group: -group.bits,
 }
 DENSE_SORTS: dict[str, Callable[[Sequence[DenseLayer]], float]] = {
     "name": lambda layers: 0,
@@ -109,6 +111,7 @@ def _show_compressed(out: Console, report: Report, every_layer: bool, sort: str,
         Column("density", [f"{g.density:.3f}" for g in groups], f"{whole.density:.3f}", goes=4),
         Column("pattern", [_one(x.spec.pattern for x in g.layers) for g in groups], left=True, goes=5),
         Column("layout", [_one(x.spec.layout for x in g.layers) for g in groups], left=True, goes=3),
+        Column("bits", [f"{g.bits:.2f}" for g in groups], f"{whole.bits:.2f}", goes=8),
         Column("before", [size(g.before) for g in groups], size(whole.before), goes=2),
         Column("after", [size(g.after) for g in groups], size(whole.after)),
         Column("share", [f"{g.share:5.1%} [cyan]{_bar(g.share)}[/]" for g in groups], f"{whole.share:5.1%}", left=True),
@@ -209,8 +212,7 @@ def show_comparison(out: Console, rows: Sequence[Measured]) -> None:
         out.out.print(f"[bold]{row.name}[/] says: {escape(row.sentence)}")
     out.out.print(
         "\nLog gap: log-perplexity above that of dense; ± one standard error. The text is the"
-        f"\nfirst {WINDOWS} of README's 32 windows; with its longer calibration losparse comes closer,"
-        "\nand with --refine blocks closer still."
+        f"\nfirst {WINDOWS} of README's 32 windows; with its longer calibration losparse comes closer."
         f"\nGo on with: losparse inspect {ours.folder} --layers"
         f"\nor a picture: losparse inspect {ours.folder} --plot losparse.html"
     )

@@ -21,8 +21,7 @@ from ..linalg.precision import fast_float32
 from ..models.blocks import Relay, block_of
 from ..models.device import available
 from ..text.windows import Windows
-from .assembly import Assembly
-from .calibrated import calibration_model, parameters_outside
+from .assembly import Assembly, calibration_model, parameters_outside
 from .plan import Job
 from .solve import solve_layers
 

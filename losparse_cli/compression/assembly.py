@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from ..checkpoint.source import Checkpoint
 from ..errors import CheckpointError
+from ..models.blocks import block_of
 from ..models.names import NameMap
+from ..models.reading import output_embeddings
+from ..models.route import Route
+from ..models.skeleton import empty_model
+from .plan import Job
 
 
 class Assembly:
@@ -96,3 +101,23 @@ class Assembly:
         for name in names:
             module, _, key = name.rpartition(".")
             setattr(self.model.get_submodule(module), key, parameter)
+
+
+def calibration_model(job: Job) -> Assembly:
+    """The job's model without weights, told to keep no cache: one would let every batch attend to those before it."""
+    model = empty_model(job.source.folder, job.source.config, trust_remote_code=job.trust_remote_code)
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config.use_cache = False
+    return Assembly(model, job.source, job.device)
+
+
+def parameters_outside(model: Any, route: Route) -> list[str]:
+    """Parameters outside the blocks that run before the last block: all but the output head's own."""
+    blocks = (*route.blocks, *route.unreached)
+    outside = [name for name, _ in model.named_parameters() if block_of(name, blocks) is None]
+    head = output_embeddings(model)
+    own = {id(p) for p in head.parameters()} if head is not None else set()
+    # Embeddings that the head is tied to are read before: the decoder's, where the encoder has others.
+    own -= {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    return [name for name in outside if id(model.get_parameter(name)) not in own]

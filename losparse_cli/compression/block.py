@@ -18,14 +18,17 @@ from ..checkpoint.report import LayerReport
 from ..checkpoint.source import Checkpoint
 from ..errors import CheckpointError
 from ..linalg.error import output_error, relative_error, squared_norm
-from ..linalg.factors import Decomposition, LowRankSparse
+from ..linalg.factors import Decomposition, LowRankCodes, LowRankSparse
 from ..linalg.svd import seed_of
 from ..models.blocks import Call
 from ..shim.layouts import LayerSpec
 from .assembly import Assembly
+from .coded import Coder, coded_within, own_steps
 from .matching import LOSSES, match_block
 from .plan import Job, Schedule
+from .rows import code_rows
 from .solve import as_matrix, encode, solve_layer, solve_layers
+from .steps import Steps
 
 
 class Block:
@@ -45,8 +48,10 @@ class Block:
         made: Schedule,
         assembly: Assembly,
         say: Callable[[str], None],
+        steps: Steps,
         numbers: range | None = None,
     ) -> None:
+        self.steps = steps
         self.name, self.job, self.assembly = name, job, assembly
         self.numbers = job.blocks[name] if numbers is None else numbers
         self._units = {number: made.units[number] for number in self.numbers}
@@ -76,17 +81,23 @@ class Block:
 
     def hold_out(self, calls: Sequence[Call]) -> None:
         """Errors are measured on what the dense block's layers are fed in these calls, besides what a solver says."""
-        found = gather_moments(self.module, list(self.plans), calls, prefix=self.prefix)
+        found = gather_moments(self.module, self._fed, calls, prefix=self.prefix)
         self._held_out = {layer: group.H for group in found for layer in group.layers}
 
     def solve(self, calls: Sequence[Call], on_layer: Callable[[LayerReport], None]) -> None:
         """Solve every layer for what it is fed in `calls`; without data those that the text never reaches."""
         self._say("gathering what its layers are fed")
-        moments = gather_moments(self.module, list(self.plans), calls, prefix=self.prefix)
+        for layer, plan in self.plans.items():
+            if plan.layer.rows:
+                self._code_rows(layer, plan, on_layer)
+        moments = gather_moments(self.module, self._fed, calls, prefix=self.prefix)
         moments.reverse()
         while moments:
             group = moments.pop()  # each second moment is let go of as soon as it was used
             self._say(f"solving {', '.join(layer.rpartition('.')[2] for layer in group.layers)}")
+            if self.job.recipe.coded:
+                self._code(group.layers, group.H, on_layer)
+                continue
             plans = [self.plans[layer] for layer in group.layers]
             stored = [self._stored(layer) for layer in group.layers]
             found = solve_layers(plans, stored, group.H, self.job.recipe, self.job.device)
@@ -94,10 +105,44 @@ class Block:
                 self.solved[layer] = replace(one, held_out_error=self._unseen_error(layer, one.factors))
                 on_layer(self.encode(layer)[0])
         for layer, plan in self.plans.items():
-            if layer not in self.solved:
+            if layer not in self.solved and plan.bits:
+                self._code((layer,), None, on_layer)
+            elif layer not in self.solved:
                 self.solved[layer] = solve_layer(plan, self._stored(layer), self.job.recipe, self.job.device)
                 on_layer(self.encode(layer)[0])
         self._install()
+
+    def _code_rows(self, layer: str, plan: LayerPlan, on_layer: Callable[[LayerReport], None]) -> None:
+        coded = code_rows(plan, self._stored(layer), self.job.device)
+        self.solved[layer] = coded.solved
+        self._encoded[layer] = coded.report, coded.tensors
+        on_layer(coded.report)
+
+    @property
+    def _fed(self) -> list[str]:
+        """The layers that are solved for what they are fed: an embedding is fed tokens, and no head is calibrated."""
+        return [layer for layer, plan in self.plans.items() if not plan.layer.rows]
+
+    def _code(self, layers: Sequence[str], H: Tensor | None, on_layer: Callable[[LayerReport], None]) -> None:
+        """Whole numbers for layers that are fed the same inputs, at the step that the rest of the model has, too."""
+        plans = [self.plans[layer] for layer in layers]
+        names = [plan.layer.name for plan in plans]
+        stored = [self._stored(layer) for layer in layers]
+        recipe, steps = self.job.recipe, self.steps
+        coder = Coder(
+            plans, stored, H if recipe.solver == "feedback" else None, [steps.g(name) for name in names], recipe.seed,
+            self.job.device,
+        )  # fmt: skip
+        asked = [steps.log_step(name) for name in names]
+        if None in asked:
+            asked = [own if step is None else step for own, step in zip(own_steps(coder), asked, strict=True)]
+        coded = coded_within(coder, steps.pots(plans), [step for step in asked if step is not None])
+        for layer, one in zip(layers, coded, strict=True):
+            unseen = self._unseen_error(layer, one.solved.factors)
+            self.solved[layer] = replace(one.solved, held_out_error=unseen)
+            self._encoded[layer] = replace(one.report, held_out_error=unseen), one.tensors
+            steps.spend(one.report)
+            on_layer(self._encoded[layer][0])
 
     def start_from(self, start: Checkpoint, on_layer: Callable[[LayerReport], None]) -> None:
         """Take the layers, and the norms, that the compressed checkpoint `start` holds."""
@@ -106,8 +151,7 @@ class Block:
         specs = layer_specs(start)
         for layer, plan in self.plans.items():
             name = plan.layer.name
-            tensors = read_layer(start, name, specs[name], layer_tensors(start, name, specs[name]))
-            factors = LowRankSparse(*(tensor.to(self.job.device) for tensor in tensors))
+            factors = read_layer(start, name, specs[name], layer_tensors(start, name, specs[name])).to(self.job.device)
             line = known.get(name, {})
             self.solved[layer] = self._measured(layer, factors, line.get("errors", ()), line.get("output_errors", ()))
             on_layer(self.encode(layer)[0])
@@ -123,7 +167,7 @@ class Block:
         for number, (entry, plan) in self._units.items():
             if plan is not None:
                 parts = {name.rpartition(".")[2]: t.to(self.job.device) for name, t in tensors[number].items()}
-                factors = LowRankSparse(*unpack_layer(specs[number], parts))
+                factors = unpack_layer(specs[number], parts)
                 self._set_weight(plan.layer.name.removeprefix(self.prefix), factors)
             elif entry.name in self.norms and entry.name in tensors[number]:
                 self._set_norm(self.norms[entry.name], tensors[number][entry.name])
@@ -140,7 +184,7 @@ class Block:
             self.module,
             calls,
             targets,
-            {layer: one.factors for layer, one in self.solved.items()},
+            {layer: one.factors for layer, one in self.solved.items() if isinstance(one.factors, LowRankSparse)},
             {parameter.removeprefix(self.prefix): dtypes[tensor] for tensor, parameter in self.norms.items()},
             refinement,
             held_out=held_out,
@@ -161,7 +205,7 @@ class Block:
         """The layer's line of the report, with its entry in config.json, and its tensors by suffix."""
         if layer not in self._encoded:  # asked for when it is solved, and again when it is written
             one = self.solved[layer]
-            self._encoded[layer] = encode(self.plans[layer], one, one.factors.values.dtype)
+            self._encoded[layer] = encode(self.plans[layer], one, one.factors.U.dtype)
         return self._encoded[layer]
 
     def norm(self, tensor: str) -> Tensor:
@@ -175,7 +219,7 @@ class Block:
         return self.assembly.read(self.plans[layer].layer.tensor)
 
     def _measured(
-        self, layer: str, factors: LowRankSparse, errors: Sequence[float], output_errors: Sequence[float]
+        self, layer: str, factors: LowRankSparse | LowRankCodes, errors: Sequence[float], output_errors: Sequence[float]
     ) -> Decomposition:
         W = as_matrix(self._stored(layer), self.plans[layer].layer, self.job.device)
         weight, residual = squared_norm(W), squared_norm(W - factors.dense())
@@ -188,7 +232,7 @@ class Block:
             self._unseen_error(layer, factors),
         )
 
-    def _unseen_error(self, layer: str, factors: LowRankSparse) -> float | None:
+    def _unseen_error(self, layer: str, factors: LowRankSparse | LowRankCodes) -> float | None:
         """Of the layer's output in windows that are held out, None if none of them reaches it."""
         H = self._held_out.get(layer)
         if H is None:
@@ -200,7 +244,9 @@ class Block:
         for layer, one in self.solved.items():
             self._set_weight(layer, one.factors)
 
-    def _set_weight(self, layer: str, factors: LowRankSparse) -> None:
+    def _set_weight(self, layer: str, factors: LowRankSparse | LowRankCodes) -> None:
+        if self.plans[layer].layer.rows:
+            return  # what blocks are calibrated with is what the dense model reads
         W = factors.dense()
         linear: Any = self.module.get_submodule(layer)
         with torch.no_grad():

@@ -10,31 +10,38 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.activations import Activations
+from ..checkpoint.report import LayerReport
 from ..checkpoint.writer import ShardWriter, tensor_part
 from ..linalg.precision import fast_float32
-from ..models.blocks import Call, Relay, block_of, changed, hidden_states, run_block
+from ..models.blocks import Call, Relay, changed, hidden_states, run_block
 from ..models.device import available, memory_errors
-from ..models.reading import output_embeddings
-from ..models.route import Route
-from ..models.skeleton import empty_model
 from ..progress import Progress
 from ..shim.layouts import LayerSpec
 from ..text.sample import hold_out
 from ..text.windows import Windows
-from .assembly import Assembly
+from .assembly import calibration_model, parameters_outside
 from .block import Block
 from .plan import Job, Schedule
+from .steps import Steps
 
 
 class CalibratedRun:
     """The blocks of one job, solved and written in turn; those that `writer` holds already are only run.
 
-    windows: the text. made: what is written. fixed_bytes: of memory that is needed beside activations.
+    windows: the text. made: what is written. fixed_bytes: of memory that is needed beside activations. steps: of codes.
     """
 
     def __init__(
-        self, job: Job, windows: Windows, made: Schedule, writer: ShardWriter, told: Progress, fixed_bytes: int
+        self,
+        job: Job,
+        windows: Windows,
+        made: Schedule,
+        writer: ShardWriter,
+        told: Progress,
+        fixed_bytes: int,
+        steps: Steps,
     ) -> None:
+        self.steps = steps
         self.job, self.made, self.writer, self.told = job, made, writer, told
         assert job.calibration is not None
         seen, unseen = (part.batches(job.calibration.batch, job.device) for part in hold_out(windows))
@@ -58,7 +65,7 @@ class CalibratedRun:
         with memory_errors(remedy), fast_float32(), Relay(self.model, list(job.blocks), batches * streams) as relay:
             for name, calls in relay:
                 self._block(
-                    Block(name, job, self.made, self.assembly, self.told.phase),
+                    Block(name, job, self.made, self.assembly, self.told.phase, self.steps),
                     calls[: len(batches)],
                     calls[len(batches) :],
                 )
@@ -71,7 +78,9 @@ class CalibratedRun:
                     self._copy(number)
                 continue
             begun = time.monotonic()
-            layer = Block("", self.job, self.made, self.assembly, self.told.phase, range(number, number + 1))
+            layer = Block(
+                "", self.job, self.made, self.assembly, self.told.phase, self.steps, range(number, number + 1)
+            )
             if number < self.writer.done:
                 self._restore(layer)
                 continue
@@ -83,6 +92,9 @@ class CalibratedRun:
 
     def _restore(self, block: Block) -> None:
         specs = {n: self.writer.stats(n).get("spec") for n in block.numbers}
+        for stats in map(self.writer.stats, block.numbers):
+            if stats.get("log_step") is not None:
+                self.steps.spend(LayerReport.from_dict(stats, LayerSpec.from_dict(stats["spec"])))
         tensors = {n: self.writer.read(n) for n in block.numbers}
         block.restore(tensors, {n: LayerSpec.from_dict(spec) for n, spec in specs.items() if spec is not None})
 
@@ -144,23 +156,3 @@ class CalibratedRun:
         entry = self._entries[self.made.units[number][0].name]
         self.writer.append([(entry.name, entry.dtype, entry.shape, self._files[entry.path].chunks(entry))])
         self.told.advance("bytes", entry.nbytes)
-
-
-def parameters_outside(model: Any, route: Route) -> list[str]:
-    """Parameters outside the blocks that run before the last block: all but the output head's own."""
-    blocks = (*route.blocks, *route.unreached)
-    outside = [name for name, _ in model.named_parameters() if block_of(name, blocks) is None]
-    head = output_embeddings(model)
-    own = {id(p) for p in head.parameters()} if head is not None else set()
-    # Embeddings that the head is tied to are read before: the decoder's, where the encoder has others.
-    own -= {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    return [name for name in outside if id(model.get_parameter(name)) not in own]
-
-
-def calibration_model(job: Job) -> Assembly:
-    """The job's model without weights, told to keep no cache: one would let every batch attend to those before it."""
-    model = empty_model(job.source.folder, job.source.config, trust_remote_code=job.trust_remote_code)
-    for module in model.modules():
-        if hasattr(module, "config"):
-            module.config.use_cache = False
-    return Assembly(model, job.source, job.device)

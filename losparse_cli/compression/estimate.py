@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calibration.sensitivity import LOGITS
 from ..checkpoint.output import check_space, free_bytes
 from ..checkpoint.workfolder import WorkFolder
 from ..linalg.precision import fast_float32
@@ -18,6 +19,7 @@ from ..text.sample import account, doubts, hold_out
 from ..text.windows import Windows
 from .fingerprint import fingerprint
 from .plan import RESIDENT_BASE, Job, Schedule, schedule
+from .steps import SENSITIVITY_TOKENS
 
 # Measured on SmolLM2-135M, two cores: time of the whole over that of its products alone at full speed.
 SOLVER_OVERHEAD, FORWARD_OVERHEAD, TRAINING_OVERHEAD = 2.2, 1.6, 1.6
@@ -25,6 +27,9 @@ GENERATION_OVERHEAD = 8  # a token at a time is bound by memory: measured agains
 GENERATION_BYTES = 1 << 30  # keys and values of the windows that are written side by side
 POLISH = 45  # products with H besides those of the iterations
 SOLVER_COPIES = 9  # float32 matrices of the weight's shape that the solver holds at once
+FEEDBACK_OVERHEAD = 6  # column by column, which no product is as slow as
+BACKWARD_COPIES = 60  # of what flows into a block, that one batch takes inside it with gradients
+LOSS_BYTES = 6 * LOGITS
 BURSTS, BURST_SECONDS = 7, 0.01
 UNSTEADY = 1.25  # of the second fastest burst's speed and the second slowest's; alone on a machine it is below 1.1
 TRAINING_COPIES = 8  # of the block: U V + S, S, its mask, gradients, Adam's two moments, and the weights put aside
@@ -136,6 +141,7 @@ def estimate(job: Job, windows: Windows | None) -> Estimate:
     inside = set(job.unreached).union(*(set(numbers) for numbers in job.blocks.values()))
     outside = sum(e.elements for k, e in enumerate(job.entries) if k not in inside)
     widest = max(sum(job.entries[k].elements for k in numbers) for numbers in job.blocks.values())
+    felt = min(tokens, SENSITIVITY_TOKENS) if job.recipe.sensitivity == "on" else 0
     held_out = windows is None or len(hold_out(windows)[1].ids) > 0
     moments = solver = 0
     work = 0.0  # flops, weighted with their overhead
@@ -149,16 +155,23 @@ def estimate(job: Job, windows: Windows | None) -> Estimate:
             block += m * n
             # Two matrices are often solved side by side: gate and up, or k and v.
             solver = max(solver, 4 * (2 * SOLVER_COPIES * m * n + 4 * n * n))
+            if plan.bits and job.recipe.solver == "feedback":
+                work += FEEDBACK_OVERHEAD * 2 * m * n * n
             if job.recipe.solver == "admm":
                 steps = plan.iterations
                 work += SOLVER_OVERHEAD * (2 * m * n * n * (steps + POLISH) + 2 * n**3 * steps / 5)
             work += FORWARD_OVERHEAD * 2 * n * n * tokens
         work += FORWARD_OVERHEAD * 2 * 2 * block * tokens
+        # Forwards, and backwards, for which it runs forwards again.
+        work += FORWARD_OVERHEAD * 2 * 4 * block * felt
         if job.refinement is not None:
             work += TRAINING_OVERHEAD * 6 * block * batch * job.refinement.steps
     training = TRAINING_COPIES * 4 * widest if job.refinement is not None else 0
     passing = 4 * batch * 16 * hidden  # what one batch leaves behind inside a block
     fixed = RESIDENT_BASE + 4 * (outside + widest) + moments + max(solver, training + passing)
+    if felt:
+        fixed = max(fixed, RESIDENT_BASE + 4 * (outside + widest) + BACKWARD_COPIES * 4 * batch * hidden + LOSS_BYTES)
+        work += FORWARD_OVERHEAD * 2 * 3 * outside * felt
     if windows is None:  # all of the model in memory, with keys and values, before the rest
         fixed = max(fixed, RESIDENT_BASE + job.source.nbytes + GENERATION_BYTES)
         work += FORWARD_OVERHEAD * GENERATION_OVERHEAD * 2 * job.parameters * tokens
@@ -166,6 +179,8 @@ def estimate(job: Job, windows: Windows | None) -> Estimate:
     batches = -(-(len(windows.ids) if windows is not None else job.calibration.windows) // job.calibration.batch)
     biases = 4 * job.bias_heads * job.calibration.length**2 * batches * (held - 1)
     carried = 4 * tokens * hidden * held + biases
+    if felt:  # what every block returned waits for the way back
+        carried = max(carried, 4 * felt * hidden * (len(job.blocks) + held))
     speeds = _speeds(job.device)
     slow, middle, fast = speeds[1], statistics.median(speeds), speeds[-2]
     # A command that came before this one may still count as one process a core.

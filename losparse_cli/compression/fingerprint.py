@@ -19,7 +19,10 @@ def fingerprint(job: Job) -> dict[str, Any]:
     import transformers
 
     made = schedule(job, job.plan)
-    plan = [[e.name, e.dtype, e.shape, p and [p.rank, p.nnz, p.pattern, p.scope, p.iterations]] for e, p in made.units]
+    plan = [
+        [e.name, e.dtype, e.shape, p and [p.rank, p.nnz, p.pattern, p.scope, p.iterations, p.bits]]
+        for e, p in made.units
+    ]
     return {
         "losparse": __version__,
         "torch": torch.__version__,

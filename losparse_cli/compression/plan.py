@@ -9,7 +9,7 @@ import torch
 
 from ..budget.plan import Layer, LayerPlan, Plan, make_plan, plan_as_stored
 from ..budget.recipe import Recipe
-from ..budget.targets import choose, require_match
+from ..budget.targets import choose, matches, require_match
 from ..checkpoint.companions import companion_files
 from ..checkpoint.config import layer_specs
 from ..checkpoint.output import output_path, parse_size
@@ -19,6 +19,7 @@ from ..checkpoint.writer import Shard, Slot, plan_shards
 from ..errors import CheckpointError, SourceError, UsageError
 from ..models.blocks import bias_heads, block_of, hidden_size
 from ..models.device import find_device
+from ..models.embeddings import Rows, find_rows
 from ..models.names import NameMap
 from ..models.route import Route, find_route
 from ..models.skeleton import Skeleton, build_skeleton
@@ -137,7 +138,7 @@ def prepare(
     """
     request = request or Request()
     calibration = request.calibration
-    recipe = request.recipe.settled(calibrated=calibration is not None)
+    recipe = request.recipe.settled(calibrated=calibration is not None, refined=request.refinement is not None)
     _check_calibrated(recipe, calibration, request.refinement)
     shard_bytes, device = parse_size(request.max_shard_size), find_device(request.device)
     limit = None if request.memory_limit is None else parse_size(request.memory_limit, "--memory-limit")
@@ -161,7 +162,7 @@ def prepare(
     windows: Windows | None = None
     route, unreached = Route(), range(0)
     if calibration is not None:
-        route = find_route(skeleton.model, [p.layer.name for p in plan.layers])
+        route = find_route(skeleton.model, [p.layer.name for p in plan.layers if not p.layer.rows])
         entries, blocks, unreached = _by_block(source, skeleton, route)
         if source.files:
             windows = read_windows(
@@ -195,12 +196,17 @@ def _check_calibrated(recipe: Recipe, calibration: Calibration | None, refinemen
     """UsageError if the request needs text and has none, or leaves nothing to allocate."""
     asked = {
         "--refine blocks": refinement is not None,
-        f"--solver {recipe.solver}": recipe.solver != "magnitude",
+        f"--solver {recipe.solver}": recipe.solver not in ("magnitude", "rounding"),
+        "--sensitivity on": recipe.sensitivity == "on",
         "--allocate error": recipe.allocate == "error",
     }
     for option, given in asked.items():
         if given and calibration is None:
             raise UsageError(f"{option} needs text to calibrate with: add --calibration FILE, or --calibration self.")
+    if refinement is not None and recipe.coded:
+        raise UsageError(
+            "--refine blocks matches floats, and S is to be whole numbers: leave it out, or add --values float."
+        )
     sized = recipe.keep is not None or recipe.keep_parameters is not None
     if recipe.allocate == "error" and (not sized or ":" in recipe.pattern or recipe.rank is not None):
         raise UsageError("--allocate error decides rank and size of each layer: give --keep alone, and no N:M pattern.")
@@ -243,6 +249,8 @@ def find_layers(source: Checkpoint, skeleton: Skeleton, recipe: Recipe) -> tuple
     """Targeted layers with their tensors on disk, and every layer left dense with the reason."""
     kinds = skeleton.kinds
     chosen, skipped = choose(kinds, skeleton.skipped, recipe.targets, recipe.ignore)
+    rows, reasons = _rows(skeleton, recipe)
+    skipped |= reasons
     for target, _ in recipe.overrides:
         require_match(target, kinds, skeleton.linears, "layers:")
     names = NameMap(skeleton.model, source.entries)
@@ -279,11 +287,60 @@ def find_layers(source: Checkpoint, skeleton: Skeleton, recipe: Recipe) -> tuple
         layers.append(
             Layer(linear.name, entry.name, disk_module, linear.shape, itemsize, linear.transposed, kinds[linear.name])
         )
+    for one in rows:
+        found = _rows_on_disk(one, source, names, kinds[one.name])
+        if isinstance(found, str):
+            skipped[one.name] = found
+            continue
+        layers.append(found)
+        for name in (one.name, *one.twins):
+            skipped.pop(name, None)
     return layers, skipped
 
 
+def _rows(skeleton: Skeleton, recipe: Recipe) -> tuple[list[Rows], dict[str, str]]:
+    """The embeddings and output heads that are to be coded, and why others are not.
+
+    With --targets they are those that it names, unless bits were asked for.
+    """
+    if not recipe.coded or recipe.embedding_bits == "none":
+        return [], {}
+    found, reasons = find_rows(skeleton.model)
+    kinds = skeleton.kinds
+    if recipe.embedding_bits is None:
+        targets = recipe.targets
+        others = [n for n in found if not any(matches(target, n, kinds[n]) for target in targets)]
+        reasons |= dict.fromkeys(others, "not among --targets")
+    ignored = [n for n in found if any(matches(target, n, kinds[n]) for target in recipe.ignore)]
+    reasons |= dict.fromkeys(ignored, "named by --ignore")
+    return [one for n, one in found.items() if n not in reasons and n not in skeleton.linears], reasons
+
+
+def _rows_on_disk(rows: Rows, source: Checkpoint, names: NameMap, kinds: tuple[str, ...]) -> Layer | str:
+    """The layer that codes these rows, or why they stay dense."""
+    stored = names.disk.get(f"{rows.name}.weight", [])
+    twins = [tensor for twin in rows.twins for tensor in names.disk.get(f"{twin}.weight", [])]
+    if len(stored) != 1 or not stored[0].endswith(".weight"):
+        return "stored under another name than its own" if twins else "assembled from other tensors at load"
+    if twins:
+        return f"stored twice, as {twins[0]}, too"
+    entry = source.entries[stored[0]]
+    disk_module = names.disk_module(rows.name, entry.name)
+    if entry.dtype not in FLOATING or entry.shape != rows.shape:
+        return f"stored as {entry.dtype} {list(entry.shape)}"
+    if disk_module is None:
+        return "transformers would rename its codes at load"
+    kind = "head" if rows.head else "embedding"
+    return Layer(rows.name, entry.name, disk_module, rows.shape, BITS[entry.dtype] // 8, False, kinds, kind)
+
+
 def _check_start(start: Checkpoint, dense: Checkpoint) -> None:
-    """UsageError if what `start` does not compress is no longer that of the dense model, to which it is matched."""
+    """UsageError if `start` holds no floats, or what it does not compress is no longer that of the dense model."""
+    if any(spec.layout == "codes" for spec in layer_specs(start).values()):
+        raise UsageError(
+            f"{start.address} holds whole numbers in S, and blocks are matched by training floats. Compress the dense "
+            "model with --values float --refine blocks, or with more --bits."
+        )
     if start.report().get("training"):
         raise UsageError(
             f"{start.address} was trained by losparse finetune, embeddings and head too, so it cannot be matched to "
@@ -310,6 +367,6 @@ def _refuse_quantized(source: Checkpoint) -> None:
 
 
 def _tensor_names(plan: LayerPlan) -> tuple[str, ...]:
-    layouts = candidates(plan.pattern, plan.layer.shape, plan.nnz)
+    layouts = ("codes",) if plan.bits else candidates(plan.pattern, plan.layer.shape, plan.nnz)
     index = max((INDEX_TENSORS[layout] for layout in layouts), key=lambda names: sum(map(len, names)))
     return tuple(f"{plan.layer.disk_module}.{suffix}" for suffix in ("U", "V", "weight", *index))

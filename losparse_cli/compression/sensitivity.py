@@ -13,7 +13,7 @@ from ..models.blocks import block_of
 from ..models.device import available, memory_errors
 from ..progress import Progress
 from ..text.windows import Windows
-from .calibrated import calibration_model
+from .assembly import calibration_model
 from .plan import Job
 
 
@@ -43,7 +43,7 @@ def measure_sensitivity(
         if (block := block_of(name, blocks)) is not None:
             parameters[block].append(name)
     for plan in job.plan.layers:
-        if (block := block_of(plan.layer.name, blocks)) is not None:
+        if not plan.layer.rows and (block := block_of(plan.layer.name, blocks)) is not None:
             layers[block].append(plan.layer.name.removeprefix(f"{block}." if block else ""))
     limit = job.memory_limit if job.memory_limit is not None else available(job.device) * 3 // 4
     remedy = "Lower --calibration-tokens or --calibration-length, or set --memory-limit."

@@ -84,8 +84,7 @@ def solve_layers(
 
 def encode(plan: LayerPlan, solved: Decomposition, dtype: torch.dtype) -> tuple[LayerReport, dict[str, Tensor]]:
     """The layer's line of the report, with its entry in config.json, and its tensors as stored, by suffix."""
-    factors = solved.factors
-    spec, tensors = encode_layer(plan, factors.U, factors.V, factors.values, factors.support)
+    spec, tensors = encode_layer(plan, solved.factors)
     report = LayerReport(
         plan.layer.name,
         spec,
@@ -96,6 +95,7 @@ def encode(plan: LayerPlan, solved: Decomposition, dtype: torch.dtype) -> tuple[
         solved.errors,
         solved.output_errors,
         solved.held_out_error,
+        solved.log_step,
     )
     return report, tensors
 

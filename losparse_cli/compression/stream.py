@@ -12,13 +12,19 @@ from torch import Tensor
 from ..checkpoint.journal import Unit
 from ..checkpoint.writer import ShardWriter, tensor_part
 from ..progress import Progress
+from .coded import Coder, Ledger
 from .plan import Job, Schedule
+from .rows import code_rows
 from .solve import encode, solve_layer
 
 
 def compress_stream(job: Job, made: Schedule, writer: ShardWriter, told: Progress) -> None:
     """Write every unit of `made` that `writer` does not hold yet: solved alone, or copied."""
     files = {file.path: file for file in job.source.files}
+    ledger = Ledger(plan for _, plan in made.units if plan is not None and plan.bits and not plan.layer.rows)
+    for number, (_, plan) in enumerate(made.units[: writer.done]):
+        if plan is not None:
+            ledger.spend(plan, writer.stats(number)["bytes_after"])
     todo = made.units[writer.done :]
     upcoming = iter([entry for entry, plan in todo if plan is not None])
 
@@ -39,7 +45,14 @@ def compress_stream(job: Job, made: Schedule, writer: ShardWriter, told: Progres
                 assert ahead is not None, "one read is submitted for each layer"
                 begun = time.monotonic()
                 stored, ahead = ahead.result(), read_next()
-                report, tensors = encode(plan, solve_layer(plan, stored, job.recipe, job.device), stored.dtype)
+                if plan.layer.rows:
+                    one = code_rows(plan, stored, job.device)
+                    report, tensors = one.report, one.tensors
+                elif plan.bits:
+                    one = ledger.code(Coder([plan], [stored], None, [None], job.recipe.seed, job.device))
+                    report, tensors = one.report, one.tensors
+                else:
+                    report, tensors = encode(plan, solve_layer(plan, stored, job.recipe, job.device), stored.dtype)
                 parts = [tensor_part(f"{plan.layer.disk_module}.{suffix}", t) for suffix, t in tensors.items()]
                 stats = {"spec": report.spec.to_dict(), **report.measured()}
                 seconds = time.monotonic() - begun

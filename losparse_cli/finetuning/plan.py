@@ -12,6 +12,7 @@ from ..budget.plan import Layer, Plan, make_plan, plan_as_stored, plan_layer
 from ..budget.recipe import Recipe
 from ..budget.recipe_file import RANK_CHOICES, SIZE_CHOICES
 from ..budget.targets import choose
+from ..checkpoint.config import layer_specs
 from ..checkpoint.source import Checkpoint
 from ..errors import UsageError
 from ..models.skeleton import Skeleton, classify
@@ -30,8 +31,16 @@ def settle(recipe: Recipe | None, checkpoint: Checkpoint) -> Recipe:
     UsageError for a pattern that training cannot prune, and for what a compressed model has decided already.
     """
     recipe = recipe or Recipe(pattern=PATTERN)
+    if recipe.coded:
+        raise UsageError("Training prunes floats in S: leave out settings that are for whole numbers, such as bits.")
+    recipe = replace(recipe, values="float")
     asks_ranks = _is_asked(recipe, RANK_CHOICES)
     if checkpoint.is_compressed:
+        if any(spec.layout == "codes" for spec in layer_specs(checkpoint).values()):
+            raise UsageError(
+                f"{checkpoint.address} holds whole numbers in S, and training is of floats. Start from the dense "
+                "model, or compress it with --values float."
+            )
         if asks_ranks or recipe.targets or recipe.ignore:
             raise UsageError(
                 "Ranks and layers of a compressed model stay as they are: leave out --rank, --rank-ratio, --targets "

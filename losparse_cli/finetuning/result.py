@@ -34,7 +34,7 @@ def write_result(training: Training, model: Any, work: Path, seconds: float, tol
     specs: dict[str, LayerSpec] = {}
 
     def encode(name: str, factors: LowRankSparse) -> tuple[LayerSpec, dict[str, Tensor]]:
-        spec, tensors = encode_layer(plans[name], factors.U, factors.V, factors.values, factors.support)
+        spec, tensors = encode_layer(plans[name], factors)
         reports.append(LayerReport(name, spec, plans[name].layer.dense_bytes, spec.nbytes(training.dtype)))
         specs[name] = spec
         return spec, tensors

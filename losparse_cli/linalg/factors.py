@@ -1,8 +1,9 @@
-"""LowRankSparse and Decomposition: the values that every solver returns."""
+"""LowRankSparse, LowRankCodes and Decomposition: what every solver returns."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ class LowRankSparse:
     V: Tensor
     values: Tensor
     support: Tensor
+
+    def to(self, device: torch.device) -> Self:
+        return replace(self, **{name: value.to(device) for name, value in vars(self).items()})
 
     @property
     def rank(self) -> int:
@@ -47,6 +51,46 @@ class LowRankSparse:
 
 
 @dataclass(frozen=True)
+class LowRankCodes:
+    """W ≈ U V + S of one weight, with S_ij = a_i c_j q_ij in whole numbers q.
+
+    U: (out_features, rank), V: (rank, in_features) and rows, a: (out_features,), in the stored dtype. columns, c:
+    (in_features,), float32. codes, q: (out_features, in_features), whole numbers.
+    """
+
+    U: Tensor
+    V: Tensor
+    rows: Tensor
+    columns: Tensor
+    codes: Tensor
+
+    def to(self, device: torch.device) -> Self:
+        return replace(self, **{name: value.to(device) for name, value in vars(self).items()})
+
+    @property
+    def rank(self) -> int:
+        return self.U.shape[1]
+
+    @property
+    def nnz(self) -> int:
+        return int(torch.count_nonzero(self.codes))
+
+    @property
+    def density(self) -> float:
+        """Share of S that is not zero, 0 to 1."""
+        return self.nnz / max(1, self.codes.numel())
+
+    def sparse(self) -> Tensor:
+        """S as a dense float32 matrix, (out_features, in_features)."""
+        return (self.codes.float() * self.columns).mul_(self.rows.float()[:, None])
+
+    def dense(self) -> Tensor:
+        """U V + S in float32, (out_features, in_features)."""
+        S = self.sparse()
+        return torch.addmm(S, self.U.float(), self.V.float()) if self.rank else S
+
+
+@dataclass(frozen=True)
 class Decomposition:
     """What a solver found for one weight, and what it measured on the way.
 
@@ -54,12 +98,13 @@ class Decomposition:
     stored. weight_squared, residual_squared: the squared norms in it, at the end. output_errors: relative error of
     the layer's output, sqrt(tr(E H Eᵀ) / tr(W H Wᵀ)), after each stage of a solver that knows H; never rising but
     for the last, which is that of the factors as they are stored. held_out_error: that error under a second moment that
-    the solver did not see, None without one.
+    the solver did not see, None without one. log_step: of codes, log2 of the step Δ that they were made with.
     """
 
-    factors: LowRankSparse
+    factors: LowRankSparse | LowRankCodes
     errors: tuple[float, ...]
     weight_squared: float
     residual_squared: float
     output_errors: tuple[float, ...] = ()
     held_out_error: float | None = None
+    log_step: float | None = None

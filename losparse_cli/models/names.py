@@ -73,7 +73,9 @@ class NameMap:
 
         tensor: the dense weight's name on disk. None if no such name survives the loader's renaming.
         """
-        suffixes = ("U", "V", "weight", "S_mask", "S_gaps", "S_offsets", "S_rows", "S_columns", "S_index")
+        suffixes = (
+            "U", "V", "weight", "S_mask", "S_gaps", "S_offsets", "S_rows", "S_columns", "S_index", "S_codes", "S_scale",
+        )  # fmt: skip
         state = self._state | {f"{module}.{suffix}": True for suffix in suffixes}
         for candidate in (tensor.removesuffix(".weight"), module):
             if all(self._rename(f"{candidate}.{s}", state) == (f"{module}.{s}", None) for s in suffixes):

@@ -14,6 +14,9 @@ from typing import Any
 
 from torch import nn
 
+BASES = ("transformers.modeling_utils", "transformers.generation", "transformers.integrations")
+"""Modules of transformers whose classes are part of every model, and use weights only to change or to save them."""
+
 
 def read_by_others(model: nn.Module) -> dict[str, str]:
     """Module name -> the class that uses the module's `weight` for more than its dtype, as Mamba's and RWKV's do."""
@@ -28,6 +31,49 @@ def read_by_others(model: nn.Module) -> dict[str, str]:
     return found
 
 
+def readers(model: nn.Module) -> dict[str, str]:
+    """Last part of a name -> a class in the model that uses `weight` of something called so for more than its dtype.
+
+    Wider than `read_by_others`: a method may be handed what it uses, as DeBERTa's head is the embeddings. An empty name
+    stands for what a getter returns.
+    """
+    kinds = {
+        base for module in model.modules() for base in type(module).__mro__[: type(module).__mro__.index(nn.Module)]
+    }
+    named = [kind for kind in kinds if not kind.__module__.startswith(("torch.", *BASES))]
+    found = {part: kind.__name__ for kind in named for part in _last_parts(kind)}
+    _definitions.cache_clear()
+    return found
+
+
+def reads_own(kind: Any) -> bool:
+    """Whether a class uses its own `weight` for more than its dtype, or has no source that would tell."""
+    bases = kind.__mro__[: kind.__mro__.index(nn.Embedding)]
+    found = [_definitions(base.__module__).get(base.__qualname__, ()) for base in bases]
+    _definitions.cache_clear()
+    nodes = [
+        node for every in found for definition in every for method in _methods(definition) for node in _uses(method)
+    ]
+    own = any(isinstance(node.value, ast.Name) and node.value.id == "self" for node in nodes)
+    return own or not all(found)
+
+
+@cache
+def _last_parts(kind: Any) -> frozenset[str]:
+    found = set()
+    for definition in _definitions(kind.__module__).get(kind.__qualname__, ()):
+        for method in _methods(definition):
+            aliases = _aliases(method)
+            for node in _uses(method):
+                value = aliases.get(node.value.id, node.value) if isinstance(node.value, ast.Name) else node.value
+                for place in (node.value, value):
+                    if isinstance(place, ast.Name | ast.Attribute):
+                        found.add(place.id if isinstance(place, ast.Name) else place.attr)
+                    elif isinstance(place, ast.Call) and "embeddings" in ast.unparse(place.func):
+                        found.add("")
+    return frozenset(found - {"self"})
+
+
 def _read_by(kind: Any) -> frozenset[str]:
     """Patterns of the names, inside a module of the class, of those whose weight its methods use."""
     return frozenset().union(*map(_read_by_own, kind.__mro__[: kind.__mro__.index(nn.Module)]))
@@ -38,10 +84,15 @@ def _read_by_own(kind: Any) -> frozenset[str]:
     """The same, of those methods that the class itself defines."""
     found: set[str] = set()
     for definition in _definitions(kind.__module__).get(kind.__qualname__, ()):
-        for method in definition.body:
-            if isinstance(method, ast.FunctionDef) and not re.match(r"(_*init|reset)_", method.name):
-                found |= _read_in(method)
+        for method in _methods(definition):
+            found |= _read_in(method)
     return frozenset(found)
+
+
+def _methods(definition: ast.ClassDef) -> list[ast.FunctionDef]:
+    """Those that compute; what only fills or changes weights does not count."""
+    methods = [node for node in definition.body if isinstance(node, ast.FunctionDef)]
+    return [method for method in methods if not re.match(r"_*(init|reset|resize|tie|set)_", method.name)]
 
 
 @cache
@@ -70,17 +121,25 @@ def _definitions(module: str) -> dict[str, list[ast.ClassDef]]:
 
 
 def _read_in(method: ast.FunctionDef) -> set[str]:
-    aliases: dict[str, ast.expr] = {}
-    harmless: set[ast.AST] = set()  # uses of a weight that ask for its kind alone
+    aliases = _aliases(method)
+    return {pattern for node in _uses(method) if (pattern := _path(node.value, aliases))}
+
+
+def _aliases(method: ast.FunctionDef) -> dict[str, ast.expr]:
+    """Local name -> what it is another name for."""
+    assigned = [node for node in ast.walk(method) if isinstance(node, ast.Assign)]
+    return {node.targets[0].id: node.value for node in assigned if isinstance(node.targets[0], ast.Name)}
+
+
+def _uses(method: ast.FunctionDef) -> list[ast.Attribute]:
+    """Every `.weight` that is used for more than its kind."""
+    harmless: set[ast.AST] = set()
     for node in ast.walk(method):
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            aliases[node.targets[0].id] = node.value
-        elif isinstance(node, ast.Attribute) and node.attr in ("dtype", "device"):
+        if isinstance(node, ast.Attribute) and node.attr in ("dtype", "device"):
             harmless.add(node.value)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
             harmless.add(node.args[0])
-    weights = [n for n in ast.walk(method) if isinstance(n, ast.Attribute) and n.attr == "weight" and n not in harmless]
-    return {pattern for node in weights if (pattern := _path(node.value, aliases))}
+    return [n for n in ast.walk(method) if isinstance(n, ast.Attribute) and n.attr == "weight" and n not in harmless]
 
 
 def _path(node: ast.expr, aliases: dict[str, ast.expr], deep: int = 9) -> str:

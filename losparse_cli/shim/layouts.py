@@ -1,17 +1,21 @@
 """The layouts in which the support of S can lie: what each stores, and in how many bytes (docs/format.md).
 
-The values of S are always stored in row-major order, so a layout only has to say *where* they are. This
-file is shipped inside checkpoints and may import nothing but torch.
+The values of S are stored in row-major order, so a layout only has to say *where* they are; but for `codes`, where S is
+whole numbers times a factor of their row and one of their column. This file is shipped inside checkpoints and may
+import nothing but torch.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest. A checkpoint without `codes` is written in version 1, which older readers know, too."""
 
 INDEX_TENSORS = {
     "bitmask": ("S_mask",),
@@ -21,9 +25,14 @@ INDEX_TENSORS = {
     "rows": ("S_rows",),
     "columns": ("S_columns",),
     "n:m": ("S_index",),
+    "codes": ("S_codes", "S_scale"),
 }
 """Layout -> suffixes of its index tensors, in the order in which they are stored."""
 
+COLUMN_FACTORS = torch.tensor([math.ldexp(2 ** (k % 8 / 8), k // 8 - 16) for k in range(256)])
+"""Of layout `codes`: the factors that a column can have, powers of the eighth root of 2 around 1; codes do the rest."""
+
+KINDS = ("", "embedding")
 GROUP_ENTRIES = 8192  # entries of S between two offsets of a gap layout: 8 bytes of index each
 
 
@@ -31,9 +40,10 @@ GROUP_ENTRIES = 8192  # entries of S between two offsets of a gap layout: 8 byte
 class LayerSpec:
     """What `config.json` records of one compressed layer; loading derives nothing.
 
-    shape: (out_features, in_features). index_bytes: bytes of `S_gaps`, for the gap layouts.
+    shape: (out_features, in_features). index_bytes: bytes of `S_gaps` or `S_codes`, for the layouts that have them.
     group_rows: rows of S between two offsets of a gap layout. transposed: the dense tensor lies on disk
-    as (in, out), as in GPT-2's Conv1D. tensor: module name on disk, where it differs from that in memory.
+    as (in, out), as in GPT-2's Conv1D. tensor: module name on disk, where it differs from that in memory. kind:
+    `embedding` for the rows of an embedding, empty for a linear layer.
     """
 
     shape: tuple[int, int]
@@ -45,10 +55,11 @@ class LayerSpec:
     index_bytes: int = 0
     transposed: bool = False
     tensor: str = ""
+    kind: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, without the fields that keep their default."""
-        defaults = {"group_rows": 0, "index_bytes": 0, "transposed": False, "tensor": ""}
+        defaults = {"group_rows": 0, "index_bytes": 0, "transposed": False, "tensor": "", "kind": ""}
         fields = {k: v for k, v in asdict(self).items() if k not in defaults or v != defaults[k]}
         return fields | {"shape": list(self.shape)}
 
@@ -62,12 +73,14 @@ class LayerSpec:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"incomplete layer entry {fields!r} ({error!r})") from error
         whole = (m, n, spec.rank, spec.nnz, spec.group_rows, spec.index_bytes)
-        text = (spec.pattern, spec.layout, spec.tensor)
+        text = (spec.pattern, spec.layout, spec.tensor, spec.kind)
         types = [*(type(x) is int for x in whole), *(type(x) is str for x in text), type(spec.transposed) is bool]
         if not all(types):
             raise ValueError(f"a value of the wrong type in layer entry {fields!r}")
         if spec.layout not in INDEX_TENSORS:
             raise ValueError(f"unknown layout {spec.layout!r}; this version knows {sorted(INDEX_TENSORS)}")
+        if spec.kind not in KINDS:
+            raise ValueError(f"unknown kind {spec.kind!r} of layer; this version knows {sorted(KINDS)}")
         if not spec._is_possible():
             raise ValueError(f"impossible layer entry {fields!r}")
         return spec
@@ -76,11 +89,15 @@ class LayerSpec:
         m, n = self.shape
         if not (m > 0 and n > 0 and 0 <= self.rank <= min(m, n) and 0 <= self.nnz <= m * n and self.index_bytes >= 0):
             return False
+        if self.kind == "embedding" and (self.layout != "codes" or self.rank or self.transposed):
+            return False
         if self.layout == "n:m":
             keep, group = n_of_m(self.pattern)
             return n % group == 0 and self.nnz == m * (n // group) * keep
         if self.layout in ("rows", "columns"):
             return self.nnz % (n if self.layout == "rows" else m) == 0
+        if self.layout == "codes":
+            return self.index_bytes > 0
         return not self.layout.startswith("gaps") or self.group_rows > 0
 
     def tensor_shapes(self, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -89,7 +106,7 @@ class LayerSpec:
         tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         if self.rank:
             tensors["U"], tensors["V"] = ((m, self.rank), dtype), ((self.rank, n), dtype)
-        tensors["weight"] = ((self.nnz,), dtype)
+        tensors["weight"] = ((m if self.layout == "codes" else self.nnz,), dtype)
         if self.layout == "bitmask":
             tensors["S_mask"] = ((m, -(-n // 8)), torch.uint8)
         elif self.layout == "csr":
@@ -102,6 +119,9 @@ class LayerSpec:
             tensors["S_rows"] = ((self.nnz // n,), torch.int32)
         elif self.layout == "columns":
             tensors["S_columns"] = ((self.nnz // m,), torch.int32)
+        elif self.layout == "codes":
+            tensors["S_codes"] = ((self.index_bytes,), torch.uint8)
+            tensors["S_scale"] = ((n,), torch.uint8)
         else:
             keep, group = n_of_m(self.pattern)
             bits = m * (n // group) * keep * position_bits(group)
@@ -112,6 +132,16 @@ class LayerSpec:
         """Stored bytes of U, V and S, every index counted, the bias not."""
         sizes = self.tensor_shapes(dtype).values()
         return sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in sizes)
+
+
+def column_factors(indices: torch.Tensor) -> torch.Tensor:
+    """c, (in,), float32, from `S_scale`: which of COLUMN_FACTORS each is."""
+    return COLUMN_FACTORS.to(indices.device)[indices.long()]
+
+
+def format_version(specs: Iterable[LayerSpec]) -> int:
+    """The oldest version of the format that can hold these layers."""
+    return 2 if any(spec.layout == "codes" for spec in specs) else 1
 
 
 def column_dtype(in_features: int) -> torch.dtype:

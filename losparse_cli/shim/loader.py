@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-FILES = ("codec", "layouts", "linear", "loader", "operator", "quantizer", "streams", "tables")
+FILES = ("codec", "embedding", "layouts", "linear", "loader", "operator", "quantizer", "stored", "streams", "tables")
 
 
 def write_loader(folder: Path) -> None:

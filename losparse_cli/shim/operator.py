@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .codec import unpack_bits
+from .layouts import column_factors
 
-FORMS = ("bits", "gaps", "rows", "columns")
+FORMS = ("bits", "gaps", "rows", "columns", "codes")
 """What `index` holds, for values of S in row-major order:
 
 bits: (out, ceil(in / 8)), uint8: one bit an entry, lowest first. `starts`: (out + 1,), int32: where each row's values
@@ -24,7 +25,12 @@ bits: (out, ceil(in / 8)), uint8: one bit an entry, lowest first. `starts`: (out
 gaps: uint8, one for each value: the entries skipped before it; 255 skips 255 and has no value; counted anew in every
     row. `starts`: (2, out + 1), int32: where each row's values begin, and its gaps.
 rows, columns: int32, the rows or columns that are kept; no `starts`.
+codes: (out, in), whole numbers, of which `values` holds the factor of each row. `starts`: (in,), uint8: what is stored
+    of the factors of the columns.
 """
+
+BLOCK = 1 << 22
+"""Entries of a matrix of codes, such as an output head's, that are floats at a time."""
 
 
 class Kernels(Protocol):
@@ -202,6 +208,10 @@ def reference(
     elif form == "rows":
         part = F.linear(x, values.view(-1, n))
         y = part.new_zeros(*x.shape[:-1], out_features).index_copy(-1, index.long(), part)
+    elif form == "codes" and index.numel() > BLOCK:
+        step = max(1, BLOCK // n)
+        parts = zip(torch.split(values, step), torch.split(index, step), strict=True)
+        y = torch.cat([F.linear(x, sparse(a, q, starts, (len(a), n), form)) for a, q in parts], -1)
     else:
         y = F.linear(x, sparse(values, index, starts, (out_features, n), form))
     if U is not None and V is not None:
@@ -215,6 +225,8 @@ def sparse(values: Tensor, index: Tensor, starts: Tensor | None, shape: tuple[in
         S = _kernels.spread(values, index, starts, shape)
         if S is not None:
             return S
+    if form == "codes":
+        return _whole(index, starts).mul_(values.float()[:, None]).to(values.dtype)
     where = support(index, starts, shape, form)
     return torch.zeros_like(where, dtype=values.dtype).masked_scatter(where, values)
 
@@ -222,6 +234,8 @@ def sparse(values: Tensor, index: Tensor, starts: Tensor | None, shape: tuple[in
 def support(index: Tensor, starts: Tensor | None, shape: tuple[int, int], form: str) -> Tensor:
     """Where S holds entries: (out, in), bool."""
     m, n = shape
+    if form == "codes":
+        return index != 0
     if form == "bits":
         return unpack_bits(index, n)
     if form == "gaps":
@@ -241,6 +255,12 @@ def support(index: Tensor, starts: Tensor | None, shape: tuple[int, int], form: 
     return where.view(m, n)
 
 
+def _whole(codes: Tensor, exponents: Tensor | None) -> Tensor:
+    """Whole numbers times the factors of their columns, float32."""
+    assert exponents is not None, "codes come with the factors of columns"
+    return codes.float().mul_(column_factors(exponents))
+
+
 def _times_sparse(
     g: Tensor, values: Tensor, index: Tensor, starts: Tensor | None, shape: tuple[int, int], form: str
 ) -> Tensor:
@@ -256,11 +276,13 @@ def _times_sparse(
 
 
 def _values_of_outer(g: Tensor, x: Tensor, index: Tensor, starts: Tensor | None, nnz: int, form: str) -> Tensor:
-    """Entries of gᵀ x, (out, in), where S has entries: (nnz,)."""
+    """Gradients of the values: entries of gᵀ x, (out, in), where S has entries; of codes those of the rows' factors."""
     if nnz == 0:
         return g.new_empty(0)
     if form == "rows":
         return (g.index_select(1, index).T @ x).reshape(-1)
     if form == "columns":
         return (g.T @ x.index_select(1, index)).reshape(-1)
+    if form == "codes":
+        return ((g.T @ x) * _whole(index, starts)).sum(1).to(g.dtype)
     return (g.T @ x)[support(index, starts, (g.shape[1], x.shape[1]), form)]

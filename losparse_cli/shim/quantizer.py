@@ -1,7 +1,7 @@
 """transformers' door: a quantization config and a quantizer named `losparse`; idempotent register().
 
 transformers builds the model, this quantizer swaps each layer that `config.json` names for a
-LowRankSparseLinear, and transformers' own loader fills in the tensors.
+LowRankSparseLinear or a CodedEmbedding, and transformers' own loader fills in the tensors.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .embedding import CodedEmbedding, refuse_to_resize
 from .layouts import FORMAT_VERSION, LayerSpec
 from .linear import LowRankSparseLinear
 from .loader import write_loader
+from .stored import StoredIndex
 
 METHOD = "losparse"
 
@@ -42,9 +44,9 @@ class LosparseQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         **unknown: Any,
     ) -> None:
         self.quant_method = METHOD
-        if format_version != FORMAT_VERSION:
+        if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
             raise ValueError(
-                f"This checkpoint has losparse format version {format_version}; this code reads version "
+                f"This checkpoint has losparse format version {format_version}; this code reads versions up to "
                 f"{FORMAT_VERSION}. Install a losparse that reads it: pip install --upgrade losparse"
             )
         self.format_version = format_version
@@ -80,7 +82,7 @@ class LosparseQuantizer(HfQuantizer):  # type: ignore[misc]
         }
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         # Between this and the next step transformers initializes what no file holds, by the model's own code.
-        model.initialize_weights = lambda: _initialize_the_rest(model, tuple(installed))
+        model.initialize_weights = lambda: _initialize_the_rest(model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         vars(model).pop("initialize_weights", None)
@@ -98,6 +100,8 @@ class LosparseQuantizer(HfQuantizer):  # type: ignore[misc]
         # transformers saves the code of custom models and configs, and this is neither. A pickle turns a bound
         # method back into the class's own.
         model.save_pretrained = partial(save_pretrained, model)
+        if any(isinstance(module, CodedEmbedding) for module in model.modules()):
+            model.resize_token_embeddings = partial(refuse_to_resize, model)
         return model
 
     def get_weight_conversions(self) -> list[Any]:
@@ -111,15 +115,23 @@ class LosparseQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def _initialize_the_rest(model: Any, names: tuple[str, ...]) -> None:
-    """transformers' `initialize_weights`, while dense layers without weights stand in place of those called `names`.
+def _initialize_the_rest(model: Any) -> None:
+    """transformers' `initialize_weights`, while dense layers without weights stand in place of ours.
 
     That code may ask a layer's weight for its shape from wherever it likes (Blt's does); ours has only one dimension.
     """
-    ours = {name: model.get_submodule(name) for name in names}
+    every = dict(model.named_modules(remove_duplicate=False))
+    ours = {name: layer for name, layer in every.items() if isinstance(layer, StoredIndex)}
     try:
         for name, layer in ours.items():
-            dense = torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+            dense: torch.nn.Module
+            if not isinstance(layer, CodedEmbedding):
+                bias = getattr(layer, "bias", None) is not None
+                dense = torch.nn.Linear(layer.spec.shape[1], layer.spec.shape[0], bias, device="meta")
+            elif not layer.holds_more:
+                dense = torch.nn.Embedding(*layer.spec.shape, device="meta")
+            else:
+                continue  # that code fills what it holds beside its rows
             model.set_submodule(name, dense)
         type(model).initialize_weights(model)
     finally:
@@ -127,7 +139,7 @@ def _initialize_the_rest(model: Any, names: tuple[str, ...]) -> None:
             model.set_submodule(name, layer)
 
 
-def _require_loaded(name: str, layer: LowRankSparseLinear) -> None:
+def _require_loaded(name: str, layer: StoredIndex) -> None:
     """ValueError if a tensor of the layer was missing from the weights, or has another shape than recorded.
 
     transformers only warns of the first, and computes with whatever lay in memory; 5.15 lets the second
@@ -173,12 +185,12 @@ def save_pretrained(model: Any, save_directory: Any, *args: Any, push_to_hub: bo
 
 
 def install_layers(model: Any, specs: dict[str, LayerSpec]) -> dict[str, str]:
-    """Replace each named linear layer of `model` by an empty LowRankSparseLinear; its name here -> in `specs`.
+    """Replace each named layer of `model` by an empty one of ours; its name here -> in `specs`.
 
     A checkpoint may be loaded under another head, so names are tried with and without the base model's
     prefix, and as transformers renames the weight on disk: a text model inside a larger one has other names alone.
-    Names that this head does not have are left out; ValueError if none is found, or if a layer's shape is not the
-    recorded one.
+    Names that this head does not have are left out. What is tied to an embedding computes with its codes. ValueError if
+    no layer is found, or if one's shape or class is not what was recorded.
     """
     renaming = _Renaming(model)
     installed: dict[str, str] = {}
@@ -186,8 +198,7 @@ def install_layers(model: Any, specs: dict[str, LayerSpec]) -> dict[str, str]:
         name = _find(model, renaming.tries(recorded, spec.tensor or recorded))
         if name is None:
             continue
-        parent = model.get_submodule(name.rpartition(".")[0])
-        dense = parent.get_submodule(name.rpartition(".")[2])
+        dense = model.get_submodule(name)
         rows, columns = dense.weight.shape
         shape = (columns, rows) if type(dense).__name__ == "Conv1D" else (rows, columns)
         if shape != tuple(spec.shape):
@@ -195,10 +206,10 @@ def install_layers(model: Any, specs: dict[str, LayerSpec]) -> dict[str, str]:
                 f"Layer {name} is {shape} (out, in) in {type(model).__name__} and {tuple(spec.shape)} in the "
                 "checkpoint: config.json and the model class do not belong together."
             )
-        layer = LowRankSparseLinear(
-            spec, bias=dense.bias is not None, device=dense.weight.device, dtype=dense.weight.dtype
-        )
-        setattr(parent, name.rpartition(".")[2], layer.train(dense.training))
+        twins = _tied_to(model, name) if spec.kind == "embedding" else ()
+        layer = _install(model, name, spec)
+        for twin in twins:
+            _install(model, twin, spec, layer)
         installed[name] = recorded
     if specs and not installed:
         raise ValueError(
@@ -206,6 +217,38 @@ def install_layers(model: Any, specs: dict[str, LayerSpec]) -> dict[str, str]:
             f"(the first is {next(iter(specs))!r}): load it with the model class it was made for."
         )
     return installed
+
+
+def _install(model: Any, name: str, spec: LayerSpec, owner: StoredIndex | None = None) -> StoredIndex:
+    """Put a layer of ours in the place of the dense one called `name`; an owner is what that one is tied to."""
+    dense = model.get_submodule(name)
+    layer: StoredIndex
+    if isinstance(dense, torch.nn.Embedding) and spec.kind == "embedding":
+        layer = CodedEmbedding.replacing(dense, spec, owner)
+    elif spec.kind == "embedding" and (owner is None or type(dense) is not torch.nn.Linear):
+        raise ValueError(
+            f"{name} is a {type(dense).__name__} in {type(model).__name__} and an embedding in the checkpoint, or tied "
+            "to one: load it with the model class it was made for."
+        )
+    else:
+        bias = dense.bias is not None
+        layer = LowRankSparseLinear(spec, bias=bias, device=dense.weight.device, dtype=dense.weight.dtype, owner=owner)
+        if bias and owner is not None:
+            layer.bias = dense.bias  # which may be tied, too
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer.train(dense.training))
+    return layer
+
+
+def _tied_to(model: Any, name: str) -> list[str]:
+    """Modules whose weight is that of the module `name`, or will be."""
+    weight = f"{name}.weight"
+    tied = [
+        target for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items() if source == weight
+    ]
+    own = model.get_submodule(name).weight
+    tied += [other for other, parameter in model.named_parameters(remove_duplicate=False) if parameter is own]
+    return sorted({other.removesuffix(".weight") for other in tied} - {name})
 
 
 class _Renaming:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import calibrated, codes, kernels, kernels_gpu, quality, sizes, speed, streaming, training
+from . import bits, calibrated, codes, kernels, kernels_gpu, quality, sizes, speed, streaming, training
 from .results import Options
 
 BENCHMARKS = {
@@ -30,6 +30,7 @@ BENCHMARKS = {
 }
 LONG = {
     "layer-errors": calibrated.layer_errors,
+    "bits": bits.bits,
     "calibrated": calibrated.calibrated,
     "quantization": calibrated.quantization,
     "embedding": calibrated.embedding,

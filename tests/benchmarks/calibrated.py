@@ -107,7 +107,7 @@ def _row(options: Options, row: str) -> dict[str, Any]:
     if size == "r8s90":
         recipe = Recipe(rank=8, sparsity=0.9)
     elif method == "keep":  # all else by default
-        recipe = Recipe(keep=float(size))
+        recipe = Recipe(keep=float(size), values="float")
     else:  # without data, all is best spent on S
         recipe = Recipe(keep_parameters=float(size), rank_ratio=0.0 if method == "magnitude" else RANK_RATIO)
     recipe = replace(recipe, **options.targets())

@@ -106,13 +106,13 @@ def test_nothing_to_do_is_an_error_with_the_reason() -> None:
 )
 def test_a_layer_of_which_nothing_is_left_is_an_error(fields: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=r"Nothing would be left of model\.layers\.0\.mlp\.up_proj \(64 x 96\)"):
-        plan_layer(layer(64, 96), Recipe(**fields).settled())
+        plan_layer(layer(64, 96), Recipe(values="float", **fields).settled())
 
 
 def test_a_budget_that_cannot_hold_the_factors_is_an_error() -> None:
     for fields in ({"keep": 0.1, "rank": 8}, {"keep": 0.3, "pattern": "2:4"}, {"keep_parameters": 0.01, "rank": 8}):
         with pytest.raises(UsageError, match=r"up_proj \(64 x 96\) does not fit the budget.*Lower --rank"):
-            plan_layer(layer(64, 96), Recipe(**fields).settled())
+            plan_layer(layer(64, 96), Recipe(values="float", **fields).settled())
 
 
 @pytest.mark.parametrize(
@@ -131,11 +131,11 @@ def test_a_budget_that_cannot_hold_the_factors_is_an_error() -> None:
 def test_a_gate_of_one_row_is_left_dense_with_the_reason(fields: dict[str, Any]) -> None:
     """ModelCloud/GPTQModel#1439: shared_expert_gate of Qwen's mixtures of experts has one output."""
     gate, other = layer(1, 64, "shared_expert_gate"), layer(512, 512)
-    plan = make_plan([gate, other], {}, Recipe(**fields))
+    plan = make_plan([gate, other], {}, Recipe(values="float", **fields))
     assert [p.layer for p in plan.layers] == [other]
     assert "nothing would be left" in plan.skipped["shared_expert_gate"]
     with pytest.raises(UsageError, match="Nothing would be left of shared_expert_gate"):
-        make_plan([gate], {}, Recipe(**fields))
+        make_plan([gate], {}, Recipe(values="float", **fields))
 
 
 def test_the_sums_of_a_plan() -> None:

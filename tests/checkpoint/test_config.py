@@ -55,11 +55,13 @@ def test_the_loader_is_the_packages_own_code(tmp_path: Path) -> None:
     files = sorted(tmp_path.glob("*.py"))
     assert [path.name for path in files] == [
         "losparse_codec.py",
+        "losparse_embedding.py",
         "losparse_layouts.py",
         "losparse_linear.py",
         "losparse_loader.py",
         "losparse_operator.py",
         "losparse_quantizer.py",
+        "losparse_stored.py",
         "losparse_streams.py",
         "losparse_tables.py",
     ]
@@ -79,9 +81,9 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "dense": ({}, UsageError, "here is no losparse checkpoint.*losparse compress here"),
     "another method": ({"quant_method": "gptq"}, UsageError, "no losparse checkpoint"),
     "newer": (
-        {"quant_method": "losparse", "format_version": 2},
+        {"quant_method": "losparse", "format_version": 3},
         FormatVersionError,
-        "version 2.*pip install --upgrade",
+        "version 3.*pip install --upgrade",
     ),
     "no version": ({"quant_method": "losparse"}, FormatVersionError, "version None"),
     "no modules": ({"quant_method": "losparse", "format_version": 1}, CheckpointError, "lists no compressed modules"),

@@ -48,7 +48,7 @@ def put_together(model: Any, dtype: torch.dtype = torch.float32) -> dict[str, La
         trained = trained_layers(model)[name]
         layer = Layer(name, f"{name}.weight", name, trained.shape, dtype.itemsize, trained.transposed)
         plan = replace(plan_layer(layer, Recipe(rank=1, sparsity=0.5).settled()), pattern=trained.pattern)
-        specs[name], tensors = encode_layer(plan, factors.U, factors.V, factors.values, factors.support)
+        specs[name], tensors = encode_layer(plan, factors)
         return specs[name], tensors
 
     finish(model, dtype, encode)

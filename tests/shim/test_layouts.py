@@ -24,7 +24,7 @@ from losparse_cli.shim.layouts import (
 )
 
 UNSTRUCTURED = ("bitmask", "csr", "gaps4", "gaps8")
-LAYOUTS = tuple(INDEX_TENSORS)
+LAYOUTS = tuple(layout for layout in INDEX_TENSORS if layout != "codes")  # those that say where entries lie
 PATTERNS = ("1:2", "2:4", "4:8", "3:5", "1:1", "1:16", "7:16", "2:3")
 
 

@@ -33,10 +33,12 @@ from losparse_cli.shim.quantizer import (
 ENTRY = {"shape": [68, 68], "rank": 2, "nnz": 68, "pattern": "rows", "layout": "rows"}
 SHIPPED = (
     "losparse_codec.py",
+    "losparse_embedding.py",
     "losparse_layouts.py",
     "losparse_linear.py",
     "losparse_loader.py",
     "losparse_quantizer.py",
+    "losparse_stored.py",
     "losparse_streams.py",
     "losparse_tables.py",
 )
@@ -180,7 +182,7 @@ Q = "model.layers.0.self_attn.q_proj"
 
 WRONG = "mismatch|belong together"
 REFUSED = [
-    ("newer", lambda c: c["quantization_config"].update(format_version=2), None, "format version 2"),
+    ("newer", lambda c: c["quantization_config"].update(format_version=3), None, "format version 3"),
     ("rank", lambda c: c["quantization_config"]["modules"][Q].update(rank=-1), None, f"{Q}.*impossible"),
     ("shape", lambda c: c["quantization_config"]["modules"][Q].update(shape=[68, 60]), None, "do not belong together"),
     ("other-rank", lambda c: c["quantization_config"]["modules"][Q].update(rank=5), None, WRONG),

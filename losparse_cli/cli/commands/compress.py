@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ...budget.recipe import Recipe
+from ...budget.recipe import EMBEDDING_BITS, Recipe
 from .. import options as o
 
 
@@ -42,6 +42,30 @@ def compress(
         float | None,
         typer.Option(help="(r(m+n) + nnz) / mn, as papers count.", rich_help_panel=o.SIZE, show_default=False),
     ] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            help="Bits that a weight takes on disk, everything counted, with whole numbers in S.",
+            rich_help_panel=o.SIZE,
+            show_default=o.by_calibration("bits", "codes"),
+        ),
+    ] = None,
+    values: Annotated[
+        str | None,
+        typer.Option(
+            help="What S holds: codes (whole numbers) or float.",
+            rich_help_panel=o.SIZE,
+            show_default="codes, unless what is asked needs floats",
+        ),
+    ] = None,
+    embedding_bits: Annotated[
+        str | None,
+        typer.Option(
+            help="With whole numbers in S, bits a weight of embeddings and output heads; none leaves them dense.",
+            rich_help_panel=o.SIZE,
+            show_default=f"{EMBEDDING_BITS:g}; none with --targets",
+        ),
+    ] = None,
     pattern: Annotated[
         str | None,
         typer.Option(
@@ -71,9 +95,17 @@ def compress(
     solver: Annotated[
         str | None,
         typer.Option(
-            help="admm, oats or magnitude.",
+            help="Of codes feedback or rounding; of floats admm, oats or magnitude.",
             rich_help_panel=o.TEXT,
             show_default=o.by_calibration("solver"),
+        ),
+    ] = None,
+    sensitivity: Annotated[
+        str | None,
+        typer.Option(
+            help="on: codes are finer where the loss minds more; off.",
+            rich_help_panel=o.TEXT,
+            show_default="on with text",
         ),
     ] = None,
     calibration: o.CalibrationSource = None,
@@ -146,10 +178,14 @@ def compress(
         "sparsity": sparsity,
         "keep": keep,
         "keep_parameters": keep_parameters,
+        "bits": bits,
+        "values": values,
+        "embedding_bits": o.number_or_word(embedding_bits),
         "pattern": pattern,
         "threshold_scope": threshold_scope,
         "iterations": iterations,
         "solver": solver,
+        "sensitivity": sensitivity,
         "allocate": allocate,
         "seed": seed,
         "targets": tuple(targets or ()),

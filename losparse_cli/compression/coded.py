@@ -1,0 +1,253 @@
+"""A layer's S in whole numbers: coded at given steps, or at those that spend a given number of bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..budget.plan import LayerPlan, code_overhead
+from ..checkpoint.report import LayerReport
+from ..errors import CheckpointError
+from ..linalg.error import output_squared, relative_error, squared_norm
+from ..linalg.factors import Decomposition, LowRankCodes
+from ..linalg.integers import code, column_metric, fit_rows, rounded, row_steps
+from ..linalg.rates import Curve, curve, step_within
+from ..linalg.svd import balanced_factors, output_factors, seed_of, truncated_svd
+from ..shim.layouts import COLUMN_FACTORS
+from .solve import as_matrix, encode
+
+TRIES = 12
+MOST_CODE_BITS = 15
+MOST_CARRIED = 0.05  # of a layer's share, more or less than it
+NEAR = 0.998
+"""Share of the bytes allowed that is spent at least, before no other step is tried."""
+
+
+class Coder:
+    """Layers that are fed the same inputs, of second moment H (in, in), or None without data.
+
+    g: of each layer the Fisher information of its outputs, None where it is not known.
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[LayerPlan],
+        stored: Sequence[Tensor],
+        H: Tensor | None,
+        g: Sequence[Tensor | None],
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.plans, self._dtypes = plans, [W.dtype for W in stored]
+        self._H = H if H is not None and bool(H.any()) else None
+        weights = [as_matrix(W, plan.layer, device) for plan, W in zip(plans, stored, strict=True)]
+        self._weights = weights
+        try:
+            self._metric = None if self._H is None else column_metric(self._H, COLUMN_FACTORS)
+        except ValueError as error:
+            raise CheckpointError(
+                f"The inputs of {plans[0].layer.name} are so alike that codes cannot be solved for. Give more text, or "
+                "add --solver rounding."
+            ) from error
+        self._low_rank = [
+            self._factors(plan, W, dtype, seed) for plan, W, dtype in zip(plans, weights, self._dtypes, strict=True)
+        ]
+        self._rest = [
+            W if U.shape[1] == 0 else torch.addmm(W, U.float(), V.float(), alpha=-1)
+            for W, (U, V) in zip(weights, self._low_rank, strict=True)
+        ]
+        scale = 1.0 if self._metric is None else self._metric.scale
+        self._units = [
+            scale * (torch.ones(len(W), device=device) if one is None else row_steps(one.to(device)))
+            for W, one in zip(weights, g, strict=True)
+        ]
+
+    def _factors(self, plan: LayerPlan, W: Tensor, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
+        if plan.rank == 0:
+            return W.new_zeros(len(W), 0, dtype=dtype), W.new_zeros(0, W.shape[1], dtype=dtype)
+        seed = seed_of(seed, plan.layer.name)
+        if self._H is None:
+            U, V = balanced_factors(*truncated_svd(W, plan.rank, seed=seed))
+        else:
+            U, V = output_factors(W, self._H, plan.rank, seed=seed)
+        return U.to(dtype), V.to(dtype)
+
+    def finest(self) -> list[float]:
+        """Of each layer log2 of the finest step that makes sense: codes have 15 bits, which no size asks for."""
+        c = 1.0 if self._metric is None else self._metric.columns
+        largest = [float((W.abs() / c).amax(1).div(a).amax()) for W, a in zip(self._rest, self._units, strict=True)]
+        return [math.log2(most) - MOST_CODE_BITS if most > 0 else 0.0 for most in largest]
+
+    def curves(self) -> list[Curve]:
+        """What codes of each layer take by the step."""
+        c = 1.0 if self._metric is None else self._metric.columns
+        return [curve(W / c / a[:, None]) for W, a in zip(self._rest, self._units, strict=True)]
+
+    def at(self, log_steps: Sequence[float]) -> list[Decomposition]:
+        """The layers coded with a step of 2 ** log_step each."""
+        found: list[Decomposition] = []
+        # fp16 holds no factor below 6e-8.
+        factors = [
+            (a * 2.0**step).to(dtype).float().clamp_min(torch.finfo(dtype).tiny)
+            for a, step, dtype in zip(self._units, log_steps, self._dtypes, strict=True)
+        ]
+        if self._metric is None:
+            codes = [rounded(W, a) for W, a in zip(self._rest, factors, strict=True)]
+            columns = torch.ones(self._weights[0].shape[1], device=self._weights[0].device)
+        else:
+            together = code(torch.cat(self._rest), self._metric, torch.cat(factors))
+            codes = list(torch.split(together, [len(W) for W in self._weights]))
+            columns = self._metric.columns
+        for W, rest, (U, V), q, a, dtype, step in zip(
+            self._weights, self._rest, self._low_rank, codes, factors, self._dtypes, log_steps, strict=True
+        ):
+            rows = fit_rows(rest, q, columns, self._H, a, dtype)
+            made = LowRankCodes(U, V, rows, columns, q)
+            E = W - made.dense()
+            weight, residual = squared_norm(W), squared_norm(E)
+            output: tuple[float, ...] = ()
+            if self._H is not None:
+                output = (relative_error(output_squared(E, self._H), output_squared(W, self._H)),)
+            error = (relative_error(residual, weight),)
+            found.append(Decomposition(made, error, weight, residual, output, log_step=step))
+        return found
+
+
+class AnyCoder(Protocol):
+    """Layers that can be coded at given steps, as `Coder` codes them."""
+
+    plans: Sequence[LayerPlan]
+
+    def finest(self) -> list[float]: ...
+
+    def curves(self) -> list[Curve]: ...
+
+    def at(self, log_steps: Sequence[float]) -> list[Decomposition]: ...
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A layer at a step: what was found, its line of the report, and its tensors by suffix."""
+
+    solved: Decomposition
+    report: LayerReport
+    tensors: dict[str, Tensor]
+
+
+def coded_at(coder: AnyCoder, log_steps: Sequence[float]) -> list[Coded]:
+    """Each layer of `coder` at the step that is asked for it."""
+    made = []
+    for plan, solved in zip(coder.plans, coder.at(log_steps), strict=True):
+        report, tensors = encode(plan, solved, solved.factors.U.dtype)
+        made.append(Coded(solved, report, tensors))
+    return made
+
+
+def coded_within(coder: AnyCoder, pots: Sequence[Pot], log_steps: Sequence[float]) -> list[Coded]:
+    """Each layer at the finest step at which its pot keeps within its bytes; log_steps: of each layer, to begin with.
+
+    CheckpointError for bytes within which nothing was found.
+    """
+    finest = coder.finest()
+    for pot in pots:
+        pot.finest = max(finest[k] for k in pot.members)
+    log_steps = [max(step, least) for step, least in zip(log_steps, finest, strict=True)]
+    for _ in range(TRIES):
+        found = coded_at(coder, log_steps)
+        for pot in pots:
+            pot.look([found[k] for k in pot.members])
+        if all(pot.settled for pot in pots):
+            break
+        steps = {k: pot.next_step for pot in pots for k in pot.members}
+        log_steps = [steps[k] for k in range(len(log_steps))]
+    chosen = {k: one for pot in pots for k, one in zip(pot.members, pot.best, strict=False)}
+    for k, plan in enumerate(coder.plans):
+        if k not in chosen:
+            raise CheckpointError(f"{plan.layer.name} does not fit in {plan.bits:.3g} bits a weight. Raise --bits.")
+    return [chosen[k] for k in range(len(coder.plans))]
+
+
+class Pot:
+    """Bytes that layers of one step share. members: their numbers. allowed: bytes.
+
+    finest: log2 of the finest step that is tried. best: the layers at the finest step that fits so far.
+    """
+
+    def __init__(self, members: Sequence[int], allowed: float) -> None:
+        self.members, self.allowed = members, allowed
+        self.best: list[Coded] = []
+        self.settled = False
+        self.finest, self.next_step = -math.inf, 0.0
+        # log2 of the finest step that fits and of the coarsest that does not, and the bytes at each.
+        self._fits, self._bursts = (math.inf, 0.0), (-math.inf, 0.0)
+
+    def look(self, found: list[Coded]) -> None:
+        """Take in what the layers are at a step, and choose the next one."""
+        step, size = found[0].solved.log_step or 0.0, float(sum(one.report.bytes_after for one in found))
+        if size > self.allowed:
+            self._bursts = max(self._bursts, (step, size))
+        elif step < self._fits[0] or not self.best:
+            self._fits, self.best = (step, size), found
+        (fits, less), (bursts, more) = self._fits, self._bursts
+        enough = math.isinf(self.allowed) or less >= NEAR * self.allowed
+        enough = enough or fits - max(bursts, self.finest) < 1e-4
+        self.settled = bool(self.best) and enough
+        if self.settled:
+            self.next_step = fits
+            return
+        aim = (1 + NEAR) / 2 * self.allowed
+        if math.isfinite(fits) and math.isfinite(bursts):
+            part = min(0.95, max(0.05, (aim - less) / (more - less)))
+            self.next_step = fits + part * (bursts - fits)
+            return
+        # A code takes a bit less at twice the step, and hardly less where most are zero.
+        codes = sum(one.report.parameters for one in found)
+        move = 8 * (size - aim) / codes
+        self.next_step = max(self.finest, step + math.copysign(max(2 * abs(move), 0.02), move))
+
+
+def own_steps(coder: AnyCoder) -> list[float]:
+    """Of each layer log2 of the step at which it should take the bits that its plan asks for."""
+    return [
+        step_within([(one, plan.nnz)], plan.bits * plan.nnz - 8 * code_overhead(plan.layer, plan.rank))
+        for plan, one in zip(coder.plans, coder.curves(), strict=True)
+    ]
+
+
+def code_alone(coder: AnyCoder) -> list[Coded]:
+    """Each layer in the bits that its plan asks for."""
+    pots = [Pot([k], plan.bits * plan.nnz / 8) for k, plan in enumerate(coder.plans)]
+    return coded_within(coder, pots, own_steps(coder))
+
+
+class Ledger:
+    """Bytes of layers that are coded one after the other, each at its first step: what one takes beside its share the
+    next one makes good, and the last one makes all come out."""
+
+    def __init__(self, plans: Iterable[LayerPlan]) -> None:
+        self._waiting: dict[float, dict[str, float]] = {}  # bits -> layer -> its share
+        for plan in plans:
+            self._waiting.setdefault(plan.bits, {})[plan.layer.name] = plan.bits * plan.nnz / 8
+        self._left = {bits: sum(shares.values()) for bits, shares in self._waiting.items()}
+
+    def code(self, coder: AnyCoder) -> Coded:
+        """The one layer of `coder`, whose bytes are then spent."""
+        [plan] = coder.plans
+        waiting, left = self._waiting[plan.bits], self._left[plan.bits]
+        share, beside = waiting[plan.layer.name], code_overhead(plan.layer, plan.rank)
+        allowed = share + max(-MOST_CARRIED * share, min(MOST_CARRIED * share, left - sum(waiting.values())))
+        [found] = coder.curves()
+        step = step_within([(found, plan.nnz)], 8 * (allowed - beside))
+        [one] = coded_within(coder, [Pot([0], left if len(waiting) == 1 else math.inf)], [step])
+        self.spend(plan, one.report.bytes_after)
+        return one
+
+    def spend(self, plan: LayerPlan, nbytes: int) -> None:
+        """The layer was written, in so many bytes; one that the ledger does not know is none of its."""
+        if self._waiting.get(plan.bits, {}).pop(plan.layer.name, None) is not None:
+            self._left[plan.bits] -= nbytes

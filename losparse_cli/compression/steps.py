@@ -1,0 +1,185 @@
+"""One step for the codes of a whole model: how each layer's bits fall with it is measured once, and the step follows
+what the layers before took."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..budget.plan import LayerPlan, Plan, code_overhead
+from ..calibration.moments import Moments
+from ..calibration.sensitivity import Sensitivity
+from ..checkpoint.output import SENSITIVITY
+from ..checkpoint.report import LayerReport
+from ..checkpoint.workfolder import WorkFolder
+from ..errors import write_errors
+from ..linalg.integers import column_metric, row_steps
+from ..linalg.rates import Curve, curve, step_within
+from ..progress import Progress
+from ..shim.layouts import COLUMN_FACTORS
+from ..text.sample import hold_out
+from ..text.windows import Windows
+from .coded import Pot
+from .plan import Job
+from .sensitivity import measure_sensitivity
+from .solve import as_matrix
+
+SENSITIVITY_TOKENS = 16_384
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """Of a layer. g: (out,), Fisher information of its outputs. curve: bits a code by the step."""
+
+    g: Tensor
+    curve: Curve
+
+
+class Steps:
+    """The step for each layer, so that all layers of as many bits take their bytes together and no more.
+
+    foreseen: layer -> what is known of it. Layers of which nothing is, because no text reaches them, have bytes of
+    their own, and no step here.
+    """
+
+    def __init__(self, plans: Iterable[LayerPlan], foreseen: dict[str, Foreseen]) -> None:
+        self._plans = {p.layer.name: p for p in plans if p.layer.name in foreseen}
+        self._foreseen = foreseen
+        self._waiting: dict[float, dict[str, LayerPlan]] = {}
+        self._left: dict[float, float] = {}
+        for name, plan in self._plans.items():
+            self._waiting.setdefault(plan.bits, {})[name] = plan
+            self._left[plan.bits] = self._left.get(plan.bits, 0.0) + plan.bits * plan.nnz
+        self._missed = dict.fromkeys(self._left, (0.0, 0))  # bits beyond what was foreseen, and of how many codes
+
+    def g(self, name: str) -> Tensor | None:
+        """Fisher information of the layer's outputs, None where it is not known."""
+        found = self._foreseen.get(name)
+        return None if found is None else found.g
+
+    def log_step(self, name: str) -> float | None:
+        """log2 of the step for the layer at this point of the run; None for one that has bytes of its own."""
+        if name not in self._plans:
+            return None
+        bits = self._plans[name].bits
+        waiting = self._waiting[bits]
+        beside = sum(8 * code_overhead(p.layer, p.rank) for p in waiting.values())
+        missed, codes = self._missed[bits]
+        curves = [(self._foreseen[other].curve, p.nnz) for other, p in waiting.items()]
+        return step_within(curves, self._left[bits] - beside, missed / codes if codes else 0.0)
+
+    def pots(self, plans: Sequence[LayerPlan]) -> list[Pot]:
+        """The bytes that bind these layers: their own, or for the last of many what is left; else there is no bound."""
+        shared: dict[float, list[int]] = {}
+        pots = []
+        for k, plan in enumerate(plans):
+            if plan.layer.name in self._plans:
+                shared.setdefault(plan.bits, []).append(k)
+            else:
+                pots.append(Pot([k], plan.bits * plan.nnz / 8))
+        for bits, members in shared.items():
+            last = set(self._waiting[bits]) <= {plans[k].layer.name for k in members}
+            pots.append(Pot(members, self._left[bits] / 8 if last else math.inf))
+        return pots
+
+    def spend(self, report: LayerReport) -> None:
+        """The layer was coded at its step, in its bytes."""
+        name, nbytes, log_step = report.name, report.bytes_after, report.log_step
+        if name not in self._plans or log_step is None:
+            return
+        plan = self._plans[name]
+        del self._waiting[plan.bits][name]
+        self._left[plan.bits] -= 8 * nbytes
+        expected = self._foreseen[name].curve.at(log_step) * plan.nnz + 8 * code_overhead(plan.layer, plan.rank)
+        missed, codes = self._missed[plan.bits]
+        self._missed[plan.bits] = missed + 8 * nbytes - expected, codes + plan.nnz
+
+
+def foreseen_steps(job: Job, plan: Plan, windows: Windows, work: WorkFolder, told: Progress, fixed_bytes: int) -> Steps:
+    """The steps of a job whose codes follow the loss; fixed_bytes: of memory beside activations.
+
+    What was measured is kept for a run that goes on with this one; without it nothing that was done counts.
+    """
+    coded = [p for p in plan.layers if p.bits and not p.layer.rows]
+    if job.recipe.sensitivity != "on":
+        return Steps(coded, {})
+    path = work.path / SENSITIVITY
+    if path.is_file():
+        try:
+            return Steps(coded, _read(path))
+        except (OSError, ValueError, KeyError, SafetensorError):
+            path.unlink()
+    with write_errors(work.path):
+        work.journal.keep(0)
+    found = _measured(job, coded, windows, work.path, told, fixed_bytes)
+    with write_errors(work.path):
+        part = path.with_name(path.name + ".part")
+        save_file(_tensors(found), part)
+        part.replace(path)
+    return Steps(coded, found)
+
+
+def _measured(
+    job: Job, plans: Sequence[LayerPlan], windows: Windows, folder: Path, told: Progress, fixed_bytes: int
+) -> dict[str, Foreseen]:
+    """What is foreseen of each layer that text reaches."""
+    seen = hold_out(windows)[0]
+    seen = seen.take(range(max(1, min(len(seen.ids), SENSITIVITY_TOKENS // max(1, seen.ids.shape[1])))))
+    by_name = {p.layer.name: p for p in plans}
+    files = {file.path: file for file in job.source.files}
+    metrics: dict[str, tuple[Tensor | float, float]] = {}
+    found: dict[str, Foreseen] = {}
+
+    def forward(block: str, moments: list[Moments]) -> None:
+        for group in moments:
+            metric = None
+            if job.recipe.solver == "feedback" and bool(group.H.any()):
+                metric = column_metric(group.H, COLUMN_FACTORS)
+            for layer in group.layers:
+                metrics[_full(block, layer)] = (1.0, 1.0) if metric is None else (metric.columns, metric.scale)
+
+    def backward(block: str, sensitivities: dict[str, Sensitivity]) -> None:
+        for layer, one in sensitivities.items():
+            name = _full(block, layer)
+            if name not in metrics or not bool(one.g.any()):
+                continue  # nothing that it puts out matters for the loss: it gets bytes of its own
+            plan = by_name[name]
+            entry = job.source.entries[plan.layer.tensor]
+            W = as_matrix(files[entry.path].read(entry), plan.layer, job.device)
+            columns, scale = metrics.pop(name)
+            found[name] = Foreseen(one.g.cpu(), curve(W / columns / (scale * row_steps(one.g))[:, None]))
+
+    measure_sensitivity(
+        job, seen, told, folder=folder, fixed_bytes=fixed_bytes, on_forward=forward, on_backward=backward
+    )
+    return found
+
+
+def _full(block: str, layer: str) -> str:
+    return f"{block}.{layer}" if block else layer
+
+
+def _tensors(found: dict[str, Foreseen]) -> dict[str, Tensor]:
+    tensors = {}
+    for name, one in found.items():
+        tensors[f"{name}.g"] = one.g.contiguous()
+        tensors[f"{name}.curve"] = torch.tensor([one.curve.anchor, *one.curve.bits], dtype=torch.float64)
+    return tensors
+
+
+def _read(path: Path) -> dict[str, Foreseen]:
+    tensors = load_file(path)
+    found = {}
+    for key, tensor in tensors.items():
+        if key.endswith(".curve"):
+            anchor, *bits = tensor.tolist()
+            name = key.removesuffix(".curve")
+            found[name] = Foreseen(tensors[f"{name}.g"], Curve(anchor, tuple(bits)))
+    return found

@@ -1,0 +1,212 @@
+"""Bits a weight against what they cost a language model: whole numbers in S beside rounding and llama.cpp's formats.
+
+The packaged SmolLM2 was stored in 4 bits in groups of 32 along the inputs, a grid on which quantizers with the same
+groups lose too little. So its dimensions are permuted first: the function stays, and a group mixes values of 32 grids.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import shutil
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from losparse_cli.budget.recipe import Recipe
+from losparse_cli.compress import compress, plan
+from losparse_cli.demo import smollm2
+from losparse_cli.load import load
+from losparse_cli.text.windows import read_windows, settle
+
+from .results import LENGTH, Options, add_result, measured, results_of
+
+OURS = tuple(f"losparse@{bits}" for bits in (4.25, 3.25, 2.5, 1.8))
+WITHOUT_TEXT = tuple(f"without-text@{bits}" for bits in (5.25, 4.25))
+GGML = ("Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S")
+"""Of llama.cpp, each with an importance matrix. Rows are padded to a block's 256 entries, and that is not counted."""
+ROWS = ("dense", *OURS, *WITHOUT_TEXT, "rounding@4", *GGML)
+
+
+def bits(options: Options, rows: Sequence[str] = ()) -> None:
+    """The permuted SmolLM2 in every way of ROWS, or those named, measured on two texts against dense."""
+    dense = permuted(options.folder / "permuted")
+    for row in list(rows) or [row for row in ROWS if row not in results_of(options, "bits")]:
+        found = _row(options, row, dense)
+        if found is not None:
+            add_result(options, "bits", row, found)
+            print(f"{row}: done", flush=True)
+    _print_table(list(results_of(options, "bits").values()))
+
+
+def _row(options: Options, row: str, dense: Path) -> dict[str, Any] | None:
+    if row == "dense":
+        return {"texts": measured(options, dense, None)}
+    method, _, size = row.partition("@")
+    if method in ("losparse", "without-text"):
+        output = options.folder / f"out-{row}"
+        text = options.calibration() if method == "losparse" else None
+        recipe = Recipe(bits=float(size), **options.targets())
+        made = compress(dense, output, recipe, calibration=text, resume="never", overwrite=True)
+        texts = measured(options, output, dense)
+        shutil.rmtree(output)
+        return {"bits": made.report.bits, "seconds": made.seconds, "peak": made.took.peak_bytes, "texts": texts}
+    if method == "rounding":
+        return _quantized(options, row, dense, lambda W, importance: rounded(W, int(size)))
+    missing = [name for name in ("xllamacpp", "gguf") if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"{row}: left out, for {' and '.join(missing)} is not installed: pip install {' '.join(missing)}")
+        return None
+    return _quantized(options, row, dense, lambda W, importance: ggml(W, importance, row))
+
+
+def _quantized(
+    options: Options, row: str, dense: Path, change: Callable[[Tensor, Tensor], tuple[Tensor, float]]
+) -> dict[str, Any]:
+    """Every layer changed by itself: (m, n) weight, (n,) mean squares of its inputs -> another weight, bits of one."""
+    model, tokenizer = load(dense, dtype=torch.float32)
+    layers = [p.layer.name for p in plan(dense, recipe=Recipe(**options.targets())).plan.layers]
+    importance = _mean_squares(options, dense, model, layers)
+    used = count = 0.0
+    with torch.no_grad():
+        for name in layers:
+            weight = model.get_submodule(name).weight
+            changed, width = change(weight.detach(), importance[name])
+            weight.copy_(changed)
+            used, count = used + width * weight.numel(), count + weight.numel()
+    folder = options.folder / f"plain-{row}"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    texts = measured(options, folder, dense)
+    shutil.rmtree(folder)
+    return {"bits": used / count, "texts": texts}
+
+
+def _mean_squares(options: Options, dense: Path, model: Any, layers: Sequence[str]) -> dict[str, Tensor]:
+    """Layer -> mean squares of its inputs, on a quarter of the text that the others are calibrated with."""
+    windows = read_windows(settle(options.calibration(), model, dense), model, dense, 0)
+    sums: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Tensor, ...]) -> None:
+            sums[name] = sums.get(name, torch.zeros(())) + args[0].flatten(0, -2).square().sum(0)
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in layers]
+    ids = windows.ids[: max(1, len(windows.ids) // 4)]
+    with torch.no_grad():
+        for part in ids.split(4):
+            model(part, use_cache=False, logits_to_keep=1)
+    for hook in hooks:
+        hook.remove()
+    return {name: total / ids.numel() for name, total in sums.items()}
+
+
+def rounded(W: Tensor, width: int, group: int = 32) -> tuple[Tensor, float]:
+    """Plain rounding with a scale in 16 bits and a whole zero point for each `group` entries of a row."""
+    m, n = W.shape
+    X = W.view(m, n // group, group)
+    low, high = X.amin(2, keepdim=True).clamp_max(0), X.amax(2, keepdim=True).clamp_min(0)
+    scale = ((high - low) / (2**width - 1)).clamp_min(1e-12).half().float()
+    zero = (-low / scale).round()
+    q = ((X / scale).round() + zero).clamp(0, 2**width - 1)
+    return ((q - zero) * scale).view(m, n), width + (16 + width) / group
+
+
+# --- llama.cpp ---------------------------------------------------------------------------------------
+
+
+@cache
+def _library() -> Any:
+    """llama.cpp's quantizers, from the wheel `xllamacpp`."""
+    spec = importlib.util.find_spec("xllamacpp")
+    assert spec is not None
+    assert spec.origin is not None
+    library = ctypes.CDLL(str(next(Path(spec.origin).parent.glob("xllamacpp*.so"))))
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    return library
+
+
+def ggml(W: Tensor, importance: Tensor, kind: str) -> tuple[Tensor, float]:
+    """What a format of llama.cpp makes of W, and its nominal bits a weight."""
+    import gguf
+    import numpy as np
+
+    number = gguf.GGMLQuantizationType[kind]
+    block, nbytes = gguf.GGML_QUANT_SIZES[number]
+    m, n = W.shape
+    wide = -(-n // block) * block
+    source, weight = np.zeros((m, wide), np.float32), np.full(wide, 1e-8, np.float32)
+    source[:, :n], weight[:n] = W.numpy(), importance.clamp_min(1e-8).numpy()
+    made = np.zeros(m * wide // block * nbytes, np.uint8)
+    pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (source, made, weight)]
+    sizes = [ctypes.c_int64(value) for value in (0, m, wide)]
+    _library().ggml_quantize_chunk(ctypes.c_int(int(number)), pointers[0], pointers[1], *sizes, pointers[2])
+    read = gguf.quants.dequantize(made.reshape(m, -1), number)[:, :n]
+    return torch.from_numpy(np.ascontiguousarray(read)).float(), 8 * nbytes / block
+
+
+# --- off the grid ------------------------------------------------------------------------------------
+
+
+def permuted(folder: Path) -> Path:
+    """SmolLM2 with its hidden and intermediate dimensions and those of values inside each head in another order."""
+    if (folder / "config.json").is_file():
+        return folder
+    model, tokenizer = load(smollm2(), dtype=torch.bfloat16)
+    chance = torch.Generator().manual_seed(0)
+    config = model.config
+
+    def order(size: int) -> Tensor:
+        return torch.randperm(size, generator=chance)
+
+    def change(module: Any, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+        weight = module.weight.data
+        weight = weight if rows is None else weight[rows]
+        module.weight.data = (weight if columns is None else weight[:, columns]).contiguous()
+
+    hidden, head = order(config.hidden_size), config.hidden_size // config.num_attention_heads
+    shared = config.num_attention_heads // config.num_key_value_heads
+    change(model.model.embed_tokens, columns=hidden)  # the head is tied to it
+    change(model.model.norm, hidden)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    for block in model.model.layers:
+        change(block.input_layernorm, hidden)
+        change(block.post_attention_layernorm, hidden)
+        attention, mlp = block.self_attn, block.mlp
+        inside = order(config.intermediate_size)
+        for layer in (mlp.gate_proj, mlp.up_proj):
+            change(layer, inside, hidden)
+        change(mlp.down_proj, hidden, inside)
+        values = [order(head) for _ in range(config.num_key_value_heads)]
+        change(attention.q_proj, columns=hidden)
+        change(attention.k_proj, columns=hidden)
+        change(attention.v_proj, torch.cat([k * head + one for k, one in enumerate(values)]), hidden)
+        fed = torch.cat([q * head + values[q // shared] for q in range(config.num_attention_heads)])
+        change(attention.o_proj, hidden, fed)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _print_table(lines: Sequence[dict[str, Any]]) -> None:
+    """Gap: log-perplexity above dense, with its paired standard error."""
+    texts = next((line["texts"] for line in lines), {})
+    print(f"SmolLM2-135M-Instruct, permuted, windows of {LENGTH} tokens; gap in log-perplexity above dense\n")
+    print(f"| row | bits a weight | {' | '.join(texts)} | seconds | memory |")
+    print("|---|---|" + "---|" * len(texts) + "---|---|")
+    for line in lines:
+        gaps = []
+        for found in line["texts"].values():
+            gap = found.get("log_difference")
+            value = found["perplexity"]["value"]
+            gaps.append(f"{value:.2f}" if gap is None else f"{gap['value']:.3f} ± {gap['error'] or 0:.3f}")
+        took = f"{line['seconds']:.0f}" if "seconds" in line else ""
+        memory = f"{line['peak'] / 1e9:.2f} GB" if "peak" in line else ""
+        width = f"{line['bits']:.2f}" if "bits" in line else ""
+        print(f"| {line['row']} | {width} | {' | '.join(gaps)} | {took} | {memory} |")

@@ -1,0 +1,172 @@
+"""Layers coded within bytes, and one step for all layers that follows what those before took."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from losparse_cli.budget.plan import Layer, LayerPlan, code_overhead, plan_layer
+from losparse_cli.budget.recipe import Recipe
+from losparse_cli.checkpoint.layers import unpack_layer
+from losparse_cli.checkpoint.report import LayerReport
+from losparse_cli.compression.coded import Coder, code_alone, coded_at, coded_within
+from losparse_cli.compression.steps import Foreseen, Steps
+from losparse_cli.errors import CheckpointError, UnfitError
+from losparse_cli.linalg.error import output_squared
+from losparse_cli.linalg.integers import column_metric, row_steps
+from losparse_cli.linalg.rates import curve
+from losparse_cli.shim.layouts import COLUMN_FACTORS
+
+CPU = torch.device("cpu")
+
+
+def planned(m: int, n: int, bits: float, name: str = "a", rank: int = 0) -> LayerPlan:
+    layer = Layer(name, f"{name}.weight", name, (m, n), 2)
+    return plan_layer(layer, Recipe(bits=bits, rank=rank or None).settled())
+
+
+def weight(m: int, n: int, seed: int = 0) -> Tensor:
+    chance = torch.Generator().manual_seed(seed)
+    return (torch.randn(m, n, generator=chance) * torch.rand(m, 1, generator=chance) * 0.05).bfloat16()
+
+
+def moment(n: int) -> Tensor:
+    X = torch.randn(4 * n, n, generator=torch.Generator().manual_seed(5)) * torch.logspace(-1, 1, n)
+    return X.T @ X / (4 * n)
+
+
+@pytest.mark.parametrize("bits", [1.0, 2.5, 4.25, 8.0])
+@pytest.mark.parametrize("H", [None, moment(256)], ids=["rounding", "feedback"])
+def test_a_layer_takes_what_it_was_given_and_hardly_less(bits: float, H: Tensor | None) -> None:
+    plan, W = planned(192, 256, bits), weight(192, 256)
+    [one] = code_alone(Coder([plan], [W], H, [None], 0, CPU))
+    assert 0.99 * bits <= 8 * one.report.bytes_after / W.numel() <= bits  # a lane more is half a hundredth here
+    factors = unpack_layer(one.report.spec, one.tensors)
+    assert torch.equal(factors.dense(), one.solved.factors.dense())  # what is read is what was solved
+    residual = float((W.float() - factors.dense()).square().sum())
+    assert one.solved.residual_squared == pytest.approx(residual, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "W",
+    [
+        torch.zeros(64, 64),
+        torch.full((64, 64), 0.25),
+        torch.cat((torch.randn(1, 64), torch.zeros(63, 64))),
+        torch.randn(64, 64).index_fill(0, torch.tensor([3]), 1e4),
+        torch.randn(64, 64) * 6e-8,
+        torch.randn(64, 64).clamp(-2, 2) * 30000,
+    ],
+    ids=["zeros", "one value", "one row", "an outlier", "tiny", "huge"],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_strange_layers(W: Tensor, dtype: torch.dtype) -> None:
+    plan, W = planned(64, 64, 4.5), W.to(dtype)
+    for H in (None, moment(64), torch.zeros(64, 64), torch.ones(64, 64)):
+        [one] = code_alone(Coder([plan], [W], H, [None], 0, CPU))
+        assert 8 * one.report.bytes_after <= 4.5 * W.numel()
+        dense = one.solved.factors.dense()
+        assert bool(torch.isfinite(dense).all())
+        felt = torch.eye(64) if H is None or not bool(H.any()) else H
+        assert output_squared(dense - W.float(), felt) <= 0.1 * output_squared(W.float(), felt) + 1e-9
+
+
+def test_low_rank_beside_codes_counts() -> None:
+    plan, W = planned(192, 256, 4.0, rank=4), weight(192, 256)
+    [one] = code_alone(Coder([plan], [W], moment(256), [None], 0, CPU))
+    assert one.report.spec.rank == 4
+    assert 8 * one.report.bytes_after <= 4 * W.numel()
+    assert set(one.tensors) == {"U", "V", "weight", "S_codes", "S_scale"}
+
+
+def test_fewer_bits_than_the_factors_alone_take() -> None:
+    with pytest.raises(UnfitError, match=r"a \(8 x 8\) cannot be stored in 1 bits.*Raise --bits to \d+\.\d\d at least"):
+        planned(8, 8, 1.0)
+
+
+def test_a_bit_budget_that_only_zeros_keep_within_is_an_error() -> None:
+    plan = planned(64, 64, 4.0)
+    tight = LayerPlan(**{**vars(plan), "bits": 8 * (code_overhead(plan.layer, 0) // 4) / plan.nnz})
+    with pytest.raises(CheckpointError, match="does not fit"):
+        code_alone(Coder([tight], [weight(64, 64)], None, [None], 0, CPU))
+
+
+# --- one step for many ------------------------------------------------------------------------------
+
+
+def many(bits: float = 3.0) -> tuple[list[LayerPlan], list[Tensor], list[Tensor], Steps]:
+    plans = [planned(96 + 32 * k, 128, bits, f"layer{k}") for k in range(6)]
+    weights = [weight(96 + 32 * k, 128, k) for k in range(6)]
+    g = [torch.rand(len(W), generator=torch.Generator().manual_seed(k)) * 10.0**k for k, W in enumerate(weights)]
+    metric = column_metric(moment(128), COLUMN_FACTORS)
+    foreseen = {
+        plan.layer.name: Foreseen(one, curve(W.float() / metric.columns / (metric.scale * row_steps(one))[:, None]))
+        for plan, W, one in zip(plans, weights, g, strict=True)
+    }
+    return plans, weights, g, Steps(plans, foreseen)
+
+
+def run(bits: float = 3.0, kill_after: int | None = None) -> tuple[list[float], list[bytes]]:
+    """Bits of each layer, and its stream; with what was written before handed on to another Steps."""
+    plans, weights, g, steps = many(bits)
+    sizes, streams = [], []
+    done: list[LayerReport] = []
+    for k, (plan, W, one) in enumerate(zip(plans, weights, g, strict=True)):
+        if k == kill_after:
+            before = steps
+            *_, steps = many(bits)
+            for report in done:
+                steps.spend(report)
+            assert steps.log_step(plan.layer.name) == before.log_step(plan.layer.name)
+        coder = Coder([plan], [W], moment(128), [one], 0, CPU)
+        step = steps.log_step(plan.layer.name)
+        assert step is not None
+        [coded] = coded_within(coder, steps.pots([plan]), [step])
+        steps.spend(coded.report)
+        done.append(coded.report)
+        sizes.append(8 * coded.report.bytes_after / plan.nnz)
+        streams.append(bytes(coded.tensors["S_codes"].tolist()))
+    return sizes, streams
+
+
+def test_layers_share_bytes_and_the_last_one_makes_them_come_out() -> None:
+    plans, *_ = many()
+    sizes, _ = run()
+    total = sum(size * plan.nnz for size, plan in zip(sizes, plans, strict=True)) / sum(p.nnz for p in plans)
+    assert 0.995 * 3.0 <= total <= 3.0
+    assert sizes == sorted(sizes), "the loss minds each of them ten times more than the one before"
+    assert sizes[-1] > sizes[0] + 4
+
+
+def test_a_run_that_goes_on_takes_the_same_steps() -> None:
+    assert run() == run(kill_after=4)
+
+
+def test_layers_that_no_text_reaches_have_bytes_of_their_own() -> None:
+    plans, *_ = many()
+    steps = Steps(plans, {})
+    assert steps.log_step("layer0") is None
+    assert steps.g("layer0") is None
+    [pot] = steps.pots(plans[:1])
+    assert pot.allowed == 3.0 * plans[0].nnz / 8
+
+
+def test_layers_of_other_bits_have_another_step() -> None:
+    plans, weights, g, steps = many()
+    foreseen = {p.layer.name: Foreseen(one, curve(W.float())) for p, W, one in zip(plans, weights, g, strict=True)}
+    finer = [LayerPlan(**{**vars(p), "bits": 5.0}) if k % 2 else p for k, p in enumerate(plans)]
+    steps = Steps(finer, foreseen)
+    coarse, fine = steps.log_step("layer0"), steps.log_step("layer1")
+    assert coarse is not None
+    assert fine is not None
+    assert fine < coarse - 1
+    assert math.isinf(steps.pots(finer[:1])[0].allowed)
+
+
+def test_the_same_request_gives_the_same_streams() -> None:
+    plan, W = planned(96, 128, 3.5), weight(96, 128)
+    made = [coded_at(Coder([plan], [W], moment(128), [None], 0, CPU), [-6.0])[0].tensors["S_codes"] for _ in range(2)]
+    assert torch.equal(*made)

@@ -1,0 +1,284 @@
+"""Whole numbers in S, from a request to a model: bytes as asked, the same every time, killed or not."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import terminal
+import torch
+import toys
+from conftest import answer
+from safetensors.torch import load_file, save_file
+
+import losparse_cli
+from losparse_cli.budget.recipe import CALIBRATED_BITS, DEFAULT_BITS
+from losparse_cli.checkpoint.output import SENSITIVITY
+from losparse_cli.checkpoint.report import Report
+from losparse_cli.checkpoint.writer import ShardWriter
+from losparse_cli.compress import compress
+from losparse_cli.compression import steps
+from losparse_cli.errors import CheckpointError, UsageError
+from losparse_cli.export import export
+from losparse_cli.text.windows import Calibration
+from losparse_cli.verify import verify
+
+LAYERS = 14  # of the toy llama
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
+    chance = random.Random(0)
+    words = ["".join(chance.choice("abcdefghijklmnop") for _ in range(chance.randint(2, 7))) for _ in range(60)]
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(chance.choice(words) for _ in range(900)), encoding="utf-8")
+    return Calibration(source=str(path), tokens=512, length=32)
+
+
+@pytest.fixture(scope="module")
+def coded(toy: Any, asked: Calibration, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("coded") / "out"
+    return compress(toy("llama", tokenizer=True), output, bits=5, calibration=asked).output
+
+
+def bits_of(report: Report) -> float:
+    return 8 * sum(layer.bytes_after for layer in report.layers) / sum(layer.parameters for layer in report.layers)
+
+
+def stored_bytes(folder: Path, report: Report) -> int:
+    """Of the compressed layers, read from the files."""
+    tensors = toys.tensor_bytes(folder)
+    names = {layer.name for layer in report.layers}
+    return sum(len(t[2]) for name, t in tensors.items() if name.rpartition(".")[0] in names)
+
+
+@pytest.mark.parametrize(
+    ("bits", "how"),
+    [(3.5, {}), (6, {}), (4, {"sensitivity": "off"}), (4, {"solver": "rounding"}), (6.5, {"rank": 1})],
+    ids=["3.5", "6", "off", "rounding", "rank"],
+)
+def test_the_bytes_are_those_asked_for_and_hardly_less(
+    bits: float, how: dict[str, Any], toy: Any, asked: Calibration, tmp_path: Path
+) -> None:
+    made = compress(toy("llama", tokenizer=True), tmp_path / "out", {"bits": bits, **how}, calibration=asked)
+    report = made.report
+    assert report.coded
+    assert len(report.layers) == LAYERS
+    assert 0.99 * bits <= bits_of(report) <= bits  # layers of 4,000 weights: a byte is a five-hundredth of a bit
+    assert stored_bytes(made.output, report) == sum(layer.bytes_after for layer in report.layers)
+
+
+def test_without_a_size_s_is_whole_numbers(toy: Any, asked: Calibration, tmp_path: Path) -> None:
+    plain = compress(toy("llama", tokenizer=True), tmp_path / "plain").report
+    calibrated = compress(toy("llama", tokenizer=True), tmp_path / "calibrated", calibration=asked).report
+    assert 0.99 * DEFAULT_BITS < bits_of(plain) <= DEFAULT_BITS
+    assert 0.99 * CALIBRATED_BITS < bits_of(calibrated) <= CALIBRATED_BITS
+    assert calibrated.recipe["sensitivity"] == "on"
+
+
+def test_a_share_of_the_bytes_is_spent_on_whole_numbers_where_they_can_use_it(toy: Any, tmp_path: Path) -> None:
+    source = toy("llama")
+    few, many = (compress(source, tmp_path / str(keep), keep=keep).report for keep in (0.4, 0.9))
+    assert few.coded
+    assert 8 * 0.98 < bits_of(few) <= 8  # the toy is stored in 32 bits, and codes cannot use 13 of them
+    assert not many.coded
+    assert not compress(source, tmp_path / "float", keep=0.4, values="float").report.coded
+
+
+def test_settings_of_single_layers(toy: Any, asked: Calibration, tmp_path: Path) -> None:
+    recipe = {"bits": 4, "layers": {"*.mlp.*": {"bits": 6}, "*.q_proj": {"rank": 1}}}
+    report = compress(toy("llama", tokenizer=True), tmp_path / "out", recipe, calibration=asked).report
+    for inside, bits in ((True, 6), (False, 4)):
+        group = [layer for layer in report.layers if (".mlp." in layer.name) == inside]
+        used = 8 * sum(layer.bytes_after for layer in group) / sum(layer.parameters for layer in group)
+        assert 0.985 * bits < used <= bits
+    assert {layer.spec.rank for layer in report.layers if "q_proj" in layer.name} == {1}
+
+
+def test_the_dense_model_is_what_is_computed(coded: Path, tmp_path: Path) -> None:
+    model, _ = losparse_cli.load(coded, dtype=torch.float32)
+    dense, _ = losparse_cli.load(export(coded, tmp_path / "dense"), dtype=torch.float32)
+    torch.testing.assert_close(answer(model), answer(dense), rtol=1e-4, atol=1e-4)
+    for name, layer in model.named_modules():
+        if hasattr(layer, "spec"):
+            weight = dense.get_submodule(name).weight
+            torch.testing.assert_close(layer.dense(), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_saved_again_it_is_the_same(dtype: torch.dtype, coded: Path, tmp_path: Path) -> None:
+    model, _ = losparse_cli.load(coded, dtype=dtype)
+    model.save_pretrained(tmp_path / "again")
+    first, second = (load_file(folder / "model.safetensors") for folder in (coded, tmp_path / "again"))
+    assert set(first) == set(second)
+    for name, tensor in first.items():
+        assert torch.equal(tensor.to(second[name].dtype), second[name]), name
+    again, _ = losparse_cli.load(tmp_path / "again", dtype=dtype)
+    assert torch.equal(answer(model), answer(again))
+
+
+def test_copies_and_pickles_compute_the_same(coded: Path) -> None:
+    model, _ = losparse_cli.load(coded)
+    expected = answer(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(answer(other), expected)
+
+
+def test_row_factors_have_gradients(coded: Path) -> None:
+    model, _ = losparse_cli.load(coded, dtype=torch.float32)
+    layer = model.model.layers[0].self_attn.q_proj
+    x = torch.randn(3, layer.in_features)
+    layer(x).square().sum().backward()
+    S = (layer.dense() / layer.weight.detach()[:, None]).detach()
+    rows = layer.weight.detach().clone().requires_grad_()
+    (x @ (S * rows[:, None]).T).square().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, rows.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma3", "gpt2", "mixtral", "bert", "t5", "bart", "opt", "mamba"])
+def test_other_models(name: str, toy: Any, asked: Calibration, tmp_path: Path) -> None:
+    source = toy(name, tokenizer=True)
+    made = compress(source, tmp_path / "out", bits=6, calibration=asked)
+    assert verify(made.output).sound
+    assert 0.98 * 6 <= bits_of(made.report) <= 6
+    model, _ = losparse_cli.load(made.output, dtype=torch.float32)
+    dense, _ = losparse_cli.load(source, dtype=torch.float32)
+    ours, theirs = answer(model), answer(dense)
+    assert float((ours - theirs).norm()) < 0.3 * float(theirs.norm())
+
+
+# --- killed ------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.slow
+def test_killed_anywhere_it_ends_with_the_same_bytes(
+    toy: Any, asked: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(folder: Path) -> dict[str, str]:
+        made = compress(toy("llama", tokenizer=True), folder / "out", bits=4, calibration=asked)
+        assert not (made.output / SENSITIVITY).exists()
+        return toys.digests(made.output)
+
+    whole = run(tmp_path / "whole")
+    append, measured = ShardWriter.append, steps.measure_sensitivity
+    count = 0
+
+    def dying(self: ShardWriter, *args: Any, **options: Any) -> Any:
+        if self.done == stop:
+            raise Killed
+        return append(self, *args, **options)
+
+    def counted(*args: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        return measured(*args, **options)
+
+    for stop in (0, 5, 9, 15, 20):  # noqa: B007 - dying reads it
+        with monkeypatch.context() as patched:
+            patched.setattr(ShardWriter, "append", dying)
+            patched.setattr(steps, "measure_sensitivity", counted)
+            with pytest.raises(Killed):
+                run(tmp_path / "killed")
+    assert count == 1, "what the loss minds is measured once"
+    assert run(tmp_path / "killed") == whole
+
+
+# --- what cannot be ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asks", "says"),
+    [
+        ({"bits": 0}, "--bits is how many bits a weight takes, above 0 and at most 8, not 0"),
+        ({"bits": 20}, "not 20"),
+        ({"bits": float("nan")}, "not nan"),
+        ({"bits": "4"}, "not '4'"),
+        ({"bits": 4, "keep": 0.5}, "--keep and --bits contradict each other"),
+        ({"bits": 4, "values": "float"}, "--bits is for whole numbers in S: leave out --values float"),
+        ({"bits": 4, "sparsity": 0.5}, "contradict"),
+        ({"bits": 4, "pattern": "2:4"}, "--pattern 2:4 is for floats in S"),
+        ({"bits": 4, "rank_ratio": 0.2}, "--rank-ratio is for floats in S"),
+        ({"bits": 4, "solver": "admm"}, "--solver admm is for floats in S"),
+        ({"values": "float", "solver": "feedback"}, "--solver feedback is for whole numbers"),
+        ({"values": "ints"}, "--values is codes or float, not 'ints'"),
+        ({"sensitivity": "maybe"}, "--sensitivity is on or off"),
+        ({"sensitivity": "on"}, "--sensitivity on needs text"),
+        ({"bits": 4, "solver": "feedback"}, "--solver feedback needs text"),
+        ({"bits": 0.01}, r"cannot be stored in 0.01 bits a weight.*Raise --bits to \d"),
+    ],
+)
+def test_requests_that_cannot_be_met(asks: dict[str, Any], says: str, toy: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=says):
+        compress(toy("llama"), tmp_path / "out", asks)
+    assert not list(tmp_path.iterdir())
+
+
+def test_matching_blocks_takes_floats(toy: Any, asked: Calibration, tmp_path: Path) -> None:
+    source = toy("llama", tokenizer=True)
+    assert not compress(source, tmp_path / "out", calibration=asked, refinement={"steps": 2}).report.coded
+    with pytest.raises(UsageError, match="--refine blocks matches floats"):
+        compress(source, tmp_path / "other", bits=4, calibration=asked, refinement="blocks")
+
+
+def test_refining_and_training_say_that_they_take_floats(
+    coded: Path, toy: Any, asked: Calibration, tmp_path: Path
+) -> None:
+    source = toy("llama", tokenizer=True)
+    ended = terminal.losparse("refine", coded, "--against", source, "--calibration", asked.source, "-o", tmp_path / "x")
+    assert "holds whole numbers in S" in ended.complaint
+    ended = terminal.losparse(
+        "finetune",
+        coded,
+        "--objective",
+        "distill",
+        "--train-file",
+        asked.source,
+        "--task",
+        "causal-lm",
+        "-o",
+        tmp_path / "x",
+    )
+    assert "holds whole numbers in S" in ended.complaint
+
+
+@pytest.mark.parametrize("suffix", ["S_codes", "weight", "S_scale"])
+def test_damage_is_found(suffix: str, coded: Path, tmp_path: Path) -> None:
+    for file in coded.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes()) if file.is_file() else None
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = f"model.layers.1.mlp.up_proj.{suffix}"
+    damaged = tensors[name].clone()
+    damaged[len(damaged) // 2] = 3 if suffix != "weight" else float("nan")
+    tensors[name] = damaged
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    found = verify(tmp_path)
+    assert any("SHA-256" in problem for problem in found.problems)
+    if suffix == "S_codes":
+        assert any("layer model.layers.1.mlp.up_proj has a damaged index (codes" in line for line in found.problems)
+        with pytest.raises((CheckpointError, ValueError), match=r"model\.layers\.1\.mlp\.up_proj"):
+            losparse_cli.load(tmp_path)
+    if suffix == "weight":
+        assert any("NaN" in problem for problem in found.problems)
+
+
+# --- in the terminal ---------------------------------------------------------------------------------
+
+
+def test_the_terminal_says_bits(toy: Any, asked: Calibration, tmp_path: Path) -> None:
+    source = toy("llama", tokenizer=True)
+    options = ("--calibration", asked.source, "--calibration-tokens", 512, "--calibration-length", 32, "--bits", 4)
+    planned = terminal.done("compress", source, "-o", tmp_path / "out", *options, "--dry-run")
+    assert "with 4 bits each on average" in planned.err + planned.out
+    made = terminal.done("compress", source, "-o", tmp_path / "out", *options)
+    assert "bits a weight" in made.err
+    shown = terminal.done("inspect", tmp_path / "out", "--layers")
+    assert "bits" in shown.out + shown.err
