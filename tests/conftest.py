@@ -135,7 +135,7 @@ FAST = "llama"
 """Of a test that every toy meets, the run that is in `make test-fast`."""
 SLOW = (
     "test_bad_input.py", "test_finetune.py", "test_harness.py", "test_peers.py", "test_plot.py", "test_push.py",
-    "test_recovery.py", "test_resume.py",
+    "test_recovery.py", "test_resume.py", "test_coded_runs.py", "test_embeddings.py",
 )  # fmt: skip
 """Files that are not in it: whole runs, refused, killed and begun again; pictures; a hub; the harness; peers."""
 
