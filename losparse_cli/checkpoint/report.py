@@ -131,8 +131,9 @@ class Report:
 
     @property
     def bits(self) -> float:
-        """Stored, a weight of the compressed layers, everything counted."""
-        return 8 * self.bytes_after / max(1, self.targeted_parameters)
+        """Stored, a weight of the compressed layers, all counted; embeddings, which have bits of their own, are not."""
+        layers = [layer for layer in self.layers if layer.spec.kind != "embedding"] or self.layers
+        return 8 * sum(layer.bytes_after for layer in layers) / max(1, sum(layer.parameters for layer in layers))
 
     @property
     def coded(self) -> bool:

@@ -53,8 +53,11 @@ def show_plan(out: Console, found: Forecast) -> None:
     share = targeted / job.parameters
     about, most = size(plan.expected_bytes), size(plan.bound_bytes)
     if job.recipe.coded:
-        bits = 8 * plan.expected_bytes / targeted
-        out.say(f"Share    {share:.1%} of all parameters are targeted, with {bits:.3g} bits each on average")
+        layers = [p for p in plan.layers if not p.layer.rows] or plan.layers
+        bits = 8 * sum(p.expected_bytes for p in layers) / sum(p.nnz for p in layers)
+        rows = sorted({p.bits for p in plan.layers if p.layer.rows})
+        beside = f"; embeddings and heads {rows[0]:g}" if rows and len(layers) < len(plan.layers) else ""
+        out.say(f"Share    {share:.1%} of all parameters are targeted, with {bits:.3g} bits each on average{beside}")
         out.say(f"Result   at most {about} of {size(plan.dense_bytes)} in those layers, and hardly less")
     else:
         out.say(f"Share    {share:.1%} of all parameters are targeted; {kept / targeted:.1%} of those are kept")
@@ -214,7 +217,7 @@ def _show_sizes(out: Console, report: Report, before: str, after: str) -> None:
                   f"{report.model_bytes_after / max(1, report.model_bytes_before):.1%}")  # fmt: skip
     if report.coded:
         dense = 8 * report.bytes_before / max(1, report.targeted_parameters)
-        table.add_row("bits a weight", f"{dense:g}", f"{report.bits:.3f}", f"{report.bits / dense:.1%}")
+        table.add_row("bits a weight of layers", f"{dense:g}", f"{report.bits:.3f}", f"{report.bits / dense:.1%}")
     else:
         table.add_row("parameters kept", f"{report.targeted_parameters:,}", f"{sum(x.kept for x in report.layers):,}",
                       f"{report.kept_parameters:.1%}")  # fmt: skip

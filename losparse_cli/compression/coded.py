@@ -173,13 +173,13 @@ def coded_within(coder: AnyCoder, pots: Sequence[Pot], log_steps: Sequence[float
 
 
 class Pot:
-    """Bytes that layers of one step share. members: their numbers. allowed: bytes.
+    """Bytes that layers of one step share. members: their numbers. allowed: bytes. near: share of them that will do.
 
     finest: log2 of the finest step that is tried. best: the layers at the finest step that fits so far.
     """
 
-    def __init__(self, members: Sequence[int], allowed: float) -> None:
-        self.members, self.allowed = members, allowed
+    def __init__(self, members: Sequence[int], allowed: float, near: float = NEAR) -> None:
+        self.members, self.allowed, self._near = members, allowed, near
         self.best: list[Coded] = []
         self.settled = False
         self.finest, self.next_step = -math.inf, 0.0
@@ -194,13 +194,13 @@ class Pot:
         elif step < self._fits[0] or not self.best:
             self._fits, self.best = (step, size), found
         (fits, less), (bursts, more) = self._fits, self._bursts
-        enough = math.isinf(self.allowed) or less >= NEAR * self.allowed
+        enough = math.isinf(self.allowed) or less >= self._near * self.allowed
         enough = enough or fits - max(bursts, self.finest) < 1e-4
         self.settled = bool(self.best) and enough
         if self.settled:
             self.next_step = fits
             return
-        aim = (1 + NEAR) / 2 * self.allowed
+        aim = (1 + self._near) / 2 * self.allowed
         if math.isfinite(fits) and math.isfinite(bursts):
             part = min(0.95, max(0.05, (aim - less) / (more - less)))
             self.next_step = fits + part * (bursts - fits)
@@ -226,8 +226,8 @@ def code_alone(coder: AnyCoder) -> list[Coded]:
 
 
 class Ledger:
-    """Bytes of layers that are coded one after the other, each at its first step: what one takes beside its share the
-    next one makes good, and the last one makes all come out."""
+    """Bytes of layers that are coded one after the other, each within a few hundredths of its share: what one leaves
+    the next one takes, and the last one makes all come out."""
 
     def __init__(self, plans: Iterable[LayerPlan]) -> None:
         self._waiting: dict[float, dict[str, float]] = {}  # bits -> layer -> its share
@@ -243,7 +243,8 @@ class Ledger:
         allowed = share + max(-MOST_CARRIED * share, min(MOST_CARRIED * share, left - sum(waiting.values())))
         [found] = coder.curves()
         step = step_within([(found, plan.nnz)], 8 * (allowed - beside))
-        [one] = coded_within(coder, [Pot([0], left if len(waiting) == 1 else math.inf)], [step])
+        pot = Pot([0], left) if len(waiting) == 1 else Pot([0], allowed, 1 - MOST_CARRIED / 2)
+        [one] = coded_within(coder, [pot], [step])
         self.spend(plan, one.report.bytes_after)
         return one
 

@@ -141,7 +141,10 @@ def _measured(
         for group in moments:
             metric = None
             if job.recipe.solver == "feedback" and bool(group.H.any()):
-                metric = column_metric(group.H, COLUMN_FACTORS)
+                try:
+                    metric = column_metric(group.H, COLUMN_FACTORS)
+                except ValueError:  # then the solver will say so, of what the layer is fed by then
+                    continue
             for layer in group.layers:
                 metrics[_full(block, layer)] = (1.0, 1.0) if metric is None else (metric.columns, metric.scale)
 

@@ -165,7 +165,7 @@ def compress(
 ) -> None:
     """Compress a model: each targeted weight becomes U V + S.
 
-    [dim]losparse compress user/model --rank 8 --sparsity 0.9[/dim]
+    [dim]losparse compress user/model --calibration text.txt --bits 3.25[/dim]
     """
     from ...compression.request import make_request
     from ...errors import UsageError
