@@ -21,7 +21,7 @@ DEFAULT_BITS, CALIBRATED_BITS = 5.25, 4.25
 EMBEDDING_BITS = 7.0
 """Bits a weight of embeddings and output heads, where S is codes."""
 MOST_BITS = 8.0
-"""Beyond which codes say nothing that matters (docs/performance.md)."""
+"""The most that may be asked for a weight."""
 CODED_KEEP = 0.5
 """Share of the bytes up to which `keep` is spent on codes."""
 DEFAULT_KEEP, CALIBRATED_KEEP = 0.85, 0.6

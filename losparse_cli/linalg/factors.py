@@ -10,18 +10,11 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class LowRankSparse:
-    """W ≈ U V + S of one weight.
-
-    U: (out_features, rank), V: (rank, in_features), both in the stored dtype.
-    values: (nnz,), the entries of S in row-major order, in the stored dtype.
-    support: (out_features, in_features), bool, True where S holds an entry (which may itself be zero).
-    """
+class _Factors:
+    """What both forms of S have beside them. U: (out_features, rank), V: (rank, in_features), in the stored dtype."""
 
     U: Tensor
     V: Tensor
-    values: Tensor
-    support: Tensor
 
     def to(self, device: torch.device) -> Self:
         return replace(self, **{name: value.to(device) for name, value in vars(self).items()})
@@ -29,6 +22,27 @@ class LowRankSparse:
     @property
     def rank(self) -> int:
         return self.U.shape[1]
+
+    def sparse(self) -> Tensor:
+        """S as a dense float32 matrix, (out_features, in_features)."""
+        raise NotImplementedError
+
+    def dense(self) -> Tensor:
+        """U V + S in float32, (out_features, in_features)."""
+        return torch.addmm(self.sparse(), self.U.float(), self.V.float())
+
+
+@dataclass(frozen=True)
+class LowRankSparse(_Factors):
+    """W ≈ U V + S of one weight.
+
+    U: (out_features, rank), V: (rank, in_features), both in the stored dtype.
+    values: (nnz,), the entries of S in row-major order, in the stored dtype.
+    support: (out_features, in_features), bool, True where S holds an entry (which may itself be zero).
+    """
+
+    values: Tensor
+    support: Tensor
 
     @property
     def nnz(self) -> int:
@@ -45,40 +59,22 @@ class LowRankSparse:
         S[self.support] = self.values.float()
         return S
 
-    def dense(self) -> Tensor:
-        """U V + S in float32, (out_features, in_features)."""
-        return torch.addmm(self.sparse(), self.U.float(), self.V.float())
-
 
 @dataclass(frozen=True)
-class LowRankCodes:
+class LowRankCodes(_Factors):
     """W ≈ U V + S of one weight, with S_ij = a_i c_j q_ij in whole numbers q.
 
     U: (out_features, rank), V: (rank, in_features) and rows, a: (out_features,), in the stored dtype. columns, c:
     (in_features,), float32. codes, q: (out_features, in_features), whole numbers.
     """
 
-    U: Tensor
-    V: Tensor
     rows: Tensor
     columns: Tensor
     codes: Tensor
 
-    def to(self, device: torch.device) -> Self:
-        return replace(self, **{name: value.to(device) for name, value in vars(self).items()})
-
-    @property
-    def rank(self) -> int:
-        return self.U.shape[1]
-
     @property
     def nnz(self) -> int:
         return int(torch.count_nonzero(self.codes))
-
-    @property
-    def density(self) -> float:
-        """Share of S that is not zero, 0 to 1."""
-        return self.nnz / max(1, self.codes.numel())
 
     def sparse(self) -> Tensor:
         """S as a dense float32 matrix, (out_features, in_features)."""
@@ -86,8 +82,7 @@ class LowRankCodes:
 
     def dense(self) -> Tensor:
         """U V + S in float32, (out_features, in_features)."""
-        S = self.sparse()
-        return torch.addmm(S, self.U.float(), self.V.float()) if self.rank else S
+        return super().dense() if self.rank else self.sparse()  # no second copy of a large embedding
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import LosparseError, UsageError
 from .blocks import Call, Relay, changed, run_block
+from .reading import code_errors
 
 REMEDY = "Compress it with --sensitivity off."
 
@@ -28,16 +28,9 @@ REMEDY = "Compress it with --sensitivity off."
 @contextmanager
 def gradients_allowed(model: nn.Module, block: str) -> Iterator[None]:
     """Turns whatever a model's own code raises where it takes no gradients into a UsageError that names the block."""
-    try:
+    where = f" at {block}" if block else ""
+    with code_errors(lambda reason: f"{type(model).__name__} takes no gradients{where} ({reason}). {REMEDY}"):
         yield
-    except (LosparseError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        if "allocate memory" in str(error):
-            raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        where = f" at {block}" if block else ""
-        raise UsageError(f"{type(model).__name__} takes no gradients{where} ({reason}). {REMEDY}") from error
 
 
 class GradientRelay(Relay):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,6 +50,16 @@ def require_text(model: Any, name: str, remedy: str) -> None:
 @contextmanager
 def text_alone(name: str, remedy: str) -> Iterator[None]:
     """Turns whatever a model's own code raises on nothing but text, for want of an image, say, into a UsageError."""
+    with code_errors(lambda reason: f"{name} cannot be run on text alone ({reason}). {remedy}"):
+        yield
+
+
+@contextmanager
+def code_errors(said: Callable[[str], str]) -> Iterator[None]:
+    """Turns whatever a model's own code raises into a UsageError, with what is `said` of the reason.
+
+    Errors of ours and want of memory stay what they are.
+    """
     try:
         yield
     except (LosparseError, MemoryError, torch.OutOfMemoryError):
@@ -57,5 +67,4 @@ def text_alone(name: str, remedy: str) -> Iterator[None]:
     except Exception as error:
         if "allocate memory" in str(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise UsageError(f"{name} cannot be run on text alone ({reason}). {remedy}") from error
+        raise UsageError(said((str(error).strip() or type(error).__name__).splitlines()[0].rstrip("."))) from error
