@@ -203,6 +203,8 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
         for sentence in doubts(job.calibration, windows) if job.calibration is not None else ():
             told.warn(sentence)
         made = schedule(job, allocated_plan(job, windows, work, told))
+        for sentence in made.plan.notes:
+            told.warn(sentence)
         steps = Steps((), {})
         if windows is not None and need is not None:
             steps = foreseen_steps(job, made.plan, windows, work, told, need.fixed_bytes)

@@ -55,11 +55,15 @@ class RecipeError(UsageError):
 
 
 class UnfitError(UsageError):
-    """A layer of which a recipe leaves nothing, or whose factors alone exceed it; reason: that in a few words."""
+    """A layer of which a recipe leaves nothing, or whose factors alone exceed it.
 
-    def __init__(self, message: str, reason: str) -> None:
-        super().__init__(message)
-        self.reason = reason
+    reason: that in a few words, which follow the layer's name. remedy: what to ask for instead, without a full stop.
+    """
+
+    def __init__(self, layer: str, shape: tuple[int, int], reason: str, remedy: str) -> None:
+        ignore = f"or leave the layer out with --ignore '{layer}'"
+        super().__init__(f"{layer} ({shape[0]} x {shape[1]}) {reason}. {remedy}, {ignore}.")
+        self.reason, self.remedy = reason, remedy
 
 
 class SourceError(LosparseError):

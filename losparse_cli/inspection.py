@@ -18,9 +18,10 @@ SPECTRUM_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 @dataclass(frozen=True)
 class DenseLayer:
-    """One linear layer of a dense checkpoint. reason: why it would stay dense, or None.
+    """One layer of a dense checkpoint, linear or an embedding. reason: why it would stay dense, or None.
 
-    energy: rank -> share of ‖W‖²_F that the best matrix of that rank captures; {} if not asked for.
+    rows: whether it is an embedding, or an output head that is tied to none, which are compressed where S holds whole
+    numbers. energy: rank -> share of ‖W‖²_F that the best matrix of that rank captures; {} of rows, and unasked for.
     curve: the same at closely spaced ranks up to the full one, for a plot; left out of `to_dict`.
     """
 
@@ -30,6 +31,7 @@ class DenseLayer:
     reason: str | None
     energy: dict[int, float]
     curve: dict[int, float] = field(default_factory=dict, repr=False)
+    rows: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "curve"}
@@ -37,7 +39,7 @@ class DenseLayer:
 
 @dataclass(frozen=True)
 class DenseReport:
-    """What `compress` would find in a dense checkpoint."""
+    """What `compress` would find in a dense checkpoint, if nothing asks for floats in S."""
 
     name: str
     layers: tuple[DenseLayer, ...]
@@ -105,7 +107,7 @@ def compressed_report(checkpoint: Checkpoint) -> Report:
 
 def _dense_report(checkpoint: Checkpoint, spectrum: bool, trust_remote_code: bool, told: Progress) -> DenseReport:
     from .budget.recipe import Recipe
-    from .compression.plan import find_layers
+    from .compression.layers import find_layers
     from .models.names import NameMap
     from .models.skeleton import build_skeleton
 
@@ -114,23 +116,25 @@ def _dense_report(checkpoint: Checkpoint, spectrum: bool, trust_remote_code: boo
             f"{checkpoint.name} is quantized already ({checkpoint.packing}). Inspect the unquantized checkpoint."
         )
     skeleton = build_skeleton(checkpoint.folder, checkpoint.config, trust_remote_code=trust_remote_code)
-    targeted, skipped = find_layers(checkpoint, skeleton, Recipe())
+    targeted, skipped = find_layers(checkpoint, skeleton, Recipe().settled())
     tensors = {layer.name: layer.tensor for layer in targeted}
+    rows = {layer.name for layer in targeted if layer.rows}  # which have no U and V: spectra would say nothing of them
     disk = NameMap(skeleton.model, checkpoint.entries).disk
     layers = []
     if spectrum:
-        told.start("layers", len(tensors))
+        told.start("layers", len(tensors) - len(rows))
     for name in (*tensors, *skipped):
         entry = checkpoint.entries.get(tensors.get(name) or next(iter(disk.get(f"{name}.weight", ())), ""))
         curve: dict[int, float] = {}
-        if spectrum and name in tensors and entry is not None:
+        if spectrum and name in tensors and name not in rows and entry is not None:
             curve = _energy(checkpoint, entry)
             told.advance("layers", name=name)
         shape = skeleton.linears[name].shape if name in skeleton.linears else None
         if shape is None and entry is not None and len(entry.shape) == 2:
             shape = (entry.shape[0], entry.shape[1])
         energy = {r: curve[r] for r in SPECTRUM_RANKS if r in curve}
-        layers.append(DenseLayer(name, shape, entry.nbytes if entry else 0, skipped.get(name), energy, curve))
+        nbytes = entry.nbytes if entry else 0
+        layers.append(DenseLayer(name, shape, nbytes, skipped.get(name), energy, curve, name in rows))
     return DenseReport(
         checkpoint.name,
         tuple(layers),

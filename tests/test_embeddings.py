@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -271,6 +272,7 @@ def test_what_stays_dense_says_why(dense: Any, tmp_path: Path) -> None:
     assert job.plan.skipped == {"model.embed_tokens": "named by --ignore"}
     small = toys.llama(tmp_path / "small")
     assert not planned(small, tmp_path)
+    assert plan(small, tmp_path / "out").plan.skipped["model.embed_tokens"].startswith("too small to matter")
     twice = tmp_path / "twice"
     model = load(dense("llama-tied"))
     model.save_pretrained(twice)
@@ -280,6 +282,17 @@ def test_what_stays_dense_says_why(dense: Any, tmp_path: Path) -> None:
     job = plan(twice, tmp_path / "out")
     assert job.plan.skipped["model.embed_tokens"] == "stored twice, as lm_head.weight, too"
     assert job.plan.skipped["lm_head"] == "output head"
+
+
+def test_bits_that_an_embedding_cannot_be_stored_in_are_told(dense: Any, tmp_path: Path) -> None:
+    job = plan(dense("llama"), tmp_path / "out", recipe={"embedding_bits": 0.1})
+    assert "cannot be stored in 0.1 bits a weight" in job.plan.skipped["model.embed_tokens"]
+    [note] = job.plan.notes
+    assert note.startswith(
+        f"model.embed_tokens ({TOKENS} x 68) and 1 more layer stay dense (cannot be stored in 0.1 bits"
+    )
+    least = float(re.search(r"Raise --embedding-bits to (\d\.\d\d) at least\.$", note)[1])
+    assert len(planned(dense("llama"), tmp_path, recipe={"embedding_bits": least})) == 2
 
 
 def test_a_head_that_reads_the_weights_itself_keeps_them_dense(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,11 +84,29 @@ def test_a_dense_model_lists_every_linear_layer(place: Path) -> None:
     assert isinstance(found, DenseReport)
     chosen = [layer for layer in found.layers if layer.reason is None]
     assert len(chosen) == 28
-    assert {layer.name for layer in found.layers if layer.reason} == {"model.embed_tokens", "lm_head"}
+    reasons = {layer.name: layer.reason for layer in found.layers if layer.reason}
+    assert reasons.keys() == {"model.embed_tokens", "lm_head"}
+    assert reasons["model.embed_tokens"] == "too small to matter: fewer than 65,536 entries"
     shapes = {layer.name: layer.shape for layer in chosen}
     assert shapes["model.layers.0.mlp.gate_proj"] == (136, 64)
     assert found.targeted_parameters == sum(m * n for m, n in shapes.values() if m and n)
     assert all(layer.energy == {} for layer in found.layers)
+
+
+def test_embeddings_of_a_dense_model_are_compressed_too_in_whole_numbers(toy: Any) -> None:
+    found = inspect(toy("llama", vocab_size=1100), spectrum=True)
+    assert isinstance(found, DenseReport)
+    rows = [layer for layer in found.layers if layer.rows]
+    assert [layer.name for layer in rows] == ["model.embed_tokens", "lm_head"]
+    assert all(layer.reason is None and not layer.energy for layer in rows)
+    assert found.targeted_parameters == sum(m * n for x in found.layers if not x.reason for m, n in [x.shape or (0, 0)])
+
+
+def test_a_linked_folder_goes_by_the_name_that_was_given(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "given").symlink_to(place / "out")
+    assert inspect(tmp_path / "given").name == "given"
+    assert inspect(f"{tmp_path}/given/").name == "given"
+    assert inspect(place / "model" / ".." / "out").name == "out"
 
 
 def test_the_spectrum_is_that_of_the_weights(place: Path) -> None:

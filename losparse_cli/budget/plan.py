@@ -8,6 +8,7 @@ from functools import lru_cache
 
 from ..errors import UnfitError, UsageError
 from ..shim.layouts import LayerSpec, bound_index_bytes, candidates, expected_index_bytes, n_of_m
+from .notes import Notes
 from .recipe import MOST_BITS, Recipe
 
 
@@ -60,10 +61,12 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """All targeted layers, and why every other linear layer stays dense."""
+    """All targeted layers, and why every other linear layer stays dense. notes: what came out otherwise than it was
+    asked for, a sentence each."""
 
     layers: tuple[LayerPlan, ...]
     skipped: dict[str, str]
+    notes: tuple[str, ...] = ()
 
     @property
     def dense_bytes(self) -> int:
@@ -100,6 +103,7 @@ def make_plan(layers: Iterable[Layer], skipped: dict[str, str], recipe: Recipe, 
     """
     plans: list[LayerPlan] = []
     skipped = dict(skipped)
+    notes = Notes()
     too_small: list[str] = []
     unfit: UnfitError | None = None
     for layer in layers:
@@ -108,20 +112,25 @@ def make_plan(layers: Iterable[Layer], skipped: dict[str, str], recipe: Recipe, 
         m, n = layer.shape
         if request.rank is not None and request.rank * (m + n) >= m * n:
             skipped[layer.name] = f"rank {request.rank} factors are no smaller than the {m} x {n} matrix"
+            notes.stays_dense(layer, skipped[layer.name])
             too_small.append(layer.name)
             continue
         try:
             plan = plan_layer(layer, request)
         except UnfitError as error:  # a gate of one row, say, of whose S whole neurons leave nothing
             skipped[layer.name] = error.reason
+            notes.stays_dense(layer, error.reason, f" {error.remedy}.")
             unfit = unfit or error
             continue
         size = plan.expected_bytes if plan.bits else plan.bound_bytes
         if size >= layer.dense_bytes:
             skipped[layer.name] = f"would not shrink: {size:,} of {layer.dense_bytes:,} bytes"
+            notes.stays_dense(layer, skipped[layer.name])
             too_small.append(layer.name)
         else:
             plans.append(plan)
+            if plan.bits and request.bits is None:
+                notes.share(plan, request.keep or 0.0)
     if not plans:
         if unfit is not None:
             raise unfit
@@ -134,7 +143,7 @@ def make_plan(layers: Iterable[Layer], skipped: dict[str, str], recipe: Recipe, 
         raise UsageError(
             "No layer of this model can be compressed. `losparse inspect` on the model lists the reason for each layer."
         )
-    return Plan(tuple(plans), skipped)
+    return Plan(tuple(plans), skipped, notes.sentences())
 
 
 def plan_layer(layer: Layer, recipe: Recipe) -> LayerPlan:
@@ -149,15 +158,17 @@ def plan_layer(layer: Layer, recipe: Recipe) -> LayerPlan:
     rank, nnz = _rank_and_nnz(layer.shape, layer.itemsize, recipe)
     if rank is None:
         raise UnfitError(
-            f"{layer.name} ({layer.shape[0]} x {layer.shape[1]}) does not fit the budget: its factors alone are "
-            "larger. Lower --rank, or raise --keep or --keep-parameters.",
+            layer.name,
+            layer.shape,
             "does not fit the budget: its factors alone are larger",
+            "Lower --rank, raise --keep or --keep-parameters",
         )
     if rank == 0 and nnz == 0:
         raise UnfitError(
-            f"Nothing would be left of {layer.name} ({layer.shape[0]} x {layer.shape[1]}): rank 0, and an empty S. "
-            "Raise --rank, --keep or --keep-parameters, lower --sparsity, or leave the layer out with --ignore.",
-            "nothing would be left of it: rank 0, and an empty S",
+            layer.name,
+            layer.shape,
+            "would have nothing left: rank 0, and an empty S",
+            "Raise --rank, --keep or --keep-parameters, lower --sparsity",
         )
     return LayerPlan(
         layer,
@@ -179,10 +190,10 @@ def _plan_codes(layer: Layer, recipe: Recipe) -> LayerPlan:
     option = "--embedding-bits" if layer.rows else "--bits"
     if bits * m * n / 8 <= beside:
         raise UnfitError(
-            f"{layer.name} ({m} x {n}) cannot be stored in {bits:.3g} bits a weight: factors and stream alone take "
-            f"{8 * beside / (m * n):.3g}. Raise {option} to {8 * beside / (m * n) + 0.05:.2f} at least"
-            f"{', or lower --rank' if rank else ''}, or leave the layer out with --ignore '{layer.name}'.",
-            f"cannot be stored in {bits:.3g} bits a weight: factors and stream alone take more",
+            layer.name,
+            layer.shape,
+            f"cannot be stored in {bits:.3g} bits a weight: factors and stream alone take {8 * beside / (m * n):.3g}",
+            f"Raise {option} to {8 * beside / (m * n) + 0.05:.2f} at least{', lower --rank' if rank else ''}",
         )
     expected = round(bits * m * n / 8)
     # What a layer takes depends on how much the loss minds it, and on the others: this is what no real one came near.

@@ -151,10 +151,12 @@ class Recipe:
         use. refined: whether blocks are to be matched, which needs floats. Of floats all of the budget is best spent on
         S without data; with it, a fifth on U and V (docs/performance.md).
         """
-        if self.coded is None:
-            values = "float" if refined or (self.keep is not None and self.keep > CODED_KEEP) else "codes"
-            return replace(self, values=values).settled(calibrated=calibrated)
-        if self.coded:
+        coded, why = self._decided(refined)
+        for target, fields in self.overrides:
+            wrong = _of_other_values(override(Recipe(), dict(fields)), coded)
+            if wrong:
+                raise UsageError(f"layers: {target}: {_contradiction(wrong.removeprefix('--'), why, coded)}")
+        if coded:
             sized = self.bits is not None or self.keep is not None
             return replace(
                 self,
@@ -184,16 +186,34 @@ class Recipe:
 
     @property
     def coded(self) -> bool | None:
-        """Whether S is whole numbers; None where nothing that was asked decides it."""
+        """Whether S is whole numbers; None where nothing that was asked of all layers decides it."""
+        return self._asked[0]
+
+    @property
+    def _asked(self) -> tuple[bool | None, str]:
+        """As `coded`, and the option that decides it."""
         if self.values is not None:
-            return self.values == "codes"
-        rows = self.embedding_bits not in (None, "none")
-        if self.bits is not None or self.solver in CODE_SOLVERS or self.sensitivity is not None or rows:
-            return True
-        of_floats = (self.rank, self.rank_ratio, self.sparsity, self.keep_parameters, self.threshold_scope)
-        others = (self.iterations, self.solver)
-        asked = any(value is not None for value in (*of_floats, *others))
-        return False if asked or self.pattern != "unstructured" or self.allocate != "uniform" else None
+            return self.values == "codes", f"--values {self.values}"
+        for coded, asks in ((True, _of_codes(self)), (False, _of_floats(self))):
+            if asks:
+                return coded, asks[0]
+        return (None, "") if self.rank is None else (False, "--rank")
+
+    def _decided(self, refined: bool) -> tuple[bool, str]:
+        """Whether S is whole numbers, and the option or the entry that decides it; see `settled`."""
+        coded, why = self._asked
+        if coded is not None:
+            return coded, why
+        if refined:
+            return False, "--refine blocks"
+        if self.keep is not None and self.keep > CODED_KEEP:
+            return False, f"--keep {self.keep:g}"
+        for target, fields in self.overrides:
+            alone = override(Recipe(), dict(fields))
+            for coded, asks in ((True, _of_codes(alone)), (False, _of_floats(alone))):
+                if asks:
+                    return coded, f"{asks[0].removeprefix('--')} of layers: {target}"
+        return True, ""
 
     def _passes(self, solver: str, calibrated: bool) -> int:
         shares = (self.keep, self.keep_parameters, None if self.sparsity is None else 1 - self.sparsity)
@@ -214,19 +234,17 @@ def recipe_of(file: RecipeFile, given: Mapping[str, Any]) -> Recipe:
 
     RecipeError names the file and the entry at fault.
     """
-    where = file.name
-    try:
+    with file.errors(given):
         merged = override(override(Recipe(), file.settings), given)
-        kept = []
-        for target, fields in file.layers.items():
-            where = f"{file.name}, layers: {target}"
-            fields = {k: v for k, v in fields.items() if not _superseded(k, given)}
-            if fields:
+    kept = []
+    for target, fields in file.layers.items():
+        fields = {k: v for k, v in fields.items() if not _superseded(k, given)}
+        if fields:
+            with file.errors(given, target):
                 override(merged, fields)  # a contradiction is reported here, with its place in the file
-                kept.append((target, tuple(sorted(fields.items()))))
+            kept.append((target, tuple(sorted(fields.items()))))
+    with file.errors(given):
         return replace(merged, overrides=tuple(kept))
-    except UsageError as error:
-        raise RecipeError(f"{where}: {error}") from error
 
 
 def make_recipe(flags: Mapping[str, Any], file: Path | None = None) -> Recipe:
@@ -267,14 +285,36 @@ def override(recipe: Recipe, fields: Mapping[str, Any]) -> Recipe:
 
 def _check_values(recipe: Recipe) -> None:
     """UsageError for what codes cannot do, or floats."""
-    if recipe.values == "float" or (recipe.values is None and not recipe.coded):
-        rows = None if recipe.embedding_bits == "none" else recipe.embedding_bits
-        given = {"--bits": recipe.bits, "--embedding-bits": rows, "--sensitivity": recipe.sensitivity}
-        given |= {f"--solver {recipe.solver}": recipe.solver in CODE_SOLVERS or None}
-        wrong = next((name for name, value in given.items() if value is not None), None)
-        if wrong and recipe.values == "float":
-            raise UsageError(f"{wrong} is for whole numbers in S: leave out --values float.")
-        return
+    coded, why = recipe._asked
+    wrong = "" if coded is None else _of_other_values(recipe, coded)
+    if coded is not None and wrong:
+        raise UsageError(_contradiction(wrong, why, coded))
+
+
+def _contradiction(wrong: str, why: str, coded: bool) -> str:
+    """A sentence: what was asked that S of such values cannot follow, and what asks for them."""
+    here, there = ("floats", "whole numbers") if coded else ("whole numbers", "floats")
+    return f"{wrong} is for {here} in S, and {why} for {there}: leave out one of them."
+
+
+def _of_other_values(recipe: Recipe, coded: bool) -> str:
+    """The first thing asked that S of whole numbers (or of floats) cannot follow, as an option; "" if there is none."""
+    return next(iter(_of_floats(recipe) if coded else _of_codes(recipe)), "")
+
+
+def _of_codes(recipe: Recipe) -> list[str]:
+    """What was asked that only whole numbers can follow, as options."""
+    given = {
+        "--bits": recipe.bits,
+        "--embedding-bits": None if recipe.embedding_bits == "none" else recipe.embedding_bits,
+        f"--sensitivity {recipe.sensitivity}": recipe.sensitivity,
+        f"--solver {recipe.solver}": recipe.solver if recipe.solver in CODE_SOLVERS else None,
+    }
+    return [option for option, value in given.items() if value is not None]
+
+
+def _of_floats(recipe: Recipe) -> list[str]:
+    """What was asked that only floats can follow, as options; U and V may stand beside both."""
     given = {
         "--rank-ratio": recipe.rank_ratio,
         "--sparsity": recipe.sparsity,
@@ -285,11 +325,7 @@ def _check_values(recipe: Recipe) -> None:
         f"--pattern {recipe.pattern}": None if recipe.pattern == "unstructured" else recipe.pattern,
         f"--allocate {recipe.allocate}": None if recipe.allocate == "uniform" else recipe.allocate,
     }
-    wrong = next((name for name, value in given.items() if value is not None), None)
-    if wrong:
-        raise UsageError(
-            f"{wrong} is for floats in S, and whole numbers were asked for: leave it out, or say --values float."
-        )
+    return [option for option, value in given.items() if value is not None]
 
 
 def _check_pattern(recipe: Recipe) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError
+from ..errors import RecipeError, UsageError, flag
 
 RANK_CHOICES = ("rank", "rank_ratio")
 SIZE_CHOICES = ("sparsity", "keep", "keep_parameters", "bits")
@@ -16,6 +17,8 @@ PER_LAYER = (*RANK_CHOICES, *SIZE_CHOICES, "pattern", "threshold_scope", "iterat
 WHOLE_RUN = ("targets", "ignore", "values", "embedding_bits", "solver", "sensitivity", "allocate", "seed")
 RUN = ("calibration", "refine", "device", "memory_limit", "max_shard_size")
 """What a recipe may say of a run beside its layers."""
+LEADING = ("source", "mode")
+"""Of these settings the part that an option by their own name gives."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,42 @@ class RecipeFile:
     settings: dict[str, Any] = field(default_factory=dict)
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
+
+    def _entries(self, target: str) -> dict[str, tuple[str, Any]]:
+        """Setting, as options have it -> how it stands here, and its value; those of `layers: target` win."""
+        found = {name: (name, value) for name, value in self.settings.items()}
+        for name, part in self.run.items():
+            if isinstance(part, Mapping):
+                parts = {(name if key in LEADING else f"{name}_{key}"): (f"{name}: {key}", part[key]) for key in part}
+                found |= parts
+            else:
+                found[name] = name, part
+        return found | {name: (name, value) for name, value in self.layers.get(target, {}).items()}
+
+    @contextmanager
+    def errors(self, given: Container[str] = (), target: str = "") -> Iterator[None]:
+        """Turns a UsageError about entries of this file into a RecipeError that names it, and them in place of the
+        options that say the same.
+
+        given: settings that were given beside the file, and win. target: of `layers`, whose settings are at fault.
+        """
+        try:
+            yield
+        except UsageError as error:
+            said = sentence = f"layers: {target}: {error}" if target else str(error)
+            for name, (shown, value) in self._entries(target).items():
+                if name not in given or name in self.layers.get(target, {}):
+                    sentence = _as_entry(flag(name), shown, value, sentence)
+            if sentence == said and sentence.partition(" ")[0].rstrip(":") not in (*self.settings, *self.run, "layers"):
+                raise
+            comma = "," if sentence.startswith("layers: ") else ":"
+            raise RecipeError(f"{self.name}{comma} {sentence}") from error
+
+
+def _as_entry(option: str, shown: str, value: Any, sentence: str) -> str:
+    """The sentence with the option as the entry of a file, which is `shown`, and its value where that stands there."""
+    sentence = re.sub(rf"{option} {re.escape(str(value))}(?!\w|[.:]\w)", f"'{shown}: {value}'", sentence)
+    return re.sub(rf"{option}(?![\w-])", shown, sentence)
 
 
 def asked(flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,8 @@ TORCH_DTYPES = {
 """The dtypes that can become tensors of torch; all others are only copied."""
 
 FLOATING = ("F16", "BF16", "F32", "F64")
+
+COPIED = "Repair the checkpoint: only layers that --ignore names are copied whatever they hold."
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class SafetensorsFile:
     def chunks(self, entry: TensorEntry, size: int = 16 << 20) -> Iterator[bytes]:
         """The tensor's bytes, `size` at a time."""
         with _read_errors(entry):
-            file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - closed below
+            file = open(self.path, "rb")  # noqa: SIM115 - closed below; buffered, for pieces as long as they should be
         with file:
             left = entry.nbytes
             file.seek(self.data_start + entry.offset)
@@ -127,6 +129,37 @@ class PickleFile:
         raw = _load_pickle(self.path)[entry.name].contiguous().view(-1).view(torch.uint8).numpy()
         for start in range(0, entry.nbytes, size):
             yield raw[start : start + size].tobytes()
+
+
+def finite(pieces: Iterable[bytes], entry: TensorEntry, *, infinities: bool = False) -> Iterator[bytes]:
+    """The pieces of a tensor as they come, each of whole numbers; raises as `require_finite`."""
+    seen = 0
+    for piece in pieces:
+        if entry.dtype in FLOATING:
+            values = torch.frombuffer(bytearray(piece), dtype=TORCH_DTYPES[entry.dtype])
+            require_finite(values, entry, COPIED, begin=seen, infinities=infinities)
+            seen += values.numel()
+        yield piece
+
+
+def require_finite(
+    values: Tensor, entry: TensorEntry, remedy: str, *, begin: int = 0, infinities: bool = False
+) -> None:
+    """CheckpointError with the remedy at the first NaN, and the first infinity unless those may be there.
+
+    values: floating, of the tensor of `entry`, from its entry number `begin` on.
+    """
+    wrong = torch.isnan if infinities else _is_not_finite
+    if not values.numel() or not any(wrong(end) for end in torch.aminmax(values)):  # NaN is both least and largest
+        return
+    values = values.reshape(-1)
+    at = int(torch.nonzero(wrong(values))[0])
+    place = [int(k) for k in torch.unravel_index(torch.tensor(begin + at), entry.shape or (1,))]
+    raise CheckpointError(f"{entry.name} in {entry.path} holds {values[at].item()} at {place}. {remedy}")
+
+
+def _is_not_finite(values: Tensor) -> Tensor:
+    return ~torch.isfinite(values)
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:

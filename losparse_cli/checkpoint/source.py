@@ -113,7 +113,8 @@ def open_checkpoint(
     identifier = str(model)
     folder = Path(os.path.expanduser(identifier))  # unlike Path.expanduser, leaves an unknown ~user as it is
     if os.path.isdir(folder) and identifier:
-        name = os.fsencode(folder.resolve().name).decode(errors="replace")  # it is written into the card
+        # As it was given, not as what a link leads to: it is written into the card.
+        name = os.fsencode(os.path.basename(os.path.abspath(folder))).decode(errors="replace")
         return _open_folder(folder, name, None)
     if os.path.isfile(folder):
         if folder.suffix.lower() == ".gguf":

@@ -175,7 +175,7 @@ def _show_dense(out: Console, report: DenseReport, every_layer: bool, sort: str)
         Column("bytes", [size(sum(x.nbytes for x in group)) for group in groups], goes=1 if sort == "name" else 0),
         Column(
             "compress?",
-            ["[green]yes[/]" if x.reason is None else f"[dim]no: {escape(x.reason)}[/]" for x in firsts],
+            [_whether(x) for x in firsts],
             left=True, goes=3 if ranks else 0, wraps=True,
         ),
         *(
@@ -192,6 +192,13 @@ def _show_dense(out: Console, report: DenseReport, every_layer: bool, sort: str)
         f"{len(chosen)} layers would be compressed: {report.targeted_parameters / max(1, report.parameters):.1%} of "
         f"{report.parameters:,} parameters, {size(sum(x.nbytes for x in chosen))} of {size(report.model_bytes)}"
     )
+
+
+def _whether(layer: DenseLayer) -> str:
+    """Whether it would be compressed, and why not."""
+    if layer.reason is not None:
+        return f"[dim]no: {escape(layer.reason)}[/]"
+    return "[green]yes[/]" + (", in whole numbers" if layer.rows else "")
 
 
 def show_comparison(out: Console, rows: Sequence[Measured]) -> None:

@@ -58,6 +58,9 @@ class TrainingProgress(Progress):
         else:
             self._console.say(f"[dim]{escape(text)}[/]")
 
+    def warn(self, sentence: str) -> None:
+        self._console.warn(sentence)
+
     def step(self, step: Step) -> None:
         self._smooth = step.loss if self._said < 0 and not self._smooth else 0.9 * self._smooth + 0.1 * step.loss
         score = step.scores.get(self._main)

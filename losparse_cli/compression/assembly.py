@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.reader import require_finite
 from ..checkpoint.source import Checkpoint
 from ..errors import CheckpointError
 from ..models.blocks import block_of
@@ -69,8 +70,19 @@ class Assembly:
         entry = self._checkpoint.entries[tensor]
         return self._files[entry.path].read(entry)
 
+    def _sound(self, tensor: str) -> Tensor:
+        """As `read`; CheckpointError if not all of it is finite, of which nothing could be computed."""
+        value = self.read(tensor)
+        if value.is_floating_point():
+            remedy = "Repair the checkpoint: nothing can be calibrated with it."
+            require_finite(value, self._checkpoint.entries[tensor], remedy)
+        return value
+
     def load(self, names: Collection[str]) -> None:
-        """Give the parameters `names` their weights, in float32. CheckpointError names one that no file holds."""
+        """Give the parameters `names` their weights, in float32.
+
+        CheckpointError names one that no file holds, or that is not finite.
+        """
         ready: dict[str, Tensor] = {}
         for name in names:
             if self.model.get_parameter(name).is_meta:
@@ -85,9 +97,9 @@ class Assembly:
         for name in twins:
             stored = self._names.disk.get(name)
             if stored:
-                return {name: self.read(stored[0])}
+                return {name: self._sound(stored[0])}
             if name in self._names.converted:
-                return self._names.convert(name, self.read)
+                return self._names.convert(name, self._sound)
         raise CheckpointError(
             f"The tensor {twins[0]} is missing from {self._checkpoint.folder}. Download the checkpoint again."
         )

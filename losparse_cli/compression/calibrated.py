@@ -48,9 +48,7 @@ class CalibratedRun:
         self._batches, self._held_out = [*seen, *unseen], len(unseen)
         self.assembly = calibration_model(job)
         self.model = self.assembly.model
-        copied = job.start or job.source
-        self._files = {file.path: file for file in copied.files}
-        self._entries = copied.entries
+        self._copied = job.start or job.source
         limit = job.memory_limit if job.memory_limit is not None else available(job.device) * 3 // 4
         self._activations = Activations(writer.folder, max(0, limit - fixed_bytes))
 
@@ -153,6 +151,7 @@ class CalibratedRun:
             self.told.advance("bytes", entry.nbytes)
 
     def _copy(self, number: int) -> None:
-        entry = self._entries[self.made.units[number][0].name]
-        self.writer.append([(entry.name, entry.dtype, entry.shape, self._files[entry.path].chunks(entry))])
+        name = self.made.units[number][0].name
+        entry = self._copied.entries[name]
+        self.writer.append([(name, entry.dtype, entry.shape, self.job.copied(self._copied, name))])
         self.told.advance("bytes", entry.nbytes)

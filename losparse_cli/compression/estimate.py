@@ -81,10 +81,10 @@ class Forecast:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What bodes ill, a sentence each."""
-        job = self.job
+        job, notes = self.job, self.made.plan.notes
         if job.calibration is None:
-            return ()
-        return (*doubts(job.calibration, job.windows), *job.route.notes)
+            return notes
+        return (*notes, *doubts(job.calibration, job.windows), *job.route.notes)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form; sizes in bytes."""

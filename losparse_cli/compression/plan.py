@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from ..budget.plan import Layer, LayerPlan, Plan, make_plan, plan_as_stored
+from ..budget.plan import LayerPlan, Plan, make_plan, plan_as_stored
 from ..budget.recipe import Recipe
-from ..budget.targets import choose, matches, require_match
 from ..checkpoint.companions import companion_files
 from ..checkpoint.config import layer_specs
 from ..checkpoint.output import output_path, parse_size
-from ..checkpoint.reader import BITS, FLOATING, TensorEntry
+from ..checkpoint.reader import TensorEntry, finite
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..checkpoint.writer import Shard, Slot, plan_shards
-from ..errors import CheckpointError, SourceError, UsageError
+from ..errors import SourceError, UsageError
 from ..models.blocks import bias_heads, block_of, hidden_size
 from ..models.device import find_device
-from ..models.embeddings import Rows, find_rows
 from ..models.names import NameMap
 from ..models.route import Route, find_route
 from ..models.skeleton import Skeleton, build_skeleton
 from ..shim.layouts import INDEX_TENSORS, candidates
 from ..shim.loader import loader_bytes
 from ..text.windows import Calibration, Windows, read_windows, settle
+from .layers import find_layers, not_checked
 from .request import Refinement, Request
 
 FRAME_BYTES = 1 << 16  # bytes: report, card and config besides their lines for each layer
@@ -43,7 +43,8 @@ class Job:
     without calibration. route: where text goes. unreached: where those of blocks lie that it never reaches, which are
     never in memory together. memory_limit: bytes, None for three quarters of what is free. hidden_size: width of what
     flows between blocks. bias_heads: of the biases of positions that flow along. start: the compressed checkpoint whose
-    layers are refined, None if they are solved anew.
+    layers are refined, None if they are solved anew. unseen, masks: tensors that are copied whatever they hold, and
+    those that may hold infinities (`layers.not_checked`).
     """
 
     source: Checkpoint
@@ -64,6 +65,15 @@ class Job:
     refinement: Refinement | None = None
     memory_limit: int | None = None
     start: Checkpoint | None = None
+    unseen: frozenset[str] = frozenset()
+    masks: frozenset[str] = frozenset()
+
+    def copied(self, checkpoint: Checkpoint, name: str) -> Iterator[bytes]:
+        """A tensor of the source, or of what is refined, in pieces; CheckpointError if it holds what it may not."""
+        entry = checkpoint.entries[name]
+        file = next(file for file in checkpoint.files if file.path == entry.path)
+        pieces = file.chunks(entry)
+        return pieces if name in self.unseen else finite(pieces, entry, infinities=name in self.masks)
 
     @property
     def parameters(self) -> int:
@@ -138,22 +148,22 @@ def prepare(
     """
     request = request or Request()
     calibration = request.calibration
-    recipe = request.recipe.settled(calibrated=calibration is not None, refined=request.refinement is not None)
-    _check_calibrated(recipe, calibration, request.refinement)
-    shard_bytes, device = parse_size(request.max_shard_size), find_device(request.device)
-    limit = None if request.memory_limit is None else parse_size(request.memory_limit, "--memory-limit")
+    with request.errors():
+        recipe = request.settled()
+        shard_bytes, device = parse_size(request.max_shard_size), find_device(request.device)
+        limit = None if request.memory_limit is None else parse_size(request.memory_limit, "--memory-limit")
     source = _open(model, revision, cache_dir, plan_only)
     _refuse_quantized(source)
     if start is not None:
         _check_start(start, source)
     output = output_path(output or f"{source.name.rpartition('/')[2]}-losparse")
     skeleton = build_skeleton(source.folder, source.config, trust_remote_code=trust_remote_code)
-    layers, skipped = find_layers(source, skeleton, recipe)
-    calibrated = calibration is not None
-    if start is None:
-        plan = make_plan(layers, skipped, recipe, calibrated=calibrated)
-    else:
-        plan = plan_as_stored(layers, skipped, layer_specs(start))
+    with request.errors():
+        layers, skipped = find_layers(source, skeleton, recipe)
+        if start is None:
+            plan = make_plan(layers, skipped, recipe, calibrated=calibration is not None)
+        else:
+            plan = plan_as_stored(layers, skipped, layer_specs(start))
     calibration = calibration and settle(calibration, skeleton.model, source.folder)
     if not source.files and not plan_only:
         source = open_checkpoint(model, revision=source.commit, cache_dir=cache_dir)  # of the very headers planned from
@@ -187,29 +197,10 @@ def prepare(
         request.refinement,
         limit,
         start,
+        *not_checked(source, skeleton, recipe),
     )
     schedule(job, plan)  # CheckpointError where two tensors would have one name
     return job
-
-
-def _check_calibrated(recipe: Recipe, calibration: Calibration | None, refinement: Refinement | None) -> None:
-    """UsageError if the request needs text and has none, or leaves nothing to allocate."""
-    asked = {
-        "--refine blocks": refinement is not None,
-        f"--solver {recipe.solver}": recipe.solver not in ("magnitude", "rounding"),
-        "--sensitivity on": recipe.sensitivity == "on",
-        "--allocate error": recipe.allocate == "error",
-    }
-    for option, given in asked.items():
-        if given and calibration is None:
-            raise UsageError(f"{option} needs text to calibrate with: add --calibration FILE, or --calibration self.")
-    if refinement is not None and recipe.coded:
-        raise UsageError(
-            "--refine blocks matches floats, and S is to be whole numbers: leave it out, or add --values float."
-        )
-    sized = recipe.keep is not None or recipe.keep_parameters is not None
-    if recipe.allocate == "error" and (not sized or ":" in recipe.pattern or recipe.rank is not None):
-        raise UsageError("--allocate error decides rank and size of each layer: give --keep alone, and no N:M pattern.")
 
 
 def _open(model: str | Path, revision: str | None, cache_dir: Path | None, plan_only: bool) -> Checkpoint:
@@ -243,95 +234,6 @@ def _by_block(
         ordered += [entry for entry, other in zip(entries, of, strict=True) if other == block]
         where[block] = range(start, len(ordered))
     return tuple(ordered), where, unreached
-
-
-def find_layers(source: Checkpoint, skeleton: Skeleton, recipe: Recipe) -> tuple[list[Layer], dict[str, str]]:
-    """Targeted layers with their tensors on disk, and every layer left dense with the reason."""
-    kinds = skeleton.kinds
-    chosen, skipped = choose(kinds, skeleton.skipped, recipe.targets, recipe.ignore)
-    rows, reasons = _rows(skeleton, recipe)
-    skipped |= reasons
-    for target, _ in recipe.overrides:
-        require_match(target, kinds, skeleton.linears, "layers:")
-    names = NameMap(skeleton.model, source.entries)
-    layers = []
-    for linear in (skeleton.linears[name] for name in chosen):
-        parameter = f"{linear.name}.weight"
-        tensors = names.disk.get(parameter, [])
-        if len(tensors) != 1 or not tensors[0].endswith(".weight"):
-            if not tensors and parameter not in names.converted:
-                raise CheckpointError(
-                    f"The tensor {parameter} ({linear.shape[0]} x {linear.shape[1]}) is missing from {source.folder}. "
-                    "Download the checkpoint again, or leave the layer out with --ignore."
-                )
-            skipped[linear.name] = "assembled from other tensors at load"
-            continue
-        entry = source.entries[tensors[0]]
-        if entry.dtype not in FLOATING:
-            raise UsageError(
-                f"{entry.name} in {entry.path} is stored as {entry.dtype}, not as floating point: it is quantized "
-                "already. Start from the unquantized checkpoint."
-            )
-        on_disk = tuple(reversed(linear.shape)) if linear.transposed else linear.shape
-        if entry.shape != on_disk:
-            raise CheckpointError(
-                f"{entry.name} in {entry.path} has shape {list(entry.shape)}, but config.json asks for "
-                f"{list(on_disk)}. "
-                "config.json and the weights do not belong together."
-            )
-        disk_module = names.disk_module(linear.name, entry.name)
-        if disk_module is None:
-            skipped[linear.name] = "transformers would rename its factors at load"
-            continue
-        itemsize = BITS[entry.dtype] // 8
-        layers.append(
-            Layer(linear.name, entry.name, disk_module, linear.shape, itemsize, linear.transposed, kinds[linear.name])
-        )
-    for one in rows:
-        found = _rows_on_disk(one, source, names, kinds[one.name])
-        if isinstance(found, str):
-            skipped[one.name] = found
-            continue
-        layers.append(found)
-        for name in (one.name, *one.twins):
-            skipped.pop(name, None)
-    return layers, skipped
-
-
-def _rows(skeleton: Skeleton, recipe: Recipe) -> tuple[list[Rows], dict[str, str]]:
-    """The embeddings and output heads that are to be coded, and why others are not.
-
-    With --targets they are those that it names, unless bits were asked for.
-    """
-    if not recipe.coded or recipe.embedding_bits == "none":
-        return [], {}
-    found, reasons = find_rows(skeleton.model)
-    kinds = skeleton.kinds
-    if recipe.embedding_bits is None:
-        targets = recipe.targets
-        others = [n for n in found if not any(matches(target, n, kinds[n]) for target in targets)]
-        reasons |= dict.fromkeys(others, "not among --targets")
-    ignored = [n for n in found if any(matches(target, n, kinds[n]) for target in recipe.ignore)]
-    reasons |= dict.fromkeys(ignored, "named by --ignore")
-    return [one for n, one in found.items() if n not in reasons and n not in skeleton.linears], reasons
-
-
-def _rows_on_disk(rows: Rows, source: Checkpoint, names: NameMap, kinds: tuple[str, ...]) -> Layer | str:
-    """The layer that codes these rows, or why they stay dense."""
-    stored = names.disk.get(f"{rows.name}.weight", [])
-    twins = [tensor for twin in rows.twins for tensor in names.disk.get(f"{twin}.weight", [])]
-    if len(stored) != 1 or not stored[0].endswith(".weight"):
-        return "stored under another name than its own" if twins else "assembled from other tensors at load"
-    if twins:
-        return f"stored twice, as {twins[0]}, too"
-    entry = source.entries[stored[0]]
-    disk_module = names.disk_module(rows.name, entry.name)
-    if entry.dtype not in FLOATING or entry.shape != rows.shape:
-        return f"stored as {entry.dtype} {list(entry.shape)}"
-    if disk_module is None:
-        return "transformers would rename its codes at load"
-    kind = "head" if rows.head else "embedding"
-    return Layer(rows.name, entry.name, disk_module, rows.shape, BITS[entry.dtype] // 8, False, kinds, kind)
 
 
 def _check_start(start: Checkpoint, dense: Checkpoint) -> None:

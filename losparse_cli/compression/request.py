@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ..budget.recipe import Recipe, override, recipe_of
-from ..budget.recipe_file import asked, read_recipe
-from ..errors import RecipeError, UsageError, is_number, is_whole
+from ..budget.recipe_file import LEADING, RecipeFile, asked, read_recipe
+from ..errors import UsageError, is_number, is_whole
 from ..text.request import Calibration
 
 
@@ -34,7 +35,7 @@ class Refinement:
 class Request:
     """recipe: for the layers, not settled yet. calibration: None without text. refinement: None to match no blocks.
     device: auto, cpu, cuda or cuda:N. memory_limit: such as 8GB, None for three quarters of what is free.
-    max_shard_size: of a weight file."""
+    max_shard_size: of a weight file. file: that all this comes from, but for what was `given` beside it."""
 
     recipe: Recipe = field(default_factory=Recipe)
     calibration: Calibration | None = None
@@ -42,6 +43,41 @@ class Request:
     device: str = "auto"
     memory_limit: str | None = None
     max_shard_size: str = "5GB"
+    file: RecipeFile = field(default_factory=RecipeFile, compare=False)
+    given: frozenset[str] = field(default=frozenset(), compare=False)
+
+    def errors(self) -> AbstractContextManager[None]:
+        """In which a UsageError about an entry of the file names it; see `RecipeFile.errors`."""
+        return self.file.errors(self.given)
+
+    def settled(self) -> Recipe:
+        """The recipe with every choice made that was left open.
+
+        UsageError if something asked for needs text and there is none, leaves nothing to decide, or contradicts what S
+        is to hold.
+        """
+        recipe = self.recipe.settled(calibrated=self.calibration is not None, refined=self.refinement is not None)
+        needs_text = {
+            "--refine blocks": self.refinement is not None,
+            f"--solver {recipe.solver}": recipe.solver not in ("magnitude", "rounding"),
+            "--sensitivity on": recipe.sensitivity == "on",
+            "--allocate error": recipe.allocate == "error",
+        }
+        for option, given in needs_text.items():
+            if given and self.calibration is None:
+                raise UsageError(
+                    f"{option} needs text to calibrate with: add --calibration FILE, or --calibration self."
+                )
+        if self.refinement is not None and recipe.coded:
+            raise UsageError(
+                "--refine blocks matches floats, and S is to be whole numbers: leave it out, or add --values float."
+            )
+        sized = recipe.keep is not None or recipe.keep_parameters is not None
+        if recipe.allocate == "error" and (not sized or ":" in recipe.pattern or recipe.rank is not None):
+            raise UsageError(
+                "--allocate error decides rank and size of each layer: give --keep alone, and no N:M pattern."
+            )
+        return recipe
 
 
 def make_request(
@@ -61,37 +97,50 @@ def make_request(
     the recipe says. UsageError on contradictions, and for what is none of these.
     """
     wanted = asked(given or {})
-    run: dict[str, Any] = {}
-    where = ""
+    file = RecipeFile()
     if isinstance(recipe, Recipe):
         layers = override(recipe, wanted)
     elif recipe is None:
         layers = Recipe(**wanted)
     elif isinstance(recipe, Mapping | str | Path):
         file = read_recipe(recipe)
-        layers, run, where = recipe_of(file, wanted), file.run, file.name
+        layers = recipe_of(file, wanted)
     else:
         raise UsageError(
             "recipe is a Recipe, a mapping such as {'keep': 0.6}, or the path of a YAML file, not "
             f"{type(recipe).__name__}."
         )
-    try:
+    run, beside = file.run, {"device": device, "memory_limit": memory_limit, "max_shard_size": max_shard_size}
+    options = frozenset(
+        (*wanted, *asked(beside), *_options("calibration", calibration), *_options("refine", refinement))
+    )
+    with file.errors(options):
         text = _calibration(_merged(run.get("calibration"), calibration, "source", Calibration))
         off = "off" in (refinement, refinement.get("mode") if isinstance(refinement, Mapping) else None)
         asks = None if off else run.get("refine")
         # A mapping that leaves the mode out says how because it wants it; options of the command line hold one.
-        asks, beside = ({"mode": "blocks", **x} if isinstance(x, Mapping) else x for x in (asks, refinement))
-        match = _refinement(_merged(asks, beside, "mode", Refinement))
-    except UsageError as error:
-        raise (RecipeError(f"{where}: {error}") if where else error) from None
-    return Request(
+        asks, how = ({"mode": "blocks", **x} if isinstance(x, Mapping) else x for x in (asks, refinement))
+        match = _refinement(_merged(asks, how, "mode", Refinement))
+    request = Request(
         layers,
         text,
         match,
         _first(device, run.get("device"), Request.device),
         _first(memory_limit, run.get("memory_limit")),
         _first(max_shard_size, run.get("max_shard_size"), Request.max_shard_size),
+        file,
+        options,
     )
+    with request.errors():
+        request.settled()  # what contradicts itself is refused before anything is read
+    return request
+
+
+def _options(name: str, given: Any) -> list[str]:
+    """Settings that were given beside a recipe, of what goes by `name`."""
+    if not isinstance(given, Mapping):
+        return [] if given is None else [name]
+    return [name if key in LEADING else f"{name}_{key}" for key in asked(given)]
 
 
 def _first(*given: Any) -> Any:

@@ -39,7 +39,7 @@ def compress_stream(job: Job, made: Schedule, writer: ShardWriter, told: Progres
         for entry, plan in todo:
             stats, seconds = None, 0.0
             if plan is None:
-                pieces = _watched(files[entry.path].chunks(entry), told)
+                pieces = _watched(job.copied(job.source, entry.name), told)
                 parts: Any = [(entry.name, entry.dtype, entry.shape, pieces)]
             else:
                 assert ahead is not None, "one read is submitted for each layer"

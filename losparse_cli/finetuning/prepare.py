@@ -147,6 +147,8 @@ def prepare_finetuning(
         plan = plan_compressed(model, wanted, dtype, how.pruning.threshold)
     else:
         plan = plan_dense(model, wanted, dtype)
+    for sentence in plan.notes:
+        told.warn(sentence)
     longest = max(len(item["input_ids"]) for part in (features, unseen) if part is not None for item in part.items)
     teacher, learned_from = find_teacher(checkpoint, model.config, how, opened, cache_dir, place, options, longest)
     told.phase("Taking the weights apart")

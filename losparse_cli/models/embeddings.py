@@ -12,6 +12,7 @@ from .reading import input_embeddings, output_embeddings
 
 LEAST_ENTRIES = 1 << 16
 """Below which nothing that matters is won."""
+TOO_SMALL = f"too small to matter: fewer than {LEAST_ENTRIES:,} entries"
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,14 @@ def find_rows(model: nn.Module) -> tuple[dict[str, Rows], dict[str, str]]:
         weight = module.weight
         assert isinstance(weight, Tensor)
         names = groups.get(id(weight), [])
-        if not names or weight.numel() < LEAST_ENTRIES:
+        if not names:
             continue
         embeddings = [name for name in names if isinstance(model.get_submodule(name), nn.Embedding)]
         free = [name for name in embeddings if name not in targets]
         name = (free or embeddings or names)[0]
         if name in found or name in skipped:
             continue
-        reason = _reason(model, names, used)
+        reason = _reason(model, names, used) if weight.numel() >= LEAST_ENTRIES else TOO_SMALL
         if embeddings and not free:
             reason = reason or f"tied to {name}, which is not where its weights come from"
         if reason:

@@ -105,7 +105,7 @@ def test_nothing_to_do_is_an_error_with_the_reason() -> None:
     "fields", [{"keep": 0}, {"sparsity": 1}, {"keep_parameters": 0}, {"keep": 1e-9}, {"rank_ratio": 1, "keep": 0}]
 )
 def test_a_layer_of_which_nothing_is_left_is_an_error(fields: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=r"Nothing would be left of model\.layers\.0\.mlp\.up_proj \(64 x 96\)"):
+    with pytest.raises(UsageError, match=r"model\.layers\.0\.mlp\.up_proj \(64 x 96\) would have nothing left"):
         plan_layer(layer(64, 96), Recipe(values="float", **fields).settled())
 
 
@@ -133,8 +133,8 @@ def test_a_gate_of_one_row_is_left_dense_with_the_reason(fields: dict[str, Any])
     gate, other = layer(1, 64, "shared_expert_gate"), layer(512, 512)
     plan = make_plan([gate, other], {}, Recipe(values="float", **fields))
     assert [p.layer for p in plan.layers] == [other]
-    assert "nothing would be left" in plan.skipped["shared_expert_gate"]
-    with pytest.raises(UsageError, match="Nothing would be left of shared_expert_gate"):
+    assert "would have nothing left" in plan.skipped["shared_expert_gate"]
+    with pytest.raises(UsageError, match=r"shared_expert_gate .* would have nothing left"):
         make_plan([gate], {}, Recipe(values="float", **fields))
 
 

@@ -152,10 +152,17 @@ def test_a_file_can_run_nothing(text: str, tmp_path: Path) -> None:
 
 
 def test_a_contradiction_of_file_and_flag_names_the_file(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"recipe\.yaml: --pattern 2:4 has sparsity 0.5"):
-        from_text("sparsity: 0.9", tmp_path, pattern="2:4", sparsity=0.8)
-    with pytest.raises(RecipeError, match=r"recipe\.yaml, layers: \*\.mlp\.\*: --pattern 2:4"):
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: 'pattern: 2:4' has .* itself; leave out --sparsity 0\.8\.$"):
+        from_text("pattern: 2:4", tmp_path, sparsity=0.8)
+    says = r"recipe\.yaml, layers: \*\.mlp\.\*: --pattern 2:4 has .* itself; leave out 'sparsity: 0\.9'\.$"
+    with pytest.raises(RecipeError, match=says):
         from_text("layers: {'*.mlp.*': {sparsity: 0.9}}", tmp_path, pattern="2:4")
+
+
+def test_what_options_alone_do_wrong_is_no_fault_of_the_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"^--rank must be a whole number") as raised:
+        from_text("sparsity: 0.9\nrank: 4", tmp_path, rank=-1)
+    assert not isinstance(raised.value, RecipeError)
 
 
 fields = st.fixed_dictionaries(

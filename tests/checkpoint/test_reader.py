@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from toys import raw_safetensors
 
-from losparse_cli.checkpoint.reader import BITS, TORCH_DTYPES, PickleFile, SafetensorsFile
+from losparse_cli.checkpoint.reader import BITS, TORCH_DTYPES, PickleFile, SafetensorsFile, finite
 from losparse_cli.errors import CheckpointError
 
 
@@ -36,6 +36,27 @@ def test_reads_what_the_library_wrote(tmp_path: Path) -> None:
         assert found.shape == tensor.shape
         assert torch.equal(found, tensor)
         assert b"".join(file.chunks(entry, 3)) == tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32", "F64"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_placed(dtype: str, value: float, tmp_path: Path) -> None:
+    tensor = torch.randn(7, 5).to(TORCH_DTYPES[dtype])
+    tensor[0, 0] = torch.finfo(tensor.dtype).max
+    save_file({"a": tensor, "scalar": tensor[6, 4].clone()}, tmp_path / "x.safetensors")
+    file = SafetensorsFile(tmp_path / "x.safetensors")
+    entry = file.entries["a"]
+    pieces = list(file.chunks(entry, 48))
+    assert list(finite(pieces, entry)) == pieces
+    tensor[5, 2] = value
+    save_file({"a": tensor, "scalar": tensor[5, 2].clone()}, tmp_path / "x.safetensors")
+    file = SafetensorsFile(tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=rf"a in .*x\.safetensors holds {value} at \[5, 2\]\. Repair"):
+        list(finite(file.chunks(file.entries["a"], 48), entry))
+    with pytest.raises(CheckpointError, match=rf"scalar in .* holds {value}"):
+        list(finite(file.chunks(file.entries["scalar"]), file.entries["scalar"]))
+    if value == value:
+        assert len(list(finite(file.chunks(entry, 48), entry, infinities=True))) == len(pieces)
 
 
 def test_entries_come_in_the_order_of_the_file(tmp_path: Path) -> None:

@@ -20,12 +20,13 @@ from losparse_cli.budget.recipe import CALIBRATED_BITS, DEFAULT_BITS
 from losparse_cli.checkpoint.output import SENSITIVITY
 from losparse_cli.checkpoint.report import Report
 from losparse_cli.checkpoint.writer import ShardWriter
-from losparse_cli.compress import compress
+from losparse_cli.compress import compress, plan
 from losparse_cli.compression import steps
 from losparse_cli.errors import CheckpointError, UsageError
 from losparse_cli.export import export
 from losparse_cli.text.windows import Calibration
 from losparse_cli.verify import verify
+from tests.hearing import Hearing
 
 LAYERS = 14  # of the toy llama
 
@@ -87,6 +88,19 @@ def test_a_share_of_the_bytes_is_spent_on_whole_numbers_where_they_can_use_it(to
     assert 8 * 0.98 < bits_of(few) <= 8  # the toy is stored in 32 bits, and codes cannot use 13 of them
     assert not many.coded
     assert not compress(source, tmp_path / "float", keep=0.4, values="float").report.coded
+
+
+def test_a_share_that_whole_numbers_cannot_use_is_told(toy: Any, tmp_path: Path) -> None:
+    heard = Hearing()
+    compress(toy("llama"), tmp_path / "out", keep=0.4, progress=heard)
+    assert [
+        line for line in heard.warned if line.startswith("keep 0.4 is 12.8 bits a weight, and whole numbers take 8")
+    ]
+    recipe = {"bits": 4, "layers": {"q_proj": {"keep": 0.6}}}
+    [note] = plan(toy("llama"), tmp_path / "other", recipe).plan.notes
+    assert "19.2 bits" in note
+    assert "model.layers.0.self_attn.q_proj (68 x 68) and 1 more layer stay at 25% of the bytes" in note
+    assert not plan(toy("llama"), tmp_path / "other", {"keep": 0.25}).plan.notes
 
 
 def test_settings_of_single_layers(toy: Any, asked: Calibration, tmp_path: Path) -> None:
@@ -198,22 +212,22 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
 @pytest.mark.parametrize(
     ("asks", "says"),
     [
-        ({"bits": 0}, "--bits is how many bits a weight takes, above 0 and at most 8, not 0"),
+        ({"bits": 0}, "the recipe: bits is how many bits a weight takes, above 0 and at most 8, not 0"),
         ({"bits": 20}, "not 20"),
         ({"bits": float("nan")}, "not nan"),
         ({"bits": "4"}, "not '4'"),
-        ({"bits": 4, "keep": 0.5}, "--keep and --bits contradict each other"),
-        ({"bits": 4, "values": "float"}, "--bits is for whole numbers in S: leave out --values float"),
+        ({"bits": 4, "keep": 0.5}, "keep and bits contradict each other"),
+        ({"bits": 4, "values": "float"}, "bits is for whole numbers in S, and 'values: float' for floats"),
         ({"bits": 4, "sparsity": 0.5}, "contradict"),
-        ({"bits": 4, "pattern": "2:4"}, "--pattern 2:4 is for floats in S"),
-        ({"bits": 4, "rank_ratio": 0.2}, "--rank-ratio is for floats in S"),
-        ({"bits": 4, "solver": "admm"}, "--solver admm is for floats in S"),
-        ({"values": "float", "solver": "feedback"}, "--solver feedback is for whole numbers"),
-        ({"values": "ints"}, "--values is codes or float, not 'ints'"),
-        ({"sensitivity": "maybe"}, "--sensitivity is on or off"),
-        ({"sensitivity": "on"}, "--sensitivity on needs text"),
-        ({"bits": 4, "solver": "feedback"}, "--solver feedback needs text"),
-        ({"bits": 0.01}, r"cannot be stored in 0.01 bits a weight.*Raise --bits to \d"),
+        ({"bits": 4, "pattern": "2:4"}, "'pattern: 2:4' is for floats in S, and bits for whole numbers"),
+        ({"bits": 4, "rank_ratio": 0.2}, "rank_ratio is for floats in S"),
+        ({"bits": 4, "solver": "admm"}, "'solver: admm' is for floats in S"),
+        ({"values": "float", "solver": "feedback"}, "'solver: feedback' is for whole numbers"),
+        ({"values": "ints"}, "values is codes or float, not 'ints'"),
+        ({"sensitivity": "maybe"}, "sensitivity is on or off"),
+        ({"sensitivity": "on"}, "'sensitivity: on' needs text"),
+        ({"bits": 4, "solver": "feedback"}, "'solver: feedback' needs text"),
+        ({"bits": 0.01}, r"cannot be stored in 0.01 bits a weight.*Raise bits to \d"),
     ],
 )
 def test_requests_that_cannot_be_met(asks: dict[str, Any], says: str, toy: Any, tmp_path: Path) -> None:

@@ -85,9 +85,9 @@ def test_the_first_obvious_calls(asked: dict[str, Any], meant: Request) -> None:
         ({"refinement": "all"}, UsageError, "--refine is blocks or off"),
         ({"refinement": {"mode": None, "steps": 3}}, UsageError, "--refine-steps says how to refine: add --refine"),
         ({"refinement": {"mode": "off", "lr": 0.1}}, UsageError, "--refine-lr says how to refine"),
-        ({"recipe": {"refine": {"steps": 0}}}, RecipeError, "--refine-steps is a whole number"),
-        ({"recipe": {"refine": {"steps": 2.5}}}, RecipeError, "--refine-steps is a whole number >= 1, not 2.5"),
-        ({"recipe": {"refine": {"lr": "fast"}}}, RecipeError, "--refine-lr is a number between 0 and 1, not 'fast'"),
+        ({"recipe": {"refine": {"steps": 0}}}, RecipeError, "the recipe: refine: steps is a whole number"),
+        ({"recipe": {"refine": {"steps": 2.5}}}, RecipeError, "refine: steps is a whole number >= 1, not 2.5"),
+        ({"recipe": {"refine": {"lr": "fast"}}}, RecipeError, "refine: lr is a number between 0 and 1, not 'fast'"),
         ({"calibration": {"source": "self", "tokens": "9"}}, UsageError, "--calibration-tokens is a positive number"),
         ({"calibration": {"source": "self", "length": 32.0}}, UsageError, "--calibration-length is a whole number"),
         ({"calibration": {"source": "self", "batch": 0}}, UsageError, "batch of the calibration is a whole number"),
@@ -97,3 +97,46 @@ def test_the_first_obvious_calls(asked: dict[str, Any], meant: Request) -> None:
 def test_what_is_none_of_these(asked: dict[str, Any], kind: type[UsageError], says: str) -> None:
     with pytest.raises(kind, match=says):
         make_request(**asked)
+
+
+CONTRADICTIONS: list[tuple[str, dict[str, Any], str]] = [
+    ("values: float", {"bits": 4}, "recipe.yaml: --bits is for whole numbers in S, and 'values: float' for floats"),
+    ("bits: 4", {"values": "float"}, "recipe.yaml: bits is for whole numbers in S, and --values float for floats"),
+    ("values: float\nbits: 4", {}, "recipe.yaml: bits is for whole numbers in S, and 'values: float' for floats"),
+    ("bits: 4\npattern: 2:4", {}, "recipe.yaml: 'pattern: 2:4' is for floats in S, and bits for whole numbers: leave"),
+    ("sparsity: 0.5\nlayers: {q_proj: {bits: 4}}", {},
+     "recipe.yaml, layers: q_proj: bits is for whole numbers in S, and sparsity for floats: leave out one of them."),
+    ("layers: {q_proj: {bits: 4}}", {"sparsity": 0.5, "rank": 8}, ""),  # what is asked beside the file wins
+    ("layers: {q_proj: {bits: 4}}", {"rank_ratio": 0.5},
+     "recipe.yaml, layers: q_proj: --rank-ratio is for floats in S, and bits for whole numbers: leave"),
+    ("keep: 0.9\nlayers: {q_proj: {bits: 4}}", {},
+     "recipe.yaml, layers: q_proj: bits is for whole numbers in S, and 'keep: 0.9' for floats: leave out one of them."),
+    ("calibration: self\nrefine: blocks\nlayers: {q_proj: {bits: 4}}", {},
+     "recipe.yaml, layers: q_proj: bits is for whole numbers in S, and 'refine: blocks' for floats: leave"),
+    ("bits: 4\nlayers: {q_proj: {sparsity: 0.5}}", {},
+     "recipe.yaml, layers: q_proj: sparsity is for floats in S, and bits for whole numbers: leave out one of them."),
+    ("layers: {q_proj: {bits: 4}, k_proj: {sparsity: 0.5}}", {},
+     "recipe.yaml, layers: k_proj: sparsity is for floats in S, and bits of layers: q_proj for whole numbers: leave"),
+    ("sensitivity: 'on'", {}, "recipe.yaml: 'sensitivity: on' needs text to calibrate with: add --calibration FILE"),
+    ("allocate: error\ncalibration: self\nrank: 4", {}, "recipe.yaml: 'allocate: error' decides rank and size of each"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "given", "says"), CONTRADICTIONS, ids=[text for text, _, _ in CONTRADICTIONS])
+def test_a_contradiction_names_where_each_part_of_it_came_from(
+    text: str, given: dict[str, Any], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(text)
+    if not says:
+        make_request("recipe.yaml", given)
+        return
+    with pytest.raises(RecipeError) as raised:
+        make_request("recipe.yaml", given)
+    assert str(raised.value).startswith(says)
+
+
+def test_settings_of_single_layers_say_what_s_holds_where_nothing_else_does() -> None:
+    assert make_request({"layers": {"q_proj": {"sparsity": 0.5}}}).settled().values == "float"
+    assert make_request({"layers": {"q_proj": {"bits": 5}}}).settled().values == "codes"
+    assert make_request({"keep": 0.4, "layers": {"q_proj": {"iterations": 2}}}).settled().values == "float"

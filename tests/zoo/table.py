@@ -76,7 +76,7 @@ def write_page(lines: list[dict[str, Any]], page: Path) -> None:
     ]
     text = HEAD.format(version=transformers.__version__, tried=tried, all=len(transformers.CONFIG_MAPPING.keys()))
     text += _table(("", ""), rows, right=True)
-    text += "\n## By type\n\nA layer is a linear layer; those of the output head and embeddings always stay dense.\n\n"
+    text += "\n## By type\n\nA layer is a linear layer: S holds floats, so embeddings and output heads stay dense.\n\n"
     text += _table(("type", "class", "compressed", "calibrated", "left dense, or why not"), map(_row, lines))
     page.write_text(text, encoding="utf-8")
 

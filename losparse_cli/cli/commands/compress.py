@@ -33,7 +33,8 @@ def compress(
     keep: Annotated[
         float | None,
         typer.Option(
-            help="Stored bytes of the compressed layers over their dense bytes, every index counted.",
+            help="Stored bytes of the compressed layers, embeddings and heads aside, over their dense bytes, every "
+            "index counted.",
             rich_help_panel=o.SIZE,
             show_default=o.by_calibration("keep"),
         ),
