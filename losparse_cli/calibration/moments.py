@@ -13,6 +13,13 @@ from ..errors import CheckpointError
 from ..models.blocks import Call, run_block
 
 
+TILE = 384  # columns of H whose products are computed together: those left of them are known by symmetry
+
+
+class _AllFed(BaseException):
+    """Raised inside the model's code when every layer was fed, and nobody asks for what the block returns."""
+
+
 @dataclass
 class Moments:
     """Second moment of the inputs that the layers `layers` share.
@@ -32,34 +39,38 @@ def gather_moments(
     *,
     prefix: str = "",
     remedy: str = "Try other text, or compress without --calibration.",
-    on_output: Callable[[Any], None] = lambda output: None,
+    on_output: Callable[[Any], None] | None = None,
 ) -> list[Moments]:
     """Run the dense `block` on every call, hand its output to `on_output`, and return the moments of its layers.
 
     layers: names of linear modules inside `block`. Layers that are fed the very same tensor (q, k, v; gate, up)
-    share one Moments. Layers that were never called are left out. CheckpointError names a layer, after `prefix`, whose
-    inputs are not finite, and the `remedy`.
+    share one Moments. Layers that were never called are left out. Where nobody asks for outputs, and the first call
+    called each layer once, later calls end with the last layer that is fed. CheckpointError names a layer, after
+    `prefix`, whose inputs are not finite, and the `remedy`.
     """
     modules = {name: block.get_submodule(name) for name in layers}
     leaders: dict[str, str] = {}  # layer -> the first layer that is fed the same tensor
     sums: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
     fed: list[tuple[Tensor, str]] = []
+    called: list[str] = []
+    stops = False
 
     def watch(name: str) -> object:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0]
             if name not in leaders:
                 leaders[name] = next((leader for seen, leader in fed if seen is x), name)
-            if leaders[name] != name:
-                return
-            fed.append((x, name))
-            rows = x.reshape(-1, x.shape[-1]).float()
-            H = sums.get(name)
-            if H is None:
-                H = sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
-            H.addmm_(rows.T, rows)
-            tokens[name] = tokens.get(name, 0) + rows.shape[0]
+            if leaders[name] == name:
+                fed.append((x, name))
+                rows = x.reshape(-1, x.shape[-1]).float()
+                if name not in sums:
+                    sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
+                _add_squares(sums[name], rows)
+                tokens[name] = tokens.get(name, 0) + rows.shape[0]
+            called.append(name)
+            if stops and len(called) >= len(modules) and set(called) == set(modules):
+                raise _AllFed
 
         return hook
 
@@ -67,8 +78,16 @@ def gather_moments(
     try:
         with torch.no_grad():
             for call in calls:
-                on_output(run_block(block, call))
+                try:
+                    output = run_block(block, call)
+                    if on_output is None:
+                        stops = sorted(called) == sorted(modules)
+                    else:
+                        on_output(output)
+                except _AllFed:
+                    pass
                 fed.clear()
+                called.clear()
     finally:
         for hook in hooks:
             hook.remove()
@@ -81,5 +100,22 @@ def gather_moments(
                 f"What {prefix}{leader} is fed is not finite: the model overflows, or its weights are damaged. {remedy}"
             )
         members = tuple(name for name in layers if leaders.get(name) == leader)
-        found.append(Moments(members, H / tokens[leader], tokens[leader]))
+        found.append(Moments(members, _mirrored(H).div_(tokens[leader]), tokens[leader]))
     return found
+
+
+def _add_squares(H: Tensor, rows: Tensor) -> None:
+    """Add rowsᵀ rows to H, (n, n), on and above the diagonal of its tiles alone; rows: (tokens, n)."""
+    for begin in range(0, len(H), TILE):
+        end = begin + TILE
+        H[begin:end, begin:].addmm_(rows[:, begin:end].T, rows[:, begin:])
+
+
+def _mirrored(H: Tensor) -> Tensor:
+    """H, in place, with its upper triangle on both sides."""
+    for begin in range(0, len(H), TILE):
+        end = begin + TILE
+        corner = H[begin:end, begin:end]
+        corner.copy_(corner.triu().add_(corner.triu(1).T))
+        H[end:, begin:end] = H[begin:end, end:].T
+    return H

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..budget.plan import LayerPlan
 from ..errors import CheckpointError
 from ..linalg.factors import LowRankCodes, LowRankSparse
@@ -21,6 +22,7 @@ from .source import Checkpoint
 
 def encode_layer(plan: LayerPlan, factors: LowRankSparse | LowRankCodes) -> tuple[LayerSpec, dict[str, Tensor]]:
     """The entry in config.json of a layer's factors, and its tensors as stored, by suffix."""
+    kernels.install()
     layer, rank = plan.layer, factors.rank
     if isinstance(factors, LowRankCodes):
         stream = encode(factors.codes, fit_contexts(factors.codes))
@@ -44,6 +46,7 @@ def read_layer(
 
     CheckpointError names the layer if an index leaves its range.
     """
+    kernels.install()
     files = {file.path: file for file in checkpoint.files}
     tensors = {suffix: files[entry.path].read(entry) for suffix, entry in entries.items()}
     try:

@@ -14,8 +14,10 @@ __all__ = ["install"]
 
 
 def install() -> None:
-    """Compute compressed layers of the installed package with the kernels from now on; safe to call again.
+    """Compute, read and write compressed layers with the kernels from now on; safe to call again.
 
     ValueError if LOSPARSE_KERNEL names none.
     """
-    operator.install(None if forced() == "reference" else Kernels())
+    plain = forced() == "reference"
+    if plain or not isinstance(operator.kernels(), Kernels):
+        operator.install(None if plain else Kernels())
