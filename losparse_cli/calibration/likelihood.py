@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from ..models.blocks import hidden_states, parts_of
 
+GROUP = 256  # labels among which one is drawn at a time
+
 
 def logits_of(output: Any) -> dict[str, Tensor]:
     """Field -> scores, of whatever in the output of a model is called logits, or something that ends so."""
@@ -62,12 +64,26 @@ def categorical(logits: Tensor, masks: Mapping[str, Tensor], chance: Tensor) -> 
             break
     rows = logits.reshape(-1, logits.shape[-1])
     with torch.no_grad():
-        sums = torch.softmax(rows, dim=-1).cumsum(dim=-1, dtype=torch.float64)
-        labels = torch.searchsorted(sums, chance.reshape(-1, 1) * sums[:, -1:], right=True)
-        labels = labels.squeeze(1).clamp_(max=rows.shape[1] - 1)
+        labels = _drawn(torch.softmax(rows, dim=-1), chance.reshape(-1, 1))
     losses = F.cross_entropy(rows, labels, reduction="none")
     seen = shown(masks, logits.shape[:-1])
     return losses.sum() if seen is None else losses[seen.reshape(-1)].sum()
+
+
+def _drawn(probabilities: Tensor, chance: Tensor) -> Tensor:
+    """(rows,), the label that each chance (rows, 1) picks from probabilities (rows, labels).
+
+    First one of GROUP labels, then one of them: to sum up a whole vocabulary step by step takes as long as its logits.
+    """
+    rows, count = probabilities.shape
+    groups = F.pad(probabilities, (0, -count % GROUP)).view(rows, -1, GROUP)
+    sums = groups.sum(-1).cumsum(-1, dtype=torch.float64)
+    picked = chance * sums[:, -1:]
+    group = torch.searchsorted(sums, picked, right=True).clamp_(max=groups.shape[1] - 1)
+    picked = picked - F.pad(sums, (1, 0)).gather(1, group)
+    inside = groups.gather(1, group.unsqueeze(-1).expand(-1, -1, GROUP)).squeeze(1).cumsum(-1, dtype=torch.float64)
+    place = torch.searchsorted(inside, picked, right=True).clamp_(max=GROUP - 1)
+    return (group * GROUP + place).squeeze(1).clamp_(max=count - 1)
 
 
 def shown(masks: Mapping[str, Tensor], shape: torch.Size) -> Tensor | None:
