@@ -28,7 +28,7 @@ WHERE = (
 def register() -> None:
     """Make transformers load compressed checkpoints, onto fast kernels; safe to call again.
 
-    ValueError if LOSPARSE_KERNEL names none.
+    UsageError if LOSPARSE_KERNEL names none.
     """
     # The loader of some checkpoint may have registered itself before; it knows no kernels.
     quantizer.register(replace=True)

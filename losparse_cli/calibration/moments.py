@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..models.blocks import Call, run_block
 
-
 TILE = 384  # columns of H whose products are computed together: those left of them are known by symmetry
 
 

@@ -16,8 +16,10 @@ __all__ = ["install"]
 def install() -> None:
     """Compute, read and write compressed layers with the kernels from now on; safe to call again.
 
-    ValueError if LOSPARSE_KERNEL names none.
+    UsageError if LOSPARSE_KERNEL names none.
     """
-    plain = forced() == "reference"
-    if plain or not isinstance(operator.kernels(), Kernels):
-        operator.install(None if plain else Kernels())
+    asked, current = forced(), operator.kernels()
+    if asked == "reference":
+        operator.install(None)
+    elif not isinstance(current, Kernels) or current.forced != asked:
+        operator.install(Kernels())

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import os
 
+from ..errors import UsageError
+
 WAYS = ("spread", "gather", "walk", "tile", "block", "triton")
 SPREAD_ROWS = 16
 """Most rows of x that one pass of `spread` takes."""
@@ -22,10 +24,10 @@ DENSE = {True: 10.0, False: 2.2}
 
 
 def forced() -> str | None:
-    """What LOSPARSE_KERNEL asks for; ValueError if there is no such thing."""
+    """What LOSPARSE_KERNEL asks for; UsageError if there is no such thing."""
     name = os.environ.get("LOSPARSE_KERNEL") or None
     if name is not None and name not in ("reference", *WAYS):
-        raise ValueError(f"LOSPARSE_KERNEL={name} is unknown; choose from reference, {', '.join(WAYS)}")
+        raise UsageError(f"LOSPARSE_KERNEL={name} is unknown. Choose from reference, {', '.join(WAYS)}.")
     return name
 
 

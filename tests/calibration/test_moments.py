@@ -111,6 +111,34 @@ def test_outputs_are_handed_on_and_nothing_is_left_behind() -> None:
     assert not any(module._forward_pre_hooks for module in block.modules())
 
 
+def test_what_comes_after_the_last_layer_runs_once_where_nobody_asks_for_it() -> None:
+    class Tail(nn.Sequential):
+        ran = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            self.ran += 1
+            return y
+
+    calls = calls_of((2, 6), (3, 6), (1, 6))
+    block = Tail(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    (first, second) = gather_moments(block, ["0", "2"], calls)
+    assert (block.ran, first.tokens, second.tokens) == (1, 6, 6)
+    expected = brute_force(block, ["0", "2"], calls)
+    torch.testing.assert_close(second.H.double(), expected["2"][0], rtol=1e-5, atol=1e-6)
+    block = Tail(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    gather_moments(block, ["0", "2"], calls, on_output=lambda _: None)
+    assert block.ran == 3
+
+
+@pytest.mark.parametrize("n", [5, 384, 700, 1000])
+def test_moments_are_symmetric_to_the_last_bit(n: int) -> None:
+    x = torch.randn(40, n, generator=torch.Generator().manual_seed(n))
+    (found,) = gather_moments(nn.Sequential(nn.Linear(n, 2)), ["0"], [Call((part,), {}) for part in x.split(16)])
+    assert torch.equal(found.H, found.H.T)
+    torch.testing.assert_close(found.H.double(), x.double().T @ x.double() / 40, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 def test_inputs_that_are_not_finite_name_the_layer(value: float) -> None:
     block, calls = Attention(), calls_of((2, 5, 6))

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import toy_model
 from torch import Tensor
 
-from losparse_cli import kernels
+from losparse_cli import compress, kernels, verify
+from losparse_cli.errors import UsageError
 from losparse_cli.kernels import choice, native
 from losparse_cli.kernels.dispatch import Kernels
 from losparse_cli.shim import operator
@@ -343,7 +345,7 @@ def test_compiled_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 def test_an_unknown_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOSPARSE_KERNEL", "magic")
-    with pytest.raises(ValueError, match=r"LOSPARSE_KERNEL=magic .* reference, spread"):
+    with pytest.raises(UsageError, match=r"LOSPARSE_KERNEL=magic .* reference, spread"):
         kernels.install()
     monkeypatch.setenv("LOSPARSE_KERNEL", "reference")
     kernels.install()
@@ -437,3 +439,14 @@ def test_gradients_autocast_and_tracing_go_the_long_way() -> None:
         operator.install(None)
         torch.testing.assert_close(layer(x), F.linear(x, layer.dense(), layer.bias), rtol=1e-5, atol=1e-5)
         assert not prepared(layer)
+
+
+def test_layers_are_written_and_read_with_the_kernels_whoever_asks(tmp_path: Path) -> None:
+    operator.install(None)
+    model = toy_model("llama")
+    model.save_pretrained(tmp_path / "dense")
+    compress(tmp_path / "dense", tmp_path / "out", {"rank": 2, "sparsity": 0.5})
+    assert isinstance(operator.kernels(), Kernels)
+    operator.install(None)
+    assert not verify(tmp_path / "out").problems
+    assert isinstance(operator.kernels(), Kernels)
