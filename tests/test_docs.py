@@ -23,14 +23,16 @@ import typer.main
 import yaml
 
 import losparse_cli
-from losparse_cli.budget.plan import Layer, plan_layer
+from losparse_cli.budget.plan import Layer, count_nnz, plan_layer
 from losparse_cli.budget.recipe import make_recipe
 from losparse_cli.checkpoint.codes import fit_contexts
+from losparse_cli.checkpoint.kept import left_out
 from losparse_cli.checkpoint.layers import unpack_layer
 from losparse_cli.checkpoint.report import LayerReport, Report
 from losparse_cli.cli import app
 from losparse_cli.compression.request import Refinement, make_request
-from losparse_cli.shim import streams, tables
+from losparse_cli.linalg.patterns import parse_pattern, select
+from losparse_cli.shim import kept, streams, tables
 from losparse_cli.shim.codec import decode, encode, smallest
 from losparse_cli.shim.layouts import (
     FORMAT_VERSION,
@@ -259,13 +261,13 @@ def test_sizes_in_method() -> None:
         r"^\| `(--.*)` \| ([\d,]+) \| ([\d,]+) \| ([\d.]+) % \| ([\d.]+) % \|$", read("method.md"), re.MULTILINE
     )
     assert len(table) > 5
-    for options, rank, nnz, parameters, kept in table:
+    for options, rank, nnz, parameters, share in table:
         pairs = re.findall(r"--([\w-]+) (\S+)", options)
         flags = {name.replace("-", "_"): value if name == "pattern" else json.loads(value) for name, value in pairs}
         plan = plan_layer(layer, make_recipe({"values": "float", **flags}).settled())
         assert (f"{plan.rank:,}", f"{plan.nnz:,}") == (rank, nnz), options
         assert f"{plan.parameters / (1024 * 4096):.1%}" == f"{parameters}%", options
-        assert f"{plan.expected_bytes / layer.dense_bytes:.1%}" == f"{kept}%", options
+        assert f"{plan.expected_bytes / layer.dense_bytes:.1%}" == f"{share}%", options
 
 
 def test_defaults_in_the_text() -> None:
@@ -414,6 +416,14 @@ def test_reader_of_codes_agrees_with_the_package() -> None:
             tensors_of = {"U": U, "V": V, "weight": a, "S_codes": stream, "S_scale": scale}
             read = names["dense"](spec.to_dict(), {name: tensor.numpy() for name, tensor in tensors_of.items()})
             torch.testing.assert_close(torch.from_numpy(read), unpack_layer(spec, tensors_of).dense())
+    for shape, pattern in (((6, 12), "2:4"), ((3, 32), "8:16"), ((11, 9), "rows"), ((11, 9), "columns")):
+        codes = (torch.randn(shape, generator=generator) * 5).round().int()
+        codes *= select(codes.float(), parse_pattern(pattern), count_nnz(shape, 0.5, pattern, "matrix"))
+        how = left_out(codes, pattern)
+        assert how is not None
+        stream = kept.encode(codes, how[0])
+        assert int(stream[0]) == kept.FORMAT
+        assert names["codes"](bytes(stream.tolist())).tolist() == codes.tolist()
     line = torch.tensor([[0, 0, 4, 0, 9], [4, 0, -4, 0, 0]])
     some = streams.Contexts(
         torch.tensor([0, 1]).byte(), torch.zeros(5).byte(), 1, tables=((4000,), (9, *[0] * 3, 4000, *[0] * 3, 9))

@@ -12,10 +12,10 @@ from ..budget.plan import LayerPlan
 from ..errors import CheckpointError
 from ..linalg.factors import LowRankCodes, LowRankSparse
 from ..shim.codec import decode, smallest
+from ..shim.kept import decode as decode_codes
+from ..shim.kept import encode as encode_codes
 from ..shim.layouts import COLUMN_FACTORS, LayerSpec, column_factors
-from ..shim.streams import decode as decode_stream
-from ..shim.streams import encode
-from .codes import fit_contexts
+from .kept import smallest_stream
 from .reader import TensorEntry
 from .source import Checkpoint
 
@@ -25,7 +25,7 @@ def encode_layer(plan: LayerPlan, factors: LowRankSparse | LowRankCodes) -> tupl
     kernels.install()
     layer, rank = plan.layer, factors.rank
     if isinstance(factors, LowRankCodes):
-        stream = encode(factors.codes, fit_contexts(factors.codes))
+        stream = encode_codes(factors.codes, smallest_stream(factors.codes, plan.pattern))
         kind = "embedding" if layer.rows == "embedding" else ""
         spec = LayerSpec(layer.shape, rank, factors.nnz, plan.pattern, "codes", index_bytes=stream.numel(), kind=kind)
         scale = torch.searchsorted(COLUMN_FACTORS, factors.columns.cpu()).to(torch.uint8)
@@ -65,7 +65,7 @@ def unpack_layer(spec: LayerSpec, tensors: dict[str, Tensor]) -> LowRankSparse |
     U = tensors.get("U", values.new_zeros(m, 0))
     V = tensors.get("V", values.new_zeros(0, n))
     if spec.layout == "codes":
-        codes, _ = decode_stream(tensors["S_codes"], spec.shape)
+        codes, _ = decode_codes(tensors["S_codes"], spec.shape)
         if int(torch.count_nonzero(codes)) != spec.nnz:
             raise ValueError(f"S_codes does not hold {spec.nnz} entries other than zero")
         return LowRankCodes(U, V, values, column_factors(tensors["S_scale"]), codes.to(values.device))

@@ -8,7 +8,19 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-FILES = ("codec", "embedding", "layouts", "linear", "loader", "operator", "quantizer", "stored", "streams", "tables")
+FILES = (
+    "codec",
+    "embedding",
+    "kept",
+    "layouts",
+    "linear",
+    "loader",
+    "operator",
+    "quantizer",
+    "stored",
+    "streams",
+    "tables",
+)
 
 
 def write_loader(folder: Path) -> None:

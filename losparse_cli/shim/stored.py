@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from .codec import decode, encode, pack_bits
+from .kept import decode as decode_codes
+from .kept import encode as encode_codes
 from .layouts import LayerSpec
 from .operator import FORMS, kernels, sparse, support
-from .streams import decode as decode_stream
-from .streams import encode as encode_stream
 
 AS_STORED = {"bitmask": "S_mask", "rows": "S_rows", "columns": "S_columns"}
 """Layout -> the stored tensor that serves as index as it is."""
@@ -129,7 +129,7 @@ class StoredIndex(nn.Module):
         """The index that `forward` computes with, and where rows start in it, from the tensors as stored."""
         stored = self._stored()
         if self.form == "codes":
-            codes, self._contexts = decode_stream(stored["S_codes"], self.spec.shape)
+            codes, self._contexts = decode_codes(stored["S_codes"], self.spec.shape)
             return codes, stored["S_scale"]
         if self.form == "bits":
             found = kernels().bits(self.spec, stored)
@@ -175,7 +175,7 @@ class StoredIndex(nn.Module):
             return encode(self.spec, self.support())
         assert self._index is not None
         assert self._starts is not None
-        return {"S_codes": encode_stream(self._index, self._contexts), "S_scale": self._starts}
+        return {"S_codes": encode_codes(self._index, self._contexts), "S_scale": self._starts}
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         if any(

@@ -103,7 +103,7 @@ def _taken_apart(blob: Tensor, shape: tuple[int, int]) -> tuple[Contexts, Parts]
     version, kind, base, unit, bits, widths, lane_rows, m, n, escapes, table_bytes, crc = HEADER.unpack(head)
     _require(version == FORMAT, f"codes of format {version}")
     _require((m, n) == tuple(shape), f"codes of a layer of {m} x {n}")
-    _require(_checksum(whole) == crc, "codes have another checksum")
+    _require(checksum(whole, HEADER.size) == crc, "codes have another checksum")
     row_bits, column_bits, width, escape_width = bits & 15, bits >> 4, widths & 15, widths >> 4
     _require(row_bits <= 4 and column_bits <= 4, "classes have too many bits")
     _require(width in WIDTHS and escape_width in WIDTHS, "widths of codes are none")
@@ -276,9 +276,7 @@ def _put_together(codes: Tensor, contexts: Contexts, parts: Parts) -> Tensor:
         parts.escapes.numel(),
         len(stored),
     )
-    blob = torch.cat((torch.tensor(list(HEADER.pack(*fields, 0)), dtype=torch.uint8), body))
-    blob[HEADER.size - 4 : HEADER.size] = torch.tensor(list(struct.pack("<I", _checksum(blob))), dtype=torch.uint8)
-    return blob
+    return sealed(HEADER.pack(*fields, 0), body)
 
 
 def _encode(codes: Tensor, contexts: Contexts) -> Parts:
@@ -377,13 +375,21 @@ def _unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     return classes
 
 
-def _checksum(blob: Tensor) -> int:
-    """CRC-32 of all of a stream but the last field of its header, which holds it."""
-    size = blob.numel() - HEADER.size
-    found = zlib.crc32(bytes(blob[: HEADER.size - 4].tolist()))
+def sealed(header: bytes, body: Tensor) -> Tensor:
+    """Both as one line of bytes, with their checksum in the last four of the header."""
+    blob = torch.cat((torch.tensor(list(header), dtype=torch.uint8), body))
+    crc = struct.pack("<I", checksum(blob, len(header)))
+    blob[len(header) - 4 : len(header)] = torch.tensor(list(crc), dtype=torch.uint8)
+    return blob
+
+
+def checksum(blob: Tensor, header: int) -> int:
+    """CRC-32 of all bytes, contiguous and on the CPU, but the last four of the header, of so many, which hold it."""
+    size = blob.numel() - header
+    found = zlib.crc32(bytes(blob[: header - 4].tolist()))
     if not size:
         return found
-    memory: Any = (ctypes.c_ubyte * size).from_address(blob.data_ptr() + HEADER.size)
+    memory: Any = (ctypes.c_ubyte * size).from_address(blob.data_ptr() + header)
     return zlib.crc32(memory, found)
 
 

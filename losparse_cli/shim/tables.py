@@ -126,41 +126,54 @@ def _two_to_eighths(eighths: int) -> float:
 
 # --- stored tables --------------------------------------------------------------------------------
 
+MIRRORED = 128
+"""Added to the number of tables: of each only the frequencies of 0..K are stored, which are those of 0..-K, too."""
+
 
 def write_tables(tables: tuple[Table, ...]) -> bytes:
-    """Their number, then of each K and the frequencies of -K..K, as little-endian numbers of 7 bits a byte."""
-    written = bytearray([len(tables)])
+    """Their number in a byte, then of each K and its frequencies, as numbers of 3 bits a half of a byte."""
+    mirrored = all(frequencies == frequencies[::-1] for frequencies in tables)
+    halves: list[int] = []
     for frequencies in tables:
-        for value in (len(frequencies) // 2, *frequencies):
-            if value > 127:
-                written.append(value & 127 | 128)
-            written.append(value >> 7 if value > 127 else value)
-    return bytes(written)
+        K = len(frequencies) // 2
+        for value in (K, *frequencies[K if mirrored else 0 :]):
+            while value > 7:
+                halves.append(value & 7 | 8)
+                value >>= 3
+            halves.append(value)
+    halves += [0] * (len(halves) % 2)
+    pairs = zip(halves[::2], halves[1::2], strict=True)
+    return bytes([len(tables) + MIRRORED * mirrored, *(low | high << 4 for low, high in pairs)])
 
 
 def read_tables(stored: bytes) -> tuple[Table, ...]:
     """ValueError if these bytes are not what `write_tables` makes of some tables."""
-    at, found = 1, []
+    halves = iter([half for byte in stored[1:] for half in (byte & 15, byte >> 4)])
 
     def number() -> int:
-        nonlocal at
-        value = int.from_bytes(stored[at : at + 2], "little")
-        if at >= len(stored) or (value & 128 and not 0 < stored[at + 1 : at + 2].ljust(1, b"\0")[0] < 128):
-            raise ValueError("a stored table is damaged")
-        at += 2 if value & 128 else 1
-        return value & 127 | value >> 8 << 7 if value & 128 else value & 127
+        value, shift = 0, 0
+        for half in halves:
+            value |= (half & 7) << shift
+            shift += 3
+            if half < 8:
+                return value
+            if shift > TOTAL_BITS:
+                break
+        raise ValueError("a stored table is damaged")
 
-    count = stored[0] if stored else 0
+    count = stored[0] % MIRRORED if stored else 0
     if not 0 < count <= MOST_TABLES:
         raise ValueError(f"{count} stored tables")
+    found = []
     for _ in range(count):
         K = number()
         if K > WIDEST:
             raise ValueError("a stored table is damaged")
-        frequencies = tuple(number() for _ in range(2 * K + 1))
-        if sum(frequencies) >= TOTAL:
+        mirrored = stored[0] >= MIRRORED
+        frequencies = tuple(number() for _ in range(K + 1 if mirrored else 2 * K + 1))
+        found.append((*frequencies[:0:-1], *frequencies) if mirrored else frequencies)
+        if sum(found[-1]) >= TOTAL:
             raise ValueError("a stored table is damaged")
-        found.append(frequencies)
-    if at != len(stored):
+    if write_tables(tuple(found)) != stored:
         raise ValueError("a stored table is damaged")
     return tuple(found)

@@ -1,4 +1,4 @@
-"""Contexts that fit: close to the entropy, for whatever codes there are."""
+"""Streams that fit: close to the entropy, for whatever codes there are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from losparse_cli.checkpoint.codes import fit_contexts, stream_bytes
-from losparse_cli.shim.streams import decode, encode
+from losparse_cli.checkpoint.kept import smallest_stream
+from losparse_cli.shim.kept import Kept, decode, encode
 
 
 def codes_of(kind: str, shape: tuple[int, int], step: float) -> Tensor:
@@ -82,3 +83,47 @@ def test_dead_rows_and_loud_columns() -> None:
     found, _ = decode(encode(codes, contexts), (128, 256))
     assert torch.equal(found.int(), codes)
     assert stream_bytes(codes, contexts) < 128 * 256 * 0.35
+
+
+# --- what a pattern leaves zero ----------------------------------------------------------------------
+
+
+def stream_of(codes: Tensor, pattern: str) -> Tensor:
+    blob = encode(codes, smallest_stream(codes, pattern))
+    assert torch.equal(decode(blob, tuple(codes.shape))[0].int(), codes)
+    return blob
+
+
+@pytest.mark.parametrize(("pattern", "keep"), [("2:4", 2), ("1:4", 1), ("3:16", 3), ("8:16", 8)])
+@pytest.mark.parametrize("step", [0.3, 0.05])
+def test_groups_are_close_to_the_entropy(pattern: str, keep: int, step: float) -> None:
+    codes, group = codes_of("gauss", (384, 512), step), int(pattern.partition(":")[2])
+    rank = codes.view(384, -1, group).abs().argsort(-1, descending=True).argsort(-1)
+    codes *= (rank < keep).view(384, 512)
+    values = codes.view(384, -1, group).gather(2, rank.argsort(-1)[..., :keep].sort(-1).values).reshape(384, -1)
+    mask = codes.numel() // group * math.log2(math.comb(group, keep))
+    assert 8 * stream_of(codes, pattern).numel() < (1.02 + 0.0015 / step) * (entropy(values) + mask)
+
+
+def test_whole_rows_and_columns_of_zeros_take_next_to_nothing() -> None:
+    codes = codes_of("gauss", (384, 512), 0.3)
+    few = codes[::2, ::4].clone()
+    spread = torch.zeros_like(codes)
+    spread[::2, ::4] = few
+    size = encode(few, smallest_stream(few, "rows")).numel()
+    assert stream_of(spread, "rows").numel() - size < 24 + 384 / 8 + 512 / 8 + 1
+    assert isinstance(smallest_stream(spread, "unstructured"), Kept)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "rows", "columns", "2:4", "3:4"])
+def test_anything_fits_without_what_is_zero(pattern: str) -> None:
+    for shape in ((1, 1), (3, 4), (40, 50)):
+        for codes in (torch.zeros(shape, dtype=torch.int32), torch.eye(*shape, dtype=torch.int32) * 300):
+            stream_of(codes, pattern)
+
+
+def test_groups_that_are_mostly_zero_anyway_are_coded_like_any_others() -> None:
+    codes = codes_of("gauss", (256, 256), 6.0)
+    rank = codes.view(256, -1, 4).abs().argsort(-1, descending=True).argsort(-1)
+    codes *= (rank < 2).view(256, 256)
+    assert not isinstance(smallest_stream(codes, "2:4"), Kept)

@@ -38,6 +38,19 @@ def test_stored_tables_come_back() -> None:
             read_tables(stored[:end])
     with pytest.raises(ValueError, match="table"):
         read_tables(stored + b"\0")
-    for wrong in ([], [0], [32, 0, 1], [1, 0, 0x80, 0x20], [1, 0, 0x80, 0], [1, 0x80, 8], [1, 1, 1, 1]):
+    for wrong in (
+        [], [0], [32, 0], [128], [160, 0], [1, 0xF0, 0xFF, 0xFF], [1, 0x10, 0x08], [1, 0x11], [129, 0x11], [1, 0x10, 1],
+        [1, 0x80, *[0x99] * 1000],
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="table"):
             read_tables(bytes(wrong))
+
+
+def test_tables_that_are_the_same_both_ways_are_stored_by_halves() -> None:
+    both = ((1, 20, 4000, 20, 1), (7, 0, 7), (4095,))
+    stored = write_tables(both)
+    assert stored.hex() == "8382ecc7120107ff7f"
+    assert read_tables(stored) == both
+    other = write_tables((*both[:2], (7, 0, 8)))
+    assert other[0] == 3
+    assert len(other) > len(stored)
