@@ -27,8 +27,9 @@ from .compression.calibrated import CalibratedRun
 from .compression.decisions import allocated_plan, kept_text, own_text
 from .compression.estimate import Estimate, estimate
 from .compression.fingerprint import fingerprint
-from .compression.plan import Job, Schedule, prepare, schedule
+from .compression.plan import Job, prepare
 from .compression.request import Refinement, make_request
+from .compression.schedule import Schedule, schedule
 from .compression.steps import Steps, foreseen_steps
 from .compression.stream import compress_stream
 from .errors import write_errors
@@ -75,9 +76,11 @@ def compress(
     rank: int | None = None,
     rank_ratio: float | None = None,
     sparsity: float | None = None,
+    size: str | int | None = None,
     keep: float | None = None,
     keep_parameters: float | None = None,
     bits: float | None = None,
+    value_bits: float | None = None,
     values: str | None = None,
     embedding_bits: float | str | None = None,
     pattern: str | None = None,
@@ -106,9 +109,11 @@ def compress(
         rank=rank,
         rank_ratio=rank_ratio,
         sparsity=sparsity,
+        size=size,
         keep=keep,
         keep_parameters=keep_parameters,
         bits=bits,
+        value_bits=value_bits,
         values=values,
         embedding_bits=embedding_bits,
         pattern=pattern,
@@ -132,9 +137,11 @@ def plan(
     rank: int | None = None,
     rank_ratio: float | None = None,
     sparsity: float | None = None,
+    size: str | int | None = None,
     keep: float | None = None,
     keep_parameters: float | None = None,
     bits: float | None = None,
+    value_bits: float | None = None,
     values: str | None = None,
     embedding_bits: float | str | None = None,
     pattern: str | None = None,
@@ -159,9 +166,11 @@ def plan(
         "rank": rank,
         "rank_ratio": rank_ratio,
         "sparsity": sparsity,
+        "size": size,
         "keep": keep,
         "keep_parameters": keep_parameters,
         "bits": bits,
+        "value_bits": value_bits,
         "values": values,
         "embedding_bits": embedding_bits,
         "pattern": pattern,
@@ -202,7 +211,7 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
             windows = own_text(job, work, told)
         for sentence in doubts(job.calibration, windows) if job.calibration is not None else ():
             told.warn(sentence)
-        made = schedule(job, allocated_plan(job, windows, work, told))
+        made = schedule(job.entries, allocated_plan(job, windows, work, told), job.max_shard_bytes)
         for sentence in made.plan.notes:
             told.warn(sentence)
         steps = Steps((), {})
@@ -231,7 +240,7 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
 
 
 def _start(job: Job, made: Schedule, resumed: int, told: Progress) -> None:
-    for sentence in job.route.notes if not resumed else ():
+    for sentence in (*job.route.notes, *job.plan.notes) if not resumed else ():
         told.tell(sentence)
     finished = made.units[:resumed]
     layers = sum(plan is not None for _, plan in finished)

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from . import __version__
+from .budget.units import parse_size
 from .checkpoint.card import base_metadata, write_dense_card
 from .checkpoint.companions import companion_files, copy_companions
 from .checkpoint.config import dense_config, layer_specs, layer_tensors
 from .checkpoint.layers import read_layer
-from .checkpoint.output import output_path, parse_size
+from .checkpoint.output import output_path
 from .checkpoint.reader import TensorEntry
 from .checkpoint.source import Checkpoint, open_checkpoint
 from .checkpoint.workfolder import WorkFolder

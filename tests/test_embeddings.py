@@ -259,7 +259,7 @@ def test_bits_that_mean_nothing_are_refused(bits: Any) -> None:
 
 
 def test_floats_have_no_such_bits() -> None:
-    for other in ({"values": "float"}, {"sparsity": 0.5}):
+    for other in ({"values": "float"}, {"keep_parameters": 0.5}):
         with pytest.raises(UsageError, match="whole numbers"):
             Recipe(embedding_bits=6, **other)
     assert Recipe(values="float", embedding_bits="none").settled().embedding_bits == "none"

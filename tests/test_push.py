@@ -353,6 +353,14 @@ def test_a_plan_downloads_no_weights(
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
+def test_a_size_holds_the_files_that_are_downloaded_later(from_hub: Path, online: Terminal, tmp_path: Path) -> None:
+    command = ("compress", "user/toy", "--size", "350kB", "--cache-dir", tmp_path / "cache", "-o", "out")
+    planned = run(online, *command, "--dry-run", cwd=tmp_path)
+    assert "--size 350kB holds the files beside the weights, too" in planned.err
+    run(online, *command, cwd=tmp_path)
+    assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) <= 350_000
+
+
 def test_a_cached_model_is_compressed_offline(from_hub: Path, online: Terminal, tmp_path: Path) -> None:
     offline = "import huggingface_hub.constants as constants\nconstants.HF_HUB_OFFLINE = True\n"
     ended = online.run("compress", "user/toy", "--rank", "4", "--sparsity", "0.8", cwd=tmp_path, before=offline)

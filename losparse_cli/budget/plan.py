@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,7 +10,7 @@ from functools import lru_cache
 from ..errors import UnfitError, UsageError
 from ..shim.layouts import LayerSpec, bound_index_bytes, candidates, expected_index_bytes, n_of_m
 from .notes import Notes
-from .recipe import MOST_BITS, Recipe
+from .recipe import MOST_BITS, MOST_CODE_BITS, Recipe
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,22 @@ class Layer:
     rows: str = ""
 
     @property
+    def weights(self) -> int:
+        """Entries of its matrix."""
+        return self.shape[0] * self.shape[1]
+
+    @property
     def dense_bytes(self) -> int:
-        return self.shape[0] * self.shape[1] * self.itemsize
+        return self.weights * self.itemsize
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one layer gets. bound_bytes is never exceeded; expected_bytes assumes an even spread of S.
+    """What one layer gets. nnz: entries of S that may be other than zero. bound_bytes is never exceeded; expected_bytes
+    assumes an even spread of S.
 
-    bits: a weight, where S is whole numbers, on average over all layers of which as many are asked; 0 for floats.
+    bits: a weight, where S is whole numbers; 0 for floats. expected_bytes is then the layer's share of the bytes that
+    all layers of the same pool take together, and one of them may take more if others take less.
     """
 
     layer: Layer
@@ -52,6 +60,19 @@ class LayerPlan:
     bound_bytes: int
     expected_bytes: int
     bits: float = 0.0
+    pool: str = ""
+
+    @property
+    def sparse(self) -> bool:
+        """Whether some entries of S are zero by its pattern."""
+        return self.nnz < self.layer.weights
+
+    @property
+    def value_bits(self) -> float:
+        """Of codes, what is left of the layer's bits for each entry that may be other than zero."""
+        beside = mask_bits(self.layer.shape, self.nnz, self.pattern, self.scope)
+        beside += 8 * code_overhead(self.layer, self.rank)
+        return (self.bits * self.layer.weights - beside) / self.nnz
 
     @property
     def parameters(self) -> int:
@@ -84,7 +105,7 @@ class Plan:
     @property
     def workspace_bytes(self) -> int:
         """Most memory that solving one layer takes: measured at up to 41 bytes an entry, by pattern and scope."""
-        return max((_workspace(p) * p.layer.shape[0] * p.layer.shape[1] for p in self.layers), default=0)
+        return max((_workspace(p) * p.layer.weights for p in self.layers), default=0)
 
 
 def _workspace(plan: LayerPlan) -> int:
@@ -129,8 +150,10 @@ def make_plan(layers: Iterable[Layer], skipped: dict[str, str], recipe: Recipe, 
             too_small.append(layer.name)
         else:
             plans.append(plan)
-            if plan.bits and request.bits is None:
-                notes.share(plan, request.keep or 0.0)
+            if request.keep is not None and plan.bits:
+                notes.share(plan, request.keep)
+            if plan.sparse and plan.bits:
+                notes.kept(plan)
     if not plans:
         if unfit is not None:
             raise unfit
@@ -183,10 +206,22 @@ def plan_layer(layer: Layer, recipe: Recipe) -> LayerPlan:
 
 
 def _plan_codes(layer: Layer, recipe: Recipe) -> LayerPlan:
-    """UnfitError if factors and streams alone take more than what was asked for."""
-    (m, n), rank = layer.shape, recipe.rank or 0
-    bits = recipe.bits if recipe.bits is not None else min(MOST_BITS, 8 * layer.itemsize * (recipe.keep or 0.0))
+    """UnfitError if factors and streams alone take more than what was asked for, or if all entries are to be zero."""
+    (m, n), rank, scope = layer.shape, recipe.rank or 0, recipe.threshold_scope or "matrix"
+    nnz = count_nnz(layer.shape, 1 - (recipe.sparsity or 0.0), recipe.pattern, scope)
+    if nnz == 0:
+        raise UnfitError(
+            layer.name, layer.shape, "would have nothing left of S", "Lower --sparsity, say --values float"
+        )
     beside = code_overhead(layer, rank)
+    mask = mask_bits(layer.shape, nnz, recipe.pattern, scope)
+    if recipe.value_bits is not None:
+        bits, pool = (recipe.value_bits * nnz + mask + 8 * beside) / (m * n), f"{recipe.value_bits:g} a value"
+    elif recipe.bits is not None:
+        bits, pool = recipe.bits, f"{recipe.bits!r}"
+    else:
+        bits = min(MOST_BITS, 8 * layer.itemsize * (recipe.keep or 0.0))
+        pool = f"{bits!r}"
     option = "--embedding-bits" if layer.rows else "--bits"
     if bits * m * n / 8 <= beside:
         raise UnfitError(
@@ -195,9 +230,11 @@ def _plan_codes(layer: Layer, recipe: Recipe) -> LayerPlan:
             f"cannot be stored in {bits:.3g} bits a weight: factors and stream alone take {8 * beside / (m * n):.3g}",
             f"Raise {option} to {8 * beside / (m * n) + 0.05:.2f} at least{', lower --rank' if rank else ''}",
         )
-    expected = round(bits * m * n / 8)
+    useful = (nnz * (1 + MOST_CODE_BITS) + mask) / 8 + beside
+    expected = int(min(bits * m * n / 8, useful))
     # What a layer takes depends on how much the loss minds it, and on the others: this is what no real one came near.
-    return LayerPlan(layer, rank, m * n, recipe.pattern, "matrix", 1, 2 * m * n + 2 * beside + 4096, expected, bits)
+    bound = 2 * m * n + 2 * beside + 4096
+    return LayerPlan(layer, rank, nnz, recipe.pattern, scope, 1, bound, expected, bits, pool)
 
 
 def code_overhead(layer: Layer, rank: int) -> int:
@@ -205,6 +242,25 @@ def code_overhead(layer: Layer, rank: int) -> int:
     m, n = layer.shape
     lanes = -(-m * n // 2048) if n < 2048 else m
     return rank * (m + n) * layer.itemsize + m * layer.itemsize + n + (m + n) // 2 + 4 * lanes + 64
+
+
+def mask_bits(shape: tuple[int, int], nnz: int, pattern: str, scope: str) -> float:
+    """Bits that say which entries of S may be other than zero: log2 of how many supports there are."""
+    m, n = shape
+    if pattern == "rows":
+        return _log_choices(m, nnz // n)
+    if pattern == "columns":
+        return _log_choices(n, nnz // m)
+    if ":" in pattern:
+        keep, group = n_of_m(pattern)
+        tail = n % group
+        return m * (n // group * _log_choices(group, keep) + _log_choices(tail, min(keep, tail)))
+    return m * _log_choices(n, nnz // m) if scope == "row" else _log_choices(m * n, nnz)
+
+
+def _log_choices(n: int, k: int) -> float:
+    """log2 of n over k."""
+    return (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)) / math.log(2)
 
 
 def plan_as_stored(layers: Iterable[Layer], skipped: dict[str, str], specs: Mapping[str, LayerSpec]) -> Plan:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError, UsageError, flag, is_number, is_whole
-from .recipe_file import RANK_CHOICES, SIZE_CHOICES, RecipeFile, asked, read_recipe
+from .recipe_file import BUDGETS, EXCLUSIVE, RANK_CHOICES, SIZE_CHOICES, RecipeFile, asked, read_recipe
 from .targets import check_expressions, matches, only
+from .units import parse_size
 
 FLOAT_SOLVERS, CODE_SOLVERS = ("magnitude", "oats", "admm"), ("rounding", "feedback")
 SOLVERS = (*FLOAT_SOLVERS, *CODE_SOLVERS)
@@ -22,6 +23,8 @@ EMBEDDING_BITS = 7.0
 """Bits a weight of embeddings and output heads, where S is codes."""
 MOST_BITS = 8.0
 """The most that may be asked for a weight."""
+MOST_CODE_BITS = 15
+"""Of a code without its sign: finer steps serve no purpose."""
 CODED_KEEP = 0.5
 """Share of the bytes up to which `keep` is spent on codes."""
 DEFAULT_KEEP, CALIBRATED_KEEP = 0.85, 0.6
@@ -39,8 +42,10 @@ class Recipe:
     """What to do with every targeted layer; `overrides` holds target -> fields for some of them.
 
     At most one of rank (columns of U) and rank_ratio (share of the kept parameters in U and V), and at
-    most one of sparsity (share of S that is zero), keep (stored bytes over dense bytes),
-    keep_parameters ((r(m+n) + nnz) / mn) and bits (stored, a weight). values: of S, codes (whole numbers) or float.
+    most one of size (of the whole result, in bytes or as 90MB), keep (stored bytes over dense bytes), keep_parameters
+    ((r(m+n) + nnz) / mn), bits (stored, a weight) and value_bits (of each value that sparsity leaves). sparsity: share
+    of S that is zero; of floats in place of those, of codes beside bits or value_bits. values: of S, codes (whole
+    numbers) or float.
     embedding_bits: where S is codes, of embeddings and output heads, which are in no other budget; "none" leaves them
     dense. sensitivity: on or off, whether codes follow the loss. What is None depends on whether there is calibration
     text: see `settled`. UsageError on contradictions and values out of range.
@@ -49,9 +54,11 @@ class Recipe:
     rank: int | None = None
     rank_ratio: float | None = None
     sparsity: float | None = None
+    size: str | int | None = None
     keep: float | None = None
     keep_parameters: float | None = None
     bits: float | None = None
+    value_bits: float | None = None
     values: str | None = None
     embedding_bits: float | str | None = None
     pattern: str = "unstructured"
@@ -66,15 +73,19 @@ class Recipe:
     overrides: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = field(default=())
 
     def __post_init__(self) -> None:
-        _at_most_one(self, RANK_CHOICES)
-        _at_most_one(self, SIZE_CHOICES)
+        for group in EXCLUSIVE:
+            _at_most_one(self, group)
+        if self.size is not None:
+            parse_size(self.size, "--size")
         if self.rank is not None and (not is_whole(self.rank) or self.rank < 0):
             raise UsageError(f"--rank must be a whole number >= 0, not {self.rank!r}; 8 is a usual choice.")
-        if self.bits is not None and (not is_number(self.bits) or not 0 < self.bits <= MOST_BITS):
-            raise UsageError(
-                f"--bits is how many bits a weight takes, above 0 and at most {MOST_BITS:g}, not {self.bits!r}; "
-                f"{CALIBRATED_BITS:g} is a usual choice."
-            )
+        for name, of in (("bits", "weight"), ("value_bits", "kept value")):
+            bits = getattr(self, name)
+            if bits is not None and (not is_number(bits) or not 0 < bits <= MOST_BITS):
+                raise UsageError(
+                    f"{flag(name)} is how many bits a {of} takes, above 0 and at most {MOST_BITS:g}, not {bits!r}; "
+                    f"{CALIBRATED_BITS:g} is a usual choice."
+                )
         given = self.embedding_bits
         if given not in (None, "none") and (not is_number(given) or not 0 < given <= MOST_BITS):  # type: ignore[operator]
             raise UsageError(
@@ -134,10 +145,13 @@ class Recipe:
         return recipe
 
     def for_rows(self, name: str, kinds: tuple[str, ...] = ()) -> Recipe:
-        """As `for_layer`, for an embedding or an output head: bits of its own, and no U and V."""
+        """As `for_layer`, for an embedding or an output head: bits of its own, no U and V, and no pattern."""
         bits = EMBEDDING_BITS if self.embedding_bits in (None, "none") else self.embedding_bits
-        recipe = override(self, {"bits": bits}).for_layer(name, kinds)
-        return override(recipe, {"rank": 0})
+        recipe = override(override(self, {"bits": bits}).for_layer(name, kinds), {"rank": 0})
+        changes: dict[str, Any] = {"sparsity": None, "pattern": Recipe.pattern, "threshold_scope": None}
+        if recipe.value_bits is not None:
+            changes |= {"value_bits": None, "bits": bits}
+        return replace(recipe, **changes)
 
     def with_overrides(self, layers: Mapping[str, Mapping[str, Any]]) -> Recipe:
         """This recipe with further fields for the layers of these names, which win over what was there."""
@@ -156,29 +170,33 @@ class Recipe:
             wrong = _of_other_values(override(Recipe(), dict(fields)), coded)
             if wrong:
                 raise UsageError(f"layers: {target}: {_contradiction(wrong.removeprefix('--'), why, coded)}")
+        sized = any(getattr(self, name) is not None for name in BUDGETS)
         if coded:
-            sized = self.bits is not None or self.keep is not None
+            _check_zeros(self)
+            bits = CALIBRATED_BITS if calibrated else DEFAULT_BITS
             return replace(
                 self,
                 values="codes",
-                bits=self.bits if sized else CALIBRATED_BITS if calibrated else DEFAULT_BITS,
+                bits=self.bits if sized or self.sparse else bits,
+                value_bits=self.value_bits if sized or not self.sparse else bits,
                 rank=self.rank or 0,
                 solver=self.solver or ("feedback" if calibrated else "rounding"),
                 sensitivity=self.sensitivity or ("on" if calibrated else "off"),
                 # Layers that --targets names are all that is meant, unless something is said of embeddings, too.
                 embedding_bits=self.embedding_bits or (None if self.targets else EMBEDDING_BITS),
                 iterations=1,
-                threshold_scope="matrix",
+                threshold_scope=self.threshold_scope or "matrix",
             )
         solver = self.solver or ("admm" if calibrated else "magnitude")
         changes: dict[str, Any] = {
             "values": "float",
             "solver": solver,
-            "iterations": self.iterations or self._passes(solver, calibrated),
+            # How many passes are worth it is a matter of the share kept, which a size has yet to become.
+            "iterations": self.iterations or (None if self.size is not None else self._passes(solver, calibrated)),
             "threshold_scope": self.threshold_scope or ("row" if calibrated else "matrix"),
         }
         fixed = ":" in self.pattern
-        if self.sparsity is None and self.keep is None and self.keep_parameters is None and not fixed:
+        if self.sparsity is None and not sized and not fixed:
             changes["keep"] = CALIBRATED_KEEP if calibrated else DEFAULT_KEEP
         if self.rank is None and self.rank_ratio is None and self.sparsity is None and not fixed:
             changes["rank_ratio"] = CALIBRATED_RANK_RATIO if calibrated else 0.0
@@ -194,7 +212,7 @@ class Recipe:
         """As `coded`, and the option that decides it."""
         if self.values is not None:
             return self.values == "codes", f"--values {self.values}"
-        for coded, asks in ((True, _of_codes(self)), (False, _of_floats(self))):
+        for coded, asks in ((True, _of_codes(self)), (False, _of_floats(self)), (False, _of_zeros(self))):
             if asks:
                 return coded, asks[0]
         return (None, "") if self.rank is None else (False, "--rank")
@@ -208,12 +226,20 @@ class Recipe:
             return False, "--refine blocks"
         if self.keep is not None and self.keep > CODED_KEEP:
             return False, f"--keep {self.keep:g}"
-        for target, fields in self.overrides:
-            alone = override(Recipe(), dict(fields))
-            for coded, asks in ((True, _of_codes(alone)), (False, _of_floats(alone))):
-                if asks:
-                    return coded, f"{asks[0].removeprefix('--')} of layers: {target}"
+        alone = [(target, override(Recipe(), dict(fields))) for target, fields in self.overrides]
+        asked = [
+            (target, coded, of(one)) for target, one in alone for of, coded in ((_of_codes, True), (_of_floats, False))
+        ]
+        asked += [(target, False, _of_zeros(one)) for target, one in alone]
+        for target, coded, asks in asked:
+            if asks:
+                return coded, f"{asks[0].removeprefix('--')} of layers: {target}"
         return True, ""
+
+    @property
+    def sparse(self) -> bool:
+        """Whether some entries of S are to be zero, whatever the budget."""
+        return self.sparsity is not None or ":" in self.pattern
 
     def _passes(self, solver: str, calibrated: bool) -> int:
         shares = (self.keep, self.keep_parameters, None if self.sparsity is None else 1 - self.sparsity)
@@ -269,17 +295,19 @@ def _superseded(name: str, given: Mapping[str, Any]) -> bool:
 
 
 def override(recipe: Recipe, fields: Mapping[str, Any]) -> Recipe:
-    """`recipe` with `fields` set; a setting replaces the others of its group (RANK_CHOICES, SIZE_CHOICES)."""
+    """`recipe` with `fields` set; a setting replaces those that it excludes (EXCLUSIVE)."""
     changes = dict(fields)
-    for group in (RANK_CHOICES, SIZE_CHOICES):
+    for group in EXCLUSIVE:
         if any(name in fields for name in group):
             changes |= {name: fields.get(name) for name in group}
     if ":" in str(fields.get("pattern", "")):
-        if not any(name in fields for name in SIZE_CHOICES):
+        if "sparsity" not in fields:
             changes["sparsity"] = None  # N:M fixes the density by itself
-        budget = any(changes.get(name, getattr(recipe, name)) is not None for name in ("keep", "keep_parameters"))
+        budget = any(changes.get(name, getattr(recipe, name)) is not None for name in BUDGETS)
         if budget and "rank_ratio" not in fields:
             changes["rank_ratio"] = None  # and a budget then fixes the rank
+    elif "pattern" in fields and changes.get("sparsity", recipe.sparsity) is None and "value_bits" not in fields:
+        changes["value_bits"] = None  # which are of what N:M leaves
     return replace(recipe, **changes)
 
 
@@ -306,6 +334,7 @@ def _of_codes(recipe: Recipe) -> list[str]:
     """What was asked that only whole numbers can follow, as options."""
     given = {
         "--bits": recipe.bits,
+        "--value-bits": recipe.value_bits,
         "--embedding-bits": None if recipe.embedding_bits == "none" else recipe.embedding_bits,
         f"--sensitivity {recipe.sensitivity}": recipe.sensitivity,
         f"--solver {recipe.solver}": recipe.solver if recipe.solver in CODE_SOLVERS else None,
@@ -317,15 +346,31 @@ def _of_floats(recipe: Recipe) -> list[str]:
     """What was asked that only floats can follow, as options; U and V may stand beside both."""
     given = {
         "--rank-ratio": recipe.rank_ratio,
-        "--sparsity": recipe.sparsity,
         "--keep-parameters": recipe.keep_parameters,
-        "--threshold-scope": None if recipe.threshold_scope == "matrix" else recipe.threshold_scope,
         "--iterations": None if recipe.iterations == 1 else recipe.iterations,
         f"--solver {recipe.solver}": recipe.solver if recipe.solver in FLOAT_SOLVERS else None,
-        f"--pattern {recipe.pattern}": None if recipe.pattern == "unstructured" else recipe.pattern,
         f"--allocate {recipe.allocate}": None if recipe.allocate == "uniform" else recipe.allocate,
     }
     return [option for option, value in given.items() if value is not None]
+
+
+def _of_zeros(recipe: Recipe) -> list[str]:
+    """What was asked of the zeros in S, as options: of floats, unless something asks for whole numbers."""
+    given = {
+        "--sparsity": recipe.sparsity,
+        "--threshold-scope": None if recipe.threshold_scope == "matrix" else recipe.threshold_scope,
+        f"--pattern {recipe.pattern}": None if recipe.pattern == "unstructured" else recipe.pattern,
+    }
+    return [option for option, value in given.items() if value is not None]
+
+
+def _check_zeros(recipe: Recipe) -> None:
+    """UsageError if whole numbers are told something of zeros, and not how many there are."""
+    asked = _of_zeros(recipe)
+    if recipe.sparse or not (asked or recipe.value_bits is not None):
+        return
+    what = f"{asked[0]} says where zeros are" if asked else "--value-bits is of the values that zeros leave"
+    raise UsageError(f"{what}, and not how many there are: add --sparsity, or leave it out.")
 
 
 def _check_pattern(recipe: Recipe) -> None:
@@ -341,18 +386,18 @@ def _check_pattern(recipe: Recipe) -> None:
         raise UsageError(
             f"--pattern {recipe.pattern} has sparsity {sparsity:g} by itself; leave out --sparsity {recipe.sparsity:g}."
         )
-    if recipe.rank is not None and (recipe.keep is not None or recipe.keep_parameters is not None):
+    budget = next((flag(name) for name in BUDGETS if getattr(recipe, name) is not None), None)
+    if recipe.coded or budget in ("--bits", "--value-bits"):
+        return
+    if recipe.rank is not None and budget is not None:
         raise UsageError(
-            f"--pattern {recipe.pattern} fixes S and --rank fixes U and V: nothing is left for "
-            "--keep or --keep-parameters to decide. Leave one of them out."
+            f"--pattern {recipe.pattern} fixes S and --rank fixes U and V: nothing is left for {budget} to decide. "
+            "Leave one of them out."
         )
-
-    if recipe.rank_ratio is not None and (
-        recipe.keep is not None or recipe.keep_parameters is not None or recipe.rank_ratio == 1
-    ):
+    if recipe.rank_ratio is not None and (budget is not None or recipe.rank_ratio == 1):
         raise UsageError(
             f"--pattern {recipe.pattern} fixes S, so --rank-ratio alone settles the rank, and must be below 1. "
-            "Leave out --keep and --keep-parameters, or --rank-ratio."
+            f"Leave out {budget or '--keep'}, or --rank-ratio."
         )
 
 

@@ -12,9 +12,13 @@ from typing import Any
 from ..errors import RecipeError, UsageError, flag
 
 RANK_CHOICES = ("rank", "rank_ratio")
-SIZE_CHOICES = ("sparsity", "keep", "keep_parameters", "bits")
-PER_LAYER = (*RANK_CHOICES, *SIZE_CHOICES, "pattern", "threshold_scope", "iterations")
-WHOLE_RUN = ("targets", "ignore", "values", "embedding_bits", "solver", "sensitivity", "allocate", "seed")
+BUDGETS = ("size", "keep", "keep_parameters", "bits", "value_bits")
+SIZE_CHOICES = ("sparsity", *BUDGETS)
+EXCLUSIVE = (RANK_CHOICES, ("sparsity", "size", "keep", "keep_parameters"), BUDGETS)
+"""Settings of which one may be given at most. Whole numbers may be sparse, and have a budget, too."""
+PER_LAYER = (*RANK_CHOICES, *(name for name in SIZE_CHOICES if name != "size"), "pattern", "threshold_scope",
+             "iterations")  # fmt: skip
+WHOLE_RUN = ("size", "targets", "ignore", "values", "embedding_bits", "solver", "sensitivity", "allocate", "seed")
 RUN = ("calibration", "refine", "device", "memory_limit", "max_shard_size")
 """What a recipe may say of a run beside its layers."""
 LEADING = ("source", "mode")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -70,12 +69,3 @@ def check_space(place: Path, need: int) -> None:
             f"{place.parent} has {free:,} bytes free, and the result needs about {need:,} more. Free some space, or "
             "choose another disk with --output."
         )
-
-
-def parse_size(text: str | int, option: str = "--max-shard-size") -> int:
-    """Bytes of a size such as 5GB, 500MB or 2GiB, or of their number; UsageError otherwise."""
-    match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,9})?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
-    size = float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ") if match else 0
-    if size < 1:
-        raise UsageError(f"{option} {text!r} is no size; write 5GB, 500MB or 2GiB.")
-    return int(size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import PurePath
@@ -132,8 +132,16 @@ class Report:
     @property
     def bits(self) -> float:
         """Stored, a weight of the compressed layers, all counted; embeddings, which have bits of their own, are not."""
-        layers = [layer for layer in self.layers if layer.spec.kind != "embedding"] or self.layers
-        return 8 * sum(layer.bytes_after for layer in layers) / max(1, sum(layer.parameters for layer in layers))
+        return 8 * sum(one.bytes_after for one in self._linear) / max(1, sum(one.parameters for one in self._linear))
+
+    @property
+    def zeros(self) -> float:
+        """Share of the entries of S that are zero, of the same layers."""
+        return 1 - sum(one.spec.nnz for one in self._linear) / max(1, sum(one.parameters for one in self._linear))
+
+    @property
+    def _linear(self) -> Sequence[LayerReport]:
+        return [layer for layer in self.layers if layer.spec.kind != "embedding"] or self.layers
 
     @property
     def coded(self) -> bool:
@@ -158,7 +166,7 @@ class Report:
     def totals(self) -> dict[str, Any]:
         """The sums above under their names, for JSON."""
         names = ["bytes_before", "bytes_after", "model_bytes_before", "model_bytes_after", "parameters"]
-        names += ["targeted_parameters", "targeted_share", "kept_parameters", "bits"]
+        names += ["targeted_parameters", "targeted_share", "kept_parameters", "bits", "zeros"]
         names += ["relative_error", "held_out_error"]
         return {name: getattr(self, name) for name in names}
 

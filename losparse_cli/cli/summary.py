@@ -33,10 +33,11 @@ def show_plan(out: Console, found: Forecast) -> None:
     out.flush()
     job, plan, need = found.job, found.made.plan, found.need
     kept = sum(p.parameters for p in plan.layers)
-    targeted = sum(p.layer.shape[0] * p.layer.shape[1] for p in plan.layers)
+    targeted = sum(p.layer.weights for p in plan.layers)
     kinds: dict[tuple[Any, ...], list[LayerPlan]] = {}
     for p in plan.layers:
-        entries = f"{p.bits:g} bits" if p.bits else f"{p.nnz:,}"
+        zeros = f", {1 - p.nnz / p.layer.weights:.0%} zeros" if p.bits and p.sparse else ""
+        entries = f"{p.bits:.4g} bits{zeros}" if p.bits else f"{p.nnz:,}"
         kinds.setdefault((p.layer.name.rpartition(".")[2], p.layer.shape, p.rank, entries), []).append(p)
     columns = [
         Column("shape", [f"{shape[0]} x {shape[1]}" for _, shape, _, _ in kinds]),
@@ -54,10 +55,10 @@ def show_plan(out: Console, found: Forecast) -> None:
     about, most = size(plan.expected_bytes), size(plan.bound_bytes)
     if job.recipe.coded:
         layers = [p for p in plan.layers if not p.layer.rows] or plan.layers
-        bits = 8 * sum(p.expected_bytes for p in layers) / sum(p.nnz for p in layers)
+        bits = 8 * sum(p.expected_bytes for p in layers) / sum(p.layer.weights for p in layers)
         rows = sorted({p.bits for p in plan.layers if p.layer.rows})
         beside = f"; embeddings and heads {rows[0]:g}" if rows and len(layers) < len(plan.layers) else ""
-        out.say(f"Share    {share:.1%} of all parameters are targeted, with {bits:.3g} bits each on average{beside}")
+        out.say(f"Share    {share:.1%} of all parameters are targeted, with {bits:.4g} bits each on average{beside}")
         out.say(f"Result   at most {about} of {size(plan.dense_bytes)} in those layers, and hardly less")
     else:
         out.say(f"Share    {share:.1%} of all parameters are targeted; {kept / targeted:.1%} of those are kept")
@@ -69,14 +70,14 @@ def show_plan(out: Console, found: Forecast) -> None:
         out.say(f"Memory   about {size(job.peak_memory)} at the peak")
     else:
         out.say(f"Text     {_text(job)}")
-        for sentence in found.warnings:
-            out.warn(sentence)
         held = size(need.activation_bytes)
         out.say(f"Memory   about {size(need.peak_bytes)} at the peak, {held} of it activations, which can lie in files")
         busy = "; other work runs on it now, so this is uncertain" if need.busy else ""
         out.say(f"Time     {_time(need)} on this machine{busy}")
         if job.recipe.allocate == "error":
             out.say("Sizes    --allocate error measures them at the start of the run; the table shows the uniform plan")
+    for sentence in found.warnings:
+        out.warn(sentence)
     if found.finished:
         out.say("This very run has finished before: there is nothing to do.")
     out.say("Nothing was written.")
@@ -218,6 +219,7 @@ def _show_sizes(out: Console, report: Report, before: str, after: str) -> None:
     if report.coded:
         dense = 8 * report.bytes_before / max(1, report.targeted_parameters)
         table.add_row("bits a weight of layers", f"{dense:g}", f"{report.bits:.3f}", f"{report.bits / dense:.1%}")
+        table.add_row("zeros in S of layers", "", f"{report.zeros:.1%}", "")
     else:
         table.add_row("parameters kept", f"{report.targeted_parameters:,}", f"{sum(x.kept for x in report.layers):,}",
                       f"{report.kept_parameters:.1%}")  # fmt: skip

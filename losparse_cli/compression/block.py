@@ -25,8 +25,9 @@ from ..shim.layouts import LayerSpec
 from .assembly import Assembly
 from .coded import Coder, coded_within, own_steps
 from .matching import LOSSES, match_block
-from .plan import Job, Schedule
+from .plan import Job
 from .rows import code_rows
+from .schedule import Schedule
 from .solve import as_matrix, encode, solve_layer, solve_layers
 from .steps import Steps
 

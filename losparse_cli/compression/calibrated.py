@@ -21,7 +21,8 @@ from ..text.sample import hold_out
 from ..text.windows import Windows
 from .assembly import calibration_model, parameters_outside
 from .block import Block
-from .plan import Job, Schedule
+from .plan import Job
+from .schedule import Schedule
 from .steps import Steps
 
 

@@ -10,19 +10,20 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..budget.plan import LayerPlan, code_overhead
+from ..budget.plan import LayerPlan, code_overhead, mask_bits
+from ..budget.recipe import MOST_CODE_BITS
 from ..checkpoint.report import LayerReport
 from ..errors import CheckpointError
 from ..linalg.error import output_squared, relative_error, squared_norm
 from ..linalg.factors import Decomposition, LowRankCodes
 from ..linalg.integers import code, column_metric, fit_rows, rounded, row_steps
+from ..linalg.patterns import parse_pattern, select
 from ..linalg.rates import Curve, curve, step_within
 from ..linalg.svd import balanced_factors, output_factors, seed_of, truncated_svd
 from ..shim.layouts import COLUMN_FACTORS
 from .solve import as_matrix, encode
 
 TRIES = 12
-MOST_CODE_BITS = 15
 MOST_CARRIED = 0.05  # of a layer's share, more or less than it
 NEAR = 0.998
 """Share of the bytes allowed that is spent at least, before no other step is tried."""
@@ -66,6 +67,12 @@ class Coder:
             scale * (torch.ones(len(W), device=device) if one is None else row_steps(one.to(device)))
             for W, one in zip(weights, g, strict=True)
         ]
+        self._supports = [support_of(self._scaled(k), plan) if plan.sparse else None for k, plan in enumerate(plans)]
+
+    def _scaled(self, k: int) -> Tensor:
+        """What is to be coded of layer k, in units that one step serves."""
+        W = self._rest[k] / self._units[k][:, None]
+        return W if self._metric is None else W.div_(self._metric.columns)
 
     def _factors(self, plan: LayerPlan, W: Tensor, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
         if plan.rank == 0:
@@ -79,14 +86,20 @@ class Coder:
 
     def finest(self) -> list[float]:
         """Of each layer log2 of the finest step that makes sense: codes have 15 bits, which no size asks for."""
-        c = 1.0 if self._metric is None else self._metric.columns
-        largest = [float((W.abs() / c).amax(1).div(a).amax()) for W, a in zip(self._rest, self._units, strict=True)]
+        largest = [float(self._scaled(k).abs_().amax()) for k in range(len(self.plans))]
         return [math.log2(most) - MOST_CODE_BITS if most > 0 else 0.0 for most in largest]
 
     def curves(self) -> list[Curve]:
         """What codes of each layer take by the step."""
-        c = 1.0 if self._metric is None else self._metric.columns
-        return [curve(W / c / a[:, None]) for W, a in zip(self._rest, self._units, strict=True)]
+        found = enumerate(zip(self.plans, self._supports, strict=True))
+        return [curve_of(self._scaled(k), plan, support) for k, (plan, support) in found]
+
+    def _support(self) -> Tensor | None:
+        """Of all layers together."""
+        if all(support is None for support in self._supports):
+            return None
+        found = zip(self._rest, self._supports, strict=True)
+        return torch.cat([torch.ones_like(W, dtype=torch.bool) if one is None else one for W, one in found])
 
     def at(self, log_steps: Sequence[float]) -> list[Decomposition]:
         """The layers coded with a step of 2 ** log_step each."""
@@ -98,9 +111,10 @@ class Coder:
         ]
         if self._metric is None:
             codes = [rounded(W, a) for W, a in zip(self._rest, factors, strict=True)]
+            codes = [q if where is None else q * where for q, where in zip(codes, self._supports, strict=True)]
             columns = torch.ones(self._weights[0].shape[1], device=self._weights[0].device)
         else:
-            together = code(torch.cat(self._rest), self._metric, torch.cat(factors))
+            together = code(torch.cat(self._rest), self._metric, torch.cat(factors), self._support())
             codes = list(torch.split(together, [len(W) for W in self._weights]))
             columns = self._metric.columns
         for W, rest, (U, V), q, a, dtype, step in zip(
@@ -116,6 +130,26 @@ class Coder:
             error = (relative_error(residual, weight),)
             found.append(Decomposition(made, error, weight, residual, output, log_step=step))
         return found
+
+
+def support_of(X: Tensor, plan: LayerPlan) -> Tensor:
+    """Where codes may be other than zero, bool (m, n): where the pattern leaves the largest of X.
+
+    X: in units that one step serves, so that its squares are what it costs to leave entries out, as in SparseGPT
+    (Frantar and Alistarh, arXiv:2301.00774).
+    """
+    return select(X, parse_pattern(plan.pattern), plan.nnz, plan.scope)
+
+
+def curve_of(X: Tensor, plan: LayerPlan, support: Tensor | None) -> Curve:
+    """Bits by the step of what a layer codes: X (m, n), in units that one step serves, where `support` allows."""
+    if support is None:
+        return curve(X)
+    if plan.pattern == "unstructured":
+        return curve(X * support, plan.nnz / X.numel())
+    mask = mask_bits(plan.layer.shape, plan.nnz, plan.pattern, plan.scope)
+    width = plan.nnz // max(1, int(support.any(1).sum()))  # rows keep all or nothing, or as many as the others
+    return curve(X[support].view(-1, width)).spread(plan.nnz / X.numel(), mask / X.numel())
 
 
 class AnyCoder(Protocol):
@@ -168,7 +202,10 @@ def coded_within(coder: AnyCoder, pots: Sequence[Pot], log_steps: Sequence[float
     chosen = {k: one for pot in pots for k, one in zip(pot.members, pot.best, strict=False)}
     for k, plan in enumerate(coder.plans):
         if k not in chosen:
-            raise CheckpointError(f"{plan.layer.name} does not fit in {plan.bits:.3g} bits a weight. Raise --bits.")
+            raise CheckpointError(
+                f"{plan.layer.name} does not fit in {plan.bits:.3g} bits a weight. Give it more, or leave it out with "
+                f"--ignore '{plan.layer.name}'."
+            )
     return [chosen[k] for k in range(len(coder.plans))]
 
 
@@ -205,23 +242,23 @@ class Pot:
             part = min(0.95, max(0.05, (aim - less) / (more - less)))
             self.next_step = fits + part * (bursts - fits)
             return
-        # A code takes a bit less at twice the step, and hardly less where most are zero.
-        codes = sum(one.report.parameters for one in found)
-        move = 8 * (size - aim) / codes
+        # A code takes a bit less at twice the step, and one that is zero hardly less.
+        codes = max(1, sum(one.report.spec.nnz for one in found))
+        move = min(4.0, max(-4.0, 8 * (size - aim) / codes))
         self.next_step = max(self.finest, step + math.copysign(max(2 * abs(move), 0.02), move))
 
 
 def own_steps(coder: AnyCoder) -> list[float]:
     """Of each layer log2 of the step at which it should take the bits that its plan asks for."""
     return [
-        step_within([(one, plan.nnz)], plan.bits * plan.nnz - 8 * code_overhead(plan.layer, plan.rank))
+        step_within([(one, plan.layer.weights)], 8 * (plan.expected_bytes - code_overhead(plan.layer, plan.rank)))
         for plan, one in zip(coder.plans, coder.curves(), strict=True)
     ]
 
 
 def code_alone(coder: AnyCoder) -> list[Coded]:
     """Each layer in the bits that its plan asks for."""
-    pots = [Pot([k], plan.bits * plan.nnz / 8) for k, plan in enumerate(coder.plans)]
+    pots = [Pot([k], plan.expected_bytes) for k, plan in enumerate(coder.plans)]
     return coded_within(coder, pots, own_steps(coder))
 
 
@@ -230,19 +267,19 @@ class Ledger:
     the next one takes, and the last one makes all come out."""
 
     def __init__(self, plans: Iterable[LayerPlan]) -> None:
-        self._waiting: dict[float, dict[str, float]] = {}  # bits -> layer -> its share
+        self._waiting: dict[str, dict[str, int]] = {}  # pool -> layer -> its share
         for plan in plans:
-            self._waiting.setdefault(plan.bits, {})[plan.layer.name] = plan.bits * plan.nnz / 8
-        self._left = {bits: sum(shares.values()) for bits, shares in self._waiting.items()}
+            self._waiting.setdefault(plan.pool, {})[plan.layer.name] = plan.expected_bytes
+        self._left = {pool: sum(shares.values()) for pool, shares in self._waiting.items()}
 
     def code(self, coder: AnyCoder) -> Coded:
         """The one layer of `coder`, whose bytes are then spent."""
         [plan] = coder.plans
-        waiting, left = self._waiting[plan.bits], self._left[plan.bits]
+        waiting, left = self._waiting[plan.pool], self._left[plan.pool]
         share, beside = waiting[plan.layer.name], code_overhead(plan.layer, plan.rank)
         allowed = share + max(-MOST_CARRIED * share, min(MOST_CARRIED * share, left - sum(waiting.values())))
         [found] = coder.curves()
-        step = step_within([(found, plan.nnz)], 8 * (allowed - beside))
+        step = step_within([(found, plan.layer.weights)], 8 * (allowed - beside))
         pot = Pot([0], left) if len(waiting) == 1 else Pot([0], allowed, 1 - MOST_CARRIED / 2)
         [one] = coded_within(coder, [pot], [step])
         self.spend(plan, one.report.bytes_after)
@@ -250,5 +287,5 @@ class Ledger:
 
     def spend(self, plan: LayerPlan, nbytes: int) -> None:
         """The layer was written, in so many bytes; one that the ledger does not know is none of its."""
-        if self._waiting.get(plan.bits, {}).pop(plan.layer.name, None) is not None:
-            self._left[plan.bits] -= nbytes
+        if self._waiting.get(plan.pool, {}).pop(plan.layer.name, None) is not None:
+            self._left[plan.pool] -= nbytes

@@ -18,7 +18,9 @@ from ..linalg.precision import fast_float32
 from ..text.sample import account, doubts, hold_out
 from ..text.windows import Windows
 from .fingerprint import fingerprint
-from .plan import RESIDENT_BASE, Job, Schedule, schedule
+from .footprint import footprint
+from .plan import RESIDENT_BASE, Job
+from .schedule import Schedule, schedule
 from .steps import SENSITIVITY_TOKENS
 
 # Measured on SmolLM2-135M, two cores: time of the whole over that of its products alone at full speed.
@@ -71,7 +73,7 @@ class Forecast:
     @property
     def disk_bytes(self) -> int:
         """Most that the result takes."""
-        return self.made.bound_bytes(self.job.source.folder)
+        return footprint(self.job.source, self.made, self.job.recipe)
 
     @property
     def peak_bytes(self) -> int:
@@ -82,6 +84,9 @@ class Forecast:
     def warnings(self) -> tuple[str, ...]:
         """What bodes ill, a sentence each."""
         job, notes = self.job, self.made.plan.notes
+        if job.recipe.size is not None and not job.source.files:
+            told = "those on the Hub are not here yet: the run has as many bytes less for its layers as they take."
+            notes = (*notes, f"--size {job.recipe.size} holds the files beside the weights, too, and {told}")
         if job.calibration is None:
             return notes
         return (*notes, *doubts(job.calibration, job.windows), *job.route.notes)
@@ -108,7 +113,7 @@ class Forecast:
             "shards": [shard.file for shard in self.made.shards],
             "layers": [
                 {"name": p.layer.name, "shape": p.layer.shape, "rank": p.rank, "nnz": p.nnz, "pattern": p.pattern,
-                 "expected_bytes": p.expected_bytes, "bound_bytes": p.bound_bytes}
+                 "bits": p.bits, "expected_bytes": p.expected_bytes, "bound_bytes": p.bound_bytes}
                 for p in plan.layers
             ],
             "skipped": plan.skipped,
@@ -122,7 +127,7 @@ def forecast(job: Job, *, resume: str = "auto", overwrite: bool = False) -> Fore
     """
     work = WorkFolder(job.output, fingerprint(job), resume=resume, overwrite=overwrite, reads=job.reads)
     work.check()
-    made = schedule(job, job.plan)
+    made = schedule(job.entries, job.plan, job.max_shard_bytes)
     free = free_bytes(job.output)
     if not work.path.is_dir():  # else a part of it is written
         check_space(work.path, made.plan.expected_bytes + made.copied_bytes)
@@ -136,7 +141,7 @@ def estimate(job: Job, windows: Windows | None) -> Estimate:
     assert job.calibration.length is not None
     hidden = job.hidden_size
     tokens = windows.tokens if windows is not None else job.calibration.tokens
-    units = schedule(job, job.plan).units
+    units = schedule(job.entries, job.plan, job.max_shard_bytes).units
     batch = job.calibration.batch * job.calibration.length
     inside = set(job.unreached).union(*(set(numbers) for numbers in job.blocks.values()))
     outside = sum(e.elements for k, e in enumerate(job.entries) if k not in inside)

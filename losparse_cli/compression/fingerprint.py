@@ -10,7 +10,8 @@ import torch
 
 from .. import __version__
 from ..checkpoint.fingerprint import companion_states, digest, file_states
-from .plan import Job, schedule
+from .plan import Job
+from .schedule import schedule
 
 
 def fingerprint(job: Job) -> dict[str, Any]:
@@ -18,7 +19,7 @@ def fingerprint(job: Job) -> dict[str, Any]:
     import safetensors
     import transformers
 
-    made = schedule(job, job.plan)
+    made = schedule(job.entries, job.plan, job.max_shard_bytes)
     plan = [
         [e.name, e.dtype, e.shape, p and [p.rank, p.nnz, p.pattern, p.scope, p.iterations, p.bits]]
         for e, p in made.units

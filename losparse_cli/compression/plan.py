@@ -8,27 +8,26 @@ from pathlib import Path
 
 import torch
 
-from ..budget.plan import LayerPlan, Plan, make_plan, plan_as_stored
+from ..budget.fit import plan_within
+from ..budget.plan import Layer, Plan, make_plan, plan_as_stored
 from ..budget.recipe import Recipe
-from ..checkpoint.companions import companion_files
+from ..budget.units import parse_size
 from ..checkpoint.config import layer_specs
-from ..checkpoint.output import output_path, parse_size
+from ..checkpoint.output import output_path
 from ..checkpoint.reader import TensorEntry, finite
 from ..checkpoint.source import Checkpoint, open_checkpoint
-from ..checkpoint.writer import Shard, Slot, plan_shards
 from ..errors import SourceError, UsageError
 from ..models.blocks import bias_heads, block_of, hidden_size
 from ..models.device import find_device
 from ..models.names import NameMap
 from ..models.route import Route, find_route
 from ..models.skeleton import Skeleton, build_skeleton
-from ..shim.layouts import INDEX_TENSORS, candidates
-from ..shim.loader import loader_bytes
 from ..text.windows import Calibration, Windows, read_windows, settle
+from .footprint import footprint
 from .layers import find_layers, not_checked
 from .request import Refinement, Request
+from .schedule import schedule
 
-FRAME_BYTES = 1 << 16  # bytes: report, card and config besides their lines for each layer
 RESIDENT_BASE = 500 << 20  # bytes: the interpreter with torch and transformers, before any weight
 
 
@@ -91,43 +90,6 @@ class Job:
         return RESIDENT_BASE + self.plan.workspace_bytes
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """What is written by a plan. units: each tensor of the source, with the plan of the layer that it is the weight of,
-    or None if it is copied. shards: the files that they go to."""
-
-    plan: Plan
-    units: tuple[tuple[TensorEntry, LayerPlan | None], ...]
-    shards: tuple[Shard, ...]
-
-    @property
-    def copied_bytes(self) -> int:
-        """Of the tensors that stay as they are."""
-        return sum(entry.nbytes for entry, layer in self.units if layer is None)
-
-    def bound_bytes(self, folder: Path) -> int:
-        """Most bytes that the result takes on disk; `folder` holds the files that go along."""
-        weights = self.plan.bound_bytes + self.copied_bytes
-        weights += sum(shard.header for shard in self.shards)
-        beside = sum((folder / path).stat().st_size for path in companion_files(folder))
-        config = (folder / "config.json").stat().st_size
-        # A layer's lines in config.json, report and timing, and a tensor's line in the index, at their longest.
-        names = sum(len(entry.name) + 80 for entry, _ in self.units)
-        lines = sum(12 * len(p.layer.name) + 2000 + 30 * p.iterations for p in self.plan.layers)
-        return weights + beside + 2 * config + names + lines + loader_bytes() + FRAME_BYTES
-
-
-def schedule(job: Job, plan: Plan) -> Schedule:
-    """What is written of the job's source by `plan`; the order is the job's."""
-    by_tensor = {p.layer.tensor: p for p in plan.layers}
-    units = tuple((entry, by_tensor.get(entry.name)) for entry in job.entries)
-    slots = [
-        Slot(_tensor_names(layer), layer.bound_bytes) if layer else Slot((entry.name,), entry.nbytes)
-        for entry, layer in units
-    ]
-    return Schedule(plan, units, tuple(plan_shards(slots, job.max_shard_bytes)))
-
-
 def prepare(
     model: str | Path,
     output: str | Path | None = None,
@@ -161,12 +123,14 @@ def prepare(
     with request.errors():
         layers, skipped = find_layers(source, skeleton, recipe)
         if start is None:
-            plan = make_plan(layers, skipped, recipe, calibrated=calibration is not None)
+            plan = _plan(source, layers, skipped, request, recipe)
         else:
             plan = plan_as_stored(layers, skipped, layer_specs(start))
     calibration = calibration and settle(calibration, skeleton.model, source.folder)
     if not source.files and not plan_only:
         source = open_checkpoint(model, revision=source.commit, cache_dir=cache_dir)  # of the very headers planned from
+        if recipe.size is not None:  # of which the files beside the weights take a part, and now they are there
+            plan = _plan(source, layers, skipped, request, recipe)
     entries: tuple[TensorEntry, ...] = tuple(source.entries.values())
     blocks: dict[str, range] = {}
     windows: Windows | None = None
@@ -199,8 +163,21 @@ def prepare(
         start,
         *not_checked(source, skeleton, recipe),
     )
-    schedule(job, plan)  # CheckpointError where two tensors would have one name
+    schedule(entries, plan, shard_bytes)  # CheckpointError where two tensors would have one name
     return job
+
+
+def _plan(source: Checkpoint, layers: list[Layer], skipped: dict[str, str], request: Request, recipe: Recipe) -> Plan:
+    """What each layer gets by a settled recipe; with --size what all files together leave for it."""
+    calibrated = request.calibration is not None
+    if recipe.size is None:
+        return make_plan(layers, skipped, recipe, calibrated=calibrated)
+    shard_bytes = parse_size(request.max_shard_size)
+
+    def total(plan: Plan) -> int:
+        return footprint(source, schedule(source.entries.values(), plan, shard_bytes), recipe)
+
+    return plan_within(layers, skipped, recipe, total, calibrated=calibrated)
 
 
 def _open(model: str | Path, revision: str | None, cache_dir: Path | None, plan_only: bool) -> Checkpoint:
@@ -266,9 +243,3 @@ def _refuse_quantized(source: Checkpoint) -> None:
         raise UsageError(
             f"{source.name} is quantized already ({source.packing}). Start from the unquantized checkpoint."
         )
-
-
-def _tensor_names(plan: LayerPlan) -> tuple[str, ...]:
-    layouts = ("codes",) if plan.bits else candidates(plan.pattern, plan.layer.shape, plan.nnz)
-    index = max((INDEX_TENSORS[layout] for layout in layouts), key=lambda names: sum(map(len, names)))
-    return tuple(f"{plan.layer.disk_module}.{suffix}" for suffix in ("U", "V", "weight", *index))

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ..budget.plan import LayerPlan
+from ..budget.recipe import MOST_CODE_BITS
 from ..linalg.error import relative_error, squared_norm
 from ..linalg.factors import Decomposition, LowRankCodes
 from ..linalg.integers import fit_rows, rounded
 from ..linalg.rates import SAMPLE, Curve, curve
 from ..shim.streams import WIDTHS, width_of
-from .coded import MOST_CODE_BITS, Coded, code_alone
+from .coded import Coded, code_alone
 from .solve import as_matrix
 
 BLOCK = 1 << 22  # entries that are floats at a time

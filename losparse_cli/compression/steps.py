@@ -21,12 +21,12 @@ from ..checkpoint.report import LayerReport
 from ..checkpoint.workfolder import WorkFolder
 from ..errors import write_errors
 from ..linalg.integers import column_metric, row_steps
-from ..linalg.rates import Curve, curve, step_within
+from ..linalg.rates import Curve, step_within
 from ..progress import Progress
 from ..shim.layouts import COLUMN_FACTORS
 from ..text.sample import hold_out
 from ..text.windows import Windows
-from .coded import Pot
+from .coded import Pot, curve_of, support_of
 from .plan import Job
 from .sensitivity import measure_sensitivity
 from .solve import as_matrix
@@ -52,11 +52,11 @@ class Steps:
     def __init__(self, plans: Iterable[LayerPlan], foreseen: dict[str, Foreseen]) -> None:
         self._plans = {p.layer.name: p for p in plans if p.layer.name in foreseen}
         self._foreseen = foreseen
-        self._waiting: dict[float, dict[str, LayerPlan]] = {}
-        self._left: dict[float, float] = {}
+        self._waiting: dict[str, dict[str, LayerPlan]] = {}  # pool -> layer -> its plan
+        self._left: dict[str, int] = {}  # bytes
         for name, plan in self._plans.items():
-            self._waiting.setdefault(plan.bits, {})[name] = plan
-            self._left[plan.bits] = self._left.get(plan.bits, 0.0) + plan.bits * plan.nnz
+            self._waiting.setdefault(plan.pool, {})[name] = plan
+            self._left[plan.pool] = self._left.get(plan.pool, 0) + plan.expected_bytes
         self._missed = dict.fromkeys(self._left, (0.0, 0))  # bits beyond what was foreseen, and of how many codes
 
     def g(self, name: str) -> Tensor | None:
@@ -68,25 +68,25 @@ class Steps:
         """log2 of the step for the layer at this point of the run; None for one that has bytes of its own."""
         if name not in self._plans:
             return None
-        bits = self._plans[name].bits
-        waiting = self._waiting[bits]
-        beside = sum(8 * code_overhead(p.layer, p.rank) for p in waiting.values())
-        missed, codes = self._missed[bits]
-        curves = [(self._foreseen[other].curve, p.nnz) for other, p in waiting.items()]
-        return step_within(curves, self._left[bits] - beside, missed / codes if codes else 0.0)
+        pool = self._plans[name].pool
+        waiting = self._waiting[pool]
+        beside = sum(code_overhead(p.layer, p.rank) for p in waiting.values())
+        missed, codes = self._missed[pool]
+        curves = [(self._foreseen[other].curve, p.layer.weights) for other, p in waiting.items()]
+        return step_within(curves, 8 * (self._left[pool] - beside), missed / codes if codes else 0.0)
 
     def pots(self, plans: Sequence[LayerPlan]) -> list[Pot]:
         """The bytes that bind these layers: their own, or for the last of many what is left; else there is no bound."""
-        shared: dict[float, list[int]] = {}
+        shared: dict[str, list[int]] = {}
         pots = []
         for k, plan in enumerate(plans):
             if plan.layer.name in self._plans:
-                shared.setdefault(plan.bits, []).append(k)
+                shared.setdefault(plan.pool, []).append(k)
             else:
-                pots.append(Pot([k], plan.bits * plan.nnz / 8))
-        for bits, members in shared.items():
-            last = set(self._waiting[bits]) <= {plans[k].layer.name for k in members}
-            pots.append(Pot(members, self._left[bits] / 8 if last else math.inf))
+                pots.append(Pot([k], plan.expected_bytes))
+        for pool, members in shared.items():
+            last = set(self._waiting[pool]) <= {plans[k].layer.name for k in members}
+            pots.append(Pot(members, self._left[pool] if last else math.inf))
         return pots
 
     def spend(self, report: LayerReport) -> None:
@@ -95,11 +95,12 @@ class Steps:
         if name not in self._plans or log_step is None:
             return
         plan = self._plans[name]
-        del self._waiting[plan.bits][name]
-        self._left[plan.bits] -= 8 * nbytes
-        expected = self._foreseen[name].curve.at(log_step) * plan.nnz + 8 * code_overhead(plan.layer, plan.rank)
-        missed, codes = self._missed[plan.bits]
-        self._missed[plan.bits] = missed + 8 * nbytes - expected, codes + plan.nnz
+        del self._waiting[plan.pool][name]
+        self._left[plan.pool] -= nbytes
+        codes = plan.layer.weights
+        expected = self._foreseen[name].curve.at(log_step) * codes + 8 * code_overhead(plan.layer, plan.rank)
+        missed, before = self._missed[plan.pool]
+        self._missed[plan.pool] = missed + 8 * nbytes - expected, before + codes
 
 
 def foreseen_steps(job: Job, plan: Plan, windows: Windows, work: WorkFolder, told: Progress, fixed_bytes: int) -> Steps:
@@ -157,7 +158,8 @@ def _measured(
             entry = job.source.entries[plan.layer.tensor]
             W = as_matrix(files[entry.path].read(entry), plan.layer, job.device)
             columns, scale = metrics.pop(name)
-            found[name] = Foreseen(one.g.cpu(), curve(W / columns / (scale * row_steps(one.g))[:, None]))
+            X = W / columns / (scale * row_steps(one.g))[:, None]
+            found[name] = Foreseen(one.g.cpu(), curve_of(X, plan, support_of(X, plan) if plan.sparse else None))
 
     measure_sensitivity(
         job, seen, told, folder=folder, fixed_bytes=fixed_bytes, on_forward=forward, on_backward=backward
@@ -173,7 +175,9 @@ def _tensors(found: dict[str, Foreseen]) -> dict[str, Tensor]:
     tensors = {}
     for name, one in found.items():
         tensors[f"{name}.g"] = one.g.contiguous()
-        tensors[f"{name}.curve"] = torch.tensor([one.curve.anchor, *one.curve.bits], dtype=torch.float64)
+        tensors[f"{name}.curve"] = torch.tensor(
+            [one.curve.anchor, one.curve.density, *one.curve.bits], dtype=torch.float64
+        )
     return tensors
 
 
@@ -182,7 +186,7 @@ def _read(path: Path) -> dict[str, Foreseen]:
     found = {}
     for key, tensor in tensors.items():
         if key.endswith(".curve"):
-            anchor, *bits = tensor.tolist()
+            anchor, density, *bits = tensor.tolist()
             name = key.removesuffix(".curve")
-            found[name] = Foreseen(tensors[f"{name}.g"], Curve(anchor, tuple(bits)))
+            found[name] = Foreseen(tensors[f"{name}.g"], Curve(anchor, tuple(bits), density))
     return found

@@ -13,8 +13,9 @@ from ..checkpoint.journal import Unit
 from ..checkpoint.writer import ShardWriter, tensor_part
 from ..progress import Progress
 from .coded import Coder, Ledger
-from .plan import Job, Schedule
+from .plan import Job
 from .rows import code_rows
+from .schedule import Schedule
 from .solve import encode, solve_layer
 
 

@@ -33,6 +33,8 @@ def settle(recipe: Recipe | None, checkpoint: Checkpoint) -> Recipe:
     recipe = recipe or Recipe(pattern=PATTERN)
     if recipe.coded:
         raise UsageError("Training prunes floats in S: leave out settings that are for whole numbers, such as bits.")
+    if recipe.size is not None:
+        raise UsageError("--size is of losparse compress: training has --keep or --keep-parameters.")
     recipe = replace(recipe, values="float")
     asks_ranks = _is_asked(recipe, RANK_CHOICES)
     if checkpoint.is_compressed:

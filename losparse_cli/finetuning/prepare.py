@@ -14,9 +14,10 @@ from torch import nn
 
 from ..budget.plan import Plan
 from ..budget.recipe import Recipe
+from ..budget.units import parse_size
 from ..checkpoint.fingerprint import companion_states, digest, file_states
 from ..checkpoint.finish import versions
-from ..checkpoint.output import check_output, output_path, parse_size
+from ..checkpoint.output import check_output, output_path
 from ..checkpoint.reader import FLOATING, TORCH_DTYPES
 from ..checkpoint.source import REPORT, Checkpoint, open_checkpoint
 from ..checkpoint.writer import sha256

@@ -22,33 +22,41 @@ COARSEST, FINEST, PER_OCTAVE = 4, -10, 2
 @dataclass(frozen=True)
 class Curve:
     """Bits a code by its step. anchor: log2 of the size of the entries for which steps are meant. bits: at steps of
-    2 ** (anchor + FINEST + k / PER_OCTAVE), k = 0, 1, …; falling."""
+    2 ** (anchor + FINEST + k / PER_OCTAVE), k = 0, 1, …; falling. density: share of the codes that may be other than
+    zero."""
 
     anchor: float
     bits: tuple[float, ...]
+    density: float = 1.0
 
     def at(self, log_step: float) -> float:
-        """Expected bits a code at a step of 2 ** log_step; beyond the finest one bit more an octave."""
+        """Expected bits a code at a step of 2 ** log_step; beyond the finest one bit more an octave for those that may
+        be other than zero."""
         place = (log_step - self.anchor - FINEST) * PER_OCTAVE
         if place <= 0:
-            return self.bits[0] - place / PER_OCTAVE
+            return self.bits[0] - self.density * place / PER_OCTAVE
         last = len(self.bits) - 1
         below = min(int(place), last - 1)
         part = min(place - below, 1.0)
         return self.bits[below] * (1 - part) + self.bits[below + 1] * part
 
+    def spread(self, density: float, mask_bits: float) -> Curve:
+        """Of all codes, where this is of the share `density` of them that lie where mask_bits a code say."""
+        return Curve(self.anchor, tuple(density * bits + mask_bits for bits in self.bits), density)
 
-def curve(X: Tensor) -> Curve:
-    """X: (m, n), the entries in units that one step serves: W_ij √g_i / R_jj."""
+
+def curve(X: Tensor, density: float = 1.0) -> Curve:
+    """X: (m, n), the entries in units that one step serves: W_ij √g_i / R_jj. density: share of them that is not 0."""
     m, n = X.shape
     every = max(1, m * n // SAMPLE)
     sample = X[:, torch.arange(min(every, n) // 2, n, every, device=X.device)] if every < n else X[:, n // 2 :][:, :1]
-    size = float(sample.pow(2).mean().sqrt())
+    size = float(sample.pow(2).mean().div(density).sqrt())
     if size == 0 or not math.isfinite(size):
-        return Curve(0.0, (0.0,) * ((COARSEST - FINEST) * PER_OCTAVE + 1))
+        return Curve(0.0, (0.0,) * ((COARSEST - FINEST) * PER_OCTAVE + 1), density)
     rows = sample.pow(2).mean(1).argsort().argsort() * CLASSES // m
     steps = [size * 2.0 ** (FINEST + k / PER_OCTAVE) for k in range((COARSEST - FINEST) * PER_OCTAVE + 1)]
-    return Curve(math.log2(size), tuple(_entropy((sample / step).round_().int(), rows) for step in steps))
+    bits = tuple(_entropy((sample / step).round_().int(), rows) for step in steps)
+    return Curve(math.log2(size), bits, density)
 
 
 def _entropy(q: Tensor, classes: Tensor) -> float:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from losparse_cli.checkpoint.journal import Journal
-from losparse_cli.checkpoint.output import check_output, parse_size
+from losparse_cli.checkpoint.output import check_output
 from losparse_cli.checkpoint.writer import ShardWriter, Slot, plan_shards, tensor_part
 from losparse_cli.errors import CheckpointError, UsageError
 
@@ -132,20 +132,3 @@ def test_a_loop_of_links_is_refused(tmp_path: Path) -> None:
     (tmp_path / "b").symlink_to("a")
     with pytest.raises(UsageError, match="is a link"):
         check_output(tmp_path / "a", overwrite=False)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("5GB", 5_000_000_000), ("500MB", 500_000_000), ("2GiB", 2 << 30), ("1.5 kB", 1500), (" 10 MiB ", 10 << 20),
-     ("7", 7), ("1T", 10**12), ("3b", 3), (4_000_000_000, 4_000_000_000)],
-)  # fmt: skip
-def test_sizes(text: str | int, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize(
-    "text", ["", "GB", "-1", "0", "0.1", "1e9", "5 parsecs", "nan", "inf", "5GB5", "9" * 400, "1.", "٣ x"]
-)
-def test_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(UsageError, match=r"--max-shard-size .* is no size; write 5GB"):
-        parse_size(text)

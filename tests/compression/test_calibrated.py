@@ -23,10 +23,10 @@ from losparse_cli.checkpoint.workfolder import WorkFolder
 from losparse_cli.checkpoint.writer import ShardWriter
 from losparse_cli.compress import Result, compress, plan, run
 from losparse_cli.compression import allocation, block, calibrated, decisions
-from losparse_cli.compression import plan as planning
 from losparse_cli.compression.estimate import estimate
 from losparse_cli.compression.plan import Job
 from losparse_cli.compression.request import Refinement
+from losparse_cli.compression.schedule import schedule
 from losparse_cli.errors import UsageError
 from losparse_cli.models import route
 from losparse_cli.models.blocks import THREAD
@@ -516,7 +516,7 @@ def test_allocation_without_room_for_the_whole_model(
     monkeypatch.setattr(decisions, "allocate_by_error", lambda *_: tight)
     with WorkFolder(job.output, {}) as work:
         decided = decisions.allocated_plan(job, job.windows, work, Progress())
-    assert [entry for entry, _ in planning.schedule(job, decided).units] == list(job.entries)
+    assert [entry for entry, _ in schedule(job.entries, decided, job.max_shard_bytes).units] == list(job.entries)
     assert decided.expected_bytes == pytest.approx(job.plan.expected_bytes, rel=0.02)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -23,9 +25,9 @@ from losparse_cli.shim.layouts import COLUMN_FACTORS
 CPU = torch.device("cpu")
 
 
-def planned(m: int, n: int, bits: float, name: str = "a", rank: int = 0) -> LayerPlan:
+def planned(m: int, n: int, bits: float | None, name: str = "a", rank: int = 0, **fields: Any) -> LayerPlan:
     layer = Layer(name, f"{name}.weight", name, (m, n), 2)
-    return plan_layer(layer, Recipe(bits=bits, rank=rank or None).settled())
+    return plan_layer(layer, Recipe(bits=bits, rank=rank or None, **fields).settled())
 
 
 def weight(m: int, n: int, seed: int = 0) -> Tensor:
@@ -89,9 +91,90 @@ def test_fewer_bits_than_the_factors_alone_take() -> None:
 
 def test_a_bit_budget_that_only_zeros_keep_within_is_an_error() -> None:
     plan = planned(64, 64, 4.0)
-    tight = LayerPlan(**{**vars(plan), "bits": 8 * (code_overhead(plan.layer, 0) // 4) / plan.nnz})
+    tight = replace(plan, expected_bytes=code_overhead(plan.layer, 0) // 4)
     with pytest.raises(CheckpointError, match="does not fit"):
         code_alone(Coder([tight], [weight(64, 64)], None, [None], 0, CPU))
+
+
+# --- zeros by a pattern ------------------------------------------------------------------------------
+
+PATTERNS: list[dict[str, Any]] = [
+    {"sparsity": 0.5},
+    {"sparsity": 0.9},
+    {"sparsity": 0.75, "threshold_scope": "row"},
+    {"pattern": "2:4"},
+    {"pattern": "1:4"},
+    {"pattern": "3:16"},
+    {"pattern": "rows", "sparsity": 0.5},
+    {"pattern": "columns", "sparsity": 0.75},
+]
+
+
+@pytest.mark.parametrize("fields", PATTERNS, ids=[" ".join(map(str, fields.values())) for fields in PATTERNS])
+@pytest.mark.parametrize("H", [None, moment(256)], ids=["rounding", "feedback"])
+def test_zeros_lie_where_the_pattern_says_and_the_bytes_are_those_asked_for(
+    fields: dict[str, Any], H: Tensor | None
+) -> None:
+    plan, W = planned(192, 256, None, value_bits=4.0, **fields), weight(192, 256)
+    [one] = code_alone(Coder([plan], [W], H, [None], 0, CPU))
+    q = unpack_layer(one.report.spec, one.tensors).codes
+    assert torch.equal(q, one.solved.factors.codes)
+    where = q != 0
+    assert int(where.sum()) == one.report.spec.nnz <= plan.nnz
+    assert int(where.sum()) > 0.8 * plan.nnz, "a kept value is seldom rounded to zero"
+    match plan.pattern:
+        case "rows":
+            assert int(where.any(1).sum()) == 96
+        case "columns":
+            assert int(where.any(0).sum()) == 64
+        case "unstructured" if plan.scope == "row":
+            assert int(where.sum(1).max()) <= 64
+        case pattern if ":" in pattern:
+            keep, group = map(int, pattern.split(":"))
+            assert int(where.view(192, -1, group).sum(2).max()) == keep
+    assert 0.985 * plan.bits <= 8 * one.report.bytes_after / W.numel() <= plan.bits
+
+
+def test_bits_of_a_kept_value_are_those_of_the_codes_alone() -> None:
+    """Without its pattern a layer of as many values would take as many bits for each."""
+    for fields in PATTERNS[:1] + PATTERNS[3:]:
+        plan = planned(512, 512, None, value_bits=3.0, rank=4, **fields)
+        mask = plan.bits * 512 * 512 - 3 * plan.nnz - 8 * code_overhead(plan.layer, 4)
+        assert plan.value_bits == pytest.approx(3.0)
+        assert 0 <= mask <= 512 * 512
+    assert planned(512, 512, None, value_bits=3.0, sparsity=0.0).value_bits == pytest.approx(3.0)
+
+
+def test_the_support_is_what_is_largest_in_units_of_the_step() -> None:
+    plan, W, H = planned(192, 256, None, value_bits=6.0, sparsity=0.5), weight(192, 256), moment(256)
+    g = torch.logspace(0, 4, 192)
+    [one] = code_alone(Coder([plan], [W], H, [g], 0, CPU))
+    metric = column_metric(H, COLUMN_FACTORS)
+    cost = (W.float() / metric.columns * g.sqrt()[:, None]).abs()
+    kept = one.solved.factors.codes != 0
+    assert float(cost[kept].min()) >= float(cost[~kept].median())
+    assert int(kept[-64:].sum()) > 2 * int(kept[:64].sum()), "rows that the loss minds keep more"
+
+
+def test_bits_that_kept_values_cannot_use_are_left_over() -> None:
+    plan, W = planned(64, 256, 8.0, sparsity=0.9), weight(64, 256)
+    assert plan.value_bits > 15
+    assert 8 * plan.expected_bytes < 3 * W.numel()
+    [one] = code_alone(Coder([plan], [W], moment(256), [None], 0, CPU))
+    codes = one.solved.factors.codes
+    assert one.report.bytes_after <= plan.expected_bytes
+    assert 2**14 <= int(codes.abs().max()) <= 2**17
+    assert one.solved.output_errors[-1] < 0.6
+
+
+@pytest.mark.parametrize("fields", PATTERNS, ids=[" ".join(map(str, fields.values())) for fields in PATTERNS])
+def test_what_is_foreseen_is_what_codes_with_a_pattern_take(fields: dict[str, Any]) -> None:
+    plan, W = planned(384, 384, None, value_bits=4.0, **fields), weight(384, 384)
+    coder = Coder([plan], [W], None, [None], 0, CPU)
+    [found] = coder.curves()
+    [one] = code_alone(coder)
+    bits = 8 * (one.report.bytes_after - code_overhead(plan.layer, 0)) / W.numel()
+    assert found.at(one.solved.log_step) == pytest.approx(bits, rel=0.06)
 
 
 # --- one step for many ------------------------------------------------------------------------------
@@ -157,7 +240,7 @@ def test_layers_that_no_text_reaches_have_bytes_of_their_own() -> None:
 def test_layers_of_other_bits_have_another_step() -> None:
     plans, weights, g, steps = many()
     foreseen = {p.layer.name: Foreseen(one, curve(W.float())) for p, W, one in zip(plans, weights, g, strict=True)}
-    finer = [LayerPlan(**{**vars(p), "bits": 5.0}) if k % 2 else p for k, p in enumerate(plans)]
+    finer = [planned(*p.layer.shape, 5.0, p.layer.name) if k % 2 else p for k, p in enumerate(plans)]
     steps = Steps(finer, foreseen)
     coarse, fine = steps.log_step("layer0"), steps.log_step("layer1")
     assert coarse is not None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,13 @@ from safetensors.torch import load_file, save_file
 
 import losparse_cli
 from losparse_cli.budget.recipe import CALIBRATED_BITS, DEFAULT_BITS
+from losparse_cli.budget.units import parse_size
 from losparse_cli.checkpoint.output import SENSITIVITY
 from losparse_cli.checkpoint.report import Report
 from losparse_cli.checkpoint.writer import ShardWriter
-from losparse_cli.compress import compress, plan
+from losparse_cli.compress import compress, plan, run
 from losparse_cli.compression import steps
+from losparse_cli.compression.estimate import forecast
 from losparse_cli.errors import CheckpointError, UsageError
 from losparse_cli.export import export
 from losparse_cli.text.windows import Calibration
@@ -111,6 +115,131 @@ def test_settings_of_single_layers(toy: Any, asked: Calibration, tmp_path: Path)
         used = 8 * sum(layer.bytes_after for layer in group) / sum(layer.parameters for layer in group)
         assert 0.985 * bits < used <= bits
     assert {layer.spec.rank for layer in report.layers if "q_proj" in layer.name} == {1}
+
+
+# --- a size of everything ----------------------------------------------------------------------------
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    ("size", "how"),
+    [
+        ("250kB", {}),
+        (240_000, {"max_shard_size": "30kB"}),
+        ("250kB", {"recipe": {"layers": {"*.mlp.*": {"bits": 6}}}}),
+        ("330kB", {"values": "float"}),
+    ],
+    ids=["codes", "shards", "layers", "floats"],
+)
+def test_the_folder_is_never_larger_than_asked_for(
+    size: str | int, how: dict[str, Any], toy: Any, asked: Calibration, tmp_path: Path
+) -> None:
+    source = toy("llama", tokenizer=True)
+    job = plan(source, tmp_path / "out", size=size, calibration=asked, **how)
+    made = run(job)
+    whole, bound = folder_bytes(made.output), forecast(job).disk_bytes
+    assert whole <= bound <= parse_size(size)
+    assert bound > 0.98 * parse_size(size)  # of floats a layer has whole ranks
+    if made.report.coded:
+        assert bound - whole < 24_000, "what is said beside the weights is bounded, not known"
+    assert verify(made.output).sound
+    assert made.report.recipe["size"] == size
+
+
+def test_a_dry_run_says_what_a_size_comes_to(toy: Any, tmp_path: Path) -> None:
+    planned = terminal.done("compress", toy("llama"), "-o", tmp_path / "out", "--size", "240kB", "--dry-run")
+    bits = re.search(r"with (\d\.\d+) bits each on average", planned.err + planned.out)
+    assert bits is not None
+    found = json.loads(terminal.done("compress", toy("llama"), "--size", "240kB", "--dry-run", "--json").out)
+    assert found["disk_bytes"] <= 240_000
+    [asked] = {layer["bits"] for layer in found["layers"] if "embed" not in layer["name"]}
+    assert asked == pytest.approx(float(bits[1]), abs=0.01)
+
+
+# --- zeros by a pattern ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"bits": 5, "sparsity": 0.5},
+        {"value_bits": 5, "sparsity": 0.75, "threshold_scope": "row", "rank": 1},
+        {"value_bits": 6, "pattern": "2:4"},
+        {"bits": 4, "pattern": "rows", "sparsity": 0.5},
+        {"bits": 4, "pattern": "columns", "sparsity": 0.5, "solver": "rounding"},
+    ],
+    ids=["unstructured", "row", "2:4", "rows", "columns"],
+)
+def test_zeros_by_a_pattern(how: dict[str, Any], toy: Any, asked: Calibration, tmp_path: Path) -> None:
+    source = toy("llama", tokenizer=True)
+    job = plan(source, tmp_path / "out", how, calibration=asked)
+    made = run(job)
+    report = made.report
+    assert report.coded
+    expected = sum(p.expected_bytes for p in job.plan.layers)
+    assert 0.985 * expected <= sum(layer.bytes_after for layer in report.layers) <= expected
+    kept = {p.layer.name: p.nnz for p in job.plan.layers}
+    for layer in report.layers:
+        assert 0.7 * kept[layer.name] <= layer.spec.nnz <= kept[layer.name]
+        assert layer.spec.pattern == how.get("pattern", "unstructured")
+    assert report.zeros >= 0.5
+    assert verify(made.output).sound
+    model, _ = losparse_cli.load(made.output, dtype=torch.float32)
+    dense, _ = losparse_cli.load(export(made.output, tmp_path / "dense"), dtype=torch.float32)
+    torch.testing.assert_close(answer(model), answer(dense), rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "again")
+    first, second = (load_file(folder / "model.safetensors") for folder in (made.output, tmp_path / "again"))
+    assert all(torch.equal(tensor, second[name].to(tensor.dtype)) for name, tensor in first.items())
+
+
+def test_a_killed_run_with_zeros_ends_with_the_same_bytes(
+    toy: Any, asked: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(folder: Path) -> dict[str, str]:
+        how = {"value_bits": 5, "pattern": "2:4"}
+        return toys.digests(compress(toy("llama", tokenizer=True), folder / "out", how, calibration=asked).output)
+
+    append = ShardWriter.append
+
+    def dying(self: ShardWriter, *args: Any, **options: Any) -> Any:
+        if self.done == 9:
+            raise Killed
+        return append(self, *args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ShardWriter, "append", dying)
+        with pytest.raises(Killed):
+            made(tmp_path / "killed")
+    assert made(tmp_path / "killed") == made(tmp_path / "whole")
+
+
+def test_sparsity_alone_is_of_floats_and_bits_make_it_of_whole_numbers(toy: Any, tmp_path: Path) -> None:
+    source = toy("llama")
+    of = {
+        name: plan(source, tmp_path / "out", how).recipe
+        for name, how in {
+            "floats": {"rank": 2, "sparsity": 0.9},
+            "pattern": {"pattern": "2:4"},
+            "bits": {"rank": 1, "sparsity": 0.9, "bits": 3},
+            "values": {"sparsity": 0.5, "values": "codes"},
+            "value bits": {"pattern": "2:4", "value_bits": 4},
+        }.items()
+    }
+    assert [of[name].values for name in of] == ["float", "float", "codes", "codes", "codes"]
+    assert (of["bits"].bits, of["bits"].value_bits) == (3, None)
+    assert (of["values"].bits, of["values"].value_bits) == (None, DEFAULT_BITS)
+
+
+def test_bits_that_kept_values_cannot_use_are_told(toy: Any, tmp_path: Path) -> None:
+    heard = Hearing()
+    report = compress(toy("llama"), tmp_path / "out", bits=8, sparsity=0.9, progress=heard).report
+    [said] = heard.warned
+    assert said.startswith("8 bits a weight are ")
+    assert "13 more layers stay smaller than was asked for." in said
+    assert bits_of(Report(report.layers[1:], {}, 0, 0, 0)) < 4
 
 
 def test_the_dense_model_is_what_is_computed(coded: Path, tmp_path: Path) -> None:
@@ -218,8 +347,17 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
         ({"bits": "4"}, "not '4'"),
         ({"bits": 4, "keep": 0.5}, "keep and bits contradict each other"),
         ({"bits": 4, "values": "float"}, "bits is for whole numbers in S, and 'values: float' for floats"),
-        ({"bits": 4, "sparsity": 0.5}, "contradict"),
-        ({"bits": 4, "pattern": "2:4"}, "'pattern: 2:4' is for floats in S, and bits for whole numbers"),
+        ({"bits": 4, "value_bits": 3, "sparsity": 0.5}, "bits and value_bits contradict each other"),
+        ({"keep": 0.2, "sparsity": 0.5}, "sparsity and keep contradict each other"),
+        ({"bits": 4, "pattern": "2:4", "sparsity": 0.7}, "'pattern: 2:4' has sparsity 0.5 by itself"),
+        ({"bits": 4, "pattern": "rows"}, "'pattern: rows' says where zeros are, and not how many there are: add"),
+        ({"bits": 4, "threshold_scope": "row"}, "threshold_scope says where zeros are"),
+        ({"value_bits": 3}, "value_bits is of the values that zeros leave, and not how many there are"),
+        ({"value_bits": 9, "sparsity": 0.5}, "value_bits is how many bits a kept value takes, above 0 and at most 8"),
+        ({"bits": 4, "sparsity": 1}, "would have nothing left of S"),
+        ({"size": "10kB"}, r"'size: 10kB' is too little: with these settings \d+\.\dkB is the smallest result"),
+        ({"size": "1GB"}, r"'size: 1GB' is no less than the \d+\.\dkB of the dense model"),
+        ({"size": 1e5, "keep": 0.5}, "size and keep contradict each other"),
         ({"bits": 4, "rank_ratio": 0.2}, "rank_ratio is for floats in S"),
         ({"bits": 4, "solver": "admm"}, "'solver: admm' is for floats in S"),
         ({"values": "float", "solver": "feedback"}, "'solver: feedback' is for whole numbers"),

@@ -39,6 +39,19 @@ def test_beyond_the_finest_step_each_octave_costs_a_bit() -> None:
     assert found.at(40.0) == 0.0
 
 
+def test_codes_of_which_a_pattern_leaves_some_take_what_the_others_do_and_their_places() -> None:
+    X = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+    alone = curve(X)
+    among = alone.spread(0.25, 0.5)
+    for step in (-30.0, -4.0, 0.0, 40.0):
+        assert among.at(step) == pytest.approx(0.25 * alone.at(step) + 0.5)
+    where = torch.rand(256, 512, generator=torch.Generator().manual_seed(1)) < 0.25
+    found = curve(X * where, 0.25)
+    places = -0.25 * math.log2(0.25) - 0.75 * math.log2(0.75)
+    assert found.at(-6.0) == pytest.approx(0.25 * alone.at(-6.0) + places, abs=0.05)
+    assert found.at(-40.0) == pytest.approx(found.at(-30.0) + 2.5)
+
+
 def test_a_layer_of_zeros_takes_nothing() -> None:
     assert curve(torch.zeros(8, 8)).at(-30.0) == pytest.approx(20.0)  # and is given the coarsest of steps elsewhere
     assert curve(torch.zeros(8, 8)).at(0.0) == 0.0

@@ -28,7 +28,20 @@ def compress(
         ),
     ] = None,
     sparsity: Annotated[
-        float | None, typer.Option(help="Share of S that is zero.", rich_help_panel=o.SIZE, show_default=False)
+        float | None,
+        typer.Option(
+            help="Share of S that is zero; of whole numbers beside --bits or --value-bits.",
+            rich_help_panel=o.SIZE,
+            show_default=False,
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="Most that the whole result folder takes, such as 90MB: settles --bits, or of floats --keep.",
+            rich_help_panel=o.SIZE,
+            show_default=False,
+        ),
     ] = None,
     keep: Annotated[
         float | None,
@@ -49,6 +62,14 @@ def compress(
             help="Bits that a weight takes on disk, everything counted, with whole numbers in S.",
             rich_help_panel=o.SIZE,
             show_default=o.by_calibration("bits", "codes"),
+        ),
+    ] = None,
+    value_bits: Annotated[
+        float | None,
+        typer.Option(
+            help="Bits of each value that --sparsity or N:M leaves, in place of --bits.",
+            rich_help_panel=o.SIZE,
+            show_default="as --bits",
         ),
     ] = None,
     values: Annotated[
@@ -177,9 +198,11 @@ def compress(
         "rank": rank,
         "rank_ratio": rank_ratio,
         "sparsity": sparsity,
+        "size": size,
         "keep": keep,
         "keep_parameters": keep_parameters,
         "bits": bits,
+        "value_bits": value_bits,
         "values": values,
         "embedding_bits": o.number_or_word(embedding_bits),
         "pattern": pattern,
