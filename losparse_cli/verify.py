@@ -1,4 +1,4 @@
-"""Hashes, headers, index, config and every index range of a compressed checkpoint; no model is built."""
+"""Hashes, headers, config, every index and every stream of codes of a compressed checkpoint; no model is built."""
 
 from __future__ import annotations
 

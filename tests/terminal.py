@@ -87,7 +87,7 @@ class Running:
 
     def wait(self) -> Ended:
         code = int(self._terminal._ask({"wait": self.pid}))
-        out, err = ((self._folder / name).read_text(encoding="utf-8") for name in ("out", "err"))
+        out, err = ((self._folder / name).read_text("utf-8", "surrogateescape") for name in ("out", "err"))
         return Ended(code, out, err)
 
 

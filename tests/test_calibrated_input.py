@@ -81,9 +81,9 @@ def test_dry_run_tells_time_memory_and_text_and_writes_nothing(
     command = ("compress", model, "--calibration", text, *FLAGS, "--refine", "blocks", "-o", out, "--dry-run")
     run = done(*command)
     assert run.code == 0
-    assert "256 tokens in 8 windows from" in " ".join(run.err.split())
+    assert "256 tokens in 8 windows from" in " ".join(run.out.split())
     assert "warning: 256 tokens are few to calibrate with" in " ".join(run.err.split())
-    assert "activations" in run.err
+    assert "activations" in run.out
     shown = json.loads(done(*command, "--json").out)
     assert shown["seconds"] > 0
     assert shown["peak_memory_bytes"] > 0

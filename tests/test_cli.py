@@ -86,16 +86,39 @@ def test_debug_shows_where(tmp_path: Path) -> None:
 # --- what is printed, and where -------------------------------------------------------------------
 
 
-def test_compress_prints_plain_lines_to_standard_error(model: Path, tmp_path: Path) -> None:
+def test_compress_prints_plain_lines_what_came_of_it_to_standard_output(model: Path, tmp_path: Path) -> None:
     ended = done("compress", model, "-o", "out", *SMALL, cwd=tmp_path)
-    assert ended.out == ""
-    assert "\x1b" not in ended.err
-    assert "\r" not in ended.err
+    assert "\x1b" not in ended.err + ended.out
+    assert "\r" not in ended.err + ended.out
     progress = re.findall(r"^layer (\d+)/28  \S+  error 0\.\d{3}$", ended.err, re.MULTILINE)
     assert progress[-1] == "28"
     assert len(progress) == 10
-    assert "Done. The result is in out." in ended.err
-    assert 'losparse_cli.load("out")' in ended.err
+    assert "compressed layers" in ended.out
+    assert "Done. The result is in out." in ended.out
+    assert 'losparse_cli.load("out")' in ended.out
+    said = [line for line in ended.err.splitlines() if not line.startswith("layer ")]
+    assert [line.partition(":")[0] for line in said] == ["warning"]
+    assert "keeping 3" in said[0]
+
+
+PIPED: dict[str, tuple[str, ...]] = {
+    "compress": (*SMALL, "-o", "out"),
+    "compress --dry-run": (*SMALL, "-o", "out", "--dry-run"),
+    "inspect": (),
+}
+
+
+@pytest.mark.parametrize("command", PIPED)
+def test_a_pipe_gets_tables_and_their_lines_together_as_wide_as_columns_says(
+    command: str, model: Path, tmp_path: Path
+) -> None:
+    verb, *_ = command.split()
+    narrow = done(verb, model, *PIPED[command], cwd=tmp_path, COLUMNS="60").out
+    assert 40 < max(len(line.rstrip()) for line in narrow.splitlines() if "load(" not in line) <= 60
+    wide = done(verb, model, *PIPED[command], "--overwrite" if verb == "compress" else "--layers", cwd=tmp_path)
+    last = {"compress": "load(", "compress --dry-run": "Nothing was written.", "inspect": "layers would be compressed"}
+    assert last[command] in wide.out
+    assert not [line for line in wide.err.splitlines() if not line.startswith(("layer ", "warning: "))]
 
 
 def test_compress_as_json(model: Path, tmp_path: Path) -> None:
@@ -143,9 +166,32 @@ def test_verify_as_json(compressed: Path, tmp_path: Path) -> None:
 
 def test_a_dry_run_writes_nothing(model: Path, tmp_path: Path) -> None:
     ended = done("compress", model, "-o", "out", *SMALL, "--dry-run", cwd=tmp_path)
-    assert "Nothing was written." in ended.err
-    assert "28 compressed" in ended.err
+    assert "Nothing was written." in ended.out
+    assert "28 compressed" in ended.out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "warns"),
+    [
+        (SMALL, "without any data damages a model badly"),
+        (("--keep", "0.8"), "without any data costs a language model noticeably"),
+        (("--keep", "0.9"), ""),
+        (("--bits", "2"), "2 bits a weight leave a language model far from the dense one"),
+        (("--bits", "4"), "4 bits a weight cost a language model noticeably"),
+        ((), ""),
+    ],
+)
+def test_a_dry_run_tells_time_and_warns_of_ruin_without_text_too(
+    options: tuple[str, ...], warns: str, model: Path, tmp_path: Path
+) -> None:
+    ended = done("compress", model, "-o", "out", *options, "--dry-run", cwd=tmp_path)
+    assert re.search(r"^Time     (about )?[\d.]+ (s|min)( to [\d.]+ (s|min))? on this machine", ended.out, re.MULTILINE)
+    assert warns in ended.err
+    assert bool(warns) == ("warning: " in ended.err)
+    shown = json.loads(done("compress", model, "-o", "out", *options, "--dry-run", "--json", cwd=tmp_path).out)
+    assert 0 < shown["least_seconds"] <= shown["seconds"] <= shown["most_seconds"]
+    assert [sentence for sentence in shown["warnings"] if warns in sentence] or not warns
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -202,6 +248,11 @@ def test_inspect_shows_every_layer_if_asked(compressed: Path) -> None:
     assert len(re.findall(r"model\.layers\.\d+\.\S+_proj", shown)) == LAYERS
 
 
+def layer_size(layer: dict[str, Any]) -> int:
+    m, n = layer["shape"]
+    return int(m * n)
+
+
 def test_inspect_as_csv(compressed: Path) -> None:
     ended = done("inspect", compressed, "--csv")
     rows = list(csv.DictReader(io.StringIO(ended.out)))
@@ -212,6 +263,7 @@ def test_inspect_as_csv(compressed: Path) -> None:
         assert row["layer"] == layer["name"]
         assert [int(row["out_features"]), int(row["in_features"])] == layer["shape"]
         assert int(row["bytes_after"]) == layer["bytes_after"]
+        assert float(row["bits"]) == pytest.approx(layer["bits"]) == 8 * layer["bytes_after"] / layer_size(layer)
         error = (layer["residual_squared"] / layer["weight_squared"]) ** 0.5
         assert float(row["relative_error"]) == pytest.approx(error, rel=1e-5)
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from losparse_cli import demo
-from losparse_cli.cli.console import Console
 from losparse_cli.cli.tables import show_comparison
 from losparse_cli.tasks.paired import Estimate
 from losparse_cli.verify import verify
+from tests.printed import printed
 
 TEXT = "\n\n".join(f"{number} bottles of beer on the wall, {number} bottles of beer." for number in range(99, 0, -1))
 
@@ -44,17 +44,14 @@ def test_two_sizes_beside_dense_and_rounding(toy: Any, tmp_path: Path, monkeypat
     assert all(seconds > 0 for seconds in left)
 
 
-def test_the_comparison_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_comparison_fits_a_terminal() -> None:
     half = (118_900_000, 175_500_000)
     rows = [
         demo.Measured("dense", Path("model"), 212_336_640, 269_030_016, Estimate(22.149, 3.21), None, "Water.", 0.0),
         demo.Measured("magnitude", Path("m"), *half, Estimate(3.2e5, 1e4), Estimate(9.5, 0.1), "…", 9.9),
         demo.Measured("losparse", Path("l"), *half, Estimate(31.9, 4.9), Estimate(0.365, 0.0213), "Ice.", 801.0),
     ]
-    out = Console()
-    out.out.width = 80
-    show_comparison(out, rows)
-    shown = capsys.readouterr().out
+    shown = printed(lambda out: show_comparison(out, rows), 80)
     assert "22.1 ± 3.2" in shown
     assert "3.2e+05 ± 1e+04" in shown
     assert "0.365 ± 0.021" in shown

@@ -72,7 +72,7 @@ def card(hub: LocalHub, repository: str) -> dict[str, Any]:
 def test_push_uploads_the_folder_in_one_commit(hub: LocalHub, online: Terminal, compressed: Path) -> None:
     folder = shutil.copytree(compressed, compressed.parent / "pushed")
     ended = run(online, "push", folder, "user/small")
-    assert f"{hub.endpoint}/user/small" in ended.err
+    assert f"{hub.endpoint}/user/small" in ended.out
     uploaded = hub.repositories["user/small"]
     assert set(uploaded) - {".gitattributes"} == {path.name for path in folder.iterdir()}
     assert all(uploaded[path.name].read_bytes() == path.read_bytes() for path in folder.iterdir())

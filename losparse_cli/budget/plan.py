@@ -98,6 +98,17 @@ class Plan:
         return sum(p.expected_bytes for p in self.layers)
 
     @property
+    def bits(self) -> float:
+        """Stored, a weight of the layers; embeddings and heads, which have bits of their own, are not counted."""
+        layers = [p for p in self.layers if not p.layer.rows] or self.layers
+        return 8 * sum(p.expected_bytes for p in layers) / sum(p.layer.weights for p in layers)
+
+    @property
+    def kept_parameters(self) -> float:
+        """(r(m+n) + nnz) / mn over all layers."""
+        return sum(p.parameters for p in self.layers) / sum(p.layer.weights for p in self.layers)
+
+    @property
     def bound_bytes(self) -> int:
         """Most bytes of all layers; codes of many layers together take what was asked for, whatever one layer does."""
         return sum(p.expected_bytes if p.bits else p.bound_bytes for p in self.layers)
@@ -233,7 +244,7 @@ def _plan_codes(layer: Layer, recipe: Recipe) -> LayerPlan:
     useful = (nnz * (1 + MOST_CODE_BITS) + mask) / 8 + beside
     expected = int(min(bits * m * n / 8, useful))
     # What a layer takes depends on how much the loss minds it, and on the others: this is what no real one came near.
-    bound = 2 * m * n + 2 * beside + 4096
+    bound = expected if layer.rows else 2 * m * n + 2 * beside + 4096
     return LayerPlan(layer, rank, nnz, recipe.pattern, scope, 1, bound, expected, bits, pool)
 
 

@@ -14,6 +14,8 @@ from .source import read_json
 CARRIED_METADATA = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 SNIPPET = re.compile(r'losparse_cli\.load\(("(?:[^"\\]|\\.)*")')
 OWN_LOADER = "losparse_quantizer."
+FORMS = ("low-rank", "sparse", "quantized")
+"""Tags: what the parts of compressed weights are."""
 # Of several Auto classes that load an architecture, the one that people know it by.
 FIRST = ("ForCausalLM", "ForSeq2SeqLM", "ForMaskedLM", "ForImageTextToText", "")
 LAST = ("ForPreTraining", "ForVision2Seq", "WithLMHead")  # collections, and names that transformers gives up
@@ -45,7 +47,7 @@ def write_card(destination: Path, report: Report, base: dict[str, Any], *, place
     carried = {key: base[key] for key in CARRIED_METADATA if base.get(key)}
     metadata = ModelCardData(
         library_name="transformers",
-        tags=sorted({"losparse", "low-rank", "sparse", *_texts(base.get("tags"))}),
+        tags=sorted({"losparse", *_forms(report), *_texts(base.get("tags"))}),
         **({"base_model": name, "base_model_relation": "quantized"} if on_hub else {}),
         **carried,
     )
@@ -87,7 +89,7 @@ def write_dense_card(destination: Path, metadata: dict[str, Any], source: str) -
     from huggingface_hub import ModelCardData
 
     carried = {key: metadata[key] for key in (*CARRIED_METADATA, "base_model") if metadata.get(key)}
-    tags = [tag for tag in _texts(metadata.get("tags")) if tag not in ("low-rank", "sparse")]
+    tags = [tag for tag in _texts(metadata.get("tags")) if tag not in FORMS]
     data = ModelCardData(library_name="transformers", tags=tags or None, **carried)
     text = (
         f"---\n{data.to_yaml()}\n---\n\n# {destination.name.removesuffix('.partial')}\n\n"
@@ -113,11 +115,9 @@ def _body(report: Report, name: str, place: str, loading: str) -> str:
         _share(report.bytes_after, report.bytes_before),
         _share(report.model_bytes_after, report.model_bytes_before),
     )
-    kept = sum(layer.kept for layer in report.layers)
     return f"""# {place.rpartition("/")[2]}
 
-{name} compressed with losparse: each targeted weight is stored as a low-rank part and a sparse part,
-W ≈ U V + S (after LoSparse, Li et al., ICML 2023).
+{name} compressed with losparse: each targeted weight is stored as {_parts(report)}.
 
 ## Loading
 
@@ -129,12 +129,47 @@ W ≈ U V + S (after LoSparse, Li et al., ICML 2023).
 |---|---|---|---|
 | compressed layers, bytes | {report.bytes_before:,} | {report.bytes_after:,} | {layers} |
 | whole model, bytes | {report.model_bytes_before:,} | {report.model_bytes_after:,} | {model} |
-| parameters of the compressed layers | {report.targeted_parameters:,} | {kept:,} | {report.kept_parameters:.1%} |
+{_density(report)}
 
 {len(report.layers)} layers are compressed; they hold {report.targeted_share:.1%} of the model's parameters.
 {_error(report)}
 Recipe: {settings}.
 {_calibration(report)}{_training(report)}"""
+
+
+def _forms(report: Report) -> list[str]:
+    """Those of FORMS that the parts of the compressed weights have."""
+    low_rank = any(layer.spec.rank for layer in report.layers)
+    sparse = any(0 < layer.density < 1 and not layer.coded for layer in report.layers)
+    coded = any(layer.coded for layer in report.layers)
+    return [form for form, there in zip(FORMS, (low_rank, sparse, coded), strict=True) if there]
+
+
+def _parts(report: Report) -> str:
+    """What stands in place of each targeted weight, in words."""
+    forms = _forms(report)
+    S = "a sparse matrix S"
+    if "quantized" in forms:
+        S = "whole numbers with a factor for each row and each column, coded by how often each occurs"
+    if "low-rank" not in forms:
+        return S
+    if not any(layer.spec.nnz for layer in report.layers):
+        return "a product of two low-rank factors, W ≈ U V"
+    return (
+        f"a low-rank part U V and {'a part S of ' if 'quantized' in forms else ''}{S}, W ≈ U V + S (after LoSparse, "
+        "Li et al., ICML 2023)"
+    )
+
+
+def _density(report: Report) -> str:
+    """A row of the table of sizes: bits where S is whole numbers, of which zeros cost little; else what is kept."""
+    if report.coded:
+        before = 8 * report.bytes_before / max(1, report.targeted_parameters)
+        share = _share(report.bits, before)
+        return f"| bits a weight of the layers, embeddings and heads aside | {before:g} | {report.bits:.3f} | {share} |"
+    kept = sum(layer.kept for layer in report.layers)
+    share = f"{report.kept_parameters:.1%}"
+    return f"| parameters of the compressed layers | {report.targeted_parameters:,} | {kept:,} | {share} |"
 
 
 def _error(report: Report) -> str:
@@ -178,9 +213,10 @@ import losparse_cli
 model, tokenizer = losparse_cli.load({_quoted(place)}{trust})
 ```"""
     auto = auto_class(config)
+    plain = "Plain `from_pretrained` stops, with sizes that do not match."
     if "AutoConfig" in code or auto is None:
         why = "has a configuration of its own" if code else "is of a class that no Auto class of transformers loads"
-        return f"{snippet}\n\nThe model {why}, so it loads only where the package is installed."
+        return f"{snippet}\n\nThe model {why}, so it loads only where the package is installed. {plain}"
     return f"""{snippet}
 
 Without the package, with the code that lies in this repository (read it first):
@@ -188,7 +224,9 @@ Without the package, with the code that lies in this repository (read it first):
 ```python
 from transformers import {auto}
 model = {auto}.from_pretrained({_quoted(place)}, trust_remote_code=True)
-```"""
+```
+
+{plain}"""
 
 
 def auto_class(config: Mapping[str, Any]) -> str | None:
@@ -210,5 +248,5 @@ def auto_class(config: Mapping[str, Any]) -> str | None:
     return f"AutoModel{ranked[0]}" if ranked else None
 
 
-def _share(after: int, before: int) -> str:
+def _share(after: float, before: float) -> str:
     return f"{after / before:.1%}" if before else "-"

@@ -44,7 +44,7 @@ def read_layer(
 ) -> LowRankSparse | LowRankCodes:
     """The factors of one layer, every index checked; U and V have rank 0 columns if absent.
 
-    CheckpointError names the layer if an index leaves its range.
+    CheckpointError names the layer if an index leaves its range, or a stream of codes is damaged.
     """
     kernels.install()
     files = {file.path: file for file in checkpoint.files}
@@ -52,10 +52,8 @@ def read_layer(
     try:
         return unpack_layer(spec, tensors)
     except ValueError as error:
-        path = entries["weight"].path
-        raise CheckpointError(
-            f"{path}: layer {name} has a damaged index ({error}). Download or compress it again."
-        ) from error
+        path, what = entries["weight"].path, "damaged codes" if spec.layout == "codes" else "a damaged index"
+        raise CheckpointError(f"{path}: layer {name} has {what} ({error}). Download or compress it again.") from error
 
 
 def unpack_layer(spec: LayerSpec, tensors: dict[str, Tensor]) -> LowRankSparse | LowRankCodes:

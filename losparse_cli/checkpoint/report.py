@@ -58,6 +58,11 @@ class LayerReport:
         return self.spec.nnz / self.parameters
 
     @property
+    def bits(self) -> float:
+        """Stored, a weight, all counted."""
+        return 8 * self.bytes_after / self.parameters
+
+    @property
     def coded(self) -> bool:
         """Whether S is whole numbers."""
         return self.spec.layout == "codes"
@@ -72,9 +77,9 @@ class LayerReport:
         return {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "spec"}
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form, complete."""
+        """JSON form, complete; bits are only for reading."""
         stored = {name: getattr(self.spec, name) for name in ("shape", "rank", "nnz", "pattern", "layout")}
-        return {"name": self.name, **stored, **self.measured()}
+        return {"name": self.name, **stored, "bits": self.bits, **self.measured()}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any], spec: LayerSpec) -> LayerReport:

@@ -14,9 +14,11 @@ from .. import __version__
 from ..errors import Interrupted, LosparseError
 from .commands import COMMANDS
 
+ABOUT = "Compress any Hugging Face transformer: W ≈ U V + S, with whole numbers or floats in a sparse S."
+
 app = typer.Typer(
     name="losparse",
-    help="Compress any Hugging Face transformer to a low-rank part plus a sparse part: W ≈ U V + S.",
+    help=ABOUT,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -30,13 +32,13 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(help=ABOUT)
 def root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Compress any Hugging Face transformer to a low-rank part plus a sparse part: W ≈ U V + S."""
+    """Options of `losparse` itself."""
 
 
 def interruptible(command: Callable[..., None]) -> Callable[..., None]:

@@ -67,7 +67,7 @@ def show_columns(
         if table.__rich_measure__(out.out, out.out.options.update(width=ANY_WIDTH)).maximum <= out.out.width:
             break
     for line in said:
-        out.out.print(line, style="dim", markup=False)
+        out.show(line, style="dim", markup=False)
     out.table(table)
 
 

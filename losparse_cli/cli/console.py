@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from ..checkpoint.report import LayerReport
 
 
+PIPE_WIDTH = 160
+
+
 class Screen(RichConsole):
     """What is printed to a reader that has left is dropped: work goes on, and ends as it would have."""
 
@@ -43,13 +46,15 @@ class Screen(RichConsole):
 
 
 class Console:
-    """Messages and progress go to standard error, results to standard output; JSON replaces both."""
+    """What a command was asked for goes to standard output, as tables and lines, or with --json as data; what it says
+    on the way, progress, notes and warnings, to standard error, or with --json nowhere."""
 
     def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
         self.json, self.quiet = json, quiet or json
         self.err = Screen(stderr=True, quiet=self.quiet, highlight=False, soft_wrap=not sys.stderr.isatty())
-        # A pipe has no width of its own: wide enough that nothing is cut.
-        self.out = Screen(quiet=self.quiet, highlight=False, width=None if sys.stdout.isatty() else 160)
+        # A pipe has no width of its own, unless COLUMNS says one: wide enough that nothing is cut.
+        self._has_width = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal()
+        self.out = Screen(quiet=self.quiet, highlight=False, width=None if self._has_width else PIPE_WIDTH)
         self._data: dict[str, Any] = {}
         if self.quiet or not self.err.is_terminal:
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported
@@ -57,7 +62,12 @@ class Console:
                 sys.modules["huggingface_hub"].utils.disable_progress_bars()
 
     def say(self, message: str) -> None:
+        """Of progress, or a note."""
         self.err.print(message)
+
+    def show(self, line: str, **style: Any) -> None:
+        """A line of the result, in markup; only a known width breaks it."""
+        self.out.print(line, soft_wrap=not self._has_width, **style)
 
     def warn(self, message: str) -> None:
         self.err.print(f"[yellow]warning:[/] {escape(message)}")

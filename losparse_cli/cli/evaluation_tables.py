@@ -35,9 +35,9 @@ def show_evaluation(out: Console, found: Evaluation) -> None:
     names, values, errors = zip(*rows, strict=True)
     _print_title(out, found.model, found.kind, found.dense)
     show_columns(out, "", names, [Column("value", values), Column("std. error", errors)])
-    out.out.print(str(found.protocol), style="dim")
+    out.show(str(found.protocol), style="dim")
     if found.kind == "seq2seq":
-        out.out.print("The encoder reads each window, and the decoder predicts it again.", style="dim")
+        out.show("The encoder reads each window, and the decoder predicts it again.", style="dim")
 
 
 def show_task_evaluation(out: Console, found: TaskEvaluation) -> None:
@@ -46,7 +46,7 @@ def show_task_evaluation(out: Console, found: TaskEvaluation) -> None:
     rows += [_cells(name, found.scores, found.dense_scores, found.differences) for name in found.scores]
     _print_title(out, found.model, found.protocol.task, found.dense)
     show_columns(out, "", ["bytes", *found.scores], _columns(rows), bold=found.main_score)
-    out.out.print(escape(str(found.protocol)), style="dim")
+    out.show(escape(str(found.protocol)), style="dim")
 
 
 def show_harness_evaluation(out: Console, found: HarnessEvaluation) -> None:
@@ -61,7 +61,7 @@ def show_harness_evaluation(out: Console, found: HarnessEvaluation) -> None:
         rows += [_cells(name, estimates, dense, differences) for name in estimates]
     _print_title(out, found.model, "evaluation harness", found.dense)
     show_columns(out, "task", tasks, [Column("score", scores, left=True, wraps=True), *_columns(rows)])
-    out.out.print(escape(str(found.protocol)), style="dim")
+    out.show(escape(str(found.protocol)), style="dim")
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[Column]:
@@ -96,4 +96,4 @@ def _figure(estimate: Estimate | None, sign: str = "") -> list[str]:
 
 def _print_title(out: Console, model: str, what: str, dense: str | None) -> None:
     against = f"   against {escape(dense)}" if dense else ""
-    out.out.print(f"[bold]{escape(model)}[/]   {what}{against}")
+    out.show(f"[bold]{escape(model)}[/]   {what}{against}")

@@ -121,11 +121,12 @@ def _side(cell: Cell) -> str:
 def _compressed_rows(report: Report) -> tuple[list[str], list[list[Cell]]]:
     """What matters most comes first, for a narrow window shows no more."""
     caption, errors = layer_errors(report.layers)
-    heads = ["layer", caption, "share", "bytes after", "bytes before", "shape", "rank", "non-zeros", "density"]
+    heads = ["layer", caption, "share", "bits", "bytes after", "bytes before", "shape", "rank", "non-zeros", "density"]
     rows = [
         [
             _text(layer.name), Cell("unknown", "") if error is None else Cell(f"{error:.4f}", repr(error)),
-            _share(layer.bytes_after / max(1, layer.bytes_before)), _count(layer.bytes_after),
+            _share(layer.bytes_after / max(1, layer.bytes_before)), Cell(f"{layer.bits:.3f}", repr(layer.bits)),
+            _count(layer.bytes_after),
             _count(layer.bytes_before), _shape(layer.shape), _count(layer.spec.rank), _count(layer.spec.nnz),
             _share(layer.density), _text(layer.spec.pattern), _text(layer.spec.layout),
         ]

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 def show_speed(out: Console, report: BenchReport) -> None:
     """Where it was measured, then the layers by shape and rows of x, then the models."""
     beside = "" if report.against is None else f" [dim]beside[/] [bold]{escape(report.against)}[/]"
-    out.out.print(f"[bold]{escape(report.name)}[/]{beside}")
-    out.out.print(setting(report), style="dim", markup=False)
+    out.show(f"[bold]{escape(report.name)}[/]{beside}")
+    out.show(setting(report), style="dim", markup=False)
     if report.busy:
         said = (
             f"The machine was busy (load {report.load:.1f}), so short times mean little: measure again when it rests."
         )
-        out.out.print(said, style="yellow")
+        out.show(said, style="yellow")
     _show_layers(out, report)
     _show_models(out, report)
 
@@ -59,7 +59,7 @@ def _show_layers(out: Console, report: BenchReport) -> None:
     shown = [Column(head, once(value), left=head == "index") for head, value in columns[1:] if head not in constant]
     shown += [Column(head, [value(x) for x in cases]) for head, value in measured]
     if constant:
-        out.out.print("\nLayers: " + ", ".join(f"{head} {value}" for head, value in constant.items()), style="dim")
+        out.show("\nLayers: " + ", ".join(f"{head} {value}" for head, value in constant.items()), style="dim")
     show_columns(out, "shape", once(columns[0][1]), shown)
 
 

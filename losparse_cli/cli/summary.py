@@ -8,8 +8,10 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from ..budget.quality import doubt_of_bits, doubt_of_share
 from .columns import Column, show_columns
 from .console import Console, short, size
+from .places import places
 
 if TYPE_CHECKING:
     from ..budget.plan import LayerPlan
@@ -19,26 +21,18 @@ if TYPE_CHECKING:
     from ..compression.plan import Job
     from ..finetune import Finetuned
 
-# Shares of the parameters below which a data-free result is told from the dense model, and no longer useful:
-# on SmolLM2-135M perplexity goes from 33 to 61 at 0.69 and to 247 at 0.54 (docs/performance.md).
-NOTICED, RUINED = 0.75, 0.6
-CALIBRATED_RUINED = 0.4
-FEW_BITS, CALIBRATED_FEW_BITS = 4.0, 2.75
-"""Of whole numbers, without text and with it: what a language model loses below is a tenth of a nat and more."""
-
 
 def show_plan(out: Console, found: Forecast) -> None:
     """What a run would do and need (--dry-run)."""
     out.data(found.to_dict())
     out.flush()
     job, plan, need = found.job, found.made.plan, found.need
-    kept = sum(p.parameters for p in plan.layers)
     targeted = sum(p.layer.weights for p in plan.layers)
     kinds: dict[tuple[Any, ...], list[LayerPlan]] = {}
-    for p in plan.layers:
+    for p, place in zip(plan.layers, places([p.layer.name for p in plan.layers]), strict=True):
         zeros = f", {1 - p.nnz / p.layer.weights:.0%} zeros" if p.bits and p.sparse else ""
         entries = f"{p.bits:.4g} bits{zeros}" if p.bits else f"{p.nnz:,}"
-        kinds.setdefault((p.layer.name.rpartition(".")[2], p.layer.shape, p.rank, entries), []).append(p)
+        kinds.setdefault((place.kind, p.layer.shape, p.rank, entries), []).append(p)
     columns = [
         Column("shape", [f"{shape[0]} x {shape[1]}" for _, shape, _, _ in kinds]),
         Column("rank", [str(rank) for _, _, rank, _ in kinds]),
@@ -50,37 +44,35 @@ def show_plan(out: Console, found: Forecast) -> None:
     if job.recipe.coded:  # a layer may take more than its share, and another less
         columns.pop()
     show_columns(out, "layers", [f"{len(members)} x {name}" for (name, *_), members in kinds.items()], columns)
-    out.say(f"Layers   {len(plan.layers)} compressed, {len(plan.skipped)} left dense")
+    out.show(f"Layers   {len(plan.layers)} compressed, {len(plan.skipped)} left dense")
     share = targeted / job.parameters
     about, most = size(plan.expected_bytes), size(plan.bound_bytes)
     if job.recipe.coded:
-        layers = [p for p in plan.layers if not p.layer.rows] or plan.layers
-        bits = 8 * sum(p.expected_bytes for p in layers) / sum(p.layer.weights for p in layers)
-        rows = sorted({p.bits for p in plan.layers if p.layer.rows})
-        beside = f"; embeddings and heads {rows[0]:g}" if rows and len(layers) < len(plan.layers) else ""
-        out.say(f"Share    {share:.1%} of all parameters are targeted, with {bits:.4g} bits each on average{beside}")
-        out.say(f"Result   at most {about} of {size(plan.dense_bytes)} in those layers, and hardly less")
+        rows = [p.bits for p in plan.layers if p.layer.rows]
+        beside = f"; embeddings and heads {min(rows):g}" if 0 < len(rows) < len(plan.layers) else ""
+        out.show(
+            f"Share    {share:.1%} of all parameters are targeted, with {plan.bits:.4g} bits each on average{beside}"
+        )
+        out.show(f"Result   at most {about} of {size(plan.dense_bytes)} in those layers, and hardly less")
     else:
-        out.say(f"Share    {share:.1%} of all parameters are targeted; {kept / targeted:.1%} of those are kept")
-        out.say(f"Result   {about} of {size(plan.dense_bytes)} in those layers, at most {most}")
-    out.say(f"Disk     at most {size(found.disk_bytes)} in {short(job.output)}; {size(found.free_bytes)} free")
+        out.show(f"Share    {share:.1%} of all parameters are targeted; {plan.kept_parameters:.1%} of those are kept")
+        out.show(f"Result   {about} of {size(plan.dense_bytes)} in those layers, at most {most}")
+    out.show(f"Disk     at most {size(found.disk_bytes)} in {short(job.output)}; {size(found.free_bytes)} free")
     if not job.source.files:
-        out.say(f"Download {size(job.source.nbytes)} from the Hub, kept in its cache")
-    if need is None:
-        out.say(f"Memory   about {size(job.peak_memory)} at the peak")
-    else:
-        out.say(f"Text     {_text(job)}")
-        held = size(need.activation_bytes)
-        out.say(f"Memory   about {size(need.peak_bytes)} at the peak, {held} of it activations, which can lie in files")
-        busy = "; other work runs on it now, so this is uncertain" if need.busy else ""
-        out.say(f"Time     {_time(need)} on this machine{busy}")
-        if job.recipe.allocate == "error":
-            out.say("Sizes    --allocate error measures them at the start of the run; the table shows the uniform plan")
+        out.show(f"Download {size(job.source.nbytes)} from the Hub, kept in its cache")
+    if job.calibration is not None:
+        out.show(f"Text     {_text(job)}")
+    held = f", {size(need.activation_bytes)} of it activations, which can lie in files" if need.activation_bytes else ""
+    out.show(f"Memory   about {size(need.peak_bytes)} at the peak{held}")
+    busy = "; other work runs on it now, so this is uncertain" if need.busy else ""
+    out.show(f"Time     {_time(need)} on this machine{busy}")
+    if job.recipe.allocate == "error":
+        out.show("Sizes    --allocate error measures them at the start of the run; the table shows the uniform plan")
+    if found.finished:
+        out.show("This very run has finished before: there is nothing to do.")
+    out.show("Nothing was written.")
     for sentence in found.warnings:
         out.warn(sentence)
-    if found.finished:
-        out.say("This very run has finished before: there is nothing to do.")
-    out.say("Nothing was written.")
 
 
 def _text(job: Job) -> str:
@@ -116,61 +108,45 @@ def show_result(out: Console, result: Result) -> None:
         {"output": str(result.output), "seconds": result.seconds, "resumed_units": result.resumed} | report.totals()
     )
     _show_sizes(out, report, "before", "after")
-    out.say(
+    out.show(
         f"{len(report.layers)} layers, {report.targeted_share:.1%} of all parameters{_error(report)}, "
         f"{result.seconds:.1f} s"
     )
     if result.took.predicted is not None and not result.resumed:
         need = result.took.predicted
-        out.say(
+        out.show(
             f"Predicted {minutes(need.seconds)} and {size(need.peak_bytes)}, took {minutes(result.seconds)} and "
             f"{size(result.took.peak_bytes)} of memory"
         )
     if report.calibration:
-        out.say(f"Text: {escape(text_used(report.calibration))}")
+        out.show(f"Text: {escape(text_used(report.calibration))}")
     if report.blocks:
         held_out = report.blocks[0].get("held_out_before") is not None
         names = ("held_out_before", "held_out_after") if held_out else ("loss_before", "loss_after")
         before, after = (sum(block[name] for block in report.blocks) for name in names)
         if before:
             where = "on held-out text" if held_out else "on the text it was trained on"
-            out.say(f"Matching: {after / before - 1:+.0%} of the blocks' distance from the dense ones, {where}")
+            out.show(f"Matching: {after / before - 1:+.0%} of the blocks' distance from the dense ones, {where}")
+    where = short(result.output)
+    out.show(f"[bold green]Done.[/] The result is in {where}. To load it:")
+    _show_loading(out, where)
+    if not result.seconds:
+        out.say("This very run had finished before: nothing was left to do.")
     if report.targeted_share < 0.5:
         out.warn(
             f"only {report.targeted_share:.0%} of the parameters lie in layers that can be compressed; the rest "
             "(embeddings, heads, fused experts) stays as it is. `losparse inspect` on the dense model lists why."
         )
-    if report.coded:
-        if report.bits < (CALIBRATED_FEW_BITS if report.calibration else FEW_BITS):
-            remedy = "raise --bits" if report.calibration else "raise --bits, or give text: --calibration FILE"
-            out.warn(
-                f"{report.bits:.3g} bits a weight cost a language model noticeably. Measure it with `losparse eval`, "
-                f"or {remedy}."
-            )
-    elif report.calibration:
-        if report.kept_parameters < CALIBRATED_RUINED:
-            out.warn(
-                f"keeping {report.kept_parameters:.0%} of the parameters costs a language model much of its quality, "
-                "calibrated or not. Measure it with `losparse eval`; it is a start for fine-tuning."
-            )
-    elif report.kept_parameters < RUINED:
-        out.warn(
-            f"keeping {report.kept_parameters:.0%} of the parameters without any data damages a model badly: expect "
-            "a language model to lose its language. It is a start for fine-tuning, not a result. For use as it is, "
-            "keep more (--keep 0.85 or above), or give text: --calibration FILE."
-        )
-    elif report.kept_parameters < NOTICED:
-        out.warn(
-            f"keeping {report.kept_parameters:.0%} of the parameters without any data costs a language model "
-            "noticeably. Measure it on your text, keep more (--keep 0.85 or above), or calibrate: --calibration FILE."
-        )
+    calibrated = bool(report.calibration)
+    doubt = (
+        doubt_of_bits(report.bits, calibrated=calibrated)
+        if report.coded
+        else doubt_of_share(report.kept_parameters, calibrated=calibrated)
+    )
+    if doubt:
+        out.warn(doubt)
     if result.needs_package:
         out.warn("the model brings its own AutoConfig, so this checkpoint loads only where losparse is installed.")
-    if not result.seconds:
-        out.say("This very run had finished before: nothing was left to do.")
-    where = short(result.output)
-    out.say(f"[bold green]Done.[/] The result is in {where}. To load it:")
-    _show_loading(out, where)
 
 
 def _error(report: Report) -> str:
@@ -204,7 +180,7 @@ def show_finetuned(out: Console, result: Finetuned) -> None:
             scores.add_row(name, f"{value:.4f}")
         out.table(scores)
     where = short(result.output)
-    out.say(f"[bold green]Done[/] in {minutes(result.seconds)}. The result is in {where}. To load it:")
+    out.show(f"[bold green]Done[/] in {minutes(result.seconds)}. The result is in {where}. To load it:")
     _show_loading(out, where)
 
 
@@ -223,12 +199,12 @@ def _show_sizes(out: Console, report: Report, before: str, after: str) -> None:
     else:
         table.add_row("parameters kept", f"{report.targeted_parameters:,}", f"{sum(x.kept for x in report.layers):,}",
                       f"{report.kept_parameters:.1%}")  # fmt: skip
-    out.err.print(table)
+    out.table(table)
 
 
 def _show_loading(out: Console, where: str) -> None:
     """The lines that load a result."""
-    out.say(f'  import losparse_cli\n  model, tokenizer = losparse_cli.load("{where}")')
+    out.show(f'  import losparse_cli\n  model, tokenizer = losparse_cli.load("{where}")')
 
 
 def _share(report: Report) -> str:

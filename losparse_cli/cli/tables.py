@@ -132,34 +132,34 @@ def _show_compressed(out: Console, report: Report, every_layer: bool, sort: str,
     ]  # fmt: skip
     _print_title(out, report.name, report.source.get("name"))
     if same:
-        out.out.print("   ".join(f"{column.head} {column.cells[0]}" for column in same), style="dim")
+        out.show("   ".join(f"{column.head} {column.cells[0]}" for column in same), style="dim")
     shown = [replace(x, goes=0) if x.head == SORTED_BY.get(sort, sort) else x for x in columns if x not in same]
     head = "layer" if every_layer else "block"
     show_columns(out, head, [g.name for g in groups], shown, footer=f"{len(report.layers)} layers")
     span = error_range(report.layers, measure)
     if span is not None and len(report.layers) > 1:
         line = f"{_sparkline([block.error or 0.0 for block in blocks])}  " if len(blocks) > 1 else ""
-        out.out.print(f"error by depth  {line}single layers {span[0]:.3f} to {span[1]:.3f}")
-    out.out.print(
+        out.show(f"error by depth  {line}single layers {span[0]:.3f} to {span[1]:.3f}")
+    out.show(
         f"whole model     {size(report.model_bytes_before)} -> {size(report.model_bytes_after)}  "
         f"({report.model_bytes_after / max(1, report.model_bytes_before):.1%})"
     )
-    out.out.print(
+    out.show(
         f"parameters      {report.targeted_share:.1%} of all are in these layers; "
         f"{report.kept_parameters:.1%} of those are kept"
     )
     if report.calibration:
-        out.out.print(f"text            {escape(clean(text_used(report.calibration), 200))}")
+        out.show(f"text            {escape(clean(text_used(report.calibration), 200))}")
     if report.skipped:
-        out.out.print(f"left dense      {escape(_reasons(report.skipped))}")
+        out.show(f"left dense      {escape(_reasons(report.skipped))}")
 
 
 def _print_title(out: Console, name: str, source: object) -> None:
     """The checkpoint, and below it what it was made from."""
     made_from = clean(source or "")
-    out.out.print(f"[bold]{escape(clean(name or made_from or 'compressed model'))}[/]")
+    out.show(f"[bold]{escape(clean(name or made_from or 'compressed model'))}[/]")
     if name and made_from:
-        out.out.print(f"made from {escape(made_from)}", style="dim")
+        out.show(f"made from {escape(made_from)}", style="dim")
 
 
 def _show_dense(out: Console, report: DenseReport, every_layer: bool, sort: str) -> None:
@@ -185,10 +185,10 @@ def _show_dense(out: Console, report: DenseReport, every_layer: bool, sort: str)
     ]  # fmt: skip
     names = [re.sub(r"\.\d+(?=\.)", ".*", group[0].name) if len(group) > 1 else group[0].name for group in groups]
     counts = [f" ({len(group)})" if len(group) > 1 else "" for group in groups]
-    out.out.print(f"[bold]{escape(clean(report.name))}[/]   dense")
+    out.show(f"[bold]{escape(clean(report.name))}[/]   dense")
     show_columns(out, "layer", names, columns, after=counts)
     chosen = [x for x in report.layers if x.reason is None]
-    out.out.print(
+    out.show(
         f"{len(chosen)} layers would be compressed: {report.targeted_parameters / max(1, report.parameters):.1%} of "
         f"{report.parameters:,} parameters, {size(sum(x.nbytes for x in chosen))} of {size(report.model_bytes)}"
     )
@@ -216,8 +216,8 @@ def show_comparison(out: Console, rows: Sequence[Measured]) -> None:
     ]
     show_columns(out, "", [row.name for row in rows], columns, bold=ours.name)
     for row in rows:
-        out.out.print(f"[bold]{row.name}[/] says: {escape(row.sentence)}")
-    out.out.print(
+        out.show(f"[bold]{row.name}[/] says: {escape(row.sentence)}")
+    out.show(
         "\nLog gap: log-perplexity above that of dense; ± one standard error. The text is the"
         f"\nfirst {WINDOWS} of README's 32 windows; with its longer calibration losparse comes closer."
         f"\nGo on with: losparse inspect {ours.folder} --layers"
@@ -233,13 +233,14 @@ def _with_error(estimate: Estimate, shape: str) -> str:
 def _write_csv(layers: Sequence[LayerReport]) -> None:
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(
-        ["layer", "out_features", "in_features", "rank", "nnz", "density", "pattern", "layout", "bytes_before",
-         "bytes_after", "relative_error", "output_error", "held_out_error"]
+        ["layer", "out_features", "in_features", "rank", "nnz", "density", "pattern", "layout", "bits",
+         "bytes_before", "bytes_after", "relative_error", "output_error", "held_out_error"]
     )  # fmt: skip
     for x in layers:
         s = x.spec
         writer.writerow(
-            [x.name, *x.shape, s.rank, s.nnz, f"{x.density:.6g}", s.pattern, s.layout, x.bytes_before, x.bytes_after,
+            [x.name, *x.shape, s.rank, s.nnz, f"{x.density:.6g}", s.pattern, s.layout, f"{x.bits:.6g}",
+             x.bytes_before, x.bytes_after,
              "" if x.relative_error is None else f"{x.relative_error:.6g}",
              "" if x.output_error is None else f"{x.output_error:.6g}",
              "" if x.held_out_error is None else f"{x.held_out_error:.6g}"]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..budget.quality import doubt_of_bits, doubt_of_share
 from ..calibration.sensitivity import LOGITS
 from ..checkpoint.output import check_space, free_bytes
 from ..checkpoint.workfolder import WorkFolder
@@ -19,6 +20,7 @@ from ..text.sample import account, doubts, hold_out
 from ..text.windows import Windows
 from .fingerprint import fingerprint
 from .footprint import footprint
+from .pace import seconds_alone
 from .plan import RESIDENT_BASE, Job
 from .schedule import Schedule, schedule
 from .steps import SENSITIVITY_TOKENS
@@ -61,13 +63,13 @@ class Estimate:
 class Forecast:
     """What a job will do and need. made: what is written. free_bytes: on the disk that it goes to.
 
-    need: of a calibrated job. finished: its result is there already, so that there is nothing to do.
+    finished: its result is there already, so that there is nothing to do.
     """
 
     job: Job
     made: Schedule
     free_bytes: int
-    need: Estimate | None
+    need: Estimate
     finished: bool
 
     @property
@@ -78,18 +80,23 @@ class Forecast:
     @property
     def peak_bytes(self) -> int:
         """Of memory."""
-        return self.job.peak_memory if self.need is None else self.need.peak_bytes
+        return self.need.peak_bytes
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What bodes ill, a sentence each."""
-        job, notes = self.job, self.made.plan.notes
+        job, plan, calibrated = self.job, self.made.plan, self.job.calibration is not None
+        found = list(plan.notes)
         if job.recipe.size is not None and not job.source.files:
             told = "those on the Hub are not here yet: the run has as many bytes less for its layers as they take."
-            notes = (*notes, f"--size {job.recipe.size} holds the files beside the weights, too, and {told}")
-        if job.calibration is None:
-            return notes
-        return (*notes, *doubts(job.calibration, job.windows), *job.route.notes)
+            found.append(f"--size {job.recipe.size} holds the files beside the weights, too, and {told}")
+        if job.calibration is not None:
+            found += (*doubts(job.calibration, job.windows), *job.route.notes)
+        if job.recipe.coded:
+            cost = doubt_of_bits(plan.bits, calibrated=calibrated)
+        else:
+            cost = doubt_of_share(plan.kept_parameters, calibrated=calibrated)
+        return (*found, cost) if cost else tuple(found)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form; sizes in bytes."""
@@ -104,10 +111,11 @@ class Forecast:
             "disk_bytes": self.disk_bytes,
             "free_bytes": self.free_bytes,
             "peak_memory_bytes": self.peak_bytes,
-            "seconds": self.need.seconds if self.need else None,
-            "least_seconds": self.need.least_seconds if self.need else None,
-            "most_seconds": self.need.most_seconds if self.need else None,
-            "busy": self.need.busy if self.need else None,
+            "seconds": self.need.seconds,
+            "least_seconds": self.need.least_seconds,
+            "most_seconds": self.need.most_seconds,
+            "busy": self.need.busy,
+            "warnings": list(self.warnings),
             "calibration": account(job.calibration, job.windows) if job.calibration else None,
             "blocks": list(job.blocks),
             "shards": [shard.file for shard in self.made.shards],
@@ -131,8 +139,19 @@ def forecast(job: Job, *, resume: str = "auto", overwrite: bool = False) -> Fore
     free = free_bytes(job.output)
     if not work.path.is_dir():  # else a part of it is written
         check_space(work.path, made.plan.expected_bytes + made.copied_bytes)
-    need = estimate(job, job.windows) if job.calibration is not None else None
+    need = estimate(job, job.windows) if job.calibration is not None else _estimate_alone(job)
     return Forecast(job, made, free, need, work.finished)
+
+
+def _estimate_alone(job: Job) -> Estimate:
+    """Of a job without text, in which nothing flows between blocks."""
+    least, about, most = seconds_alone(job)
+    return Estimate(job.peak_memory, 0, about, least, most, _is_busy(job.device))
+
+
+def _is_busy(device: torch.device) -> bool:
+    """Whether other work runs; a command that came before this one may still count as one process a core."""
+    return device.type == "cpu" and os.getloadavg()[0] > UNSTEADY * (os.cpu_count() or 1)
 
 
 def estimate(job: Job, windows: Windows | None) -> Estimate:
@@ -188,9 +207,7 @@ def estimate(job: Job, windows: Windows | None) -> Estimate:
         carried = max(carried, 4 * felt * hidden * (len(job.blocks) + held))
     speeds = _speeds(job.device)
     slow, middle, fast = speeds[1], statistics.median(speeds), speeds[-2]
-    # A command that came before this one may still count as one process a core.
-    loaded = job.device.type == "cpu" and os.getloadavg()[0] > UNSTEADY * (os.cpu_count() or 1)
-    busy = loaded or fast > UNSTEADY * slow
+    busy = _is_busy(job.device) or fast > UNSTEADY * slow
     return Estimate(fixed, carried, work / middle, work / fast, work / slow, busy)
 
 

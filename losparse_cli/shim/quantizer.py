@@ -93,7 +93,8 @@ class LosparseQuantizer(HfQuantizer):  # type: ignore[misc]
             try:
                 model.get_submodule(name).settle()
             except ValueError as error:
-                raise ValueError(f"The index of layer {name} is damaged: {error}. Download it again.") from error
+                what = "codes" if model.get_submodule(name).spec.layout == "codes" else "index"
+                raise ValueError(f"The {what} of layer {name} cannot be read: {error}. Download it again.") from error
         # The parameters are ordinary floating tensors: .half(), .to(dtype) and Trainer work on them, and
         # refuse models that say they are quantized. Saving goes through `model.hf_quantizer` regardless.
         model.is_quantized = False

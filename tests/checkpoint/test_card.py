@@ -135,6 +135,27 @@ def test_a_base_card_that_says_nothing(text: str, tmp_path: Path) -> None:
     assert base_metadata(tmp_path) == {}
 
 
+@pytest.mark.parametrize(
+    ("spec", "says", "tags"),
+    [
+        (LayerSpec((10, 20), 2, 30, "unstructured", "gaps4", 4, 20), "low-rank part U V and a sparse matrix S, W ≈ U V",
+         {"low-rank", "sparse"}),
+        (LayerSpec((10, 20), 0, 30, "unstructured", "gaps4", 4, 20), "is stored as a sparse matrix S.", {"sparse"}),
+        (LayerSpec((10, 20), 2, 0, "unstructured", "rows"), "product of two low-rank factors, W ≈ U V.", {"low-rank"}),
+        (LayerSpec((10, 20), 0, 150, "unstructured", "codes", 0, 20), "is stored as whole numbers with", {"quantized"}),
+        (LayerSpec((10, 20), 2, 150, "unstructured", "codes", 0, 20), "low-rank part U V and a part S of whole numbers",
+         {"low-rank", "quantized"}),
+    ],
+)  # fmt: skip
+def test_the_card_names_the_parts_that_there_are(spec: LayerSpec, says: str, tags: set[str], tmp_path: Path) -> None:
+    write_card(tmp_path, replace(report(), layers=(replace(LAYER, spec=spec),)), {}, place="out")
+    assert says in (tmp_path / "README.md").read_text()
+    assert set(metadata_of(tmp_path)["tags"]) == tags | {"losparse"}
+    coded = "quantized" in tags
+    assert ("| bits a weight of the layers, embeddings and heads aside | 16 | 8.000 | 50.0% |" in
+            (tmp_path / "README.md").read_text()) == coded  # fmt: skip
+
+
 def test_a_base_without_a_card(tmp_path: Path) -> None:
     assert base_metadata(tmp_path) == {}
 

@@ -17,7 +17,8 @@ import pytest
 from terminal import done, losparse
 
 from losparse_cli.checkpoint.report import LayerReport, Report
-from losparse_cli.cli.figures import MOST_KINDS, places, styles
+from losparse_cli.cli.figures import MOST_KINDS, styles
+from losparse_cli.cli.places import places
 from losparse_cli.cli.plot import render, save_plot
 from losparse_cli.errors import MissingExtraError, OutputError, UsageError
 from losparse_cli.inspection import DenseReport, inspect

@@ -21,6 +21,7 @@ from losparse_cli.cli.plot import render, save_plot
 from losparse_cli.cli.speed_figure import setting, times
 from losparse_cli.cli.speed_tables import show_speed
 from losparse_cli.errors import UsageError
+from tests.printed import printed
 
 NASTY = '[red]<script>alert("x")</script>&$\\frac$; \x1b'
 QUICK = ("--prompt", "4", "--new-tokens", "2", "--rounds", "1", "--rows", "1,3", "--threads", "1", "--device", "cpu")
@@ -52,10 +53,7 @@ REPORT = BenchReport(
 
 
 def shown(report: BenchReport, width: int = 140) -> str:
-    out, text = Console(), io.StringIO()
-    out.out = RichConsole(file=text, width=width, highlight=False)
-    show_speed(out, report)
-    return text.getvalue()
+    return printed(lambda out: show_speed(out, report), width)
 
 
 def line(text: str, *begins: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +14,14 @@ from rich.console import Console as RichConsole
 from losparse_cli.checkpoint.report import LayerReport, Report
 from losparse_cli.cli.columns import Column, fold, show_columns
 from losparse_cli.cli.console import Console
+from losparse_cli.cli.summary import show_plan
 from losparse_cli.cli.tables import show_report
+from losparse_cli.compress import plan
+from losparse_cli.compression.estimate import forecast
 from losparse_cli.errors import UsageError
 from losparse_cli.inspection import DenseLayer, DenseReport
 from losparse_cli.shim.layouts import LayerSpec
+from tests.printed import printed
 
 WIDTHS = [80, 100, 160]
 LLAMA = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
@@ -49,11 +54,8 @@ def dense(names: list[str], *, spectra: bool) -> DenseReport:
 
 
 def shown(report: Report | DenseReport, width: int, **options: Any) -> str:
-    out, text = Console(), io.StringIO()
-    out.out = RichConsole(file=text, width=width, highlight=False)
     asked = {"every_layer": True, "sort": "name", "as_csv": False, "as_json": False} | options
-    show_report(out, report, **asked)
-    found = text.getvalue()
+    found = printed(lambda out: show_report(out, report, **asked), width)
     assert all(len(line.rstrip()) <= width for line in found.splitlines())
     return found
 
@@ -143,6 +145,15 @@ def test_what_no_column_may_go_for_stands_close() -> None:
     show_columns(out, "name", ["a.b.first", "a.b.second"], [Column(f"head {i}", ["12345", "1"]) for i in range(5)])
     assert "…" in text.getvalue()
     assert text.getvalue().count("head") == 5
+
+
+def test_rows_of_a_plan_are_told_apart(toy: Any, tmp_path: Path) -> None:
+    """Three kinds of layers of BERT have names that end with `dense`."""
+    found = forecast(plan(toy("bert"), tmp_path / "out", {"values": "float", "keep": 0.8}))
+    rows = re.findall(r"^ *2 x (\S+)", printed(lambda out: show_plan(out, found), 100), re.MULTILINE)
+    assert sorted(rows) == sorted(
+        ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
+    )
 
 
 def test_fold() -> None:

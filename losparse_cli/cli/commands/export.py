@@ -38,5 +38,5 @@ def export(
             progress=progress,
         )
     out.data({"output": str(folder)})
-    out.say(f"[bold green]Done.[/] {c.short(folder)} holds the dense model.")
+    out.show(f"[bold green]Done.[/] {c.short(folder)} holds the dense model.")
     out.flush()

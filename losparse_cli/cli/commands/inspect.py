@@ -14,7 +14,7 @@ def inspect(
     source: o.Source,
     layers: Annotated[bool, typer.Option("--layers", help="A line for every layer, not every block.")] = False,
     sort: Annotated[
-        str, typer.Option(help="Order of the lines: name, error, bytes, share, rank, nnz or density.")
+        str, typer.Option(help="Order of the lines: name, error, bytes, share, rank, nnz, density or bits.")
     ] = "name",
     spectrum: Annotated[
         bool, typer.Option("--spectrum", help="Dense folder: energy that rank 8, 16, 32, ... captures.")

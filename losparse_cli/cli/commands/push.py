@@ -34,4 +34,4 @@ def upload(out: object, folder: Path, repository: str, private: bool) -> None:
     with out.status(f"Uploading to {repository}"):
         address = send(folder, repository, private=private)
     out.data({"repository": address})
-    out.say(f"[bold green]Pushed.[/] {address}")
+    out.show(f"[bold green]Pushed.[/] {address}")

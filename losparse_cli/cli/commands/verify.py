@@ -13,7 +13,7 @@ def verify(
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
-    """Check hashes, headers, index, config and every index range, without loading a model."""
+    """Check hashes, headers, config, every index and every stream of codes, without loading a model."""
     from dataclasses import asdict
 
     from ...verify import verify as check
@@ -27,7 +27,7 @@ def verify(
         out.complain(problem)
     if found.sound:
         hashes = f"{found.hashed} files by SHA-256" if found.hashed else "no hashes recorded"
-        out.say(f"[bold green]Sound.[/] {found.layers} layers, {found.tensors} tensors, {hashes}.")
+        out.show(f"[bold green]Sound.[/] {found.layers} layers, {found.tensors} tensors, {hashes}.")
     out.flush()
     if not found.sound:
         raise typer.Exit(1)
