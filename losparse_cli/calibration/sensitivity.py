@@ -34,77 +34,62 @@ class Sensitivity:
     tokens: int
 
 
-def gather_sensitivity(
-    model: Any,
-    layers: Mapping[str, Sequence[str]],
-    batches: Sequence[dict[str, Tensor]],
-    *,
-    load: Callable[[str], None],
-    drop: Callable[[str], None],
-    activations: Activations,
-    seed: int = 0,
-    on_forward: Callable[[str, list[Moments]], None] = lambda block, moments: None,
-    on_backward: Callable[[str, dict[str, Sensitivity]], None] = lambda block, found: None,
-    say: Callable[[str], None] = lambda text: None,
-) -> dict[str, Sensitivity]:
-    """Fisher information of the outputs of linear layers, by their names in the model.
+@dataclass(eq=False)
+class SensitivityRun:
+    """Fisher information of the outputs of linear layers, by two passes of one model over the same batches.
 
     The loss is that of labels drawn, by `seed`, from what the model says (`likelihood.drawn_loss`), summed over tokens.
-    A layer that is never called, or on whose outputs the loss does not depend, is left out.
 
     layers: block -> names inside it, in the order in which the model calls the blocks; the block "" is the whole model,
     all of which is in memory then. batches: keyword arguments of the model. load, drop: give a block its weights, which
     need no gradients, and take them away; what lies in no block has its weights, the head too. activations: keeps what
     flows from block to block, forwards and backwards. on_forward: hears the second moments of what a block's layers are
-    fed, as soon as it ran; layers go by their names inside it, as in on_backward. UsageError where the model's code
-    takes no gradients, CheckpointError where they are not finite.
+    fed, as soon as it ran; layers go by their names inside it, as in on_backward. say: hears what goes on.
     """
-    run = _Passes(model, layers, batches, load, drop, activations, seed, on_forward, on_backward, say)
-    if list(layers) == [""]:
-        run.whole()
-    else:
-        run.forward()
-        run.backward()
-    return run.found
 
+    model: Any
+    layers: Mapping[str, Sequence[str]]
+    batches: Sequence[dict[str, Tensor]]
+    load: Callable[[str], None]
+    drop: Callable[[str], None]
+    activations: Activations
+    seed: int = 0
+    on_forward: Callable[[str, list[Moments]], None] = lambda block, moments: None
+    on_backward: Callable[[str, dict[str, Sensitivity]], None] = lambda block, found: None
+    say: Callable[[str], None] = lambda text: None
 
-class _Passes:
-    """The two passes of one model over the same batches."""
-
-    def __init__(
-        self,
-        model: Any,
-        layers: Mapping[str, Sequence[str]],
-        batches: Sequence[dict[str, Tensor]],
-        load: Callable[[str], None],
-        drop: Callable[[str], None],
-        activations: Activations,
-        seed: int,
-        on_forward: Callable[[str, list[Moments]], None],
-        on_backward: Callable[[str, dict[str, Sensitivity]], None],
-        say: Callable[[str], None],
-    ) -> None:
-        self._model, self._layers, self._batches = model, layers, batches
-        self._load, self._drop, self._activations = load, drop, activations
-        self._seed, self._on_forward, self._on_backward, self._say = seed, on_forward, on_backward, say
-        self._several = getattr(model.config, "problem_type", None) == "multi_label_classification"
+    def __post_init__(self) -> None:
+        self._several = getattr(self.model.config, "problem_type", None) == "multi_label_classification"
         self._kept: dict[str, list[Call]] = {}
-        self.found: dict[str, Sensitivity] = {}
+        self._found: dict[str, Sensitivity] = {}
 
-    def forward(self) -> None:
+    def run(self) -> dict[str, Sensitivity]:
+        """By the layers' names in the model; one that is never called, or on whose outputs the loss does not depend, is
+        left out.
+
+        UsageError where the model's code takes no gradients, CheckpointError where they are not finite.
+        """
+        if list(self.layers) == [""]:
+            self._whole()
+        else:
+            self._forward()
+            self._backward()
+        return self._found
+
+    def _forward(self) -> None:
         """All blocks in turn, then each batch on its own to the loss, and back to what the last block returned."""
-        head = output_embeddings(self._model)
-        with GradientRelay(self._model, list(self._layers), self._batches, head) as relay:
+        head = output_embeddings(self.model)
+        with GradientRelay(self.model, list(self.layers), self.batches, head) as relay:
             for number, (name, calls) in enumerate(relay):
-                self._say(f"sensitivity: block {number + 1} of {len(self._layers)}, forwards")
-                self._load(name)
-                self._on_forward(name, self._moments(name, calls))
-                self._drop(name)
+                self.say(f"sensitivity: block {number + 1} of {len(self.layers)}, forwards")
+                self.load(name)
+                self.on_forward(name, self._moments(name, calls))
+                self.drop(name)
                 trim()
-            for number in range(len(self._batches)):
-                self._say(f"sensitivity: the loss of batch {number + 1} of {len(self._batches)}")
+            for number in range(len(self.batches)):
+                self.say(f"sensitivity: the loss of batch {number + 1} of {len(self.batches)}")
                 self._end(relay, number, head)
-                self._activations.release()
+                self.activations.release()
             self._kept = relay.kept
 
     def _moments(self, name: str, calls: Sequence[Call]) -> list[Moments]:
@@ -116,21 +101,21 @@ class _Passes:
                 yield current[0].call
 
         def returned(output: Any) -> None:
-            current.pop().set_output(output, self._activations.keep)
-            self._activations.release()
+            current.pop().set_output(output, self.activations.keep)
+            self.activations.release()
 
-        block = self._model.get_submodule(name)
-        return gather_moments(block, self._layers[name], reruns(), prefix=f"{name}.", on_output=returned)
+        block = self.model.get_submodule(name)
+        return gather_moments(block, self.layers[name], reruns(), prefix=f"{name}.", on_output=returned)
 
     def _end(self, relay: GradientRelay, number: int, head: nn.Module | None) -> None:
         call = relay.head_call(number)
         if call is not None and head is not None:
             if self._in_chunks(relay, number, head, call):
                 return
-            with torch.enable_grad(), gradients_allowed(self._model, ""):
+            with torch.enable_grad(), gradients_allowed(self.model, ""):
                 call.output = head(*call.args, **call.kwargs)
         output = relay.result(number)
-        with torch.enable_grad(), gradients_allowed(self._model, ""):
+        with torch.enable_grad(), gradients_allowed(self.model, ""):
             # Blocks may be given what lies behind this: where sums around them are the model's own, as in XLM.
             self._loss(output, number).backward(retain_graph=True)  # type: ignore[no-untyped-call]
 
@@ -165,45 +150,45 @@ class _Passes:
                 logits = next(iter(found.values()), states)
                 if len(found) != 1 or logits.dim() != 3 or logits.shape[:2] != leaf[:, part].shape[:2]:
                     return False  # so it is from the first chunk on
-                with gradients_allowed(self._model, ""):
+                with gradients_allowed(self.model, ""):
                     hidden = {name: mask[:, part] for name, mask in masks.items()}
                     categorical(logits, hidden, chance[:, part]).backward()  # type: ignore[no-untyped-call]
-        with gradients_allowed(self._model, ""):
+        with gradients_allowed(self.model, ""):
             torch.autograd.backward([states], [leaf.grad], retain_graph=True)
         return True
 
-    def backward(self) -> None:
+    def _backward(self) -> None:
         """From the last block to the first, each run once more with gradients."""
-        for number, name in enumerate(reversed(list(self._layers))):
-            self._say(f"sensitivity: block {len(self._layers) - number} of {len(self._layers)}, backwards")
-            self._load(name)
-            block = self._model.get_submodule(name)
+        for number, name in enumerate(reversed(list(self.layers))):
+            self.say(f"sensitivity: block {len(self.layers) - number} of {len(self.layers)}, backwards")
+            self.load(name)
+            block = self.model.get_submodule(name)
             calls = self._kept.pop(name)[::-1]
-            with gradients_allowed(self._model, name), _Watch(block, self._layers[name]) as watch:
-                for batch in range(len(self._batches)):
+            with gradients_allowed(self.model, name), _Watch(block, self.layers[name]) as watch:
+                for batch in range(len(self.batches)):
                     again = Rerun(calls.pop(), gradients=True)
                     if again.reached:
                         watch.masks = self._masks(batch)
                         again.backward(block)
                     del again
-                    self._activations.release()
+                    self.activations.release()
             self._report(name, watch)
-            self._drop(name)
+            self.drop(name)
             trim()
 
-    def whole(self) -> None:
+    def _whole(self) -> None:
         """The model as one block: each batch forwards for the moments, then forwards and backwards."""
-        self._load("")
-        calls = [Call((), dict(batch)) for batch in self._batches]
-        self._say("sensitivity: the whole model, forwards")
-        self._on_forward("", gather_moments(self._model, self._layers[""], calls))
-        with gradients_allowed(self._model, ""), _Watch(self._model, self._layers[""]) as watch, torch.enable_grad():
+        self.load("")
+        calls = [Call((), dict(batch)) for batch in self.batches]
+        self.say("sensitivity: the whole model, forwards")
+        self.on_forward("", gather_moments(self.model, self.layers[""], calls))
+        with gradients_allowed(self.model, ""), _Watch(self.model, self.layers[""]) as watch, torch.enable_grad():
             for number, call in enumerate(calls):
-                self._say(f"sensitivity: the whole model, batch {number + 1} of {len(calls)}")
+                self.say(f"sensitivity: the whole model, batch {number + 1} of {len(calls)}")
                 watch.masks = self._masks(number)
-                self._loss(run_block(self._model, call), number).backward()  # type: ignore[no-untyped-call]
+                self._loss(run_block(self.model, call), number).backward()  # type: ignore[no-untyped-call]
         self._report("", watch)
-        self._drop("")
+        self.drop("")
 
     def _report(self, name: str, watch: _Watch) -> None:
         found = watch.found()
@@ -214,15 +199,15 @@ class _Passes:
                     f"The gradients of {full} are not finite: the model overflows in a backward pass, or its weights "
                     "are damaged. Try other text, or compress it with --sensitivity off."
                 )
-            self.found[full] = one
-        self._on_backward(name, found)
+            self._found[full] = one
+        self.on_backward(name, found)
 
     def _masks(self, number: int) -> dict[str, Tensor]:
-        batch = self._batches[number]
+        batch = self.batches[number]
         return {name: batch[name] for name in ("attention_mask", "decoder_attention_mask") if name in batch}
 
     def _generator(self, number: int) -> torch.Generator:
-        return torch.Generator().manual_seed(self._seed + number)
+        return torch.Generator().manual_seed(self.seed + number)
 
 
 class _Watch:

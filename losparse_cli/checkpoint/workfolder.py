@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
 
 from ..errors import CheckpointError, LosparseError, ResumeError, SourceError, UsageError, write_errors
 from .fingerprint import digest
@@ -15,6 +17,8 @@ from .finish import read_report
 from .journal import FILE as JOURNAL
 from .journal import Journal, fingerprint_in, require_ours, require_same
 from .output import ALLOCATION, GENERATED, SENSITIVITY, STATES, check_output, working_folder
+
+T = TypeVar("T")
 
 
 class WorkFolder:
@@ -81,6 +85,30 @@ class WorkFolder:
                 discard=self._resume == "never",
             )
         return self
+
+    def decided(
+        self, name: str, read: Callable[[Path], T], make: Callable[[], T], write: Callable[[T, Path], None]
+    ) -> T:
+        """What is decided before the first unit: as a run that was killed kept it in the file `name`, or made now, and
+        kept there, whole or not at all.
+
+        read: an error of what is torn, or of what it holds, means that it is made again; then nothing that was done
+        counts, for it was done by another decision.
+        """
+        path = self.path / name
+        if path.is_file():
+            try:
+                return read(path)
+            except (CheckpointError, SafetensorError, OSError, KeyError, TypeError, ValueError):
+                path.unlink()
+        with write_errors(self.path):
+            self.journal.keep(0)
+        made = make()
+        with write_errors(self.path):
+            part = path.with_name(path.name + ".part")
+            write(made, part)
+            part.replace(path)
+        return made
 
     def publish(self) -> None:
         """Move what was written to `output`; a folder that stood there is replaced whole.

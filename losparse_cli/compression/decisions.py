@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ..budget.plan import Plan, make_plan
 from ..checkpoint.output import ALLOCATION, GENERATED
 from ..checkpoint.source import read_json
 from ..checkpoint.workfolder import WorkFolder
 from ..checkpoint.writer import write_json
-from ..errors import CheckpointError, write_errors
+from ..errors import write_errors
 from ..load import load
 from ..models.device import release
 from ..progress import Progress
@@ -55,29 +57,21 @@ def own_text(job: Job, work: WorkFolder, told: Progress) -> Windows:
 def allocated_plan(job: Job, windows: Windows | None, work: WorkFolder, told: Progress) -> Plan:
     """The plan to carry out: the job's, or with --allocate error one with sizes by error.
 
-    What was decided is kept for a run that goes on with this one; without it nothing that was done counts.
+    What was decided is kept for a run that goes on with this one; see `WorkFolder.decided`.
     """
     if job.recipe.allocate != "error":
         return job.plan
     assert windows is not None, "--allocate error is refused without text"
-    path = work.path / ALLOCATION
-    if path.is_file():
-        try:
-            return _plan(job, read_json(path)["layers"])
-        except (CheckpointError, KeyError, TypeError, ValueError):
-            path.unlink()
-    with write_errors(work.path):
-        work.journal.keep(0)
-    decided = allocate_by_error(job, hold_out(windows)[0], told.phase)
-    with write_errors(work.path):
-        part = path.with_name(path.name + ".part")
-        write_json(part, {"layers": decided.layers, "gain": decided.gain})
-        part.replace(path)
-    told.tell(_sentence(decided))
-    return _plan(job, decided.layers)
 
+    def read(path: Path) -> dict[str, dict[str, float]]:
+        return dict(read_json(path)["layers"])
 
-def _plan(job: Job, layers: dict[str, dict[str, float]]) -> Plan:
+    def decide() -> dict[str, dict[str, float]]:
+        decided = allocate_by_error(job, hold_out(windows)[0], told.phase)
+        told.tell(_sentence(decided))
+        return decided.layers
+
+    layers = work.decided(ALLOCATION, read, decide, lambda layers, path: write_json(path, {"layers": layers}))
     recipe = job.recipe.with_overrides(layers)
     return make_plan([p.layer for p in job.plan.layers], job.plan.skipped, recipe, calibrated=True)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..calibration.activations import Activations
 from ..calibration.moments import Moments
-from ..calibration.sensitivity import Sensitivity, gather_sensitivity
+from ..calibration.sensitivity import Sensitivity, SensitivityRun
 from ..linalg.precision import fast_float32
 from ..models.blocks import block_of
 from ..models.device import available, memory_errors
@@ -30,7 +30,7 @@ def measure_sensitivity(
     """Layer -> Fisher information of its outputs on `windows`, of the layers that the job is to compress.
 
     folder: for files of activations that do not fit in memory. fixed_bytes: of memory that is needed beside them.
-    on_forward, on_backward: hear a block's second moments, and what was found; see `gather_sensitivity`.
+    on_forward, on_backward: hear a block's second moments, and what was found; see `SensitivityRun`.
     """
     assert job.calibration is not None
     assembly = calibration_model(job)
@@ -48,7 +48,7 @@ def measure_sensitivity(
     limit = job.memory_limit if job.memory_limit is not None else available(job.device) * 3 // 4
     remedy = "Lower --calibration-tokens or --calibration-length, or set --memory-limit."
     with memory_errors(remedy), fast_float32():
-        return gather_sensitivity(
+        return SensitivityRun(
             model,
             layers,
             windows.batches(job.calibration.batch, job.device),
@@ -59,4 +59,4 @@ def measure_sensitivity(
             on_forward=on_forward,
             on_backward=on_backward,
             say=told.phase,
-        )
+        ).run()

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,7 +18,6 @@ from ..calibration.sensitivity import Sensitivity
 from ..checkpoint.output import SENSITIVITY
 from ..checkpoint.report import LayerReport
 from ..checkpoint.workfolder import WorkFolder
-from ..errors import write_errors
 from ..linalg.integers import column_metric, row_steps
 from ..linalg.rates import Curve, step_within
 from ..progress import Progress
@@ -106,24 +104,16 @@ class Steps:
 def foreseen_steps(job: Job, plan: Plan, windows: Windows, work: WorkFolder, told: Progress, fixed_bytes: int) -> Steps:
     """The steps of a job whose codes follow the loss; fixed_bytes: of memory beside activations.
 
-    What was measured is kept for a run that goes on with this one; without it nothing that was done counts.
+    What was measured is kept for a run that goes on with this one; see `WorkFolder.decided`.
     """
     coded = [p for p in plan.layers if p.bits and not p.layer.rows]
     if job.recipe.sensitivity != "on":
         return Steps(coded, {})
-    path = work.path / SENSITIVITY
-    if path.is_file():
-        try:
-            return Steps(coded, _read(path))
-        except (OSError, ValueError, KeyError, SafetensorError):
-            path.unlink()
-    with write_errors(work.path):
-        work.journal.keep(0)
-    found = _measured(job, coded, windows, work.path, told, fixed_bytes)
-    with write_errors(work.path):
-        part = path.with_name(path.name + ".part")
-        save_file(_tensors(found), part)
-        part.replace(path)
+
+    def measure() -> dict[str, Foreseen]:
+        return _measured(job, coded, windows, work.path, told, fixed_bytes)
+
+    found = work.decided(SENSITIVITY, _read, measure, lambda found, path: save_file(_tensors(found), path))
     return Steps(coded, found)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from losparse_cli.budget.recipe import Recipe
 from losparse_cli.compress import compress, plan
 from losparse_cli.demo import smollm2
+from losparse_cli.linalg.groups import round_groups
 from losparse_cli.load import load
 from losparse_cli.text.windows import read_windows, settle
 
@@ -56,7 +57,7 @@ def _row(options: Options, row: str, dense: Path) -> dict[str, Any] | None:
         shutil.rmtree(output)
         return {"bits": made.report.bits, "seconds": made.seconds, "peak": made.took.peak_bytes, "texts": texts}
     if method == "rounding":
-        return _quantized(options, row, dense, lambda W, importance: rounded(W, int(size)))
+        return _quantized(options, row, dense, lambda W, importance: round_groups(W, int(size)))
     missing = [name for name in ("xllamacpp", "gguf") if importlib.util.find_spec(name) is None]
     if missing:
         print(f"{row}: left out, for {' and '.join(missing)} is not installed: pip install {' '.join(missing)}")
@@ -105,17 +106,6 @@ def _mean_squares(options: Options, dense: Path, model: Any, layers: Sequence[st
     for hook in hooks:
         hook.remove()
     return {name: total / ids.numel() for name, total in sums.items()}
-
-
-def rounded(W: Tensor, width: int, group: int = 32) -> tuple[Tensor, float]:
-    """Plain rounding with a scale in 16 bits and a whole zero point for each `group` entries of a row."""
-    m, n = W.shape
-    X = W.view(m, n // group, group)
-    low, high = X.amin(2, keepdim=True).clamp_max(0), X.amax(2, keepdim=True).clamp_min(0)
-    scale = ((high - low) / (2**width - 1)).clamp_min(1e-12).half().float()
-    zero = (-low / scale).round()
-    q = ((X / scale).round() + zero).clamp(0, 2**width - 1)
-    return ((q - zero) * scale).view(m, n), width + (16 + width) / group
 
 
 # --- llama.cpp ---------------------------------------------------------------------------------------

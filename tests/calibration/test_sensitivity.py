@@ -17,7 +17,7 @@ from losparse_cli.calibration import sensitivity
 from losparse_cli.calibration.activations import Activations
 from losparse_cli.calibration.likelihood import categorical, drawn_loss, uniform
 from losparse_cli.calibration.moments import Moments
-from losparse_cli.calibration.sensitivity import Sensitivity, gather_sensitivity
+from losparse_cli.calibration.sensitivity import Sensitivity, SensitivityRun
 from losparse_cli.errors import CheckpointError, UsageError
 from losparse_cli.models.blocks import block_of
 from losparse_cli.models.route import find_route
@@ -139,9 +139,9 @@ def out_of_core(
     layers = layers_of(model)
     weights = Weights(model).take(layers)
     activations = Activations(folder, limit)
-    found = gather_sensitivity(
+    found = SensitivityRun(
         model, layers, batches, load=weights.load, drop=weights.drop, activations=activations, seed=seed, **more
-    )
+    ).run()
     most = weights.most
     for block in layers:
         weights.load(block)
@@ -352,9 +352,9 @@ LAYERS = {f"layers.{k}": ["up", "down", "idle"] for k in range(3)}
 def few_lines(model: nn.Module, folder: Path) -> dict[str, Sensitivity]:
     batches = [{"input_ids": torch.arange(12).view(2, 6) + k} for k in range(3)]
     nothing: Any = lambda block: None  # noqa: E731
-    return gather_sensitivity(
+    return SensitivityRun(
         model.requires_grad_(False), LAYERS, batches, load=nothing, drop=nothing, activations=Activations(folder, 0)
-    )
+    ).run()
 
 
 def test_containers_writing_in_place_layers_called_twice_or_never(tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ def test_a_home_folder_and_a_link_are_followed(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "link").symlink_to("model")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert open_checkpoint("~/model").folder == tmp_path / "model"
-    assert open_checkpoint("~/link").name == "model"
+    assert open_checkpoint("~/link").entries.keys() == open_checkpoint("~/model").entries.keys()
+    assert open_checkpoint("~/link").name == "link"  # as it was given
 
 
 def test_a_single_file_counts_before_an_index_and_safetensors_before_pickles(tmp_path: Path) -> None:

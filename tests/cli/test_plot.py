@@ -210,7 +210,7 @@ def test_spectra_of_every_kind(toy: Callable[..., Path]) -> None:
         ys = [y for _, y in corners(node)]
         assert len(ys) > 20
         assert ys == sorted(ys, reverse=True)  # energy grows with rank
-    assert report.to_dict()["layers"][0].keys() == {"name", "shape", "nbytes", "reason", "energy"}
+    assert report.to_dict()["layers"][0].keys() == {"name", "shape", "nbytes", "reason", "energy", "rows"}
 
 
 def test_the_curve_is_the_energy_at_more_ranks(toy: Callable[..., Path]) -> None:
@@ -266,9 +266,9 @@ def test_the_page_has_a_row_for_every_layer(tmp_path: Path) -> None:
     save_plot(report, tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     table = Table(text)
-    assert [len(row) for row in table.rows] == [11] * 3
+    assert [len(row) for row in table.rows] == [12] * 3
     assert table.rows[0][1] == "relative error of weight"  # where a narrow window shows it
-    assert table.rows[1] == ["h.0.fc", "0.0100", "60.0%", "600", "1,000", "20 × 25", "2", "100", "20.0%",
+    assert table.rows[1] == ["h.0.fc", "0.0100", "60.0%", "9.600", "600", "1,000", "20 × 25", "2", "100", "20.0%",
                              "unstructured", "csr"]  # fmt: skip
     assert table.rows[2][0] == f"h.1.{NASTY}"
     assert table.rows[2][1] == "0.0200"

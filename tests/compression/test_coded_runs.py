@@ -14,7 +14,7 @@ import pytest
 import terminal
 import torch
 import toys
-from conftest import answer
+from conftest import LENGTH, TOYS, VOCABULARY, answer, character_tokenizer, toy_model
 from safetensors.torch import load_file, save_file
 
 import losparse_cli
@@ -293,6 +293,62 @@ def test_other_models(name: str, toy: Any, asked: Calibration, tmp_path: Path) -
     dense, _ = losparse_cli.load(source, dtype=torch.float32)
     ours, theirs = answer(model), answer(dense)
     assert float((ours - theirs).norm()) < 0.3 * float(theirs.norm())
+
+
+SWITCH = ("SwitchTransformersForConditionalGeneration", "SwitchTransformersConfig", {
+    "vocab_size": VOCABULARY, "d_model": 66, "d_kv": 22, "d_ff": 131, "num_layers": 2, "num_decoder_layers": 2,
+    "num_heads": 3, "num_experts": 4, "expert_capacity": 64, "num_sparse_encoder_layers": 2,
+    "num_sparse_decoder_layers": 2, "decoder_start_token_id": 0})  # fmt: skip
+
+
+def test_experts_that_no_token_is_sent_to_have_bytes_of_their_own(asked: Calibration, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TOYS, "switch", SWITCH)
+        model = toy_model("switch")
+    for name, parameter in model.named_parameters():
+        if name.endswith("router.classifier.weight"):  # of the first two one is always above zero, as the last is
+            parameter.data[1], parameter.data[3] = -parameter.data[0], 0
+    model.save_pretrained(tmp_path / "dense")
+    character_tokenizer().save_pretrained(tmp_path / "dense")
+    made = compress(tmp_path / "dense", tmp_path / "out", bits=5, calibration=asked)
+    idle = [layer for layer in made.report.layers if "expert_3." in layer.name]
+    busy = [layer for layer in made.report.layers if ".expert_" in layer.name and layer not in idle]
+    assert idle
+    assert all(layer.held_out_error is None and 4.9 < layer.bits <= 5 for layer in idle)
+    assert sum(layer.held_out_error is not None for layer in busy) >= len(busy) // 2
+    assert 0.98 * 5 <= bits_of(made.report) <= 5
+    assert verify(made.output).sound
+    ours, theirs = (answer(losparse_cli.load(folder, dtype=torch.float32)[0]) for folder in
+                    (made.output, export(made.output, tmp_path / "plain")))  # fmt: skip
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+GATED = ("Qwen2MoeForCausalLM", "Qwen2MoeConfig", {
+    "vocab_size": VOCABULARY, "hidden_size": 68, "intermediate_size": 131, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "num_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48, "shared_expert_intermediate_size": 60, "max_position_embeddings": LENGTH,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})  # fmt: skip
+
+
+def test_a_gate_of_one_row_stays_dense_and_that_is_said(asked: Calibration, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TOYS, "gated", GATED)
+        toy_model("gated").save_pretrained(tmp_path / "dense")
+    character_tokenizer().save_pretrained(tmp_path / "dense")
+    for name, text in (("plain", None), ("calibrated", asked)):
+        heard = Hearing()
+        made = compress(tmp_path / "dense", tmp_path / name, bits=6, calibration=text, progress=heard)
+        gate = "model.layers.0.mlp.shared_expert_gate"
+        assert made.report.skipped[gate].startswith("cannot be stored in 6 bits a weight")
+        assert [line for line in heard.warned if line.startswith(f"{gate} (1 x 68) and 1 more layer stay dense")]
+        assert torch.isfinite(answer(losparse_cli.load(made.output)[0])).all()
+
+
+def test_figures_of_whole_numbers_beside_the_dense_model(coded: Path, toy: Any, asked: Calibration) -> None:
+    found = losparse_cli.evaluate(coded, Path(asked.source), against=toy("llama", tokenizer=True), length=32, windows=4)
+    assert 0 < found.kl.value < 0.5
+    assert found.agreement.value > 0.5
+    assert found.nbytes < 0.5 * found.dense_nbytes
 
 
 # --- killed ------------------------------------------------------------------------------------------
