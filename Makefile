@@ -70,7 +70,7 @@ bench: $(VENV)/.dev  ## Run the benchmarks behind docs/performance.md
 
 bench-quality: $(VENV)/.dev  ## Measure calibrated compression beside other methods (hours)
 	$(CONSTRAINED) --editable '.[bench]'
-	$(BIN)/python -m tests.benchmarks bits layer-errors calibrated quantization embedding picture --every 5
+	$(BIN)/python -m tests.benchmarks bits bits-picture layer-errors calibrated quantization embedding picture --every 5
 
 bench-training: $(VENV)/.dev  ## Measure what training recovers (hours)
 	$(BIN)/python -m tests.benchmarks training-speed polarity training-picture stages

@@ -31,6 +31,7 @@ BENCHMARKS = {
 LONG = {
     "layer-errors": calibrated.layer_errors,
     "bits": bits.bits,
+    "bits-picture": bits.bits_picture,
     "calibrated": calibrated.calibrated,
     "quantization": calibrated.quantization,
     "embedding": calibrated.embedding,

@@ -28,7 +28,7 @@ from .results import LENGTH, Options, add_result, measured, results_of
 
 OURS = tuple(f"losparse@{bits}" for bits in (4.25, 3.25, 2.5, 1.8))
 WITHOUT_TEXT = tuple(f"without-text@{bits}" for bits in (5.25, 4.25))
-GGML = ("Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S")
+GGML = ("Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XXS")
 """Of llama.cpp, each with an importance matrix. Rows are padded to a block's 256 entries, and that is not counted."""
 ROWS = ("dense", *OURS, *WITHOUT_TEXT, "rounding@4", *GGML)
 
@@ -182,6 +182,57 @@ def permuted(folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+# --- what is shown -----------------------------------------------------------------------------------
+
+
+SERIES: tuple[tuple[str, Callable[[str], bool], str, str, str], ...] = (
+    # label, rows, colour (Okabe and Ito's, which the colour-blind tell apart), marker, line
+    ("losparse", lambda row: row.startswith("losparse@"), "#0072B2", "o", "-"),
+    ("losparse, no text", lambda row: row.startswith("without-text@"), "#CC79A7", "D", "-"),
+    ("llama.cpp, importance matrix", lambda row: row in GGML, "#D55E00", "^", ""),
+    ("rounding in groups of 32", lambda row: row.startswith("rounding@"), "#000000", "x", ""),
+)
+
+
+def bits_picture(options: Options, arguments: Sequence[str] = ()) -> None:
+    """docs/bits.svg, or the file named: bits a weight of the layers against the gap in log-perplexity."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams |= {"svg.hashsalt": "losparse", "font.size": 10}  # the same file from the same results
+    figure, axes = plt.subplots(figsize=(7.2, 4.6))
+    lines = results_of(options, "bits")
+    for label, chosen, colour, marker, joined in SERIES:
+        points = sorted(
+            (line["bits"], line["texts"]["encyclopedia"]["log_difference"], row)
+            for row, line in lines.items()
+            if chosen(row)
+        )
+        if not points:
+            continue
+        x, y, errors = [p[0] for p in points], [p[1]["value"] for p in points], [p[1]["error"] or 0 for p in points]
+        axes.errorbar(
+            x, y, errors, label=label, color=colour, marker=marker, linestyle=joined, markersize=6, linewidth=1.5,
+            capsize=2,
+        )  # fmt: skip
+        if not joined:
+            for place, height, (*_, row) in zip(x, y, points, strict=True):
+                name = row.partition("@")[0] if row in GGML else "4 bits"
+                axes.annotate(name, (place, height), (5, 4), textcoords="offset points", fontsize=8)
+    axes.set_yscale("log")
+    axes.set_xlabel("bits a weight of the compressed layers, everything counted (llama.cpp: nominal)")
+    axes.set_ylabel("log-perplexity above dense, nats ± standard error", fontsize=9)
+    axes.set_title("SmolLM2-135M-Instruct, permuted, on held-out encyclopedia text (lower left is better)", fontsize=10)
+    axes.grid(True, which="major", alpha=0.3)
+    axes.legend(frameon=False, fontsize=9)
+    figure.tight_layout()
+    path = Path(arguments[0]) if arguments else Path(__file__).parents[2] / "docs" / "bits.svg"
+    figure.savefig(path, metadata={"Date": None})
+    print(f"wrote {path}")
 
 
 def _print_table(lines: Sequence[dict[str, Any]]) -> None:
