@@ -158,9 +158,12 @@ class SensitivityRun:
         return True
 
     def _backward(self) -> None:
-        """From the last block to the first, each run once more with gradients."""
-        for number, name in enumerate(reversed(list(self.layers))):
-            self.say(f"sensitivity: block {len(self.layers) - number} of {len(self.layers)}, backwards")
+        """From the last block to the first that has layers, each run once more with gradients."""
+        names = list(self.layers)
+        first = next(number for number, name in enumerate(names) if self.layers[name])
+        for number in range(len(names) - 1, first - 1, -1):
+            name = names[number]
+            self.say(f"sensitivity: block {number + 1} of {len(names)}, backwards")
             self.load(name)
             block = self.model.get_submodule(name)
             calls = self._kept.pop(name)[::-1]

@@ -60,17 +60,22 @@ class CalibratedRun:
         batches = self._batches
         # Where blocks are matched, the dense model's own stream runs along: it is what they are matched to.
         streams = 2 if job.refinement is not None else 1
+        blocks = list(job.blocks)
+        asked = [number for number, name in enumerate(blocks) if any(self.made.units[k][1] for k in job.blocks[name])]
+        end = asked[-1] + 1
         remedy = "Lower --calibration-tokens or --calibration-length, or set --memory-limit; what is finished is kept."
-        with memory_errors(remedy), fast_float32(), Relay(self.model, list(job.blocks), batches * streams) as relay:
-            for name, calls in relay:
-                self._block(
-                    Block(name, job, self.made, self.assembly, self.told.phase, self.steps),
-                    calls[: len(batches)],
-                    calls[len(batches) :],
-                )
+        with memory_errors(remedy), fast_float32(), Relay(self.model, blocks[:end], batches * streams) as relay:
+            for number, (name, calls) in enumerate(relay):
+                block = Block(name, job, self.made, self.assembly, self.told.phase, self.steps)
+                if number in asked:
+                    self._block(block, calls[: len(batches)], calls[len(batches) :], last=number + 1 == end)
+                else:
+                    self._pass(block, calls)
+        for name in blocks[end:]:
+            self._outside(job.blocks[name])
 
     def _outside(self, numbers: range) -> None:
-        """What lies in no block that text reaches: its layers are solved without data, one at a time."""
+        """What text does not reach, or is not compressed: layers are solved without data, one at a time."""
         for number in numbers:
             if self.made.units[number][1] is None:
                 if number >= self.writer.done:
@@ -97,7 +102,15 @@ class CalibratedRun:
         tensors = {n: self.writer.read(n) for n in block.numbers}
         block.restore(tensors, {n: LayerSpec.from_dict(spec) for n, spec in specs.items() if spec is not None})
 
-    def _block(self, block: Block, calls: list[Call], dense: list[Call]) -> None:
+    def _pass(self, block: Block, calls: list[Call]) -> None:
+        """A block of which nothing is compressed."""
+        parameters = block.parameters()
+        self.assembly.load(parameters)
+        self._run(block.module, calls)
+        self.assembly.drop(parameters)
+        self._outside(block.numbers)
+
+    def _block(self, block: Block, calls: list[Call], dense: list[Call], *, last: bool) -> None:
         """calls: with what the compressed blocks before gave. dense: with what the dense ones gave, or none."""
         begun = time.monotonic()
         parameters = block.parameters()
@@ -116,7 +129,7 @@ class CalibratedRun:
             self._write(block, summary, time.monotonic() - begun)
         else:
             self._restore(block)
-        if block.name != list(self.job.blocks)[-1]:
+        if not last:
             self._run(block.module, calls)
         self.assembly.drop(parameters)
 

@@ -173,10 +173,9 @@ def estimate(job: Job, windows: Windows | None) -> Estimate:
         plans = [plan for k in numbers if (plan := units[k][1]) is not None]
         # Of what it is solved with, and of what is held out.
         moments = max(moments, (1 + held_out) * sum(4 * plan.layer.shape[1] ** 2 for plan in plans))
-        block = 0
+        block = sum(job.entries[k].elements for k in numbers)
         for plan in plans:
             m, n = plan.layer.shape
-            block += m * n
             # Two matrices are often solved side by side: gate and up, or k and v.
             solver = max(solver, 4 * (2 * SOLVER_COPIES * m * n + 4 * n * n))
             if plan.bits and job.recipe.solver == "feedback":
@@ -185,10 +184,10 @@ def estimate(job: Job, windows: Windows | None) -> Estimate:
                 steps = plan.iterations
                 work += SOLVER_OVERHEAD * (2 * m * n * n * (steps + POLISH) + 2 * n**3 * steps / 5)
             work += FORWARD_OVERHEAD * 2 * n * n * tokens
-        work += FORWARD_OVERHEAD * 2 * 2 * block * tokens
+        work += FORWARD_OVERHEAD * 2 * (2 if plans else 1) * block * tokens
         # Forwards, and backwards, for which it runs forwards again.
         work += FORWARD_OVERHEAD * 2 * 4 * block * felt
-        if job.refinement is not None:
+        if job.refinement is not None and plans:
             work += TRAINING_OVERHEAD * 6 * block * batch * job.refinement.steps
     training = TRAINING_COPIES * 4 * widest if job.refinement is not None else 0
     passing = 4 * batch * 16 * hidden  # what one batch leaves behind inside a block

@@ -23,16 +23,25 @@ from .reading import input_embeddings, text_alone
 
 
 def find_blocks(model: nn.Module, layers: Collection[str]) -> tuple[str, ...]:
-    """Names of the repeated blocks that hold any of the linear layers `layers`, in the order of the modules.
+    """Names of the repeated blocks beside which any of the linear layers `layers` lies, in the order of the modules.
 
-    Blocks are the entries of the outermost `ModuleList`s; a layer that is such an entry itself lies in none.
+    Blocks are the entries of the outermost `ModuleList`s, those of a list whose entries hold none of the layers left
+    out; a layer that is such an entry itself lies in none.
     """
     lists: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
             lists.append(name)
-    blocks = [f"{name}.{child}" for name in lists for child, _ in model.get_submodule(name).named_children()]
-    return tuple(block for block in blocks if any(layer.startswith(f"{block}.") for layer in layers))
+    found: list[str] = []
+    for name in lists:
+        blocks = [f"{name}.{child}" for child, _ in model.get_submodule(name).named_children()]
+        found += blocks if holding(blocks, layers) else []
+    return tuple(found)
+
+
+def holding(blocks: Collection[str], layers: Collection[str]) -> tuple[str, ...]:
+    """Those of the blocks in which any of the layers lies."""
+    return tuple(block for block in blocks if any(not block or layer.startswith(f"{block}.") for layer in layers))
 
 
 def block_of(name: str, blocks: Collection[str]) -> str | None:

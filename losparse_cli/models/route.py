@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
-from .blocks import find_blocks
+from .blocks import find_blocks, holding
 from .reading import text_alone
 
 REMEDY = "Compress it without --calibration."
@@ -19,7 +19,8 @@ REMEDY = "Compress it without --calibration."
 
 @dataclass(frozen=True)
 class Route:
-    """blocks: in the order in which they are called, each once; ("",) if the whole model has to be one, and why.
+    """blocks: in the order in which they are called, each once, those beside them without a layer, too, so that no more
+    than one is in memory at a time; ("",) if the whole model has to be one, and why.
 
     unreached: blocks that text never gets to, as those of a tower for pictures. What lies in neither is outside.
     """
@@ -41,10 +42,11 @@ class Route:
 
 
 def find_route(model: Any, layers: Collection[str]) -> Route:
-    """The route through the blocks that hold `layers`; UsageError if the model does nothing with text alone."""
+    """The route through the blocks around `layers`; UsageError if the model does nothing with text alone."""
     blocks = find_blocks(model, layers)
+    asked = holding(blocks, layers)
     name = type(model).__name__
-    if not blocks:
+    if not asked:
         return Route(("",), why=f"{name} has no repeated blocks around its layers")
     seen = _watch(model, blocks)
     if seen.changed:
@@ -52,14 +54,14 @@ def find_route(model: Any, layers: Collection[str]) -> Route:
     if not seen.whole and seen.called == list(blocks[: len(seen.called)]):
         return Route(tuple(blocks))  # how it goes on is not known, and `Relay` sees if it goes otherwise
     unreached = tuple(block for block in blocks if block not in seen.touched)
-    apart = [block for block in blocks if block in seen.touched and block not in seen.called]
+    apart = [block for block in asked if block in seen.touched and block not in seen.called]
     if apart:
         return Route(("",), why=f"{name} runs parts of {apart[0]} by themselves")
-    if len(set(seen.called)) < len(seen.called):
+    if any(seen.called.count(block) > 1 for block in asked):
         return Route(("",), why=f"{name} calls the same block for several of its layers")
-    if not seen.called:
+    if not set(asked) & set(seen.called):
         raise UsageError(f"Text reaches none of the layers of {name} that are to be compressed. {REMEDY}")
-    return Route(tuple(seen.called), unreached)
+    return Route(tuple(block for block in seen.called if seen.called.count(block) == 1), unreached)
 
 
 @dataclass

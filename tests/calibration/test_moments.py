@@ -12,7 +12,7 @@ from transformers import Conv1D
 
 from losparse_cli.calibration.moments import Moments, gather_moments
 from losparse_cli.errors import CheckpointError
-from losparse_cli.models.blocks import Call, find_blocks
+from losparse_cli.models.blocks import Call, find_blocks, holding
 
 
 class Attention(nn.Module):
@@ -161,7 +161,7 @@ def test_the_layers_of_a_model(name: str) -> None:
     model = toy_model(name)
     kind = Conv1D if name == "gpt2" else nn.Linear
     layers = [n for n, module in model.named_modules() if isinstance(module, kind) and ".1." in n]
-    (block,) = find_blocks(model, layers)
+    (block,) = holding(find_blocks(model, layers), layers)
     calls: list[Call] = []
     hook = model.get_submodule(block).register_forward_pre_hook(
         lambda _, args, kwargs: calls.append(Call(args, kwargs)), with_kwargs=True

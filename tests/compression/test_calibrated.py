@@ -23,6 +23,7 @@ from losparse_cli.checkpoint.workfolder import WorkFolder
 from losparse_cli.checkpoint.writer import ShardWriter
 from losparse_cli.compress import Result, compress, plan, run
 from losparse_cli.compression import allocation, block, calibrated, decisions
+from losparse_cli.compression.assembly import Assembly
 from losparse_cli.compression.estimate import estimate
 from losparse_cli.compression.plan import Job
 from losparse_cli.compression.request import Refinement
@@ -273,6 +274,39 @@ def test_a_model_without_repeated_blocks_is_one_block(
     whole = compress(source, tmp_path / "whole", recipe, calibration=asked)
     assert losparse_cli.verify(whole.output).sound
     assert far(whole.output, source, held_out(text)) < 0.8 * far(free.output, source, held_out(text))
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, Recipe(bits=4)])
+@pytest.mark.parametrize("named", [(0,), (1, 2), (3,)])
+def test_blocks_of_which_nothing_is_compressed_are_in_memory_one_at_a_time(
+    named: tuple[int, ...], recipe: Recipe, asked: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = toy_model("llama", num_hidden_layers=5)
+    model.save_pretrained(tmp_path / "model")
+    character_tokenizer().save_pretrained(tmp_path / "model")
+    most = 0
+    load = Assembly.load
+
+    def watched(assembly: Assembly, names: Any) -> None:
+        nonlocal most
+        load(assembly, names)
+        held = {
+            name.split(".")[2] for name, p in assembly.model.named_parameters() if ".layers." in name if not p.is_meta
+        }
+        most = max(most, len(held))
+
+    monkeypatch.setattr(Assembly, "load", watched)
+    recipe = replace(recipe, targets=tuple(f"model.layers.{number}.*" for number in named))
+    result = compress(tmp_path / "model", tmp_path / "out", recipe, calibration=asked)
+    assert most == 1
+    assert losparse_cli.verify(result.output).sound
+    assert {layer.name.split(".")[2] for layer in result.report.layers if ".layers." in layer.name} == set(
+        map(str, named)
+    )
+    before, after = (toys.tensor_bytes(folder) for folder in (tmp_path / "model", result.output))
+    assert all(
+        before[name] == after[name] for name in before if ".layers." in name and int(name.split(".")[2]) not in named
+    )
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from losparse_cli.errors import UsageError
 from losparse_cli.linalg.alternating import decompose
 from losparse_cli.linalg.factors import LowRankSparse
 from losparse_cli.linalg.patterns import Pattern
-from losparse_cli.models.blocks import Call, find_blocks, hidden_states, run_block
+from losparse_cli.models.blocks import Call, find_blocks, hidden_states, holding, run_block
 
 QUICK = Refinement(steps=20, lr=1e-3)
 
@@ -40,7 +40,7 @@ class Scene:
     def __post_init__(self) -> None:
         model = toy_model(self.name)
         inside = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and ".0." in n]
-        (place,) = find_blocks(model, inside)
+        (place,) = holding(find_blocks(model, inside), inside)
         self.block = model.get_submodule(place).requires_grad_(False)
         hook = self.block.register_forward_pre_hook(
             lambda _, args, kwargs: self.calls.append(Call(args, kwargs)), with_kwargs=True

@@ -24,6 +24,7 @@ from losparse_cli.models.blocks import (
     find_blocks,
     hidden_size,
     hidden_states,
+    holding,
     run_block,
     with_hidden_states,
 )
@@ -320,8 +321,9 @@ def test_blocks_are_the_entries_of_the_outermost_lists() -> None:
             "layers": nn.ModuleList(nn.ModuleDict({"heads": nn.ModuleList([nn.Linear(3, 3)])}) for _ in range(11)),
         }
     )
-    assert find_blocks(model, ["layers.1.heads.0", "layers.10.heads.0"]) == ("layers.1", "layers.10")
-    assert find_blocks(model, ["layers.1.heads.0", "stem"]) == ("layers.1",)
+    all_of_them = tuple(f"layers.{number}" for number in range(11))
+    assert find_blocks(model, ["layers.1.heads.0", "stem"]) == all_of_them
+    assert holding(all_of_them, ["layers.1.heads.0", "layers.10.heads.0"]) == ("layers.1", "layers.10")
     assert find_blocks(nn.ModuleList([nn.Linear(3, 3)]), ["0"]) == ()  # a layer is no block
     assert find_blocks(model, []) == ()
     assert find_blocks(nn.Sequential(nn.Linear(3, 3)), ["0"]) == ()
