@@ -356,14 +356,13 @@ def test_an_unknown_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_compiler
 def test_no_access_outside_buffers(tmp_path: Path) -> None:
     source, program = Path(__file__).with_name("sanitize.c"), tmp_path / "sanitize"
-    flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fopenmp", "-std=gnu11"]
+    flags = ["-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fopenmp", "-std=gnu11"]
     compiler = native._compiler()
-    built = subprocess.run(
-        [*compiler, *flags, "-Wno-psabi", str(source), "-lm", "-o", str(program)], capture_output=True, text=True
-    )
-    if built.returncode:
-        assert "sanitize" in built.stderr or "asan" in built.stderr or "omp" in built.stderr, built.stderr
+    empty = tmp_path / "empty.c"
+    empty.write_text("int main(void) { return 0; }", encoding="utf-8")
+    if subprocess.run([*compiler, *flags, str(empty), "-o", str(program)], capture_output=True).returncode:
         pytest.skip("the compiler has no sanitizers here")
+    subprocess.run([*compiler, *flags, "-Wno-psabi", str(source), "-lm", "-o", str(program)], check=True)
     done = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
     assert done.stdout.startswith("checked ")
