@@ -35,13 +35,14 @@ ROWS = ("dense", *OURS, *WITHOUT_TEXT, "rounding@4", *GGML)
 
 def bits(options: Options, rows: Sequence[str] = ()) -> None:
     """The permuted SmolLM2 in every way of ROWS, or those named, measured on two texts against dense."""
-    dense = permuted(options.folder / "permuted")
+    dense = options.model or permuted(options.folder / "permuted")
     for row in list(rows) or [row for row in ROWS if row not in results_of(options, "bits")]:
         found = _row(options, row, dense)
         if found is not None:
             add_result(options, "bits", row, found)
             print(f"{row}: done", flush=True)
-    _print_table(list(results_of(options, "bits").values()))
+    model = "SmolLM2-135M-Instruct, permuted" if options.model is None else options.model.name
+    _print_table(model, list(results_of(options, "bits").values()))
 
 
 def _row(options: Options, row: str, dense: Path) -> dict[str, Any] | None:
@@ -235,10 +236,10 @@ def bits_picture(options: Options, arguments: Sequence[str] = ()) -> None:
     print(f"wrote {path}")
 
 
-def _print_table(lines: Sequence[dict[str, Any]]) -> None:
+def _print_table(model: str, lines: Sequence[dict[str, Any]]) -> None:
     """Gap: log-perplexity above dense, with its paired standard error."""
     texts = next((line["texts"] for line in lines), {})
-    print(f"SmolLM2-135M-Instruct, permuted, windows of {LENGTH} tokens; gap in log-perplexity above dense\n")
+    print(f"{model}, windows of {LENGTH} tokens; gap in log-perplexity above dense\n")
     print(f"| row | bits a weight | {' | '.join(texts)} | seconds | memory |")
     print("|---|---|" + "---|" * len(texts) + "---|---|")
     for line in lines:

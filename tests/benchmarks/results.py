@@ -23,12 +23,13 @@ LENGTH = 512  # tokens of a window, of calibration and of measuring
 class Options:
     """small: two blocks, few tokens and windows, to see that everything works. every: n-th block for layer errors.
 
-    results: file that every result is appended to.
+    results: file that every result is appended to. model: a dense folder for `bits`, in place of its own.
     """
 
     small: bool = False
     every: int = 1
     results: Path | None = None
+    model: Path | None = None
 
     @cached_property
     def folder(self) -> Path:
