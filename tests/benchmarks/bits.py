@@ -71,7 +71,8 @@ def _quantized(
 ) -> dict[str, Any]:
     """Every layer changed by itself: (m, n) weight, (n,) mean squares of its inputs -> another weight, bits of one."""
     model, tokenizer = load(dense, dtype=torch.float32)
-    layers = [p.layer.name for p in plan(dense, recipe=Recipe(**options.targets())).plan.layers]
+    planned = plan(dense, recipe=Recipe(**options.targets())).plan.layers
+    layers = [p.layer.name for p in planned if not p.layer.rows]
     importance = _mean_squares(options, dense, model, layers)
     used = count = 0.0
     with torch.no_grad():
