@@ -51,7 +51,7 @@ ROWS = (
 )
 # Bits, and entries of a group, 0 for whole rows.
 QUANTIZED = {"int8": (8, 0), "int4": (4, 0), "int4, groups of 64": (4, 64), "int4, groups of 32": (4, 32)}
-EMBEDDINGS = ("oats", "admm", "admm+blocks")
+EMBEDDINGS = ("oats", "admm", "admm+blocks", "codes@3.25")
 
 
 def _each(options: Options, bench: str, named: Sequence[str], known: Iterable[str]) -> list[str]:
@@ -166,7 +166,7 @@ def quantization(options: Options, rows: Sequence[str] = ()) -> None:
         print("torchao is not installed, so nothing is quantized. Install it with: pip install 'losparse[bench]'")
         return
     dense = smollm2()
-    layers = plan(dense, recipe=Recipe(**options.targets())).plan.layers
+    layers = [p for p in plan(dense, recipe=Recipe(**options.targets())).plan.layers if not p.layer.rows]
     for row in _each(options, "quantization", rows, QUANTIZED):
         model, tokenizer = load(dense, dtype=torch.float32)
         bits, group = QUANTIZED[row]
@@ -186,13 +186,14 @@ def quantization(options: Options, rows: Sequence[str] = ()) -> None:
 
 
 def embedding(options: Options, rows: Sequence[str] = ()) -> None:
-    """all-MiniLM-L6-v2 at half the parameters: cosine of its sentence vectors to those of the dense model."""
+    """all-MiniLM-L6-v2 at half the parameters, and in codes: cosine of its vectors to those of the dense model."""
     dense, count = minilm(), 16 if options.small else 256
     sentences = [s for s in re.split(r"(?<=[.!?])\s+", encyclopedia_text()[1]) if 40 <= len(s) <= 400]
     text = "\n".join(sentences[:: len(sentences) // count][:count])
     for row in _each(options, "embedding", rows, EMBEDDINGS):
         method, _, extra = row.partition("+")
-        recipe = replace(HALF, **options.targets("encoder.layer.[01].*"))
+        method, _, bits = method.partition("@")
+        recipe = replace(Recipe(bits=float(bits)) if bits else HALF, **options.targets("encoder.layer.[01].*"))
         calibration = replace(options.calibration(), length=128)  # near what it embeds, and it takes no more than 512
         given = (options, f"embedding-{row}", dense, recipe, calibration, Refinement() if extra else None)
         if method in PEERS:
@@ -204,7 +205,7 @@ def embedding(options: Options, rows: Sequence[str] = ()) -> None:
         shutil.rmtree(folder)
         add_result(options, "embedding", row, figures | {"cosine": found["cosine"]})
         print(f"{row}: done", flush=True)
-    print(f"all-MiniLM-L6-v2, {count} held-out sentences, kept parameters 50 %\n")
+    print(f"all-MiniLM-L6-v2, {count} held-out sentences, kept parameters 50 %, or codes of so many bits\n")
     print("| method | bytes | seconds | cosine to dense | 1 - cosine, of OATS's |\n|---|---|---|---|---|")
     kept = results_of(options, "embedding")
     for row, line in kept.items():
