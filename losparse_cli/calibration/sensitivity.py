@@ -161,8 +161,7 @@ class SensitivityRun:
         """From the last block to the first that has layers, each run once more with gradients."""
         names = list(self.layers)
         first = next(number for number, name in enumerate(names) if self.layers[name])
-        for number in range(len(names) - 1, first - 1, -1):
-            name = names[number]
+        for number, name in reversed(list(enumerate(names))[first:]):
             self.say(f"sensitivity: block {number + 1} of {len(names)}, backwards")
             self.load(name)
             block = self.model.get_submodule(name)

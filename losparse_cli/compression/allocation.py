@@ -105,7 +105,7 @@ class _Survey:
         job = self.job
         assembly = self.whole or calibration_model(self.job)
         dense = self._outputs(self._weighing) if self.whole is not None else None
-        blocks = list(job.blocks)
+        blocks = job.solved_blocks
         model = assembly.model
         plans = self.plans
         if self.whole is None:
@@ -202,8 +202,9 @@ class _Survey:
 
     def _weigh(self, dense: Sequence[Tensor]) -> None:
         """Give every block's layers the weight: divergence with that block alone compressed, over its errors."""
-        names = {block: [n for n in self.curves if block_of(n, [block]) == block] for block in self.job.blocks}
-        for number, members in enumerate(filter(None, names.values())):
+        inside = ([n for n in self.curves if block_of(n, [block]) == block] for block in self.job.blocks)
+        names = list(filter(None, inside))
+        for number, members in enumerate(names):
             self._say(f"allocating: weighing block {number + 1} of {len(names)}")
             before = self._set({name: self._coarse[name] for name in members})
             divergence = self._distance(dense, self._weighing)

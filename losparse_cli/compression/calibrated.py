@@ -60,18 +60,16 @@ class CalibratedRun:
         batches = self._batches
         # Where blocks are matched, the dense model's own stream runs along: it is what they are matched to.
         streams = 2 if job.refinement is not None else 1
-        blocks = list(job.blocks)
-        asked = [number for number, name in enumerate(blocks) if any(self.made.units[k][1] for k in job.blocks[name])]
-        end = asked[-1] + 1
+        blocks = job.solved_blocks
         remedy = "Lower --calibration-tokens or --calibration-length, or set --memory-limit; what is finished is kept."
-        with memory_errors(remedy), fast_float32(), Relay(self.model, blocks[:end], batches * streams) as relay:
-            for number, (name, calls) in enumerate(relay):
+        with memory_errors(remedy), fast_float32(), Relay(self.model, blocks, batches * streams) as relay:
+            for name, calls in relay:
                 block = Block(name, job, self.made, self.assembly, self.told.phase, self.steps)
-                if number in asked:
-                    self._block(block, calls[: len(batches)], calls[len(batches) :], last=number + 1 == end)
+                if block.plans:
+                    self._block(block, calls[: len(batches)], calls[len(batches) :], last=name == blocks[-1])
                 else:
                     self._pass(block, calls)
-        for name in blocks[end:]:
+        for name in list(job.blocks)[len(blocks) :]:
             self._outside(job.blocks[name])
 
     def _outside(self, numbers: range) -> None:

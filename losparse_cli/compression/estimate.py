@@ -169,7 +169,8 @@ def estimate(job: Job, windows: Windows | None) -> Estimate:
     held_out = windows is None or len(hold_out(windows)[1].ids) > 0
     moments = solver = 0
     work = 0.0  # flops, weighted with their overhead
-    for numbers in job.blocks.values():
+    solved = job.solved_blocks
+    for name, numbers in job.blocks.items():
         plans = [plan for k in numbers if (plan := units[k][1]) is not None]
         # Of what it is solved with, and of what is held out.
         moments = max(moments, (1 + held_out) * sum(4 * plan.layer.shape[1] ** 2 for plan in plans))
@@ -184,7 +185,7 @@ def estimate(job: Job, windows: Windows | None) -> Estimate:
                 steps = plan.iterations
                 work += SOLVER_OVERHEAD * (2 * m * n * n * (steps + POLISH) + 2 * n**3 * steps / 5)
             work += FORWARD_OVERHEAD * 2 * n * n * tokens
-        work += FORWARD_OVERHEAD * 2 * (2 if plans else 1) * block * tokens
+        work += FORWARD_OVERHEAD * 2 * (2 if plans else 1 if name in solved else 0) * block * tokens
         # Forwards, and backwards, for which it runs forwards again.
         work += FORWARD_OVERHEAD * 2 * 4 * block * felt
         if job.refinement is not None and plans:

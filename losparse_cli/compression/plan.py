@@ -17,7 +17,7 @@ from ..checkpoint.output import output_path
 from ..checkpoint.reader import TensorEntry, finite
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import SourceError, UsageError
-from ..models.blocks import bias_heads, block_of, hidden_size
+from ..models.blocks import bias_heads, block_of, hidden_size, holding
 from ..models.device import find_device
 from ..models.names import NameMap
 from ..models.route import Route, find_route
@@ -78,6 +78,13 @@ class Job:
     def parameters(self) -> int:
         """Elements of all tensors of the source."""
         return self.source.elements
+
+    @property
+    def solved_blocks(self) -> list[str]:
+        """Blocks up to the last in which a layer is compressed: no later one has to run for what layers are fed."""
+        blocks = list(self.blocks)
+        held = holding(blocks, [p.layer.name for p in self.plan.layers])
+        return blocks[: blocks.index(held[-1]) + 1]
 
     @property
     def reads(self) -> list[Path]:

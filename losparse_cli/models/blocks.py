@@ -41,7 +41,8 @@ def find_blocks(model: nn.Module, layers: Collection[str]) -> tuple[str, ...]:
 
 def holding(blocks: Collection[str], layers: Collection[str]) -> tuple[str, ...]:
     """Those of the blocks in which any of the layers lies."""
-    return tuple(block for block in blocks if any(not block or layer.startswith(f"{block}.") for layer in layers))
+    inside = {block_of(layer, blocks) for layer in layers}
+    return tuple(block for block in blocks if block in inside)
 
 
 def block_of(name: str, blocks: Collection[str]) -> str | None:
