@@ -6,6 +6,7 @@ ways:
   walk     C: each value times a row of xᵀ, 16 to 64 rows at once
   tile     some rows of S made dense in scratch memory, then a dense product
   block    kept rows or columns: a dense product over what is kept
+  digits   C, packed codes: whole numbers times x in digits of seven bits
   triton   on a GPU, few rows: the stored form expanded in registers, with the low-rank part in the same pass
 """
 
@@ -15,7 +16,7 @@ import os
 
 from ..errors import UsageError
 
-WAYS = ("spread", "gather", "walk", "tile", "block", "triton")
+WAYS = ("spread", "gather", "walk", "tile", "block", "digits", "triton")
 SPREAD_ROWS = 16
 """Most rows of x that one pass of `spread` takes."""
 TRITON_ROWS = 16
@@ -29,6 +30,15 @@ def forced() -> str | None:
     if name is not None and name not in ("reference", *WAYS):
         raise UsageError(f"LOSPARSE_KERNEL={name} is unknown. Choose from reference, {', '.join(WAYS)}.")
     return name
+
+
+DIGITS_ROWS = {True: 16, False: 64}
+"""Most rows of x that `digits` is taken for, where a processor multiplies bfloat16 by itself or not."""
+
+
+def codes_way(rows: int, *, multiplies_half: bool) -> str:
+    """The fastest for packed codes on a CPU."""
+    return "digits" if rows <= DIGITS_ROWS[multiplies_half] else "tile"
 
 
 def cpu_way(form: str, rows: int, out_features: int, density: float, *, native: bool, half: bool, spreads: bool) -> str:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..shim.packed import bits_of, packed_bytes, rest_of
 from .native import Layer, Library, library
 
 DTYPES = {torch.bfloat16: 0, torch.float32: 1}
@@ -109,6 +110,69 @@ def dense(code: Library, layer: Layer, S: Tensor) -> Tensor | None:
     return None if failed else S
 
 
+def digits(code: Library, layer: Layer, x: Tensor, rows: int) -> Tensor | None:
+    """S of packed codes times whole numbers, everything in one call, for x of any shape. None if it cannot."""
+    y = x.new_empty((*x.shape[:-1], layer.m))
+    threads = few_threads(layer, rows, "codes")
+    failed = code.coded(layer, x.data_ptr(), y.data_ptr(), rows, digits_of(layer), threads, code.level)
+    return None if failed else y
+
+
+def digits_of(layer: Layer) -> int:
+    """Of x, 7 bits each: as exact as its dtype and more."""
+    return 2 if layer.dtype == DTYPES[torch.bfloat16] else 3
+
+
+def tile_of_codes(
+    code: Library, layer: Layer, x: Tensor, U: Tensor | None, V: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor | None:
+    """Some rows of S dense at a time, in the dtype that this processor multiplies fastest."""
+    y = low_rank(x, U, V, bias, layer.m)
+    wide = x.to(dtype)
+    step = max(1, TILE_ENTRIES // layer.n)
+    scratch = wide.new_empty(min(step, layer.m), layer.n)
+    for begin in range(0, layer.m, step):
+        end = min(begin + step, layer.m)
+        if rows_of_codes(code, layer, None, begin, scratch[: end - begin]) is None:
+            return None
+        y[:, begin:end] += F.linear(wide, scratch[: end - begin])
+    return y
+
+
+def rows_of_codes(code: Library, layer: Layer, rows: Tensor | None, first: int, out: Tensor) -> Tensor | None:
+    """Rows of S, by their numbers or from `first` on, into `out`; codes where that is int32."""
+    failed = code.rows_of_codes(
+        layer, None if rows is None else rows.data_ptr(), first, out.shape[0], DTYPES.get(out.dtype, -1),
+        out.data_ptr(), 1 if out.numel() < SERIAL_ENTRIES // 16 else torch.get_num_threads(), code.level,
+    )  # fmt: skip
+    return None if failed else out
+
+
+def code_bits(code: Library, codes: Tensor) -> list[int]:
+    """How many codes take how many bits, as shim.packed counts them."""
+    counts = torch.empty(9, dtype=torch.int64)
+    code.code_bits(codes.data_ptr(), codes.numel(), codes.itemsize, counts.data_ptr(), torch.get_num_threads())
+    return counts.tolist()
+
+
+def packed(code: Library, codes: Tensor, bits: int, rest: int) -> Tensor | None:
+    """The index of codes (m, n) in so many bits each."""
+    m, n = codes.shape
+    index = torch.empty(packed_bytes((m, n), bits, rest), dtype=torch.uint8)
+    layer = Layer(index=index.data_ptr(), m=m, n=n, bits=bits, rest=rest)
+    failed = code.pack_codes(layer, codes.data_ptr(), codes.itemsize, torch.get_num_threads())
+    return None if failed else index
+
+
+def unpacked(code: Library, index: Tensor, shape: tuple[int, int], bits: int) -> Tensor | None:
+    """Its codes again, int32."""
+    m, n = shape
+    unused = torch.zeros(n, dtype=torch.uint8)
+    rest = rest_of(index, shape, bits)
+    layer = Layer(index=index.data_ptr(), starts=unused.data_ptr(), m=m, n=n, bits=bits, rest=rest)
+    return rows_of_codes(code, layer, None, 0, torch.empty(m, n, dtype=torch.int32))
+
+
 def describe(
     values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None, bias: Tensor | None,
     shape: tuple[int, int], form: str,
@@ -124,7 +188,8 @@ def describe(
     return Layer(
         values.data_ptr(), 0 if kept else index.data_ptr(), begin, begin + 4 * (m + 1) if form == "gaps" else 0,
         address(U), address(V), address(bias), m, n, 0 if U is None else U.shape[1], DTYPES.get(values.dtype, -1),
-        index.data_ptr() if kept else 0, index.numel() if kept else 0,
+        index.data_ptr() if kept else 0, index.numel() if kept else 0, bits_of(form),
+        rest_of(index, shape, bits_of(form)) if bits_of(form) else 0,
     )  # fmt: skip
 
 

@@ -8,16 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from ..shim.layouts import LayerSpec, n_of_m, position_bits
+from ..shim.packed import bits_of, form_of, packed_bytes, rest_of
 from ..shim.streams import Contexts, Parts
 from . import cpu, gpu, streams
+from .choice import DIGITS_ROWS, codes_way, cpu_way, forced, gpu_way
 from .choice import SPREAD_ROWS as MOST_FEW
-from .choice import cpu_way, forced, gpu_way
 from .native import LEVELS, Layer, Library, library
 from .ready import Ready
 
 WIDEST = 1 << 16
 """Columns that sparse.c can number."""
 AVX512 = LEVELS.index("AVX-512")
+AVX512_BF16 = LEVELS.index("AVX-512 with bfloat16")
 MOST_DESCRIBED = 10_000
 
 
@@ -58,11 +60,15 @@ class Kernels:
         if layer is None or layer.dtype < 0:
             return None
         density, half = values.numel() / (shape[0] * shape[1]), values.itemsize == 2
-        structured = form in ("rows", "columns")
-        rows = [
-            rows > 0 and (structured or self._way(code, layer, form, rows, density, half) in ("spread", "gather"))
-            for rows in range(MOST_FEW + 1)
-        ]
+        if bits_of(form):
+            most = max(DIGITS_ROWS.values())
+            rows = [rows > 0 and self._codes_way(code, rows) == "digits" for rows in range(most + 1)]
+        else:
+            structured = form in ("rows", "columns")
+            rows = [
+                rows > 0 and (structured or self._way(code, layer, form, rows, density, half) in ("spread", "gather"))
+                for rows in range(MOST_FEW + 1)
+            ]
         parameters = {"weight": values, "U": U, "V": V, "bias": bias}
         addresses = {name: t.data_ptr() for name, t in parameters.items() if t is not None}
         return Ready(code, layer, form, values.dtype, addresses, rows)
@@ -84,6 +90,8 @@ class Kernels:
         if not x.is_contiguous():
             x = x.contiguous()
         rows = x.numel() // n
+        if bits_of(form):
+            return self._coded(code, layer, x, rows, U, V, bias)
         if form in ("rows", "columns"):
             return cpu.few_of_block(code, layer, x, rows, form) if rows <= MOST_FEW and layer.dtype >= 0 else None
         way = self._way(code, layer, form, rows, values.numel() / (m * n), values.itemsize == 2)
@@ -93,6 +101,22 @@ class Kernels:
             return None
         work = cpu.walk if way == "walk" and layer.dtype >= 0 else cpu.tile
         return _shaped(work(code, layer, x.view(rows, n), U, V, bias), x)
+
+    def _coded(
+        self, code: Library, layer: Layer, x: Tensor, rows: int, U: Tensor | None, V: Tensor | None, bias: Tensor | None
+    ) -> Tensor | None:  # fmt: skip
+        if layer.dtype < 0:
+            return None
+        way = self._codes_way(code, rows)
+        if way == "digits":
+            return cpu.digits(code, layer, x, rows)
+        if way != "tile":
+            return None
+        dtype = x.dtype if code.level >= AVX512_BF16 else torch.float32
+        return _shaped(cpu.tile_of_codes(code, layer, x.view(rows, layer.n), U, V, bias, dtype), x)
+
+    def _codes_way(self, code: Library, rows: int) -> str:
+        return self.forced or codes_way(rows, multiplies_half=code.level >= AVX512_BF16)
 
     def _layer(
         self, values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None,
@@ -106,7 +130,7 @@ class Kernels:
             values.data_ptr(), values.numel(), values.dtype, index.data_ptr(),
             0 if starts is None else starts.data_ptr(),
             0 if U is None else U.data_ptr(), 0 if V is None else V.data_ptr(), 0 if U is None else U.shape[1],
-            0 if bias is None else bias.data_ptr(), shape,
+            0 if bias is None else bias.data_ptr(), shape, form, index.numel(),
         )  # fmt: skip
         layer = self._described.get(key)
         if layer is None:
@@ -177,6 +201,31 @@ class Kernels:
         code = library()
         return None if code is None or not _plain(codes) else streams.encode(code, codes, contexts)
 
+    def code_bits(self, codes: Tensor) -> list[int] | None:
+        code = library()
+        return None if code is None or not _on_cpu(codes) else cpu.code_bits(code, codes)
+
+    def packed(self, codes: Tensor, bits: int, rest: int) -> Tensor | None:
+        code = library()
+        return None if code is None or not _on_cpu(codes) else cpu.packed(code, codes, bits, rest)
+
+    def unpacked(self, index: Tensor, shape: tuple[int, int], bits: int) -> Tensor | None:
+        code = library()
+        return None if code is None or not _on_cpu(index) else cpu.unpacked(code, index, shape, bits)
+
+    def looked_up(
+        self, rows: Tensor, values: Tensor, index: Tensor, starts: Tensor, shape: tuple[int, int], bits: int
+    ) -> Tensor | None:
+        code, dtype = library(), values.dtype
+        if code is None or not (_on_cpu(rows) and rows.dtype == torch.int64):
+            return None
+        values = values if dtype in cpu.DTYPES else values.float()
+        layer = self._layer(values, index, starts, None, None, None, shape, form_of(bits))
+        if layer is None:
+            return None
+        found = cpu.rows_of_codes(code, layer, rows, 0, values.new_empty(rows.numel(), shape[1]))
+        return None if found is None else found.view(*rows.shape, shape[1]).to(dtype)
+
 
 def _plain(tensor: Tensor) -> bool:
     """Whether this is an ordinary tensor with memory of its own, outside any tracing."""
@@ -185,6 +234,10 @@ def _plain(tensor: Tensor) -> bool:
         and tensor.layout == torch.strided
         and torch._C._get_tracing_state() is None
     )
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    return _plain(tensor) and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def _belong_together(
@@ -198,6 +251,10 @@ def _belong_together(
         return False
     if (V is not None and V.shape != (rank, n)) or (bias is not None and bias.shape != (m,)):
         return False
+    bits = bits_of(form)
+    if bits:
+        fits = index.dtype == torch.uint8 and index.numel() == packed_bytes(shape, bits, rest_of(index, shape, bits))
+        return fits and starts is not None and starts.shape == (n,) and values.shape == (m,)
     if form in ("rows", "columns"):
         return values.numel() == index.numel() * (n if form == "rows" else m)
     if starts is None or starts.shape != ((m + 1,) if form == "bits" else (2, m + 1)):

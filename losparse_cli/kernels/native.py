@@ -44,6 +44,8 @@ class Layer(ctypes.Structure):
         ("dtype", ctypes.c_int32),
         ("kept", ctypes.c_void_p),
         ("kept_count", ctypes.c_int64),
+        ("bits", ctypes.c_int64),
+        ("rest", ctypes.c_int64),
     )
 
 
@@ -76,6 +78,10 @@ class Library:
     starts_of_bits: Any
     decode_codes: Any
     encode_codes: Any
+    coded: Any
+    code_bits: Any
+    pack_codes: Any
+    rows_of_codes: Any
 
     def __init__(self, path: Path) -> None:
         handle = ctypes.CDLL(str(path))
@@ -92,6 +98,10 @@ class Library:
             "starts_of_bits": (pointer, long, long, long, pointer),
             "decode_codes": (classes, pointer, pointer, pointer, pointer, long, whole, pointer),
             "encode_codes": (classes, pointer, pointer, pointer, pointer, pointer),
+            "coded": (layer, pointer, pointer, long, whole, whole, whole),
+            "code_bits": (pointer, long, whole, pointer, whole),
+            "pack_codes": (layer, pointer, whole, whole),
+            "rows_of_codes": (layer, pointer, long, long, whole, pointer, whole, whole),
         }.items():
             function = getattr(handle, f"losparse_{name}")
             function.argtypes, function.restype = arguments, ctypes.c_int

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cpu import few_threads
+from .cpu import digits_of, few_threads
 from .native import Layer, Library
 
 
@@ -18,14 +18,17 @@ class Ready:
     each number of rows of x whether the C code takes it whole. The looking up takes as long as a small layer's product.
     """
 
-    __slots__ = ("_addresses", "_call", "_dtype", "_first", "_layer", "_level", "_m", "_n", "_rows", "_threads")
+    __slots__ = (
+        "_addresses", "_call", "_dtype", "_first", "_layer", "_level", "_m", "_more", "_n", "_rows", "_threads"
+    )  # fmt: skip
 
     def __init__(
         self, code: Library, layer: Layer, form: str, dtype: torch.dtype, addresses: dict[str, int], rows: list[bool]
     ) -> None:
-        structured = form in ("rows", "columns")
-        self._call = code.block if structured else code.few
+        coded, structured = bool(layer.bits), form in ("rows", "columns")
+        self._call = code.coded if coded else code.block if structured else code.few
         self._first = (layer, form == "rows") if structured else (layer,)
+        self._more = (digits_of(layer),) if coded else ()
         self._layer, self._level, self._m, self._n, self._dtype = layer, code.level, layer.m, layer.n, dtype
         self._addresses = tuple(addresses.items())
         self._rows = rows
@@ -44,5 +47,6 @@ class Ready:
             if parameters[name].data_ptr() != address:
                 return None
         y = x.new_empty((*x.shape[:-1], self._m))
-        failed = self._call(*self._first, x.data_ptr(), y.data_ptr(), rows, self._threads[rows], self._level)
+        more = (*self._more, self._threads[rows], self._level)
+        failed = self._call(*self._first, x.data_ptr(), y.data_ptr(), rows, *more)
         return None if failed else y

@@ -5,10 +5,12 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layouts import LayerSpec, column_factors
+from .layouts import LayerSpec
+from .operator import rows_of_codes
 from .stored import StoredIndex
 
 
@@ -43,10 +45,13 @@ class CodedEmbedding(StoredIndex, nn.Embedding):  # type: ignore[misc]
         """Token ids (...) -> rows (..., embedding_dim), in the dtype of `weight`. IndexError as of nn.Embedding."""
         if input.is_meta or self.weight.is_meta:
             return self.weight.new_empty(*input.shape, self.spec.shape[1], device="meta")
-        factors = F.embedding(input, self.weight[:, None], self.padding_idx)
-        codes, scale = self._index_and_starts()
-        assert scale is not None, "codes have factors of columns"
-        return ((codes[input].float() * column_factors(scale)) * factors.float()).to(self.weight.dtype)
+        factors = F.embedding(input, self.weight[:, None], self.padding_idx)  # which finds ids that are none
+        index, scale = self._index_and_starts()
+        if not factors.requires_grad:
+            return rows_of_codes(input, self.weight.detach(), index, scale, self.spec.shape, self.form)
+        ones = self.weight.new_ones(1, dtype=torch.float32).expand(self.weight.shape)
+        rows = rows_of_codes(input, ones, index, scale, self.spec.shape, self.form)
+        return (rows * factors.float()).to(self.weight.dtype)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Classes that were made here are made anew by whoever reads a pickle."""

@@ -16,6 +16,7 @@ FILES = (
     "linear",
     "loader",
     "operator",
+    "packed",
     "quantizer",
     "stored",
     "streams",

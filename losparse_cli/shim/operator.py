@@ -16,8 +16,9 @@ from torch import Tensor
 
 from .codec import unpack_bits
 from .layouts import column_factors
+from .packed import FEWEST, MOST, best_bits, bits_of, form_of, unfit, unpack
 
-FORMS = ("bits", "gaps", "rows", "columns", "codes")
+FORMS = ("bits", "gaps", "rows", "columns", "codes", *map(form_of, range(FEWEST, MOST + 1)))
 """What `index` holds, for values of S in row-major order:
 
 bits: (out, ceil(in / 8)), uint8: one bit an entry, lowest first. `starts`: (out + 1,), int32: where each row's values
@@ -27,6 +28,7 @@ gaps: uint8, one for each value: the entries skipped before it; 255 skips 255 an
 rows, columns: int32, the rows or columns that are kept; no `starts`.
 codes: (out, in), whole numbers, of which `values` holds the factor of each row. `starts`: (in,), uint8: what is stored
     of the factors of the columns.
+codes2 to codes8: the same in so many bits each (`packed`), uint8.
 """
 
 BLOCK = 1 << 22
@@ -58,6 +60,16 @@ class Kernels(Protocol):
 
     def coded(self, codes: Tensor, contexts: Any) -> Any | None: ...
 
+    def code_bits(self, codes: Tensor) -> list[int] | None: ...
+
+    def packed(self, codes: Tensor, bits: int, rest: int) -> Tensor | None: ...
+
+    def unpacked(self, index: Tensor, shape: tuple[int, int], bits: int) -> Tensor | None: ...
+
+    def looked_up(
+        self, rows: Tensor, values: Tensor, index: Tensor, starts: Tensor, shape: tuple[int, int], bits: int
+    ) -> Tensor | None: ...
+
 
 class _Plain:
     """No faster ways: what a loader has that travels alone."""
@@ -73,6 +85,14 @@ class _Plain:
     def codes(self, *args: Any) -> None: ...
 
     def coded(self, *args: Any) -> None: ...
+
+    def code_bits(self, *args: Any) -> None: ...
+
+    def packed(self, *args: Any) -> None: ...
+
+    def unpacked(self, *args: Any) -> None: ...
+
+    def looked_up(self, *args: Any) -> None: ...
 
 
 _kernels: Kernels = _Plain()
@@ -208,10 +228,10 @@ def reference(
     elif form == "rows":
         part = F.linear(x, values.view(-1, n))
         y = part.new_zeros(*x.shape[:-1], out_features).index_copy(-1, index.long(), part)
-    elif form == "codes" and index.numel() > BLOCK:
-        step = max(1, BLOCK // n)
-        parts = zip(torch.split(values, step), torch.split(index, step), strict=True)
-        y = torch.cat([F.linear(x, sparse(a, q, starts, (len(a), n), form)) for a, q in parts], -1)
+    elif form.startswith("codes") and out_features * n > BLOCK:
+        rows = torch.arange(out_features, device=index.device).tensor_split(-(-out_features * n // BLOCK))
+        shape = (out_features, n)
+        y = torch.cat([F.linear(x, rows_of_codes(some, values, index, starts, shape, form)) for some in rows], -1)
     else:
         y = F.linear(x, sparse(values, index, starts, (out_features, n), form))
     if U is not None and V is not None:
@@ -225,8 +245,8 @@ def sparse(values: Tensor, index: Tensor, starts: Tensor | None, shape: tuple[in
         S = _kernels.spread(values, index, starts, shape)
         if S is not None:
             return S
-    if form == "codes":
-        return _whole(index, starts).mul_(values.float()[:, None]).to(values.dtype)
+    if form.startswith("codes"):
+        return rows_of_codes(torch.arange(shape[0], device=index.device), values, index, starts, shape, form)
     where = support(index, starts, shape, form)
     return torch.zeros_like(where, dtype=values.dtype).masked_scatter(where, values)
 
@@ -234,8 +254,8 @@ def sparse(values: Tensor, index: Tensor, starts: Tensor | None, shape: tuple[in
 def support(index: Tensor, starts: Tensor | None, shape: tuple[int, int], form: str) -> Tensor:
     """Where S holds entries: (out, in), bool."""
     m, n = shape
-    if form == "codes":
-        return index != 0
+    if form.startswith("codes"):
+        return codes_of(index, shape, form) != 0
     if form == "bits":
         return unpack_bits(index, n)
     if form == "gaps":
@@ -255,10 +275,45 @@ def support(index: Tensor, starts: Tensor | None, shape: tuple[int, int], form: 
     return where.view(m, n)
 
 
-def _whole(codes: Tensor, exponents: Tensor | None) -> Tensor:
-    """Whole numbers times the factors of their columns, float32."""
-    assert exponents is not None, "codes come with the factors of columns"
-    return codes.float().mul_(column_factors(exponents))
+def codes_of(index: Tensor, shape: tuple[int, int], form: str) -> Tensor:
+    """The codes of an index in any of their forms, (out, in)."""
+    bits = bits_of(form)
+    if not bits:
+        return index
+    found = _kernels.unpacked(index, shape, bits)
+    return unpack(index, shape, bits) if found is None else found
+
+
+def rows_of_codes(
+    rows: Tensor, values: Tensor, index: Tensor, starts: Tensor | None, shape: tuple[int, int], form: str
+) -> Tensor:
+    """Some rows of S, dense, by their numbers: in the sizes of `rows` and (in,) more."""
+    assert starts is not None, "codes come with the factors of columns"
+    bits = bits_of(form)
+    if bits:
+        found = _kernels.looked_up(rows, values, index, starts, shape, bits)
+        if found is not None:
+            return found
+    codes = unpack(index, shape, bits, rows) if bits else index[rows]
+    return (codes.float() * column_factors(starts)).mul_(values[rows].float()[..., None]).to(values.dtype)
+
+
+def held(codes: Tensor) -> tuple[Tensor, str]:
+    """Codes (out, in) in as few bits as nearly all need, where there are kernels that compute with them so, and that is
+    smaller; else as they are, which plain torch multiplies with sooner. And the form's name."""
+    m, n = codes.shape
+    counts = _kernels.code_bits(codes)
+    bits = 0 if counts is None else best_bits((m, n), counts, codes.itemsize)
+    if counts is None or not bits:
+        return codes, form_of(0)
+    index = _kernels.packed(codes, bits, unfit(counts, bits))
+    return (codes, form_of(0)) if index is None else (index, form_of(bits))
+
+
+def _whole(index: Tensor, starts: Tensor | None, shape: tuple[int, int], form: str) -> Tensor:
+    """Codes times the factors of their columns, float32."""
+    ones = torch.ones(shape[0], device=index.device)
+    return rows_of_codes(torch.arange(shape[0], device=index.device), ones, index, starts, shape, form)
 
 
 def _times_sparse(
@@ -283,6 +338,6 @@ def _values_of_outer(g: Tensor, x: Tensor, index: Tensor, starts: Tensor | None,
         return (g.index_select(1, index).T @ x).reshape(-1)
     if form == "columns":
         return (g.T @ x.index_select(1, index)).reshape(-1)
-    if form == "codes":
-        return ((g.T @ x) * _whole(index, starts)).sum(1).to(g.dtype)
+    if form.startswith("codes"):
+        return ((g.T @ x) * _whole(index, starts, (g.shape[1], x.shape[1]), form)).sum(1).to(g.dtype)
     return (g.T @ x)[support(index, starts, (g.shape[1], x.shape[1]), form)]

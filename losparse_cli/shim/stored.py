@@ -11,7 +11,7 @@ from .codec import decode, encode, pack_bits
 from .kept import decode as decode_codes
 from .kept import encode as encode_codes
 from .layouts import LayerSpec
-from .operator import FORMS, kernels, sparse, support
+from .operator import FORMS, codes_of, held, kernels, sparse, support
 
 AS_STORED = {"bitmask": "S_mask", "rows": "S_rows", "columns": "S_columns"}
 """Layout -> the stored tensor that serves as index as it is."""
@@ -25,7 +25,6 @@ class StoredIndex(nn.Module):
     """
 
     spec: LayerSpec
-    form: str
     weight: nn.Parameter
     U: Tensor | None
     V: Tensor | None
@@ -53,13 +52,18 @@ class StoredIndex(nn.Module):
                 self.register_parameter(name, nn.Parameter(empty))
             else:
                 self.register_buffer(name, empty)
-        self.form = spec.layout if spec.layout in FORMS else _smaller_form(spec, dtype.itemsize)
+        self._form = spec.layout if spec.layout in FORMS else _smaller_form(spec, dtype.itemsize)
         self.register_buffer("_index", None, persistent=False)
         self.register_buffer("_starts", None, persistent=False)
         self._owner = () if owner is None else (owner,)  # in a tuple torch does not take it for a part of this module
         self._contexts: Any = None  # of the stream that codes were read from, by which the same one is written again
         self._checked = False
         self._ready: Any = None  # the product as (who made it, how), once it is known where the tensors lie
+
+    @property
+    def form(self) -> str:
+        """Which of operator.FORMS this computes with."""
+        return self._owner[0].form if self._owner else self._form
 
     def dense(self) -> Tensor:
         """U V + S in float32, (out, in), without gradients."""
@@ -92,6 +96,8 @@ class StoredIndex(nn.Module):
             return
         with torch.inference_mode(False):  # or no gradient could flow past what is made here
             index, starts = self._made()
+            if self._form == "codes":
+                index, self._form = held(index)
         kept = AS_STORED.get(self.spec.layout)
         if kept is None:
             for suffix in self._stored():
@@ -161,6 +167,7 @@ class StoredIndex(nn.Module):
                 if name.startswith("S_"):
                     self.register_buffer(name, torch.empty(shape, dtype=kind, device=self.weight.device))
         self._index = self._starts = self._ready = None
+        self._form = "codes" if self.spec.layout == "codes" else self._form
         self._checked = False
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -171,11 +178,12 @@ class StoredIndex(nn.Module):
 
     def _encoded(self) -> dict[str, Tensor]:
         """The index tensors as they were stored."""
-        if self.form != "codes":
+        if self.spec.layout != "codes":
             return encode(self.spec, self.support())
         assert self._index is not None
         assert self._starts is not None
-        return {"S_codes": encode_codes(self._index, self._contexts), "S_scale": self._starts}
+        codes = codes_of(self._index, self.spec.shape, self.form)
+        return {"S_codes": encode_codes(codes, self._contexts), "S_scale": self._starts}
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         if any(

@@ -61,6 +61,7 @@ def test_the_loader_is_the_packages_own_code(tmp_path: Path) -> None:
         "losparse_linear.py",
         "losparse_loader.py",
         "losparse_operator.py",
+        "losparse_packed.py",
         "losparse_quantizer.py",
         "losparse_stored.py",
         "losparse_streams.py",

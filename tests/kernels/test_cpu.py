@@ -67,7 +67,7 @@ def layer_of(
             spec = LayerSpec((m, n), rank, spec.nnz, pattern, layout, rows, index["S_gaps"].numel())
     layer = LowRankSparseLinear(spec, bias=bias, dtype=dtype)
     if layer.form in ("bits", "gaps"):  # an empty S has no other form than its own
-        layer.form = form or layer.form
+        layer._form = form or layer.form
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2)

@@ -33,6 +33,7 @@ typedef struct {
     int32_t dtype; /* of values, U, V, bias, x and y */
     const int32_t *kept; /* for losparse_block: the rows or columns that S keeps */
     int64_t kept_count;
+    int64_t bits, rest; /* for codes.h: bits of a code, and how many do not fit */
 } Layer;
 
 typedef float vec __attribute__((vector_size(64), aligned(4)));

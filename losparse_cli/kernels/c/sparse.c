@@ -25,3 +25,4 @@
 #include "expand.h"
 #include "stored.h"
 #include "streams.h"
+#include "codes.h"

@@ -1,0 +1,560 @@
+/* S as whole numbers in few bits: S_ij = a_i c_j q_ij (shim/packed.py says how they lie).
+
+   x times the factors of the columns becomes whole numbers, too, in digits of base 128, so that all that is done for
+   each code is whole: exact, and 32 at a time in AVX2. Two digits are 15 bits of the largest of a row of x, finer than
+   bfloat16; three are 22, for float32. A code is held as u = q + 2^(bits - 1), which is not negative, as the processor's
+   product of bytes wants it; what that adds is known from the sum of the digits. */
+
+enum { STRIP = 8, LINE = 32, BLOCK = 8, MOST_DIGITS = 3, ROWS_AT_ONCE = 16 };
+#define UNIT (1 << 7) /* of the next digit */
+
+typedef struct {
+    int64_t rows, lines; /* of x; of LINE columns in each */
+    int digits;
+    float *factors; /* (n,) of columns */
+    float *z;       /* (rows, n): x times the factors of columns; for what does not fit into `bits` */
+    int8_t *x;      /* (rows, lines, digits, LINE) */
+    float *scales;  /* (rows,): of one in the lowest digit */
+    int32_t *sums;  /* (rows, digits): of all digits */
+} Whole;
+
+INLINE int64_t lines_of(const Layer *layer) { return (layer->n + LINE - 1) / LINE; }
+
+INLINE const uint8_t *strip_of(const Layer *layer, int64_t strip) {
+    return layer->index + strip * lines_of(layer) * LINE * layer->bits;
+}
+
+/* Where rest begins for each row (m + 1), its columns and its values. */
+INLINE const int32_t *rest_of(const Layer *layer) {
+    return (const int32_t *)strip_of(layer, (layer->m + STRIP - 1) / STRIP);
+}
+
+/* c_j = 2^((e - 128) / 8), as COLUMN_FACTORS has it. */
+INLINE float column_factor(uint8_t e) {
+    static const float roots[8] = {1.0f, 1.0905077326652577f, 1.189207115002721f, 1.2968395546510096f,
+                                   1.4142135623730951f, 1.5422108254079407f, 1.681792830507429f, 1.8340080864093424f};
+    const uint32_t bits = (uint32_t)(127 - 16 + e / 8) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return power * roots[e % 8];
+}
+
+/* u of entry l of a line of row t of a strip, from the bytes of that line. */
+INLINE int code_at(const uint8_t *p, int bits, int t, int l) {
+    int u = 0, low = 0;
+    if (bits == 8) return p[t * LINE + l];
+    if (bits & 4) {
+        u = p[t / 2 * LINE + l] >> 4 * (t % 2) & 15;
+        p += STRIP / 2 * LINE, low = 4;
+    }
+    if (bits & 2) {
+        u |= (p[t / 4 * LINE + l] >> 2 * (t % 4) & 3) << low;
+        p += STRIP / 4 * LINE, low += 2;
+    }
+    if (bits & 1) u |= (p[l] >> t & 1) << low;
+    return u;
+}
+
+/* The reverse, of a whole line of a strip. */
+INLINE void put_line_of_codes(uint8_t *p, int bits, const uint8_t u[STRIP][LINE]) {
+    int low = 0;
+    if (bits == 8) {
+        memcpy(p, u, STRIP * LINE);
+        return;
+    }
+    if (bits & 4) {
+        for (int t = 0; t < STRIP; t += 2, p += LINE)
+            for (int l = 0; l < LINE; l++) p[l] = (uint8_t)((u[t][l] & 15) | u[t + 1][l] << 4);
+        low = 4;
+    }
+    if (bits & 2) {
+        for (int t = 0; t < STRIP; t += 4, p += LINE)
+            for (int l = 0; l < LINE; l++)
+                p[l] = (uint8_t)((u[t][l] >> low & 3) | (u[t + 1][l] >> low & 3) << 2 | (u[t + 2][l] >> low & 3) << 4 |
+                                 (u[t + 3][l] >> low & 3) << 6);
+        low += 2;
+    }
+    if (bits & 1)
+        for (int l = 0; l < LINE; l++) {
+            int line = 0;
+            UNROLL for (int t = 0; t < STRIP; t++) line |= (u[t][l] >> low & 1) << t;
+            p[l] = (uint8_t)line;
+        }
+}
+
+/* Row k of x into digits; 1 where a number is none or infinite. */
+static int into_digits(const Layer *layer, const void *x, Whole *w, int64_t k) {
+    const int64_t n = layer->n;
+    const float most = w->digits == 1 ? 127.0f : w->digits == 2 ? 16319.0f : 2088895.0f;
+    float *z = w->z + k * n;
+    int8_t *to = w->x + k * w->lines * w->digits * LINE;
+    int32_t *sums = w->sums + k * w->digits;
+    float largest = 0, wrong = 0;
+    for (int64_t j = 0; j < n; j++) {
+        z[j] = get(x, k * n + j, layer->dtype) * w->factors[j];
+        const float size = z[j] < 0 ? -z[j] : z[j];
+        largest = size > largest ? size : largest;
+        wrong += z[j] - z[j]; /* zero, but for what is not finite */
+    }
+    if (!(wrong == 0)) return 1;
+    const float scale = largest / most, inverse = largest > 0 && most / largest < 3e38f ? most / largest : 0;
+    w->scales[k] = scale;
+    for (int d = 0; d < w->digits; d++) sums[d] = 0;
+    for (int64_t line = 0; line < w->lines; line++, to += w->digits * LINE) {
+        const int64_t j0 = line * LINE;
+        for (int l = 0; l < LINE; l++) {
+            const float scaled = j0 + l < n ? z[j0 + l] * inverse : 0;
+            int32_t v = (int32_t)(scaled + (scaled < 0 ? -0.5f : 0.5f));
+            for (int d = 0; d < w->digits; d++) {
+                const int32_t higher = d + 1 < w->digits ? (v + UNIT / 2) >> 7 : 0;
+                to[d * LINE + l] = (int8_t)(v - higher * UNIT);
+                sums[d] += to[d * LINE + l];
+                v = higher;
+            }
+        }
+    }
+    return 0;
+}
+
+/* y[k, i] from the products of its digits with u. */
+INLINE void put_product(const Layer *layer, const Whole *w, const float *t, void *y, int64_t k, int64_t i,
+                        const int32_t *products) {
+    const int64_t offset = 1 << (layer->bits - 1);
+    double sum = 0;
+    for (int d = w->digits - 1; d >= 0; d--)
+        sum = sum * UNIT + (double)(products[d] - offset * w->sums[k * w->digits + d]);
+    sum *= w->scales[k];
+    if (layer->rest) {
+        const int32_t *starts = rest_of(layer), *columns = starts + layer->m + 1, *values = columns + layer->rest;
+        for (int32_t r = starts[i]; r < starts[i + 1]; r++) sum += (double)values[r] * w->z[k * layer->n + columns[r]];
+    }
+    const float a = get(layer->values, i, layer->dtype);
+    put(y, k * layer->m + i, (float)(sum * a) + low_rank(layer, i, t + k * padded_rank(layer), layer->dtype), layer->dtype);
+}
+
+/* --- one strip: the sums over u times each digit ----------------------------------------------------- */
+
+/* Lines that the sums of two products stay within 16 bits for. */
+#define FLUSH(bits) ((bits) == 7 ? 1 : (bits) == 6 ? 2 : (bits) == 5 ? 4 : 8)
+
+static void strip_plain(const Layer *layer, const Whole *w, int64_t k0, int64_t k1, int64_t strip, int32_t *sums) {
+    const uint8_t *p = strip_of(layer, strip);
+    const int digits = w->digits, bits = (int)layer->bits;
+    uint8_t u[LINE];
+    memset(sums, 0, (k1 - k0) * STRIP * digits * sizeof *sums);
+    for (int64_t line = 0; line < w->lines; line++, p += LINE * bits)
+        for (int t = 0; t < STRIP; t++) {
+            for (int l = 0; l < LINE; l++) u[l] = (uint8_t)code_at(p, bits, t, l);
+            for (int64_t k = k0; k < k1; k++) {
+                const int8_t *x = w->x + (k * w->lines + line) * digits * LINE;
+                for (int d = 0; d < digits; d++) {
+                    int32_t sum = 0;
+                    for (int l = 0; l < LINE; l++) sum += u[l] * x[d * LINE + l];
+                    sums[((k - k0) * STRIP + t) * digits + d] += sum;
+                }
+            }
+        }
+}
+
+#if defined(__x86_64__)
+/* A line of row t; of 8 bits the lower or upper half. */
+AVX2 INLINE __m256i code_line(const uint8_t *p, int bits, int t, int upper) {
+    const __m256i *lines = (const __m256i *)p;
+    __m256i u = _mm256_setzero_si256();
+    int low = 0;
+    if (bits == 8) {
+        u = _mm256_loadu_si256(lines + t);
+        return _mm256_and_si256(upper ? _mm256_srli_epi16(u, 4) : u, _mm256_set1_epi8(15));
+    }
+    if (bits & 4) {
+        const __m256i line = _mm256_loadu_si256(lines + t / 2);
+        u = _mm256_and_si256(t % 2 ? _mm256_srli_epi16(line, 4) : line, _mm256_set1_epi8(15));
+        lines += STRIP / 2, low = 4;
+    }
+    if (bits & 2) {
+        const __m256i line = _mm256_loadu_si256(lines + t / 4);
+        const int by = low - 2 * (t % 4);
+        const __m256i moved = by < 0 ? _mm256_srli_epi16(line, -by) : _mm256_slli_epi16(line, by);
+        u = _mm256_or_si256(u, _mm256_and_si256(moved, _mm256_set1_epi8((char)(3 << low))));
+        lines += STRIP / 4, low += 2;
+    }
+    if (bits & 1) {
+        const __m256i line = _mm256_loadu_si256(lines);
+        const int by = low - t;
+        const __m256i moved = by < 0 ? _mm256_srli_epi16(line, -by) : _mm256_slli_epi16(line, by);
+        u = _mm256_or_si256(u, _mm256_and_si256(moved, _mm256_set1_epi8((char)(1 << low))));
+    }
+    return u;
+}
+
+/* One row of x and some lines, at most BLOCK: acc (STRIP, digits) += ... */
+AVX2 INLINE void block_of_one(const uint8_t *p, const int8_t *x, int64_t lines, int bits, int digits,
+                              __m256i acc[STRIP][MOST_DIGITS]) {
+    const int flush = FLUSH(bits), halves = bits == 8 ? 2 : 1;
+    UNROLL for (int t = 0; t < STRIP; t += 2) {
+        UNROLL for (int half = 0; half < halves; half++) {
+            const __m256i one = _mm256_set1_epi16(half ? 16 : 1);
+            for (int64_t from = 0; from < lines; from += flush) {
+                const int64_t to = from + flush < lines ? from + flush : lines;
+                __m256i sum[2][MOST_DIGITS];
+                UNROLL for (int d = 0; d < digits; d++) sum[0][d] = sum[1][d] = _mm256_setzero_si256();
+                UNROLL for (int64_t line = from; line < to; line++) {
+                    const uint8_t *at = p + line * LINE * bits;
+                    if (t == 0 && half == 0)
+                        UNROLL for (int c = 0; c < bits; c += 2) _mm_prefetch((const char *)at + 4 * AHEAD + c * LINE, _MM_HINT_T0);
+                    const __m256i u = code_line(at, bits, t, half), v = code_line(at, bits, t + 1, half);
+                    UNROLL for (int d = 0; d < digits; d++) {
+                        const __m256i digit = _mm256_loadu_si256((const __m256i *)(x + (line * digits + d) * LINE));
+                        sum[0][d] = _mm256_add_epi16(sum[0][d], _mm256_maddubs_epi16(u, digit));
+                        sum[1][d] = _mm256_add_epi16(sum[1][d], _mm256_maddubs_epi16(v, digit));
+                    }
+                }
+                UNROLL for (int d = 0; d < digits; d++) {
+                    acc[t][d] = _mm256_add_epi32(acc[t][d], _mm256_madd_epi16(sum[0][d], one));
+                    acc[t + 1][d] = _mm256_add_epi32(acc[t + 1][d], _mm256_madd_epi16(sum[1][d], one));
+                }
+            }
+        }
+    }
+}
+
+/* Several rows of x: a block's codes are made bytes once, (STRIP, halves, BLOCK, LINE). */
+AVX2 INLINE void block_of_some(const uint8_t *u, const int8_t *x, int64_t lines, int bits, int digits, __m256i *acc) {
+    const int flush = FLUSH(bits), halves = bits == 8 ? 2 : 1;
+    UNROLL for (int d = 0; d < digits; d++) {
+        UNROLL for (int t = 0; t < STRIP; t += 4) {
+            UNROLL for (int half = 0; half < halves; half++) {
+                const __m256i one = _mm256_set1_epi16(half ? 16 : 1);
+                for (int64_t from = 0; from < lines; from += flush) {
+                    const int64_t to = from + flush < lines ? from + flush : lines;
+                    __m256i sum[4];
+                    UNROLL for (int r = 0; r < 4; r++) sum[r] = _mm256_setzero_si256();
+                    UNROLL for (int64_t line = from; line < to; line++) {
+                        const __m256i digit = _mm256_loadu_si256((const __m256i *)(x + (line * digits + d) * LINE));
+                        UNROLL for (int r = 0; r < 4; r++) {
+                            const __m256i *codes = (const __m256i *)u + ((t + r) * halves + half) * BLOCK + line;
+                            sum[r] = _mm256_add_epi16(sum[r], _mm256_maddubs_epi16(_mm256_load_si256(codes), digit));
+                        }
+                    }
+                    UNROLL for (int r = 0; r < 4; r++) {
+                        __m256i *total = acc + (t + r) * digits + d;
+                        *total = _mm256_add_epi32(*total, _mm256_madd_epi16(sum[r], one));
+                    }
+                }
+            }
+        }
+    }
+}
+
+AVX2 INLINE int32_t sum8(__m256i v) {
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
+    return _mm_cvtsi128_si32(s);
+}
+
+AVX2 INLINE void strip_avx2(const Layer *layer, const Whole *w, int64_t k0, int64_t k1, int64_t strip, int32_t *sums,
+                            int bits, int digits) {
+    const uint8_t *p = strip_of(layer, strip);
+    const int64_t lines = w->lines, rows = k1 - k0;
+    if (rows == 1) {
+        __m256i acc[STRIP][MOST_DIGITS];
+        UNROLL for (int t = 0; t < STRIP; t++)
+            UNROLL for (int d = 0; d < digits; d++) acc[t][d] = _mm256_setzero_si256();
+        const int8_t *x = w->x + k0 * lines * digits * LINE;
+        for (int64_t line = 0; line < lines; line += BLOCK) {
+            const int64_t some = lines - line < BLOCK ? lines - line : BLOCK;
+            if (some == BLOCK) block_of_one(p + line * LINE * bits, x + line * digits * LINE, BLOCK, bits, digits, acc);
+            else block_of_one(p + line * LINE * bits, x + line * digits * LINE, some, bits, digits, acc);
+        }
+        for (int t = 0; t < STRIP; t++)
+            for (int d = 0; d < digits; d++) sums[t * digits + d] = sum8(acc[t][d]);
+        return;
+    }
+    enum { MOST_ACC = ROWS_AT_ONCE * STRIP * MOST_DIGITS };
+    __m256i acc[MOST_ACC], u[STRIP * 2 * BLOCK];
+    const int halves = bits == 8 ? 2 : 1;
+    for (int64_t e = 0; e < rows * STRIP * digits; e++) acc[e] = _mm256_setzero_si256();
+    for (int64_t line = 0; line < lines; line += BLOCK) {
+        const int64_t some = lines - line < BLOCK ? lines - line : BLOCK;
+        for (int64_t l = 0; l < some; l++)
+            UNROLL for (int t = 0; t < STRIP; t++)
+                UNROLL for (int half = 0; half < halves; half++)
+                    u[(t * halves + half) * BLOCK + l] = code_line(p + (line + l) * LINE * bits, bits, t, half);
+        for (int64_t k = 0; k < rows; k++) {
+            const int8_t *x = w->x + ((k0 + k) * lines + line) * digits * LINE;
+            if (some == BLOCK) block_of_some((uint8_t *)u, x, BLOCK, bits, digits, acc + k * STRIP * digits);
+            else block_of_some((uint8_t *)u, x, some, bits, digits, acc + k * STRIP * digits);
+        }
+    }
+    for (int64_t e = 0; e < rows * STRIP * digits; e++) sums[e] = sum8(acc[e]);
+}
+
+#define STRIP_OF(BITS)                                                                                                \
+    AVX2 static void strip_avx2_##BITS(const Layer *layer, const Whole *w, int64_t k0, int64_t k1, int64_t strip,     \
+                                       int32_t *sums) {                                                               \
+        if (w->digits == 2) strip_avx2(layer, w, k0, k1, strip, sums, BITS, 2);                                       \
+        else if (w->digits == 1) strip_avx2(layer, w, k0, k1, strip, sums, BITS, 1);                                  \
+        else strip_avx2(layer, w, k0, k1, strip, sums, BITS, 3);                                                      \
+    }
+STRIP_OF(2) STRIP_OF(3) STRIP_OF(4) STRIP_OF(5) STRIP_OF(6) STRIP_OF(7) STRIP_OF(8)
+#endif
+
+typedef void Strip(const Layer *, const Whole *, int64_t, int64_t, int64_t, int32_t *);
+
+static Strip *strip_way(const Layer *layer, int level) {
+#if defined(__x86_64__)
+    static Strip *const avx2[] = {strip_avx2_2, strip_avx2_3, strip_avx2_4, strip_avx2_5, strip_avx2_6, strip_avx2_7, strip_avx2_8};
+    if (level >= LEVEL_AVX2) return avx2[layer->bits - 2];
+#endif
+    (void)layer, (void)level;
+    return strip_plain;
+}
+
+/* y (rows, m) = x (rows, n) (U V + S)ᵀ + bias, with x in so many digits. Returns 0; 1 if there was no memory; 3 where x
+   holds a number that is none or infinite. */
+int losparse_coded(const Layer *layer, const void *x, void *y, int64_t rows, int digits, int threads, int level) {
+    const int64_t m = layer->m, n = layer->n, rank = layer->rank, strips = (m + STRIP - 1) / STRIP;
+    const int64_t tiles = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, step = rows > ROWS_AT_ONCE ? 16 : 4;
+    Strip *way = strip_way(layer, level);
+    Whole w = {rows, lines_of(layer), digits, NULL, NULL, NULL, NULL, NULL};
+    w.factors = malloc(n * sizeof(float));
+    w.z = malloc(rows * n * sizeof(float));
+    w.x = malloc(rows * w.lines * digits * LINE);
+    w.scales = malloc(rows * sizeof(float));
+    w.sums = malloc(rows * digits * sizeof(int32_t));
+    float *t = calloc(rows * padded_rank(layer) + 1, sizeof *t);
+    int failed = !(w.factors && w.z && w.x && w.scales && w.sums && t), wrong = 0;
+    if (!failed) {
+        const uint8_t *exponents = (const uint8_t *)layer->starts;
+        for (int64_t j = 0; j < n; j++) w.factors[j] = column_factor(exponents[j]);
+#pragma omp parallel num_threads(threads) reduction(| : wrong)
+        {
+#pragma omp for schedule(static)
+            for (int64_t k = 0; k < rows; k++) wrong |= into_digits(layer, x, &w, k);
+            if (rank) {
+#pragma omp for schedule(static)
+                for (int64_t r = 0; r < rank; r++) project(layer, x, t, rows, r, level);
+            }
+            int32_t sums[ROWS_AT_ONCE * STRIP * MOST_DIGITS];
+#pragma omp for schedule(dynamic)
+            for (int64_t chunk = 0; chunk < strips; chunk += step)
+                for (int64_t tile = 0; tile < tiles; tile++) {
+                    const int64_t k0 = tile * ROWS_AT_ONCE, k1 = k0 + ROWS_AT_ONCE < rows ? k0 + ROWS_AT_ONCE : rows;
+                    for (int64_t strip = chunk; strip < chunk + step && strip < strips; strip++) {
+                        way(layer, &w, k0, k1, strip, sums);
+                        for (int64_t k = k0; k < k1; k++)
+                            for (int64_t i = strip * STRIP; i < (strip + 1) * STRIP && i < m; i++)
+                                put_product(layer, &w, t, y, k, i, sums + ((k - k0) * STRIP + i % STRIP) * digits);
+                    }
+                }
+        }
+    }
+    free(w.factors), free(w.z), free(w.x), free(w.scales), free(w.sums), free(t);
+    return failed ? 1 : wrong ? 3 : 0;
+}
+
+/* --- codes into bits and back --------------------------------------------------------------------------- */
+
+INLINE int32_t whole_at(const void *codes, int64_t i, int width) {
+    return width == 1 ? ((const int8_t *)codes)[i] : width == 2 ? ((const int16_t *)codes)[i] : ((const int32_t *)codes)[i];
+}
+
+INLINE int bits_of(int32_t q) {
+    const uint32_t size = (uint32_t)(q < 0 ? ~q : q);
+    return size ? 33 - __builtin_clz(size) : 1;
+}
+
+/* counts[b]: codes that take b bits, 1 to 8, and at 0 those that take more. */
+int losparse_code_bits(const void *codes, int64_t count, int width, int64_t *counts, int threads) {
+    memset(counts, 0, 9 * sizeof *counts);
+#pragma omp parallel num_threads(threads)
+    {
+        int64_t bytes[4][256] = {{0}}, mine[33] = {0}; /* four, or each would wait for the one before */
+#pragma omp for schedule(static) nowait
+        for (int64_t i = 0; i < count / 4; i++)
+            for (int k = 0; k < 4; k++) {
+                if (width == 1) bytes[k][((const uint8_t *)codes)[4 * i + k]]++;
+                else mine[bits_of(whole_at(codes, 4 * i + k, width))]++;
+            }
+        for (int q = 0; q < 256; q++)
+            for (int k = 0; k < 4; k++) mine[bits_of((int8_t)q)] += bytes[k][q];
+#pragma omp critical
+        for (int b = 1; b <= 32; b++) counts[b > 8 ? 0 : b] += mine[b];
+    }
+    for (int64_t i = count / 4 * 4; i < count; i++) {
+        const int b = bits_of(whole_at(codes, i, width));
+        counts[b > 8 ? 0 : b]++;
+    }
+    return 0;
+}
+
+INLINE int32_t clipped(int32_t q, int bits) {
+    const int32_t half = 1 << (bits - 1);
+    return q < -half ? -half : q >= half ? half - 1 : q;
+}
+
+/* Some codes as u, clipped; how many were. */
+INLINE int32_t line_of_codes(const void *codes, int64_t i, int64_t count, int width, int bits, uint8_t *u) {
+    const int32_t half = 1 << (bits - 1);
+    int32_t unfit = 0;
+    for (int64_t l = 0; l < count; l++) {
+        const int32_t q = whole_at(codes, i + l, width), fits = clipped(q, bits);
+        unfit += q != fits;
+        u[l] = (uint8_t)(fits + half);
+    }
+    return unfit;
+}
+
+/* Codes (m, n) into the layer's index, whose rest has room for what does not fit. Returns 0; 1 if that is another number
+   than the layer says. */
+int losparse_pack_codes(const Layer *layer, const void *codes, int width, int threads) {
+    const int64_t m = layer->m, n = layer->n;
+    const int bits = (int)layer->bits;
+    int32_t *starts = layer->rest ? (int32_t *)rest_of(layer) : NULL;
+    int64_t unfit = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : unfit)
+    for (int64_t strip = 0; strip < (m + STRIP - 1) / STRIP; strip++) {
+        uint8_t *p = (uint8_t *)strip_of(layer, strip), u[STRIP][LINE];
+        int32_t found[STRIP] = {0};
+        for (int64_t j = 0; j < n; j += LINE, p += LINE * bits) {
+            const int64_t count = n - j < LINE ? n - j : LINE;
+            memset(u, 1 << (bits - 1), sizeof u);
+            for (int t = 0; t < STRIP && strip * STRIP + t < m; t++) {
+                const int64_t at = (strip * STRIP + t) * n + j;
+                found[t] += width == 1 && count == LINE ? line_of_codes(codes, at, LINE, 1, bits, u[t])
+                            : width == 1                ? line_of_codes(codes, at, count, 1, bits, u[t])
+                            : width == 2                ? line_of_codes(codes, at, count, 2, bits, u[t])
+                                                        : line_of_codes(codes, at, count, 4, bits, u[t]);
+            }
+            put_line_of_codes(p, bits, (const uint8_t(*)[LINE])u);
+        }
+        for (int t = 0; t < STRIP; t++) {
+            unfit += found[t];
+            if (starts && strip * STRIP + t < m) starts[strip * STRIP + t + 1] = found[t];
+        }
+    }
+    if (unfit != layer->rest) return 1;
+    if (!starts) return 0;
+    int32_t *columns = starts + m + 1, *values = columns + layer->rest;
+    starts[0] = 0;
+    for (int64_t i = 0; i < m; i++) starts[i + 1] += starts[i];
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < m; i++) {
+        int32_t r = starts[i];
+        for (int64_t j = 0; r < starts[i + 1]; j++) {
+            const int32_t q = whole_at(codes, i * n + j, width), fits = clipped(q, bits);
+            if (q == fits) continue;
+            columns[r] = (int32_t)j;
+            values[r++] = q - fits;
+        }
+    }
+    return 0;
+}
+
+/* The codes of row i. */
+static void codes_of_row(const Layer *layer, int64_t i, int32_t *row) {
+    const uint8_t *p = strip_of(layer, i / STRIP);
+    const int bits = (int)layer->bits, t = (int)(i % STRIP), offset = 1 << (bits - 1);
+    for (int64_t j0 = 0; j0 < layer->n; j0 += LINE, p += LINE * bits) {
+        const int64_t some = layer->n - j0 < LINE ? layer->n - j0 : LINE;
+        for (int64_t l = 0; l < some; l++) row[j0 + l] = code_at(p, bits, t, (int)l) - offset;
+    }
+    if (!layer->rest) return;
+    const int32_t *starts = rest_of(layer), *columns = starts + layer->m + 1, *values = columns + layer->rest;
+    for (int32_t r = starts[i]; r < starts[i + 1]; r++) row[columns[r]] += values[r];
+}
+
+#if defined(__x86_64__)
+/* Numbers of row i, of whole lines alone; what does not fit is not in them. */
+AVX2 INLINE void floats_of_row(const Layer *layer, int64_t i, const float *factors, float a, float *row, int bits, int t) {
+    const uint8_t *p = strip_of(layer, i / STRIP);
+    const __m256i offset = _mm256_set1_epi32(1 << (bits - 1));
+    const __m256 by = _mm256_set1_ps(a);
+    for (int64_t j = 0; j + LINE <= layer->n; j += LINE, p += LINE * bits) {
+        const __m256i u = bits == 8 ? _mm256_loadu_si256((const __m256i *)p + t) : code_line(p, bits, t, 0);
+        uint8_t line[LINE];
+        _mm256_storeu_si256((__m256i *)line, u);
+        UNROLL for (int l = 0; l < LINE; l += 8) {
+            const __m256i q = _mm256_sub_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(line + l))), offset);
+            const __m256 f = _mm256_mul_ps(_mm256_cvtepi32_ps(q), _mm256_loadu_ps(factors + j + l));
+            _mm256_storeu_ps(row + j + l, _mm256_mul_ps(f, by));
+        }
+    }
+}
+
+#define FLOATS_OF(BITS)                                                                                               \
+    AVX2 static void floats_of_##BITS(const Layer *layer, int64_t i, const float *factors, float a, float *row) {     \
+        switch (i % STRIP) {                                                                                          \
+        case 0: floats_of_row(layer, i, factors, a, row, BITS, 0); break;                                             \
+        case 1: floats_of_row(layer, i, factors, a, row, BITS, 1); break;                                             \
+        case 2: floats_of_row(layer, i, factors, a, row, BITS, 2); break;                                             \
+        case 3: floats_of_row(layer, i, factors, a, row, BITS, 3); break;                                             \
+        case 4: floats_of_row(layer, i, factors, a, row, BITS, 4); break;                                             \
+        case 5: floats_of_row(layer, i, factors, a, row, BITS, 5); break;                                             \
+        case 6: floats_of_row(layer, i, factors, a, row, BITS, 6); break;                                             \
+        default: floats_of_row(layer, i, factors, a, row, BITS, 7);                                                   \
+        }                                                                                                             \
+    }
+FLOATS_OF(2) FLOATS_OF(3) FLOATS_OF(4) FLOATS_OF(5) FLOATS_OF(6) FLOATS_OF(7) FLOATS_OF(8)
+#endif
+
+/* Row i as numbers, rounded as in shim/operator.py. */
+static void numbers_of_row(const Layer *layer, int64_t i, const float *factors, float *row, int32_t *codes, int level) {
+    const float a = get(layer->values, i, layer->dtype);
+    int64_t j = 0;
+#if defined(__x86_64__)
+    typedef void Floats(const Layer *, int64_t, const float *, float, float *);
+    static Floats *const ways[] = {floats_of_2, floats_of_3, floats_of_4, floats_of_5, floats_of_6, floats_of_7, floats_of_8};
+    if (level >= LEVEL_AVX2) {
+        ways[layer->bits - 2](layer, i, factors, a, row);
+        const int bits = (int)layer->bits, t = (int)(i % STRIP), offset = 1 << (bits - 1);
+        j = layer->n / LINE * LINE;
+        const uint8_t *p = strip_of(layer, i / STRIP) + j * bits;
+        for (int l = 0; j + l < layer->n; l++) row[j + l] = (float)(code_at(p, bits, t, l) - offset) * factors[j + l] * a;
+        if (!layer->rest) return;
+        const int32_t *starts = rest_of(layer), *columns = starts + layer->m + 1, *values = columns + layer->rest;
+        for (int32_t r = starts[i]; r < starts[i + 1]; r++) { /* what was clipped stands at one end of the range */
+            const int32_t q = values[r] + (values[r] < 0 ? -offset : offset - 1);
+            row[columns[r]] = (float)q * factors[columns[r]] * a;
+        }
+        return;
+    }
+#endif
+    (void)level;
+    codes_of_row(layer, i, codes);
+    for (; j < layer->n; j++) row[j] = (float)codes[j] * factors[j] * a;
+}
+
+/* Some rows of S, dense: those numbered in `rows` (count), or from `first` on where that is NULL. As numbers BFLOAT16 or
+   FLOAT32, or as codes, int32, where `kind` is neither. Returns 0; 1 if there was no memory. */
+int losparse_rows_of_codes(const Layer *layer, const int64_t *rows, int64_t first, int64_t count, int kind, void *out,
+                           int threads, int level) {
+    const int64_t n = layer->n;
+    const int whole = kind != BFLOAT16 && kind != FLOAT32;
+    float *factors = malloc(n * sizeof *factors);
+    int failed = factors == NULL;
+    for (int64_t j = 0; j < n && !failed; j++) factors[j] = column_factor(((const uint8_t *)layer->starts)[j]);
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+    {
+        int32_t *codes = malloc(n * sizeof *codes);
+        float *numbers = malloc(n * sizeof *numbers);
+        failed |= codes == NULL || numbers == NULL;
+#pragma omp for schedule(static)
+        for (int64_t k = 0; k < count; k++) {
+            const int64_t i = rows ? rows[k] : first + k;
+            if (failed) continue;
+            if (whole) {
+                codes_of_row(layer, i, (int32_t *)out + k * n);
+                continue;
+            }
+            float *row = kind == FLOAT32 ? (float *)out + k * n : numbers;
+            numbers_of_row(layer, i, factors, row, codes, level);
+            if (kind == BFLOAT16)
+                for (int64_t j = 0; j < n; j += 16) put_line(out, k * n + j, row + j, n - j < 16 ? n - j : 16, kind);
+        }
+        free(codes), free(numbers);
+    }
+    free(factors);
+    return failed;
+}

@@ -1,0 +1,155 @@
+"""Products with codes in few bits against float64, in every instruction set, and what surrounds them."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from losparse_cli import kernels
+from losparse_cli.kernels import native
+from losparse_cli.shim import kept, streams
+from losparse_cli.shim.layouts import LayerSpec, column_factors
+from losparse_cli.shim.linear import LowRankSparseLinear
+
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 1e-5}
+needs_compiler = pytest.mark.skipif(native.library() is None, reason="needs a C compiler")
+SIZES = [(1, 1), (7, 13), (16, 64), (1, 576), (130, 1537), (257, 32)]
+
+
+@pytest.fixture(autouse=True)
+def _installed() -> Iterator[None]:
+    torch.manual_seed(0)
+    kernels.install()
+    yield
+    kernels.install()
+
+
+def coded(
+    shape: tuple[int, int], bits: int, *, rank: int = 0, bias: bool = False, dtype: torch.dtype = torch.float32
+) -> tuple[LowRankSparseLinear, Tensor]:
+    """A settled layer of codes that take so many bits, a few more; and its dense weight, float64."""
+    m, n = shape
+    half = 1 << (bits - 1)
+    codes = torch.randint(-half, half, shape)
+    if codes.numel() > 300:
+        codes.view(-1)[::199] = 5 * half
+    rank = min(rank, m, n)
+    contexts = streams.Contexts(torch.zeros(m).byte(), torch.zeros(n).byte(), 1, 8 * bits - 20, 1, 4)
+    stream = streams.encode(codes, contexts)
+    spec = LayerSpec(shape, rank, int(codes.count_nonzero()), "unstructured", "codes", index_bytes=stream.numel())
+    layer = LowRankSparseLinear(spec, bias=bias, dtype=dtype)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape) / 2)
+        layer.weight.copy_(torch.rand(m) + 0.5)
+        layer.S_codes.copy_(stream)
+        layer.S_scale.copy_(torch.randint(100, 140, (n,)))
+    W = codes.double() * column_factors(layer.S_scale).double() * layer.weight.double()[:, None]
+    layer.settle()
+    if layer.U is not None and layer.V is not None:
+        W = W + layer.U.double() @ layer.V.double()
+    return layer, W.detach()
+
+
+def close(y: Tensor, x: Tensor, W: Tensor, bias: Tensor | None) -> bool:
+    expected = F.linear(x.double(), W, None if bias is None else bias.double()).detach()
+    norm = expected.norm() if y.numel() > 8 else (x.double().abs() @ W.abs().T).norm()
+    assert y.shape == expected.shape
+    return float((y.double() - expected).norm() / norm) < TOLERANCE[y.dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("way", ["digits", "tile", "reference", None])
+def test_every_way_is_the_product(way: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way:
+        monkeypatch.setenv("LOSPARSE_KERNEL", way)
+    kernels.install()
+    for k, (shape, bits) in enumerate(itertools.product(SIZES, range(2, 9))):
+        layer, W = coded(shape, bits, rank=k % 3 * 4, bias=k % 2 == 0, dtype=dtype)
+        for rows in (1, 2, 17, 70):
+            x = torch.randn(rows, shape[1]).to(dtype)
+            with torch.no_grad():
+                assert close(layer(x), x, W, layer.bias)
+
+
+@needs_compiler
+@pytest.mark.parametrize("level", range(len(native.LEVELS)))
+def test_every_instruction_set_is_the_product(level: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = native.library()
+    assert library is not None
+    if level > library.level:
+        pytest.skip(f"this processor has no {native.LEVELS[level]}")
+    monkeypatch.setattr(library, "level", level)
+    for bits, dtype, rows in itertools.product(range(2, 9), (torch.bfloat16, torch.float32), (1, 5, 33, 90)):
+        layer, W = coded((70, 333), bits, dtype=dtype)
+        assert layer.form == f"codes{bits}"
+        x = torch.randn(rows, 333).to(dtype)
+        with torch.no_grad():
+            assert close(layer(x), x, W, None)
+
+
+@needs_compiler
+def test_the_worst_sums_do_not_overflow() -> None:
+    """Largest codes times largest digits, all of one sign, over as many columns as there may be."""
+    for bits in range(2, 9):
+        layer, _ = coded((8, 65535), bits)
+        for q in (-(1 << bits - 1), (1 << bits - 1) - 1):
+            codes = torch.full((8, 65535), q)
+            index = kernels.dispatch.Kernels().packed(codes.to(torch.int16), bits, 0)
+            layer._index, layer._form, layer._ready = index, f"codes{bits}", None
+            x = torch.ones(2, 65535)
+            with torch.no_grad():
+                assert close(layer(x), x, codes * column_factors(layer._starts) * layer.weight.double()[:, None], None)
+
+
+@needs_compiler
+def test_numbers_that_are_none_stay_so() -> None:
+    layer, _ = coded((16, 64), 4)
+    for wrong in (float("nan"), float("inf")):
+        x = torch.randn(3, 64)
+        x[1, 5] = wrong
+        with torch.no_grad():
+            y = layer(x)
+        assert y[[0, 2]].isfinite().all()
+        assert not y[1].isfinite().any()
+    with torch.no_grad():
+        assert torch.equal(layer(torch.zeros(2, 64)), torch.zeros(2, 16))
+        assert layer(torch.zeros(0, 64)).shape == (0, 16)
+        assert layer(torch.full((1, 64), 1e-42)).isfinite().all()
+        assert layer(torch.full((1, 64), 1e30)).isfinite().all()
+    with pytest.raises(RuntimeError, match="63 features"):
+        layer(torch.zeros(2, 63))
+
+
+@needs_compiler
+def test_gradients_are_those_of_the_dense_product() -> None:
+    layer, W = coded((24, 40), 4, rank=3, bias=True)
+    x = torch.randn(5, 40, requires_grad=True)
+    layer(x).square().sum().backward()
+    y = F.linear(x.detach().double(), W, layer.bias.double())
+    torch.testing.assert_close(x.grad.double(), 2 * y.detach() @ W, rtol=1e-4, atol=1e-3)
+    S = (W - layer.U.double() @ layer.V.double()) / layer.weight.double()[:, None]
+    expected = ((2 * y.T @ x.detach().double()) * S).sum(1).detach()
+    torch.testing.assert_close(layer.weight.grad.double(), expected, rtol=1e-4, atol=1e-2)
+
+
+@needs_compiler
+def test_what_is_stored_again_is_what_was_read() -> None:
+    for bits in (2, 4, 8):
+        layer, _ = coded((33, 65), bits)
+        state = layer.state_dict()
+        codes, _ = kept.decode(state["S_codes"], (33, 65))
+        again = copy.deepcopy(layer)
+        again.load_state_dict(state)
+        assert again.form == "codes"
+        assert torch.equal(again.state_dict()["S_codes"], state["S_codes"])
+        again.settle()
+        assert again.form == layer.form == f"codes{bits}"
+        assert torch.equal(again.dense(), layer.dense())
+        assert int(codes.count_nonzero()) == layer.spec.nnz == int(layer.support().sum())
