@@ -161,6 +161,56 @@ static void damaged(int64_t m, int64_t n, int64_t group_rows, int per_byte) {
     free(stream), free(bits), free(offsets), free(starts), free(packed);
 }
 
+/* Codes in few bits: into them, out again, and their product. */
+static int codes(int64_t m, int64_t n, int64_t rank, int bits, int64_t rows, int dtype, int level) {
+    const int size = dtype == BFLOAT16 ? 2 : 4, half = 1 << (bits - 1);
+    const int64_t packed = (m + STRIP - 1) / STRIP * ((n + LINE - 1) / LINE) * LINE * bits;
+    int16_t *q = exact(m * n * sizeof *q);
+    int64_t rest = 0, counts[9];
+    for (int64_t k = 0; k < m * n; k++) {
+        q[k] = (int16_t)(uniform() * 2 * half - half);
+        if (uniform() < 0.01) q[k] = (int16_t)(uniform() * 60000 - 30000);
+        rest += q[k] < -half || q[k] >= half;
+    }
+    uint8_t *index = exact(packed + (rest ? 4 * (m + 1) + 8 * rest : 0)), *exponents = exact(n);
+    int32_t *again = exact(m * n * sizeof *again);
+    float *S = exact(m * n * sizeof *S);
+    for (int64_t j = 0; j < n; j++) exponents[j] = (uint8_t)(110 + uniform() * 36);
+    void *values = exact(m * size), *U = exact(m * rank * size), *V = exact(rank * n * size), *bias = exact(m * size);
+    void *x = exact(rows * n * size), *y = exact(rows * m * size), *half_of_S = exact(m * n * 2);
+    fill(values, m, dtype), fill(U, m * rank, dtype), fill(V, rank * n, dtype), fill(bias, m, dtype);
+    fill(x, rows * n, dtype);
+    Layer layer = {values, index, (const int32_t *)exponents, NULL, rank ? U : NULL, rank ? V : NULL, bias,
+                   m, n, rank, dtype, NULL, 0, bits, rest};
+    int bad = losparse_code_bits(q, m * n, 2, counts, 2);
+    for (int b = bits + 1; b <= 8; b++) counts[0] += counts[b];
+    bad |= counts[0] != rest;
+    bad |= losparse_pack_codes(&layer, q, 2, 2);
+    bad |= losparse_rows_of_codes(&layer, NULL, 0, m, -1, again, 2, level);
+    bad |= losparse_rows_of_codes(&layer, NULL, 0, m, FLOAT32, S, 2, level);
+    bad |= losparse_rows_of_codes(&layer, (const int64_t[]){m - 1}, 0, 1, BFLOAT16, half_of_S, 2, level);
+    double *whole = exact(rows * m * sizeof *whole), *inner = inner_products(V, x, rank, rows, n, dtype);
+    for (int64_t t = 0; t < rows; t++)
+        for (int64_t i = 0; i < m; i++) {
+            double sum = get(bias, i, dtype);
+            for (int64_t j = 0; j < n; j++) {
+                const float s = (float)q[i * n + j] * column_factor(exponents[j]) * get(values, i, dtype);
+                bad |= again[i * n + j] != q[i * n + j] || S[i * n + j] != s;
+                sum += (double)s * get(x, t * n + j, dtype);
+            }
+            for (int64_t r = 0; r < rank; r++) sum += inner[t * rank + r] * get(U, i * rank + r, dtype);
+            whole[t * m + i] = sum;
+        }
+    bad |= losparse_coded(&layer, x, y, rows, dtype == BFLOAT16 ? 2 : 3, 2, level) || differs(y, whole, rows * m, dtype);
+    put(x, n - 1, NAN, dtype);
+    bad |= losparse_coded(&layer, x, y, rows, 2, 2, level) != 3;
+    void *every[] = {q, index, exponents, again, S, values, U, V, bias, x, y, half_of_S, whole, inner};
+    for (size_t k = 0; k < sizeof every / sizeof *every; k++) free(every[k]);
+    if (bad) printf("codes: m %ld n %ld rank %ld bits %d rows %ld dtype %d level %d\n", (long)m, (long)n, (long)rank, bits,
+                    (long)rows, dtype, level);
+    return bad;
+}
+
 int main(void) {
     const int64_t sizes[][2] = {{1, 1}, {7, 13}, {13, 7}, {33, 64}, {130, 127}, {17, 576}, {40, 1537}};
     const double densities[] = {0, 0.004, 0.1, 0.5, 1};
@@ -182,6 +232,12 @@ int main(void) {
                           losparse_level() - (int)(c % 2)))
                     return 1;
             }
+    for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++)
+        for (int bits = 2; bits <= 8; bits++)
+            for (int level = losparse_level(); level >= 0; level--, checked++)
+                if (codes(sizes[s][0], sizes[s][1], (int64_t[]){0, 3, 17}[checked % 3], bits, (int64_t[]){1, 2, 5, 17, 40}[checked % 5],
+                          checked % 2, level))
+                    return 1;
     for (int k = 0; k < 2000; k++, checked++) damaged(1 + k % 9, 1 + k % 37, 1 + k % 4, 1 + k % 2);
     printf("checked %d\n", checked);
     return 0;
