@@ -6,13 +6,14 @@
    product of bytes wants it; what that adds is known from the sum of the digits. */
 
 enum { STRIP = 8, LINE = 32, BLOCK = 8, MOST_DIGITS = 3, ROWS_AT_ONCE = 16 };
+#define ROLLED _Pragma("GCC unroll 1") /* unrolled, what is summed up would not stay in registers */
 #define UNIT (1 << 7) /* of the next digit */
 
 typedef struct {
     int64_t rows, lines; /* of x; of LINE columns in each */
     int digits;
     float *factors; /* (n,) of columns */
-    float *z;       /* (rows, n): x times the factors of columns; for what does not fit into `bits` */
+    float *z;       /* (rows, lines * LINE): x times the factors of columns; for what does not fit into `bits` */
     int8_t *x;      /* (rows, lines, digits, LINE) */
     float *scales;  /* (rows,): of one in the lowest digit */
     int32_t *sums;  /* (rows, digits): of all digits */
@@ -82,39 +83,75 @@ INLINE void put_line_of_codes(uint8_t *p, int bits, const uint8_t u[STRIP][LINE]
         }
 }
 
-/* Row k of x into digits; 1 where a number is none or infinite. */
-static int into_digits(const Layer *layer, const void *x, Whole *w, int64_t k) {
+/* z = x times the factors of the columns; the largest size of them, NaN where a number is none or infinite. */
+INLINE float scaled_row(const Layer *layer, const void *x, int64_t k, const float *factors, float *z, int dtype) {
     const int64_t n = layer->n;
-    const float most = w->digits == 1 ? 127.0f : w->digits == 2 ? 16319.0f : 2088895.0f;
-    float *z = w->z + k * n;
-    int8_t *to = w->x + k * w->lines * w->digits * LINE;
-    int32_t *sums = w->sums + k * w->digits;
-    float largest = 0, wrong = 0;
-    for (int64_t j = 0; j < n; j++) {
-        z[j] = get(x, k * n + j, layer->dtype) * w->factors[j];
-        const float size = z[j] < 0 ? -z[j] : z[j];
-        largest = size > largest ? size : largest;
-        wrong += z[j] - z[j]; /* zero, but for what is not finite */
+    vec wrong = {0};
+    word16 sizes = {0}; /* of sizes, which are not negative, the larger one has the larger bits */
+    float largest = 0;
+    int64_t j = 0;
+    for (; j + 16 <= n; j += 16) {
+        const vec line = load16(x, k * n + j, dtype) * load16(factors, j, FLOAT32);
+        memcpy(z + j, &line, sizeof line);
+        const word16 size = (word16)line & 0x7fffffff, more = (word16)(size > sizes);
+        sizes = (size & more) | (sizes & ~more);
+        wrong += line - line; /* zero, but for what is not finite */
     }
-    if (!(wrong == 0)) return 1;
-    const float scale = largest / most, inverse = largest > 0 && most / largest < 3e38f ? most / largest : 0;
-    w->scales[k] = scale;
-    for (int d = 0; d < w->digits; d++) sums[d] = 0;
-    for (int64_t line = 0; line < w->lines; line++, to += w->digits * LINE) {
-        const int64_t j0 = line * LINE;
+    for (; j < n; j++) {
+        z[j] = get(x, k * n + j, dtype) * factors[j];
+        largest = __builtin_fabsf(z[j]) > largest ? __builtin_fabsf(z[j]) : largest;
+        wrong[0] += z[j] - z[j];
+    }
+    const vec found = (vec)sizes;
+    for (int l = 0; l < 16; l++) largest = found[l] > largest ? found[l] : largest;
+    return largest + sum16(wrong);
+}
+
+/* Whole numbers of z, in digits of 7 bits: `digits` lines of LINE bytes, the lowest first; their sums are added up. */
+INLINE void digits_of_line(const float *z, float inverse, int digits, int8_t *to, int32_t *sums) {
+    int32_t v[LINE];
+    for (int l = 0; l < LINE; l++) v[l] = (int32_t)(z[l] * inverse + __builtin_copysignf(0.5f, z[l]));
+    UNROLL for (int d = 0; d < digits; d++) {
+        int32_t sum = 0;
         for (int l = 0; l < LINE; l++) {
-            const float scaled = j0 + l < n ? z[j0 + l] * inverse : 0;
-            int32_t v = (int32_t)(scaled + (scaled < 0 ? -0.5f : 0.5f));
-            for (int d = 0; d < w->digits; d++) {
-                const int32_t higher = d + 1 < w->digits ? (v + UNIT / 2) >> 7 : 0;
-                to[d * LINE + l] = (int8_t)(v - higher * UNIT);
-                sums[d] += to[d * LINE + l];
-                v = higher;
-            }
+            const int32_t higher = d + 1 < digits ? (v[l] + UNIT / 2) >> 7 : 0, digit = v[l] - higher * UNIT;
+            to[d * LINE + l] = (int8_t)digit;
+            sum += digit;
+            v[l] = higher;
         }
+        sums[d] += sum;
     }
+}
+
+/* Row k of x into digits; 1 where a number is none or infinite. */
+INLINE int into_digits(const Layer *layer, const void *x, const Whole *w, int64_t k, int digits) {
+    const int64_t n = layer->n;
+    const float most = digits == 1 ? 127.0f : digits == 2 ? 16319.0f : 2088895.0f;
+    float *z = w->z + k * w->lines * LINE;
+    int8_t *to = w->x + k * w->lines * digits * LINE;
+    int32_t *sums = w->sums + k * digits;
+    const float largest = layer->dtype == BFLOAT16 ? scaled_row(layer, x, k, w->factors, z, BFLOAT16)
+                                                   : scaled_row(layer, x, k, w->factors, z, FLOAT32);
+    if (!(largest <= 3.4e38f)) return 1;
+    w->scales[k] = largest / most;
+    const float inverse = largest > 0 && most / largest < 3e38f ? most / largest : 0;
+    memset(z + n, 0, (w->lines * LINE - n) * sizeof *z);
+    memset(sums, 0, digits * sizeof *sums);
+    for (int64_t line = 0; line < w->lines; line++, to += digits * LINE)
+        digits_of_line(z + line * LINE, inverse, digits, to, sums);
     return 0;
 }
+
+#define DIGITS(NAME, TARGET)                                                                                          \
+    TARGET static int NAME(const Layer *layer, const void *x, const Whole *w, int64_t k) {                            \
+        return w->digits == 2   ? into_digits(layer, x, w, k, 2)                                                      \
+               : w->digits == 1 ? into_digits(layer, x, w, k, 1)                                                      \
+                                : into_digits(layer, x, w, k, 3);                                                     \
+    }
+DIGITS(digits_plain, )
+#if defined(__x86_64__)
+DIGITS(digits_avx2, AVX2)
+#endif
 
 /* y[k, i] from the products of its digits with u. */
 INLINE void put_product(const Layer *layer, const Whole *w, const float *t, void *y, int64_t k, int64_t i,
@@ -126,7 +163,7 @@ INLINE void put_product(const Layer *layer, const Whole *w, const float *t, void
     sum *= w->scales[k];
     if (layer->rest) {
         const int32_t *starts = rest_of(layer), *columns = starts + layer->m + 1, *values = columns + layer->rest;
-        for (int32_t r = starts[i]; r < starts[i + 1]; r++) sum += (double)values[r] * w->z[k * layer->n + columns[r]];
+        for (int32_t r = starts[i]; r < starts[i + 1]; r++) sum += (double)values[r] * w->z[k * w->lines * LINE + columns[r]];
     }
     const float a = get(layer->values, i, layer->dtype);
     put(y, k * layer->m + i, (float)(sum * a) + low_rank(layer, i, t + k * padded_rank(layer), layer->dtype), layer->dtype);
@@ -194,14 +231,14 @@ AVX2 INLINE void block_of_one(const uint8_t *p, const int8_t *x, int64_t lines, 
     UNROLL for (int t = 0; t < STRIP; t += 2) {
         UNROLL for (int half = 0; half < halves; half++) {
             const __m256i one = _mm256_set1_epi16(half ? 16 : 1);
-            for (int64_t from = 0; from < lines; from += flush) {
+            ROLLED for (int64_t from = 0; from < lines; from += flush) {
                 const int64_t to = from + flush < lines ? from + flush : lines;
                 __m256i sum[2][MOST_DIGITS];
                 UNROLL for (int d = 0; d < digits; d++) sum[0][d] = sum[1][d] = _mm256_setzero_si256();
-                UNROLL for (int64_t line = from; line < to; line++) {
+                ROLLED for (int64_t line = from; line < to; line++) {
                     const uint8_t *at = p + line * LINE * bits;
                     if (t == 0 && half == 0)
-                        UNROLL for (int c = 0; c < bits; c += 2) _mm_prefetch((const char *)at + 4 * AHEAD + c * LINE, _MM_HINT_T0);
+                        UNROLL for (int c = 0; c < bits; c += 2) _mm_prefetch((const char *)at + 2 * AHEAD + c * LINE, _MM_HINT_T0);
                     const __m256i u = code_line(at, bits, t, half), v = code_line(at, bits, t + 1, half);
                     UNROLL for (int d = 0; d < digits; d++) {
                         const __m256i digit = _mm256_loadu_si256((const __m256i *)(x + (line * digits + d) * LINE));
@@ -225,11 +262,11 @@ AVX2 INLINE void block_of_some(const uint8_t *u, const int8_t *x, int64_t lines,
         UNROLL for (int t = 0; t < STRIP; t += 4) {
             UNROLL for (int half = 0; half < halves; half++) {
                 const __m256i one = _mm256_set1_epi16(half ? 16 : 1);
-                for (int64_t from = 0; from < lines; from += flush) {
+                ROLLED for (int64_t from = 0; from < lines; from += flush) {
                     const int64_t to = from + flush < lines ? from + flush : lines;
                     __m256i sum[4];
                     UNROLL for (int r = 0; r < 4; r++) sum[r] = _mm256_setzero_si256();
-                    UNROLL for (int64_t line = from; line < to; line++) {
+                    ROLLED for (int64_t line = from; line < to; line++) {
                         const __m256i digit = _mm256_loadu_si256((const __m256i *)(x + (line * digits + d) * LINE));
                         UNROLL for (int r = 0; r < 4; r++) {
                             const __m256i *codes = (const __m256i *)u + ((t + r) * halves + half) * BLOCK + line;
@@ -317,41 +354,47 @@ int losparse_coded(const Layer *layer, const void *x, void *y, int64_t rows, int
     const int64_t m = layer->m, n = layer->n, rank = layer->rank, strips = (m + STRIP - 1) / STRIP;
     const int64_t tiles = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, step = rows > ROWS_AT_ONCE ? 16 : 4;
     Strip *way = strip_way(layer, level);
-    Whole w = {rows, lines_of(layer), digits, NULL, NULL, NULL, NULL, NULL};
-    w.factors = malloc(n * sizeof(float));
-    w.z = malloc(rows * n * sizeof(float));
-    w.x = malloc(rows * w.lines * digits * LINE);
-    w.scales = malloc(rows * sizeof(float));
-    w.sums = malloc(rows * digits * sizeof(int32_t));
-    float *t = calloc(rows * padded_rank(layer) + 1, sizeof *t);
-    int failed = !(w.factors && w.z && w.x && w.scales && w.sums && t), wrong = 0;
-    if (!failed) {
-        const uint8_t *exponents = (const uint8_t *)layer->starts;
-        for (int64_t j = 0; j < n; j++) w.factors[j] = column_factor(exponents[j]);
+    int (*into)(const Layer *, const void *, const Whole *, int64_t) = digits_plain;
+#if defined(__x86_64__)
+    if (level >= LEVEL_AVX2) into = digits_avx2;
+#endif
+    const int64_t lines = lines_of(layer), width = lines * LINE;
+    /* One piece of memory for all. */
+    const int64_t sizes[] = {width * 4, rows * width * 4, rows * width * digits, rows * 4, rows * digits * 4,
+                             (rows * padded_rank(layer) + 1) * 4};
+    int64_t total = 0, from[6];
+    for (int k = 0; k < 6; k++) from[k] = total, total += (sizes[k] + 63) / 64 * 64;
+    char *memory = aligned_alloc(64, total);
+    int wrong = 0;
+    if (memory == NULL) return 1;
+    Whole w = {rows, lines, digits, (float *)memory, (float *)(memory + from[1]), (int8_t *)memory + from[2],
+               (float *)(memory + from[3]), (int32_t *)(memory + from[4])};
+    float *t = memset(memory + from[5], 0, sizes[5]);
+    const uint8_t *exponents = (const uint8_t *)layer->starts;
+    for (int64_t j = 0; j < n; j++) w.factors[j] = column_factor(exponents[j]);
 #pragma omp parallel num_threads(threads) reduction(| : wrong)
-        {
+    {
 #pragma omp for schedule(static)
-            for (int64_t k = 0; k < rows; k++) wrong |= into_digits(layer, x, &w, k);
-            if (rank) {
+        for (int64_t k = 0; k < rows; k++) wrong |= into(layer, x, &w, k);
+        if (rank) {
 #pragma omp for schedule(static)
-                for (int64_t r = 0; r < rank; r++) project(layer, x, t, rows, r, level);
-            }
-            int32_t sums[ROWS_AT_ONCE * STRIP * MOST_DIGITS];
-#pragma omp for schedule(dynamic)
-            for (int64_t chunk = 0; chunk < strips; chunk += step)
-                for (int64_t tile = 0; tile < tiles; tile++) {
-                    const int64_t k0 = tile * ROWS_AT_ONCE, k1 = k0 + ROWS_AT_ONCE < rows ? k0 + ROWS_AT_ONCE : rows;
-                    for (int64_t strip = chunk; strip < chunk + step && strip < strips; strip++) {
-                        way(layer, &w, k0, k1, strip, sums);
-                        for (int64_t k = k0; k < k1; k++)
-                            for (int64_t i = strip * STRIP; i < (strip + 1) * STRIP && i < m; i++)
-                                put_product(layer, &w, t, y, k, i, sums + ((k - k0) * STRIP + i % STRIP) * digits);
-                    }
-                }
+            for (int64_t r = 0; r < rank; r++) project(layer, x, t, rows, r, level);
         }
+        int32_t sums[ROWS_AT_ONCE * STRIP * MOST_DIGITS];
+#pragma omp for schedule(dynamic)
+        for (int64_t chunk = 0; chunk < strips; chunk += step)
+            for (int64_t tile = 0; tile < tiles; tile++) {
+                const int64_t k0 = tile * ROWS_AT_ONCE, k1 = k0 + ROWS_AT_ONCE < rows ? k0 + ROWS_AT_ONCE : rows;
+                for (int64_t strip = chunk; strip < chunk + step && strip < strips; strip++) {
+                    way(layer, &w, k0, k1, strip, sums);
+                    for (int64_t k = k0; k < k1; k++)
+                        for (int64_t i = strip * STRIP; i < (strip + 1) * STRIP && i < m; i++)
+                            put_product(layer, &w, t, y, k, i, sums + ((k - k0) * STRIP + i % STRIP) * digits);
+                }
+            }
     }
-    free(w.factors), free(w.z), free(w.x), free(w.scales), free(w.sums), free(t);
-    return failed ? 1 : wrong ? 3 : 0;
+    free(memory);
+    return wrong ? 3 : 0;
 }
 
 /* --- codes into bits and back --------------------------------------------------------------------------- */
