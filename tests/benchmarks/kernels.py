@@ -96,6 +96,49 @@ def kernels(dtype: torch.dtype = torch.bfloat16, cases: tuple[Case, ...] = (*CAS
                 )
 
 
+# Bits a weight on disk, the most in memory, and floors at each of ROWS.
+RATES = ((2.2, 3.2, (4.0, 1.5, 0.9)), (3.25, 4.2, (3.2, 1.4, 0.9)), (4.25, 6.1, (2.3, 1.2, 0.9)))
+
+
+def coded_layer(rate: float, shape: tuple[int, int], seed: int) -> LowRankSparseLinear:
+    """A layer in bfloat16 of Gaussian weights, rounded so that a code's entropy is `rate`."""
+    m, n = shape
+    generator = torch.Generator().manual_seed(seed)
+    # A Gaussian of standard deviation s, rounded: log2(s) + 2.047 bits where s is not small; 0.11 at 2.2 is exact.
+    deviation = _deviation(rate)
+    codes = torch.randn(shape, generator=generator).mul_(deviation).round_().to(torch.int16)
+    blob = encode(codes, contexts_of(codes))
+    spec = LayerSpec(shape, 0, int(codes.count_nonzero()), "unstructured", "codes", index_bytes=blob.numel())
+    made = LowRankSparseLinear(spec, bias=False, dtype=torch.bfloat16)
+    with torch.no_grad():
+        made.weight.copy_(torch.rand(m, generator=generator) + 0.5)
+        made.S_codes.copy_(blob)
+        made.S_scale.copy_(torch.randint(120, 136, (n,), generator=generator))
+    made.settle()
+    return made
+
+
+def kernels_codes(copies: int = 4) -> None:
+    """The same for codes of Gaussian weights."""
+    install()
+    threads, copied = torch.get_num_threads(), copy_bandwidth(torch.device("cpu"))
+    print(f"bfloat16, {threads} threads; a large copy reads and writes {copied / 1e9:.0f} GB/s")
+    print("\n| bits on disk | in memory, at most | out x in | rows of x | dense, ms | ours, ms | times faster | floor | of the copy's GB/s |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for rate, most, floors in RATES:
+        for shape in SHAPES:
+            layers = [coded_layer(rate, shape, seed) for seed in range(copies)]
+            bits = [8 * x.index_bytes / (shape[0] * shape[1]) for x in (layer.spec for layer in layers)]
+            for found, floor in zip(layer_speeds(layers, ROWS, 7), floors, strict=True):
+                held = 8 * found.nbytes / (shape[0] * shape[1])
+                print(
+                    f"| {statistics.mean(bits):.2f} | {held:.2f}, {most:g} | {shape[0]} x {shape[1]} | {found.rows} "
+                    f"| {found.dense_milliseconds:.3f} | {found.milliseconds:.3f} | {found.speedup:.2f} | {floor:g} "
+                    f"| {found.bandwidth / copied:.0%} |",
+                    flush=True,
+                )
+
+
 def kernels_float32() -> None:
     """The same in float32, without floors."""
     kernels(torch.float32, tuple(Case(c.name, c.pattern, c.density, c.rank, ()) for c in CASES))

@@ -153,23 +153,41 @@ DIGITS(digits_plain, )
 DIGITS(digits_avx2, AVX2)
 #endif
 
-/* y[k, i] from the products of its digits with u. */
-INLINE void put_product(const Layer *layer, const Whole *w, const float *t, void *y, int64_t k, int64_t i,
-                        const int32_t *products) {
-    const int64_t offset = 1 << (layer->bits - 1);
-    double sum = 0;
-    for (int d = w->digits - 1; d >= 0; d--)
-        sum = sum * UNIT + (double)(products[d] - offset * w->sums[k * w->digits + d]);
-    sum *= w->scales[k];
+/* y[k] for the rows of a strip, from the products of its digits with u: (digits, STRIP). */
+INLINE void put_strip(const Layer *layer, const Whole *w, const float *t, void *y, int64_t k, int64_t strip,
+                      const int32_t *products, int dtype) {
+    const int64_t i0 = strip * STRIP, count = layer->m - i0 < STRIP ? layer->m - i0 : STRIP;
+    const int32_t offset = 1 << (layer->bits - 1);
+    float line[STRIP] = {0};
+    for (int d = w->digits - 1; d >= 0; d--) {
+        const int32_t more = offset * w->sums[k * w->digits + d];
+        for (int r = 0; r < STRIP; r++) line[r] = line[r] * UNIT + (float)(products[d * STRIP + r] - more);
+    }
+    for (int r = 0; r < STRIP; r++) line[r] *= w->scales[k];
     if (layer->rest) {
         const int32_t *starts = rest_of(layer), *columns = starts + layer->m + 1, *values = columns + layer->rest;
-        for (int32_t r = starts[i]; r < starts[i + 1]; r++) sum += (double)values[r] * w->z[k * w->lines * LINE + columns[r]];
+        const float *z = w->z + k * w->lines * LINE;
+        for (int64_t r = 0; r < count; r++)
+            for (int32_t e = starts[i0 + r]; e < starts[i0 + r + 1]; e++) line[r] += (float)values[e] * z[columns[e]];
     }
-    const float a = get(layer->values, i, layer->dtype);
-    put(y, k * layer->m + i, (float)(sum * a) + low_rank(layer, i, t + k * padded_rank(layer), layer->dtype), layer->dtype);
+    for (int64_t r = 0; r < count; r++) line[r] *= get(layer->values, i0 + r, dtype);
+    if (layer->rank || layer->bias)
+        for (int64_t r = 0; r < count; r++) line[r] += low_rank(layer, i0 + r, t + k * padded_rank(layer), dtype);
+    put_line(y, k * layer->m + i0, line, count, dtype);
 }
 
-/* --- one strip: the sums over u times each digit ----------------------------------------------------- */
+#define PUT(NAME, TARGET)                                                                                             \
+    TARGET static void NAME(const Layer *layer, const Whole *w, const float *t, void *y, int64_t k, int64_t strip,    \
+                            const int32_t *products) {                                                                \
+        if (layer->dtype == BFLOAT16) put_strip(layer, w, t, y, k, strip, products, BFLOAT16);                        \
+        else put_strip(layer, w, t, y, k, strip, products, FLOAT32);                                                  \
+    }
+PUT(put_plain, )
+#if defined(__x86_64__)
+PUT(put_avx2, AVX2)
+#endif
+
+/* --- one strip: sums (k, digits, STRIP) over u times each digit ----------------------------------------------------- */
 
 /* Lines that the sums of two products stay within 16 bits for. */
 #define FLUSH(bits) ((bits) == 7 ? 1 : (bits) == 6 ? 2 : (bits) == 5 ? 4 : 8)
@@ -187,7 +205,7 @@ static void strip_plain(const Layer *layer, const Whole *w, int64_t k0, int64_t 
                 for (int d = 0; d < digits; d++) {
                     int32_t sum = 0;
                     for (int l = 0; l < LINE; l++) sum += u[l] * x[d * LINE + l];
-                    sums[((k - k0) * STRIP + t) * digits + d] += sum;
+                    sums[((k - k0) * digits + d) * STRIP + t] += sum;
                 }
             }
         }
@@ -224,9 +242,9 @@ AVX2 INLINE __m256i code_line(const uint8_t *p, int bits, int t, int upper) {
     return u;
 }
 
-/* One row of x and some lines, at most BLOCK: acc (STRIP, digits) += ... */
+/* One row of x and some lines, at most BLOCK, added to acc (digits, STRIP). */
 AVX2 INLINE void block_of_one(const uint8_t *p, const int8_t *x, int64_t lines, int bits, int digits,
-                              __m256i acc[STRIP][MOST_DIGITS]) {
+                              __m256i acc[MOST_DIGITS][STRIP]) {
     const int flush = FLUSH(bits), halves = bits == 8 ? 2 : 1;
     UNROLL for (int t = 0; t < STRIP; t += 2) {
         UNROLL for (int half = 0; half < halves; half++) {
@@ -247,15 +265,15 @@ AVX2 INLINE void block_of_one(const uint8_t *p, const int8_t *x, int64_t lines, 
                     }
                 }
                 UNROLL for (int d = 0; d < digits; d++) {
-                    acc[t][d] = _mm256_add_epi32(acc[t][d], _mm256_madd_epi16(sum[0][d], one));
-                    acc[t + 1][d] = _mm256_add_epi32(acc[t + 1][d], _mm256_madd_epi16(sum[1][d], one));
+                    acc[d][t] = _mm256_add_epi32(acc[d][t], _mm256_madd_epi16(sum[0][d], one));
+                    acc[d][t + 1] = _mm256_add_epi32(acc[d][t + 1], _mm256_madd_epi16(sum[1][d], one));
                 }
             }
         }
     }
 }
 
-/* Several rows of x: a block's codes are made bytes once, (STRIP, halves, BLOCK, LINE). */
+/* The same for one of several, from codes that were made bytes once for all, (STRIP, halves, BLOCK, LINE). */
 AVX2 INLINE void block_of_some(const uint8_t *u, const int8_t *x, int64_t lines, int bits, int digits, __m256i *acc) {
     const int flush = FLUSH(bits), halves = bits == 8 ? 2 : 1;
     UNROLL for (int d = 0; d < digits; d++) {
@@ -274,7 +292,7 @@ AVX2 INLINE void block_of_some(const uint8_t *u, const int8_t *x, int64_t lines,
                         }
                     }
                     UNROLL for (int r = 0; r < 4; r++) {
-                        __m256i *total = acc + (t + r) * digits + d;
+                        __m256i *total = acc + d * STRIP + t + r;
                         *total = _mm256_add_epi32(*total, _mm256_madd_epi16(sum[r], one));
                     }
                 }
@@ -283,11 +301,12 @@ AVX2 INLINE void block_of_some(const uint8_t *u, const int8_t *x, int64_t lines,
     }
 }
 
-AVX2 INLINE int32_t sum8(__m256i v) {
-    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
-    return _mm_cvtsi128_si32(s);
+/* The sum of each of eight vectors. */
+AVX2 INLINE void put_sums(const __m256i v[STRIP], int32_t *sums) {
+    const __m256i a = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
+    const __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(v[4], v[5]), _mm256_hadd_epi32(v[6], v[7]));
+    const __m256i sum = _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+    _mm256_storeu_si256((__m256i *)sums, sum);
 }
 
 AVX2 INLINE void strip_avx2(const Layer *layer, const Whole *w, int64_t k0, int64_t k1, int64_t strip, int32_t *sums,
@@ -295,17 +314,16 @@ AVX2 INLINE void strip_avx2(const Layer *layer, const Whole *w, int64_t k0, int6
     const uint8_t *p = strip_of(layer, strip);
     const int64_t lines = w->lines, rows = k1 - k0;
     if (rows == 1) {
-        __m256i acc[STRIP][MOST_DIGITS];
+        __m256i acc[MOST_DIGITS][STRIP];
         UNROLL for (int t = 0; t < STRIP; t++)
-            UNROLL for (int d = 0; d < digits; d++) acc[t][d] = _mm256_setzero_si256();
+            UNROLL for (int d = 0; d < digits; d++) acc[d][t] = _mm256_setzero_si256();
         const int8_t *x = w->x + k0 * lines * digits * LINE;
         for (int64_t line = 0; line < lines; line += BLOCK) {
             const int64_t some = lines - line < BLOCK ? lines - line : BLOCK;
             if (some == BLOCK) block_of_one(p + line * LINE * bits, x + line * digits * LINE, BLOCK, bits, digits, acc);
             else block_of_one(p + line * LINE * bits, x + line * digits * LINE, some, bits, digits, acc);
         }
-        for (int t = 0; t < STRIP; t++)
-            for (int d = 0; d < digits; d++) sums[t * digits + d] = sum8(acc[t][d]);
+        for (int d = 0; d < digits; d++) put_sums(acc[d], sums + d * STRIP);
         return;
     }
     enum { MOST_ACC = ROWS_AT_ONCE * STRIP * MOST_DIGITS };
@@ -324,7 +342,7 @@ AVX2 INLINE void strip_avx2(const Layer *layer, const Whole *w, int64_t k0, int6
             else block_of_some((uint8_t *)u, x, some, bits, digits, acc + k * STRIP * digits);
         }
     }
-    for (int64_t e = 0; e < rows * STRIP * digits; e++) sums[e] = sum8(acc[e]);
+    for (int64_t e = 0; e < rows * digits; e++) put_sums(acc + e * STRIP, sums + e * STRIP);
 }
 
 #define STRIP_OF(BITS)                                                                                                \
@@ -355,8 +373,9 @@ int losparse_coded(const Layer *layer, const void *x, void *y, int64_t rows, int
     const int64_t tiles = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, step = rows > ROWS_AT_ONCE ? 16 : 4;
     Strip *way = strip_way(layer, level);
     int (*into)(const Layer *, const void *, const Whole *, int64_t) = digits_plain;
+    void (*put_them)(const Layer *, const Whole *, const float *, void *, int64_t, int64_t, const int32_t *) = put_plain;
 #if defined(__x86_64__)
-    if (level >= LEVEL_AVX2) into = digits_avx2;
+    if (level >= LEVEL_AVX2) into = digits_avx2, put_them = put_avx2;
 #endif
     const int64_t lines = lines_of(layer), width = lines * LINE;
     /* One piece of memory for all. */
@@ -387,9 +406,7 @@ int losparse_coded(const Layer *layer, const void *x, void *y, int64_t rows, int
                 const int64_t k0 = tile * ROWS_AT_ONCE, k1 = k0 + ROWS_AT_ONCE < rows ? k0 + ROWS_AT_ONCE : rows;
                 for (int64_t strip = chunk; strip < chunk + step && strip < strips; strip++) {
                     way(layer, &w, k0, k1, strip, sums);
-                    for (int64_t k = k0; k < k1; k++)
-                        for (int64_t i = strip * STRIP; i < (strip + 1) * STRIP && i < m; i++)
-                            put_product(layer, &w, t, y, k, i, sums + ((k - k0) * STRIP + i % STRIP) * digits);
+                    for (int64_t k = k0; k < k1; k++) put_them(layer, &w, t, y, k, strip, sums + (k - k0) * digits * STRIP);
                 }
             }
     }
