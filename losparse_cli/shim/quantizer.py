@@ -6,6 +6,8 @@ LowRankSparseLinear or a CodedEmbedding, and transformers' own loader fills in t
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -27,6 +29,11 @@ from .loader import write_loader
 from .stored import StoredIndex
 
 METHOD = "losparse"
+PAGE = mmap.PAGESIZE
+PAGE_OUT = 21
+"""Linux's MADV_PAGEOUT, which loses nothing."""
+KEPT_BYTES = 1 << 26
+"""Of indices that were replaced, before their memory is given back to the system."""
 
 
 class LosparseQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -89,12 +96,17 @@ class LosparseQuantizer(HfQuantizer):  # type: ignore[misc]
         for name in self.quantization_config.modules:
             _require_loaded(name, model.get_submodule(name))
         _cast_as_asked(model, self._dtypes)
+        memory = _Memory()
         for name in self.quantization_config.modules:
+            layer = model.get_submodule(name)
+            index = getattr(layer, "S_codes", None)
             try:
-                model.get_submodule(name).settle()
+                layer.settle()
+                memory.done_with(index)
             except ValueError as error:
                 what = "codes" if model.get_submodule(name).spec.layout == "codes" else "index"
                 raise ValueError(f"The {what} of layer {name} cannot be read: {error}. Download it again.") from error
+        memory.give_back()
         # The parameters are ordinary floating tensors: .half(), .to(dtype) and Trainer work on them, and
         # refuse models that say they are quantized. Saving goes through `model.hf_quantizer` regardless.
         model.is_quantized = False
@@ -114,6 +126,39 @@ class LosparseQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+class _Memory:
+    """What indices took that were replaced, given back to the system."""
+
+    def __init__(self) -> None:
+        self._bytes = 0
+        try:
+            self._libc: Any = ctypes.CDLL(None)
+        except (OSError, TypeError):
+            self._libc = None
+
+    def done_with(self, index: torch.Tensor | None) -> None:
+        """Nobody is going to read it soon: pages of a mapped file leave memory, and come back if somebody does."""
+        if index is None or index.device.type != "cpu":
+            return
+        begin = -(-index.data_ptr() // PAGE) * PAGE
+        length = (index.data_ptr() + index.numel()) // PAGE * PAGE - begin
+        if length > 0:
+            self._call("madvise", ctypes.c_void_p(begin), ctypes.c_size_t(length), PAGE_OUT)
+        self._bytes += index.numel()
+        if self._bytes > KEPT_BYTES:
+            self.give_back()
+
+    def give_back(self) -> None:
+        """What is free already the C library would keep for later."""
+        self._bytes = 0
+        self._call("malloc_trim", 0)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        function = getattr(self._libc, name, None)
+        if function is not None:  # elsewhere it stays as it is
+            function(*arguments)
 
 
 def _initialize_the_rest(model: Any) -> None:

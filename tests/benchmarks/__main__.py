@@ -23,6 +23,7 @@ BENCHMARKS = {
     "quality": quality.quality,
     "iterations": quality.iterations,
     "kernels": kernels.kernels,
+    "kernels-codes": kernels.kernels_codes,
     "kernels-float32": kernels.kernels_float32,
     "ways": kernels.ways,
     "models": kernels.models,

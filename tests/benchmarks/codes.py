@@ -46,7 +46,7 @@ def codes() -> None:
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for name, W in _weights():
         for bits in BITS:
-            q = (W / _step(W, bits)).round().int()
+            q = (W / step_of(W, bits)).round().int()
             print("| " + " | ".join([name, f"{bits}", *_row(q)]) + " |", flush=True)
     kernels.install()
     zeros()
@@ -137,7 +137,7 @@ def _layers() -> Iterator[tuple[str, Tensor]]:
             yield f"SmolLM2, {layer}", file.get_tensor(f"model.layers.9.{layer}.weight").float()
 
 
-def _step(W: Tensor, bits: float) -> float:
+def step_of(W: Tensor, bits: float) -> float:
     """The step at which the codes of W have this entropy, taken together."""
     W = W.reshape(-1)[:: max(1, W.numel() >> 19)]
     low, high = 1e-4 * float(W.std()), 20 * float(W.std())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,12 +19,17 @@ from losparse_cli.bench import bench
 from losparse_cli.benchmark.layers import layer_speeds
 from losparse_cli.benchmark.report import BenchReport
 from losparse_cli.benchmark.timing import copy_bandwidth
+from losparse_cli.checkpoint.codes import fit_contexts
 from losparse_cli.demo import smollm2
 from losparse_cli.kernels import install
 from losparse_cli.kernels.choice import SPREAD_ROWS
 from losparse_cli.linalg.patterns import parse_pattern, select
 from losparse_cli.shim.codec import smallest
+from losparse_cli.shim.layouts import LayerSpec
 from losparse_cli.shim.linear import LowRankSparseLinear
+from losparse_cli.shim.streams import encode
+
+from .codes import step_of
 
 SHAPES = ((4096, 4096), (11008, 4096))
 ROWS = (1, 16, 256)
@@ -104,10 +110,9 @@ def coded_layer(rate: float, shape: tuple[int, int], seed: int) -> LowRankSparse
     """A layer in bfloat16 of Gaussian weights, rounded so that a code's entropy is `rate`."""
     m, n = shape
     generator = torch.Generator().manual_seed(seed)
-    # A Gaussian of standard deviation s, rounded: log2(s) + 2.047 bits where s is not small; 0.11 at 2.2 is exact.
-    deviation = _deviation(rate)
-    codes = torch.randn(shape, generator=generator).mul_(deviation).round_().to(torch.int16)
-    blob = encode(codes, contexts_of(codes))
+    W = torch.randn(shape, generator=generator)
+    codes = (W / step_of(W, rate)).round().int()
+    blob = encode(codes, fit_contexts(codes))
     spec = LayerSpec(shape, 0, int(codes.count_nonzero()), "unstructured", "codes", index_bytes=blob.numel())
     made = LowRankSparseLinear(spec, bias=False, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -123,7 +128,9 @@ def kernels_codes(copies: int = 4) -> None:
     install()
     threads, copied = torch.get_num_threads(), copy_bandwidth(torch.device("cpu"))
     print(f"bfloat16, {threads} threads; a large copy reads and writes {copied / 1e9:.0f} GB/s")
-    print("\n| bits on disk | in memory, at most | out x in | rows of x | dense, ms | ours, ms | times faster | floor | of the copy's GB/s |")
+    print(
+        "\n| bits on disk | in memory | at most | out x in | rows of x | dense, ms | ours, ms | times faster | floor |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for rate, most, floors in RATES:
         for shape in SHAPES:
@@ -132,9 +139,8 @@ def kernels_codes(copies: int = 4) -> None:
             for found, floor in zip(layer_speeds(layers, ROWS, 7), floors, strict=True):
                 held = 8 * found.nbytes / (shape[0] * shape[1])
                 print(
-                    f"| {statistics.mean(bits):.2f} | {held:.2f}, {most:g} | {shape[0]} x {shape[1]} | {found.rows} "
-                    f"| {found.dense_milliseconds:.3f} | {found.milliseconds:.3f} | {found.speedup:.2f} | {floor:g} "
-                    f"| {found.bandwidth / copied:.0%} |",
+                    f"| {statistics.mean(bits):.2f} | {held:.2f} | {most:g} | {shape[0]} x {shape[1]} | {found.rows} "
+                    f"| {found.dense_milliseconds:.3f} | {found.milliseconds:.3f} | {found.speedup:.2f} | {floor:g} |",
                     flush=True,
                 )
 
