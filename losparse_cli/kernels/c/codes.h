@@ -126,7 +126,7 @@ INLINE void digits_of_line(const float *z, float inverse, int digits, int8_t *to
 /* Row k of x into digits; 1 where a number is none or infinite. */
 INLINE int into_digits(const Layer *layer, const void *x, const Whole *w, int64_t k, int digits) {
     const int64_t n = layer->n;
-    const float most = digits == 1 ? 127.0f : digits == 2 ? 16319.0f : 2088895.0f;
+    const float most = digits == 2 ? 16319.0f : 2088895.0f;
     float *z = w->z + k * w->lines * LINE;
     int8_t *to = w->x + k * w->lines * digits * LINE;
     int32_t *sums = w->sums + k * digits;
@@ -144,9 +144,7 @@ INLINE int into_digits(const Layer *layer, const void *x, const Whole *w, int64_
 
 #define DIGITS(NAME, TARGET)                                                                                          \
     TARGET static int NAME(const Layer *layer, const void *x, const Whole *w, int64_t k) {                            \
-        return w->digits == 2   ? into_digits(layer, x, w, k, 2)                                                      \
-               : w->digits == 1 ? into_digits(layer, x, w, k, 1)                                                      \
-                                : into_digits(layer, x, w, k, 3);                                                     \
+        return w->digits == 2 ? into_digits(layer, x, w, k, 2) : into_digits(layer, x, w, k, 3);                      \
     }
 DIGITS(digits_plain, )
 #if defined(__x86_64__)
@@ -255,8 +253,8 @@ AVX2 INLINE void block_of_one(const uint8_t *p, const int8_t *x, int64_t lines, 
                 UNROLL for (int d = 0; d < digits; d++) sum[0][d] = sum[1][d] = _mm256_setzero_si256();
                 ROLLED for (int64_t line = from; line < to; line++) {
                     const uint8_t *at = p + line * LINE * bits;
-                    if (t == 0 && half == 0)
-                        UNROLL for (int c = 0; c < bits; c += 2) _mm_prefetch((const char *)at + 2 * AHEAD + c * LINE, _MM_HINT_T0);
+                    if (half == 0) /* each of the four passes asks for its part of what comes */
+                        _mm_prefetch((const char *)p + 2 * AHEAD + (t / 2 * BLOCK + line) * STRIP * bits, _MM_HINT_T0);
                     const __m256i u = code_line(at, bits, t, half), v = code_line(at, bits, t + 1, half);
                     UNROLL for (int d = 0; d < digits; d++) {
                         const __m256i digit = _mm256_loadu_si256((const __m256i *)(x + (line * digits + d) * LINE));
@@ -320,8 +318,7 @@ AVX2 INLINE void strip_avx2(const Layer *layer, const Whole *w, int64_t k0, int6
         const int8_t *x = w->x + k0 * lines * digits * LINE;
         for (int64_t line = 0; line < lines; line += BLOCK) {
             const int64_t some = lines - line < BLOCK ? lines - line : BLOCK;
-            if (some == BLOCK) block_of_one(p + line * LINE * bits, x + line * digits * LINE, BLOCK, bits, digits, acc);
-            else block_of_one(p + line * LINE * bits, x + line * digits * LINE, some, bits, digits, acc);
+            block_of_one(p + line * LINE * bits, x + line * digits * LINE, some, bits, digits, acc);
         }
         for (int d = 0; d < digits; d++) put_sums(acc[d], sums + d * STRIP);
         return;
@@ -338,8 +335,7 @@ AVX2 INLINE void strip_avx2(const Layer *layer, const Whole *w, int64_t k0, int6
                     u[(t * halves + half) * BLOCK + l] = code_line(p + (line + l) * LINE * bits, bits, t, half);
         for (int64_t k = 0; k < rows; k++) {
             const int8_t *x = w->x + ((k0 + k) * lines + line) * digits * LINE;
-            if (some == BLOCK) block_of_some((uint8_t *)u, x, BLOCK, bits, digits, acc + k * STRIP * digits);
-            else block_of_some((uint8_t *)u, x, some, bits, digits, acc + k * STRIP * digits);
+            block_of_some((uint8_t *)u, x, some, bits, digits, acc + k * STRIP * digits);
         }
     }
     for (int64_t e = 0; e < rows * digits; e++) put_sums(acc + e * STRIP, sums + e * STRIP);
@@ -349,7 +345,6 @@ AVX2 INLINE void strip_avx2(const Layer *layer, const Whole *w, int64_t k0, int6
     AVX2 static void strip_avx2_##BITS(const Layer *layer, const Whole *w, int64_t k0, int64_t k1, int64_t strip,     \
                                        int32_t *sums) {                                                               \
         if (w->digits == 2) strip_avx2(layer, w, k0, k1, strip, sums, BITS, 2);                                       \
-        else if (w->digits == 1) strip_avx2(layer, w, k0, k1, strip, sums, BITS, 1);                                  \
         else strip_avx2(layer, w, k0, k1, strip, sums, BITS, 3);                                                      \
     }
 STRIP_OF(2) STRIP_OF(3) STRIP_OF(4) STRIP_OF(5) STRIP_OF(6) STRIP_OF(7) STRIP_OF(8)
@@ -366,7 +361,7 @@ static Strip *strip_way(const Layer *layer, int level) {
     return strip_plain;
 }
 
-/* y (rows, m) = x (rows, n) (U V + S)ᵀ + bias, with x in so many digits. Returns 0; 1 if there was no memory; 3 where x
+/* y (rows, m) = x (rows, n) (U V + S)ᵀ + bias, with x in 2 or 3 digits. Returns 0; 1 if there was no memory; 3 where x
    holds a number that is none or infinite. */
 int losparse_coded(const Layer *layer, const void *x, void *y, int64_t rows, int digits, int threads, int level) {
     const int64_t m = layer->m, n = layer->n, rank = layer->rank, strips = (m + STRIP - 1) / STRIP;
@@ -526,13 +521,30 @@ static void codes_of_row(const Layer *layer, int64_t i, int32_t *row) {
 }
 
 #if defined(__x86_64__)
+/* `code_line` of a row that is not known beforehand; of 8 bits whole. */
+AVX2 INLINE __m256i any_line(const uint8_t *p, int bits, int t) {
+    const __m256i *lines = (const __m256i *)p;
+    __m256i u = _mm256_setzero_si256();
+    int low = 0;
+    if (bits == 8) return _mm256_loadu_si256(lines + t);
+    UNROLL for (int part = 4; part; part /= 2) {
+        if (!(bits & part)) continue;
+        const __m256i line = _mm256_loadu_si256(lines + t * part / 8);
+        const __m256i moved = _mm256_srl_epi16(line, _mm_cvtsi32_si128(t * part % 8));
+        const __m256i cut = _mm256_and_si256(moved, _mm256_set1_epi8((char)((1 << part) - 1)));
+        u = _mm256_or_si256(u, _mm256_slli_epi16(cut, low));
+        lines += part, low += part;
+    }
+    return u;
+}
+
 /* Numbers of row i, of whole lines alone; what does not fit is not in them. */
 AVX2 INLINE void floats_of_row(const Layer *layer, int64_t i, const float *factors, float a, float *row, int bits, int t) {
     const uint8_t *p = strip_of(layer, i / STRIP);
     const __m256i offset = _mm256_set1_epi32(1 << (bits - 1));
     const __m256 by = _mm256_set1_ps(a);
     for (int64_t j = 0; j + LINE <= layer->n; j += LINE, p += LINE * bits) {
-        const __m256i u = bits == 8 ? _mm256_loadu_si256((const __m256i *)p + t) : code_line(p, bits, t, 0);
+        const __m256i u = any_line(p, bits, t);
         uint8_t line[LINE];
         _mm256_storeu_si256((__m256i *)line, u);
         UNROLL for (int l = 0; l < LINE; l += 8) {
@@ -545,16 +557,7 @@ AVX2 INLINE void floats_of_row(const Layer *layer, int64_t i, const float *facto
 
 #define FLOATS_OF(BITS)                                                                                               \
     AVX2 static void floats_of_##BITS(const Layer *layer, int64_t i, const float *factors, float a, float *row) {     \
-        switch (i % STRIP) {                                                                                          \
-        case 0: floats_of_row(layer, i, factors, a, row, BITS, 0); break;                                             \
-        case 1: floats_of_row(layer, i, factors, a, row, BITS, 1); break;                                             \
-        case 2: floats_of_row(layer, i, factors, a, row, BITS, 2); break;                                             \
-        case 3: floats_of_row(layer, i, factors, a, row, BITS, 3); break;                                             \
-        case 4: floats_of_row(layer, i, factors, a, row, BITS, 4); break;                                             \
-        case 5: floats_of_row(layer, i, factors, a, row, BITS, 5); break;                                             \
-        case 6: floats_of_row(layer, i, factors, a, row, BITS, 6); break;                                             \
-        default: floats_of_row(layer, i, factors, a, row, BITS, 7);                                                   \
-        }                                                                                                             \
+        floats_of_row(layer, i, factors, a, row, BITS, (int)(i % STRIP));                                             \
     }
 FLOATS_OF(2) FLOATS_OF(3) FLOATS_OF(4) FLOATS_OF(5) FLOATS_OF(6) FLOATS_OF(7) FLOATS_OF(8)
 #endif
