@@ -132,11 +132,11 @@ INLINE int into_digits(const Layer *layer, const void *x, const Whole *w, int64_
     int32_t *sums = w->sums + k * digits;
     const float largest = layer->dtype == BFLOAT16 ? scaled_row(layer, x, k, w->factors, z, BFLOAT16)
                                                    : scaled_row(layer, x, k, w->factors, z, FLOAT32);
-    if (!(largest <= 3.4e38f)) return 1;
+    memset(sums, 0, digits * sizeof *sums);
     w->scales[k] = largest / most;
+    if (!(largest <= 3.4e38f)) return 1; /* what comes of this row is not used */
     const float inverse = largest > 0 && most / largest < 3e38f ? most / largest : 0;
     memset(z + n, 0, (w->lines * LINE - n) * sizeof *z);
-    memset(sums, 0, digits * sizeof *sums);
     for (int64_t line = 0; line < w->lines; line++, to += digits * LINE)
         digits_of_line(z + line * LINE, inverse, digits, to, sums);
     return 0;
