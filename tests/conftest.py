@@ -218,6 +218,17 @@ class Loads:
 
 
 @pytest.fixture
+def installed_kernels() -> Iterator[None]:
+    """The package's kernels before a test and after it, whatever it installs; the same random numbers each time."""
+    from losparse_cli import kernels
+
+    torch.manual_seed(0)
+    kernels.install()
+    yield
+    kernels.install()
+
+
+@pytest.fixture
 def watch_loads(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Loads]:
     """watch_loads(module) -> what comes of every `load` that the module calls from then on."""
 

@@ -229,9 +229,9 @@ def reference(
         part = F.linear(x, values.view(-1, n))
         y = part.new_zeros(*x.shape[:-1], out_features).index_copy(-1, index.long(), part)
     elif form.startswith("codes") and out_features * n > BLOCK:
-        rows = torch.arange(out_features, device=index.device).tensor_split(-(-out_features * n // BLOCK))
-        shape = (out_features, n)
-        y = torch.cat([F.linear(x, rows_of_codes(some, values, index, starts, shape, form)) for some in rows], -1)
+        step, shape = max(1, BLOCK // n), (out_features, n)
+        parts = (slice(begin, begin + step) for begin in range(0, out_features, step))
+        y = torch.cat([F.linear(x, rows_of_codes(part, values, index, starts, shape, form)) for part in parts], -1)
     else:
         y = F.linear(x, sparse(values, index, starts, (out_features, n), form))
     if U is not None and V is not None:
@@ -246,7 +246,7 @@ def sparse(values: Tensor, index: Tensor, starts: Tensor | None, shape: tuple[in
         if S is not None:
             return S
     if form.startswith("codes"):
-        return rows_of_codes(torch.arange(shape[0], device=index.device), values, index, starts, shape, form)
+        return rows_of_codes(slice(None), values, index, starts, shape, form)
     where = support(index, starts, shape, form)
     return torch.zeros_like(where, dtype=values.dtype).masked_scatter(where, values)
 
@@ -285,16 +285,19 @@ def codes_of(index: Tensor, shape: tuple[int, int], form: str) -> Tensor:
 
 
 def rows_of_codes(
-    rows: Tensor, values: Tensor, index: Tensor, starts: Tensor | None, shape: tuple[int, int], form: str
+    rows: Tensor | slice, values: Tensor, index: Tensor, starts: Tensor | None, shape: tuple[int, int], form: str
 ) -> Tensor:
-    """Some rows of S, dense, by their numbers: in the sizes of `rows` and (in,) more."""
+    """Some rows of S, dense, by their numbers: in the sizes of `rows` and (in,) more. Of a slice none is gathered."""
     assert starts is not None, "codes come with the factors of columns"
     bits = bits_of(form)
     if bits:
+        rows = torch.arange(shape[0], device=index.device)[rows] if isinstance(rows, slice) else rows
         found = _kernels.looked_up(rows, values, index, starts, shape, bits)
         if found is not None:
             return found
-    codes = unpack(index, shape, bits, rows) if bits else index[rows]
+        codes = unpack(index, shape, bits, rows)
+    else:
+        codes = index[rows]
     return (codes.float() * column_factors(starts)).mul_(values[rows].float()[..., None]).to(values.dtype)
 
 
@@ -313,7 +316,7 @@ def held(codes: Tensor) -> tuple[Tensor, str]:
 def _whole(index: Tensor, starts: Tensor | None, shape: tuple[int, int], form: str) -> Tensor:
     """Codes times the factors of their columns, float32."""
     ones = torch.ones(shape[0], device=index.device)
-    return rows_of_codes(torch.arange(shape[0], device=index.device), ones, index, starts, shape, form)
+    return rows_of_codes(slice(None), ones, index, starts, shape, form)
 
 
 def _times_sparse(

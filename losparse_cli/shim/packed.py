@@ -35,14 +35,10 @@ def bits_of(form: str) -> int:
     return int(form[5:]) if form.startswith("codes") and form != "codes" else 0
 
 
-def strip_bytes(columns: int, bits: int) -> int:
-    """Bytes of eight rows."""
-    return -(-columns // LINE) * LINE * bits
-
-
 def packed_bytes(shape: tuple[int, int], bits: int, rest: int) -> int:
     """Bytes of the index, of which `rest` codes do not fit."""
-    return -(-shape[0] // STRIP) * strip_bytes(shape[1], bits) + (4 * (shape[0] + 1) + 8 * rest if rest else 0)
+    m, n = shape
+    return -(-m // STRIP) * -(-n // LINE) * LINE * bits + (4 * (m + 1) + 8 * rest if rest else 0)
 
 
 def rest_of(index: Tensor, shape: tuple[int, int], bits: int) -> int:

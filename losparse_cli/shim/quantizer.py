@@ -104,7 +104,7 @@ class LosparseQuantizer(HfQuantizer):  # type: ignore[misc]
                 layer.settle()
                 memory.done_with(index)
             except ValueError as error:
-                what = "codes" if model.get_submodule(name).spec.layout == "codes" else "index"
+                what = "codes" if layer.spec.layout == "codes" else "index"
                 raise ValueError(f"The {what} of layer {name} cannot be read: {error}. Download it again.") from error
         memory.give_back()
         # The parameters are ordinary floating tensors: .half(), .to(dtype) and Trainer work on them, and

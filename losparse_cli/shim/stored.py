@@ -167,7 +167,8 @@ class StoredIndex(nn.Module):
                 if name.startswith("S_"):
                     self.register_buffer(name, torch.empty(shape, dtype=kind, device=self.weight.device))
         self._index = self._starts = self._ready = None
-        self._form = "codes" if self.spec.layout == "codes" else self._form
+        if self.spec.layout == "codes":
+            self._form = "codes"
         self._checked = False
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

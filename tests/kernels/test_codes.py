@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
+from products import TOLERANCE, needs_compiler
 from torch import Tensor
 
 from losparse_cli import kernels
@@ -17,17 +17,8 @@ from losparse_cli.shim import kept, streams
 from losparse_cli.shim.layouts import LayerSpec, column_factors
 from losparse_cli.shim.linear import LowRankSparseLinear
 
-TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 1e-5}
-needs_compiler = pytest.mark.skipif(native.library() is None, reason="needs a C compiler")
+pytestmark = pytest.mark.usefixtures("installed_kernels")
 SIZES = [(1, 1), (7, 13), (16, 64), (1, 576), (130, 1537), (257, 32)]
-
-
-@pytest.fixture(autouse=True)
-def _installed() -> Iterator[None]:
-    torch.manual_seed(0)
-    kernels.install()
-    yield
-    kernels.install()
 
 
 def coded(

@@ -6,7 +6,6 @@ import copy
 import itertools
 import logging
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import toy_model
+from products import TOLERANCE, needs_compiler
 from torch import Tensor
 
 from losparse_cli import compress, kernels, verify
@@ -25,16 +25,7 @@ from losparse_cli.shim.codec import encode, smallest
 from losparse_cli.shim.layouts import LayerSpec, group_rows
 from losparse_cli.shim.linear import LowRankSparseLinear
 
-TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 1e-5}
-needs_compiler = pytest.mark.skipif(native.library() is None, reason="needs a C compiler")
-
-
-@pytest.fixture(autouse=True)
-def _installed() -> Iterator[None]:
-    torch.manual_seed(0)
-    kernels.install()
-    yield
-    kernels.install()
+pytestmark = pytest.mark.usefixtures("installed_kernels")
 
 
 def layer_of(

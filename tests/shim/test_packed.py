@@ -11,6 +11,7 @@ from torch import Tensor
 from losparse_cli import kernels
 from losparse_cli.shim import operator, packed
 
+pytestmark = pytest.mark.usefixtures("installed_kernels")
 SIZES = [(1, 1), (8, 32), (13, 70), (3, 33), (192, 64)]
 
 
