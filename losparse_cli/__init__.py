@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "bench": ".bench",
     "compress": ".compress",
+    "decode": ".generation.loop",
     "forecast": ".compression.estimate",
     "plan": ".compress",
     "Progress": ".progress",
@@ -32,6 +33,7 @@ _HOMES = {
     "TaskRequest": ".tasks.request",
     "evaluate": ".evaluate",
     "export": ".export",
+    "generate": ".generate",
     "inspect": ".inspection",
     "load": ".load",
     "push": ".push",
@@ -52,10 +54,12 @@ __all__ = [
     "__version__",
     "bench",
     "compress",
+    "decode",
     "evaluate",
     "export",
     "finetune",
     "forecast",
+    "generate",
     "inspect",
     "load",
     "plan",
@@ -77,6 +81,8 @@ if TYPE_CHECKING:
     from .finetune import finetune
     from .finetuning.pruner import Pruning
     from .finetuning.request import Finetuning
+    from .generate import generate
+    from .generation.loop import decode
     from .inspection import inspect
     from .load import load, register
     from .progress import Progress

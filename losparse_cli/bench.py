@@ -6,8 +6,7 @@ import gc
 import os
 import platform
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,13 @@ from .benchmark.resident import resident
 from .benchmark.timing import copy_bandwidth
 from .checkpoint.source import Checkpoint, open_checkpoint
 from .errors import UsageError
-from .load import load
-from .models.device import find_device, memory_errors
+from .load import DTYPES, load
+from .models.device import find_device, memory_errors, threads_of_torch
 from .models.reading import TEXT_MODELS, require_text, text_alone
 from .progress import Progress
 from .text.tokenizer import length_limit, positions
 
 ROWS = (1, 16, 256)
-DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROCESSORS = Path("/proc/cpuinfo")
 
 
@@ -77,7 +75,10 @@ def bench(
         checkpoints[0].check_vocabulary(checkpoints[1])
 
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # before this run adds to it
-    with _threads(threads), memory_errors("Take fewer --rows, a smaller --batch or --prompt, or leave --against out."):
+    with (
+        threads_of_torch(threads),
+        memory_errors("Take fewer --rows, a smaller --batch or --prompt, or leave --against out."),
+    ):
         runners = [_runner(checkpoint, (batch, prompt, new_tokens), dtype, where, trust_remote_code)
                    for checkpoint in checkpoints]  # fmt: skip
         ours = runners[0]
@@ -127,7 +128,7 @@ def _runner(
     model, tokenizer = load(checkpoint.folder, dtype=DTYPES[dtype], **options)
     name = checkpoint.address
     require_text(model, name, TEXT_MODELS)
-    runner = Runner(model.to(device), *sizes)
+    runner = Runner(model.to(device), *sizes, checkpoint.is_compressed)
     _, prompt, new_tokens = sizes
     # Before it runs: on a GPU an index out of range ends the process.
     new_tokens = new_tokens if runner.generates else 0
@@ -149,16 +150,6 @@ def _tensor_bytes(model: Any) -> int:
     # By address: tied weights are one tensor. Not by storage: those that are mapped share that of their whole file.
     tensors = (*model.parameters(), *model.buffers())
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _processor(device: torch.device) -> str:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import kernels
 from .checkpoint import foreign
 from .checkpoint.hub import hub_errors, remote_files
@@ -16,7 +18,10 @@ from .errors import CheckpointError, SourceError, UsageError
 from .shim import quantizer
 from .text.tokenizer import load_tokenizer, tokenizer_is_there
 
-__all__ = ["load", "register"]
+__all__ = ["DTYPES", "load", "register"]
+
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What --dtype names, as from_pretrained takes it; auto: as stored."""
 
 WHERE = (
     "cache_dir", "force_download", "gguf_file", "local_files_only", "proxies", "revision", "subfolder", "token",

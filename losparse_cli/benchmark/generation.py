@@ -4,35 +4,17 @@ from __future__ import annotations
 
 import inspect
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig
 
+from ..generation.clock import Clock
+from ..generation.loop import decode, why_not
 from ..models.reading import vocabulary
-
-
-class _Clock(LogitsProcessor):  # type: ignore[misc]
-    """Notes when each step's logits are there."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.times: list[float] = []
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        self.times.append(_now(self.device))
-        return scores
-
-
-def _now(device: torch.device) -> float:
-    """Seconds, once all that was begun is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 @dataclass
@@ -43,6 +25,9 @@ class Runner:
     batch: int
     prompt: int
     new_tokens: int
+    compressed: bool = True
+    """Whether this is the model of losparse, which writes by `generation.loop.decode` where that can; the dense one is
+    run as transformers does it."""
     prefills: list[float] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
 
@@ -50,6 +35,7 @@ class Runner:
         self.device = next(self.model.parameters()).device
         self.vocabulary = vocabulary(self.model) or 1  # a model that names none knows token 0
         self.tokens = self._random_tokens().to(self.device)
+        self.plain = why_not(self.model) if self.compressed else "it is dense"
         if self.generates:
             self.model.generation_config = self._plainly()
 
@@ -59,22 +45,19 @@ class Runner:
 
     def once(self, *, kept: bool = True) -> None:
         """One pass over the prompt, and the tokens after it one by one; kept: whether its times count."""
-        clock = _Clock(self.device)
         with torch.inference_mode():
-            started = _now(self.device)
+            clock = Clock(self.device)
             if self.generates:
-                self.model.generate(
-                    self.tokens,
-                    attention_mask=torch.ones_like(self.tokens),
-                    logits_processor=LogitsProcessorList([clock]),
-                )
+                fast = {"custom_generate": decode} if self.plain is None else {}
+                mask = torch.ones_like(self.tokens)
+                self.model.generate(self.tokens, attention_mask=mask, logits_processor=[clock], **fast)
             else:
                 decodes = "decoder_input_ids" in inspect.signature(self.model.forward).parameters
                 self.model(self.tokens, **({"decoder_input_ids": self.tokens} if decodes else {}))
                 clock(None, None)
         if kept:
-            self.prefills.append(clock.times[0] - started)
-            self.steps += [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
+            self.prefills.append(clock.first)
+            self.steps += clock.steps
 
     @property
     def prefill(self) -> float:

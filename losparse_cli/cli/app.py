@@ -60,7 +60,7 @@ for command in COMMANDS:
 
 def main() -> None:
     """Entry point of the `losparse` command. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    if not _measures(sys.argv[1:]):
+    if not _hurries(sys.argv[1:]):
         # OpenMP's threads spin while they wait: on a machine whose cores are busy that costs up to ten times the time.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
@@ -89,12 +89,12 @@ def main() -> None:
         sys.exit(1)
 
 
-def _measures(arguments: list[str]) -> bool:
-    """Whether the command is `bench`, which shows the speed that other Python programs get.
+def _hurries(arguments: list[str]) -> bool:
+    """Whether the command writes token by token, or, as `bench`, shows the speed that other Python programs get.
 
     Threads that sleep take several times a small product's own time to wake, and torch does not let them sleep.
     """
-    return next((word for word in arguments if not word.startswith("-")), None) == "bench"
+    return next((word for word in arguments if not word.startswith("-")), None) in ("bench", "generate")
 
 
 def _complain(message: str) -> None:

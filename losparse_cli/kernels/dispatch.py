@@ -56,7 +56,7 @@ class Kernels:
         code = library()
         if code is None or values.device.type != "cpu" or shape[1] >= WIDEST or not values.numel():
             return None
-        layer = self._layer(values, index, starts, U, V, bias, shape, form)
+        layer = self.described(values, index, starts, U, V, bias, shape, form)
         if layer is None or layer.dtype < 0:
             return None
         density, half = values.numel() / (shape[0] * shape[1]), values.itemsize == 2
@@ -84,7 +84,7 @@ class Kernels:
         code, n = library(), x.shape[-1]
         if code is None or n >= WIDEST:
             return None
-        layer = self._layer(values, index, starts, U, V, bias, (m, n), form)
+        layer = self.described(values, index, starts, U, V, bias, (m, n), form)
         if layer is None:
             return None
         if not x.is_contiguous():
@@ -118,7 +118,7 @@ class Kernels:
     def _codes_way(self, code: Library, rows: int) -> str:
         return self.forced or codes_way(rows, multiplies_half=code.level >= AVX512_BF16)
 
-    def _layer(
+    def described(
         self, values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None,
         bias: Tensor | None, shape: tuple[int, int], form: str,
     ) -> Layer | None:  # fmt: skip
@@ -167,7 +167,7 @@ class Kernels:
             return gpu.attempt(gpu.dense, values, index, starts, *shape)
         if code is None or values.device.type != "cpu" or shape[1] >= WIDEST:
             return None
-        layer = self._layer(values, index, starts, None, None, None, shape, form)
+        layer = self.described(values, index, starts, None, None, None, shape, form)
         return None if layer is None else cpu.dense(code, layer, values.new_empty(shape))
 
     def bits(self, spec: LayerSpec, index: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
@@ -220,7 +220,7 @@ class Kernels:
         if code is None or not (_on_cpu(rows) and rows.dtype == torch.int64):
             return None
         values = values if dtype in cpu.DTYPES else values.float()
-        layer = self._layer(values, index, starts, None, None, None, shape, form_of(bits))
+        layer = self.described(values, index, starts, None, None, None, shape, form_of(bits))
         if layer is None:
             return None
         found = cpu.rows_of_codes(code, layer, rows, 0, values.new_empty(rows.numel(), shape[1]))

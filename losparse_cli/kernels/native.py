@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 SOURCE = Path(__file__).with_name("c") / "sparse.c"
-FLAGS = ("-O3", "-fPIC", "-std=gnu11", "-Wno-psabi")
+FLAGS = ("-O3", "-fPIC", "-std=gnu11", "-Wno-psabi", "-fno-math-errno")
 LEVELS = ("plain", "AVX2", "AVX-512", "AVX-512 with bfloat16")
 """Instructions that sparse.c chooses from, by its number."""
 
@@ -82,6 +82,7 @@ class Library:
     code_bits: Any
     pack_codes: Any
     rows_of_codes: Any
+    step: Any
 
     def __init__(self, path: Path) -> None:
         handle = ctypes.CDLL(str(path))
@@ -102,6 +103,7 @@ class Library:
             "code_bits": (pointer, long, whole, pointer, whole),
             "pack_codes": (layer, pointer, whole, whole),
             "rows_of_codes": (layer, pointer, long, long, whole, pointer, whole, whole),
+            "step": (pointer, long, pointer),
         }.items():
             function = getattr(handle, f"losparse_{name}")
             function.argtypes, function.restype = arguments, ctypes.c_int

@@ -73,6 +73,17 @@ def release(device: torch.device) -> None:
 
 
 @contextmanager
+def threads_of_torch(count: int | None) -> Iterator[None]:
+    """So many, and as many as before afterwards; None: as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def memory_errors(remedy: str) -> Iterator[None]:
     """Turns what torch raises for want of memory into a ResourceError that ends in `remedy`."""
     try:

@@ -168,12 +168,12 @@ def test_sizes_that_do_not_belong_together_never_reach_the_kernels(pattern: str)
         layer(torch.randn(2, 65))
     index, starts = layer._index_and_starts()
     x, whole = torch.randn(2, 64), (layer.weight, index, starts, layer.U, layer.V, layer.bias)
-    assert Kernels()._layer(*whole, (40, 64), layer.form) is not None or native.library() is None
-    assert Kernels()._layer(*whole, (40, 80), layer.form) is None
-    assert Kernels()._layer(*whole, (48, 64), layer.form) is None
+    assert Kernels().described(*whole, (40, 64), layer.form) is not None or native.library() is None
+    assert Kernels().described(*whole, (40, 80), layer.form) is None
+    assert Kernels().described(*whole, (48, 64), layer.form) is None
     for k, wrong in ((3, torch.zeros(40, 2)), (4, torch.zeros(3, 60)), (5, torch.zeros(39)), (0, layer.weight.half())):
         changed = [*whole[:k], wrong, *whole[k + 1 :]]
-        assert Kernels()._layer(*changed, (40, 64), layer.form) is None
+        assert Kernels().described(*changed, (40, 64), layer.form) is None
     away = copy.deepcopy(layer).to("meta")
     with torch.no_grad():
         y = operator.product(x, away.weight, index, starts, layer.U, layer.V, layer.bias, 40, layer.form)

@@ -6,10 +6,11 @@ from .demo import demo
 from .eval import eval_
 from .export import export
 from .finetune import finetune
+from .generate import generate
 from .inspect import inspect
 from .push import push
 from .refine import refine
 from .verify import verify
 
-COMMANDS = (compress, refine, finetune, inspect, eval_, bench, export, verify, push, demo)
+COMMANDS = (compress, refine, finetune, inspect, generate, eval_, bench, export, verify, push, demo)
 """In the order in which `losparse --help` lists them."""

@@ -361,52 +361,93 @@ static Strip *strip_way(const Layer *layer, int level) {
     return strip_plain;
 }
 
-/* y (rows, m) = x (rows, n) (U V + S)ᵀ + bias, with x in 2 or 3 digits. Returns 0; 1 if there was no memory; 3 where x
-   holds a number that is none or infinite. */
-int losparse_coded(const Layer *layer, const void *x, void *y, int64_t rows, int digits, int threads, int level) {
-    const int64_t m = layer->m, n = layer->n, rank = layer->rank, strips = (m + STRIP - 1) / STRIP;
+/* What one product needs beside the layer, in one piece of memory. */
+typedef struct {
+    const Layer *layer;
+    Whole w;
+    float *t; /* (rows, rank padded): V x */
+    int shared; /* the digits are those of the layer before it */
+} Coded;
+
+/* y[l] (rows, m) = x (rows, n) (U V + S)ᵀ + bias for each of some layers that read the same x, at most TOGETHER, with x
+   in 2 or 3 digits. Layers whose columns have the same factors share the digits. Returns 0; 1 if there was no memory; 3
+   where x holds a number that is none or infinite. */
+enum { TOGETHER = 3 };
+
+static int coded_together(const Layer *const *layers, void *const *y, int count, const void *x, int64_t rows, int digits,
+                          int threads, int level) {
+    const int64_t n = layers[0]->n, lines = lines_of(layers[0]), width = lines * LINE;
     const int64_t tiles = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, step = rows > ROWS_AT_ONCE ? 16 : 4;
-    Strip *way = strip_way(layer, level);
     int (*into)(const Layer *, const void *, const Whole *, int64_t) = digits_plain;
     void (*put_them)(const Layer *, const Whole *, const float *, void *, int64_t, int64_t, const int32_t *) = put_plain;
 #if defined(__x86_64__)
     if (level >= LEVEL_AVX2) into = digits_avx2, put_them = put_avx2;
 #endif
-    const int64_t lines = lines_of(layer), width = lines * LINE;
-    /* One piece of memory for all. */
-    const int64_t sizes[] = {width * 4, rows * width * 4, rows * width * digits, rows * 4, rows * digits * 4,
-                             (rows * padded_rank(layer) + 1) * 4};
-    int64_t total = 0, from[6];
-    for (int k = 0; k < 6; k++) from[k] = total, total += (sizes[k] + 63) / 64 * 64;
-    char *memory = aligned_alloc(64, total);
-    int wrong = 0;
-    if (memory == NULL) return 1;
-    Whole w = {rows, lines, digits, (float *)memory, (float *)(memory + from[1]), (int8_t *)memory + from[2],
-               (float *)(memory + from[3]), (int32_t *)(memory + from[4])};
-    float *t = memset(memory + from[5], 0, sizes[5]);
-    const uint8_t *exponents = (const uint8_t *)layer->starts;
-    for (int64_t j = 0; j < n; j++) w.factors[j] = column_factor(exponents[j]);
+    Coded parts[TOGETHER];
+    char *memory[TOGETHER] = {NULL};
+    int64_t chunks[TOGETHER + 1] = {0}; /* where those of each layer begin */
+    int wrong = 0, failed = 0;
+    for (int l = 0; l < count; l++) {
+        const Layer *layer = layers[l];
+        Coded *part = parts + l;
+        const int shared = l > 0 && memcmp(layer->starts, layers[l - 1]->starts, n) == 0;
+        const int64_t own = !shared;
+        const int64_t sizes[] = {own * width * 4, own * rows * width * 4, own * rows * width * digits, own * rows * 4,
+                                 own * rows * digits * 4, (rows * padded_rank(layer) + 1) * 4};
+        int64_t total = 0, from[6];
+        for (int k = 0; k < 6; k++) from[k] = total, total += (sizes[k] + 63) / 64 * 64;
+        char *at = memory[l] = aligned_alloc(64, total);
+        if (at == NULL) {
+            failed = 1;
+            break;
+        }
+        part->layer = layer, part->shared = shared, part->t = memset(at + from[5], 0, sizes[5]);
+        part->w = shared ? part[-1].w
+                         : (Whole){rows, lines, digits, (float *)at, (float *)(at + from[1]), (int8_t *)at + from[2],
+                                   (float *)(at + from[3]), (int32_t *)(at + from[4])};
+        const uint8_t *exponents = (const uint8_t *)layer->starts;
+        for (int64_t j = 0; j < n && !shared; j++) part->w.factors[j] = column_factor(exponents[j]);
+        chunks[l + 1] = chunks[l] + ((layer->m + STRIP - 1) / STRIP + step - 1) / step;
+    }
+    if (!failed)
 #pragma omp parallel num_threads(threads) reduction(| : wrong)
     {
-#pragma omp for schedule(static)
-        for (int64_t k = 0; k < rows; k++) wrong |= into(layer, x, &w, k);
-        if (rank) {
-#pragma omp for schedule(static)
-            for (int64_t r = 0; r < rank; r++) project(layer, x, t, rows, r, level);
+        for (int l = 0; l < count; l++) {
+            const Coded *part = parts + l;
+            if (!part->shared) {
+#pragma omp for schedule(static) nowait
+                for (int64_t k = 0; k < rows; k++) wrong |= into(part->layer, x, &part->w, k);
+            }
+#pragma omp for schedule(static) nowait
+            for (int64_t r = 0; r < part->layer->rank; r++) project(part->layer, x, part->t, rows, r, level);
         }
+#pragma omp barrier
         int32_t sums[ROWS_AT_ONCE * STRIP * MOST_DIGITS];
 #pragma omp for schedule(dynamic)
-        for (int64_t chunk = 0; chunk < strips; chunk += step)
+        for (int64_t chunk = 0; chunk < chunks[count]; chunk++) {
+            int l = 0;
+            while (chunk >= chunks[l + 1]) l++;
+            const Coded *part = parts + l;
+            const Layer *layer = part->layer;
+            Strip *way = strip_way(layer, level);
+            const int64_t strips = (layer->m + STRIP - 1) / STRIP, first = (chunk - chunks[l]) * step;
+            const int64_t last = first + step < strips ? first + step : strips;
             for (int64_t tile = 0; tile < tiles; tile++) {
                 const int64_t k0 = tile * ROWS_AT_ONCE, k1 = k0 + ROWS_AT_ONCE < rows ? k0 + ROWS_AT_ONCE : rows;
-                for (int64_t strip = chunk; strip < chunk + step && strip < strips; strip++) {
-                    way(layer, &w, k0, k1, strip, sums);
-                    for (int64_t k = k0; k < k1; k++) put_them(layer, &w, t, y, k, strip, sums + (k - k0) * digits * STRIP);
+                for (int64_t strip = first; strip < last; strip++) {
+                    way(layer, &part->w, k0, k1, strip, sums);
+                    for (int64_t k = k0; k < k1; k++)
+                        put_them(layer, &part->w, part->t, y[l], k, strip, sums + (k - k0) * digits * STRIP);
                 }
             }
+        }
     }
-    free(memory);
-    return wrong ? 3 : 0;
+    for (int l = 0; l < count; l++) free(memory[l]);
+    return failed ? 1 : wrong ? 3 : 0;
+}
+
+int losparse_coded(const Layer *layer, const void *x, void *y, int64_t rows, int digits, int threads, int level) {
+    return coded_together(&layer, &y, 1, x, rows, digits, threads, level);
 }
 
 /* --- codes into bits and back --------------------------------------------------------------------------- */

@@ -1,11 +1,11 @@
 /* Few rows of x: everything in one pass, by spread or, for one row, by gather. */
 
-#define FEW(NAME, TARGET, LEVEL)                                                                                      \
+#define FEW(NAME, TARGET, LEVEL, DOT)                                                                                 \
     TARGET static void NAME##_project(const Layer *layer, const void *x, float *t, int rows, int64_t r) {             \
         for (int k = 0; k < rows; k++)                                                                                \
             t[k * padded_rank(layer) + r] = layer->dtype == BFLOAT16                                                  \
-                                         ? dot(layer->V, r * layer->n, x, k * layer->n, layer->n, BFLOAT16)           \
-                                         : dot(layer->V, r * layer->n, x, k * layer->n, layer->n, FLOAT32);           \
+                                         ? DOT(layer->V, r * layer->n, x, k * layer->n, layer->n, BFLOAT16)           \
+                                         : DOT(layer->V, r * layer->n, x, k * layer->n, layer->n, FLOAT32);           \
     }                                                                                                                 \
     TARGET static void NAME##_gather(const Layer *layer, const float *x, const float *t, void *y, int64_t i0,         \
                                      int64_t i1, uint16_t *columns) {                                                 \
@@ -22,10 +22,10 @@
         }                                                                                                             \
     }
 
-FEW(few_plain, , PLAIN)
+FEW(few_plain, , PLAIN, dot8)
 #if defined(__x86_64__)
-FEW(few_avx2, AVX2, LEVEL_AVX2)
-FEW(few_avx512, AVX512, LEVEL_AVX512)
+FEW(few_avx2, AVX2, LEVEL_AVX2, dot8)
+FEW(few_avx512, AVX512, LEVEL_AVX512, dot)
 #endif
 
 /* Entry r of V x for each row of x, into t (rows, rank padded to a multiple of 16). */

@@ -37,6 +37,10 @@ typedef struct {
 } Layer;
 
 typedef float vec __attribute__((vector_size(64), aligned(4)));
+typedef float vec8 __attribute__((vector_size(32), aligned(4)));
+typedef float vec4 __attribute__((vector_size(16), aligned(4)));
+typedef uint32_t word8 __attribute__((vector_size(32)));
+typedef uint16_t half8 __attribute__((vector_size(16)));
 typedef uint32_t word16 __attribute__((vector_size(64)));
 typedef uint16_t half16 __attribute__((vector_size(32)));
 

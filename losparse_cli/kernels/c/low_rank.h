@@ -16,10 +16,31 @@ INLINE vec load16(const void *p, int64_t i, int dtype) {
     return v;
 }
 
-INLINE float sum16(vec v) {
-    for (int k = 8; k; k /= 2)
-        for (int l = 0; l < k; l++) v[l] += v[l + k];
-    return v[0];
+/* Eight numbers at a time: of sixteen GCC leaves no sum in registers in AVX2. */
+INLINE vec8 load8(const void *p, int64_t i, int dtype) {
+    vec8 v;
+    if (dtype == BFLOAT16) {
+        half8 h;
+        memcpy(&h, (const uint16_t *)p + i, sizeof h);
+        const word8 w = __builtin_convertvector(h, word8) << 16;
+        memcpy(&v, &w, sizeof v);
+    } else {
+        memcpy(&v, (const float *)p + i, sizeof v);
+    }
+    return v;
+}
+
+INLINE float sum8(vec8 v) {
+    vec4 four[2];
+    memcpy(four, &v, sizeof v);
+    four[0] += four[1];
+    return (four[0][0] + four[0][2]) + (four[0][1] + four[0][3]);
+}
+
+INLINE float sum16(vec v) { /* half onto half in registers, which a loop over the entries would leave */
+    vec8 eight[2];
+    memcpy(eight, &v, sizeof v);
+    return sum8(eight[0] + eight[1]);
 }
 
 INLINE float dot(const void *a, int64_t i, const void *b, int64_t j, int64_t n, int dtype) {
@@ -32,6 +53,18 @@ INLINE float dot(const void *a, int64_t i, const void *b, int64_t j, int64_t n, 
     float rest = 0;
     for (; k < n; k++) rest += get(a, i + k, dtype) * get(b, j + k, dtype);
     return sum16(s + t) + rest;
+}
+
+INLINE float dot8(const void *a, int64_t i, const void *b, int64_t j, int64_t n, int dtype) {
+    vec8 s[4] = {{0}};
+    int64_t k = 0;
+    for (; k + 32 <= n; k += 32) {
+        __builtin_prefetch((const char *)a + (i + k) * (dtype == BFLOAT16 ? 2 : 4) + AHEAD);
+        UNROLL for (int l = 0; l < 4; l++) s[l] += load8(a, i + k + 8 * l, dtype) * load8(b, j + k + 8 * l, dtype);
+    }
+    float rest = 0;
+    for (; k < n; k++) rest += get(a, i + k, dtype) * get(b, j + k, dtype);
+    return sum8((s[0] + s[1]) + (s[2] + s[3])) + rest;
 }
 
 /* U[i] t + bias[i]; t: (rank,) in float32. */

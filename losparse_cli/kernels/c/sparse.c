@@ -26,3 +26,4 @@
 #include "stored.h"
 #include "streams.h"
 #include "codes.h"
+#include "step.h"

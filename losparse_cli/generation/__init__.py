@@ -1,0 +1,1 @@
+"""Writing text with a model, token by token."""

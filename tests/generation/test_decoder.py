@@ -1,0 +1,161 @@
+"""A token in one call: against the model itself, for every type that is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import toy_model
+from products import needs_compiler
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+import losparse_cli
+from losparse_cli import Recipe
+from losparse_cli.generation.decoder import NORM_OFFSETS, Decoder
+from losparse_cli.kernels.step import Unsuited
+
+pytestmark = [needs_compiler, pytest.mark.usefixtures("installed_kernels")]
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 101, "num_hidden_layers": 3, "hidden_size": 72, "intermediate_size": 131, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 18, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 100.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16}},
+    "mistral": {"sliding_window": 5},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "head_dim": None},
+    "qwen3": {"use_sliding_window": False, "tie_word_embeddings": True},
+    "smollm3": {"no_rope_layers": [1, 0, 1], "hidden_act": "relu"},
+    "gemma3_text": {"sliding_window": 6, "sliding_window_pattern": 2, "query_pre_attn_scalar": 11},
+}  # fmt: skip
+RECIPES = {
+    "codes": Recipe(bits=4.0),
+    "low rank and codes": Recipe(rank=2, bits=5.0),
+    "floats": Recipe(rank=4, sparsity=0.5),
+    "gaps": Recipe(rank=4, sparsity=0.97),
+}
+
+
+def known(name: str, folder: Path) -> Path:
+    """A random model of this type, biases and norms too."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(name, **{k: v for k, v in (_COMMON | CONFIGS[name]).items() if v is not None})
+    model = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            centre = 1.0 if parameter.dim() == 1 and bool((parameter == 1).all()) else 0.0
+            parameter.normal_(centre, 0.1, generator=generator)
+    model.save_pretrained(folder)
+    return folder
+
+
+def steps(model: Any, rows: int = 1, prompt: int = 9, count: int = 12, room: int = 10) -> list[tuple[Tensor, Tensor]]:
+    """Logits of the decoder and of the model, token by token."""
+    tokens = torch.randint(3, 100, (rows, prompt + count), generator=torch.Generator().manual_seed(rows))
+    with torch.inference_mode():
+        past = DynamicCache(config=model.config)
+        model(tokens[:, :prompt], past_key_values=past, use_cache=True)
+        decoder = Decoder(model, rows, room)
+        decoder.begin(past)
+        found = []
+        for k in range(prompt, prompt + count):
+            expected = model(tokens[:, k : k + 1], past_key_values=past, use_cache=True).logits[:, -1]
+            logits = decoder(tokens[:, k])
+            assert logits is not None
+            found.append((logits.clone(), expected.float()))
+    return found
+
+
+def furthest(found: list[tuple[Tensor, Tensor]]) -> float:
+    return max(float((a - b).norm() / b.norm()) for a, b in found)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_known_type(name: str, tmp_path: Path) -> None:
+    """Beyond its window, and beyond the room that there was at first; several sequences at once."""
+    folder = known(name, tmp_path / "dense")
+    made = losparse_cli.compress(folder, tmp_path / "small", Recipe(bits=4.0)).output
+    model, _ = losparse_cli.load(made)
+    assert furthest(steps(model)) < 1e-5
+    assert furthest(steps(model, rows=3)) < 1e-5
+
+
+def test_every_known_type_is_tried() -> None:
+    assert CONFIGS.keys() == NORM_OFFSETS.keys()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_every_kind_of_layer(recipe: str, dtype: torch.dtype, tolerance: float, tmp_path: Path) -> None:
+    made = losparse_cli.compress(known("llama", tmp_path / "dense"), tmp_path / "small", RECIPES[recipe]).output
+    model, _ = losparse_cli.load(made, dtype=dtype)
+    assert furthest(steps(model)) < tolerance
+    assert furthest(steps(model, rows=2)) < tolerance
+
+
+def test_a_dense_model(tmp_path: Path) -> None:
+    model, _ = losparse_cli.load(known("qwen2", tmp_path / "dense"))
+    assert furthest(steps(model, rows=2)) < 1e-5
+
+
+def test_a_prompt_longer_than_the_window(tmp_path: Path) -> None:
+    """The cache of transformers holds the last positions alone then."""
+    model, _ = losparse_cli.load(known("gemma3_text", tmp_path / "dense"))
+    assert furthest(steps(model, prompt=20, count=8, room=64)) < 1e-5
+
+
+def test_numbers_that_are_none_are_told(tmp_path: Path) -> None:
+    made = losparse_cli.compress(known("llama", tmp_path / "dense"), tmp_path / "small", Recipe(bits=4.0)).output
+    model, _ = losparse_cli.load(made)
+    past = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(torch.tensor([[5, 6, 7]]), past_key_values=past, use_cache=True)
+        model.model.layers[1].input_layernorm.weight.fill_(float("nan"))
+        decoder = Decoder(model, 1, 8)
+        decoder.begin(past)
+        assert decoder(torch.tensor([8])) is None
+
+
+def _hook(model: Any) -> None:
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *arguments: None)
+
+
+def _of_another_class(model: Any) -> None:
+    model.model.layers[0].mlp.up_proj = torch.nn.Sequential(model.model.layers[0].mlp.up_proj)
+
+
+def _of_another_dtype(model: Any) -> None:
+    model.model.layers[0].mlp.up_proj.double()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(_hook, "watches"), (_of_another_class, "of type Sequential"), (_of_another_dtype, "are not all")],
+)
+def test_what_is_not_as_its_type_has_it_is_left_alone(change: Any, reason: str, tmp_path: Path) -> None:
+    model, _ = losparse_cli.load(known("llama", tmp_path / "dense"))
+    change(model)
+    with pytest.raises(Unsuited, match=reason):
+        Decoder(model, 1, 8)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "mamba", "bert", "t5", "falcon"])
+def test_other_types_are_left_alone(name: str) -> None:
+    with pytest.raises(Unsuited, match="not known"):
+        Decoder(toy_model(name), 1, 8)
+
+
+def test_heads_that_turn_in_part_are_left_alone(tmp_path: Path) -> None:
+    model, _ = losparse_cli.load(known("llama", tmp_path / "dense"))
+    rotary = model.model.rotary_emb
+    rotary.inv_freq = rotary.inv_freq[:-2]
+    with pytest.raises(Unsuited, match="a part of each head"):
+        Decoder(model, 1, 8)
