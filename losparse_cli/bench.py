@@ -7,6 +7,7 @@ import os
 import platform
 import re
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 
 from .benchmark.generation import Runner, run_in_turn
 from .benchmark.layers import by_shape, compressed_layers, layer_speeds
+from .benchmark.peer import Peer
 from .benchmark.report import BenchReport, LayerSpeed, ModelSpeed
-from .benchmark.resident import resident
+from .benchmark.resident import resident, tensor_bytes, token_bytes
 from .benchmark.timing import copy_bandwidth
 from .checkpoint.source import Checkpoint, open_checkpoint
 from .errors import UsageError
@@ -33,6 +35,7 @@ def bench(
     source: str | Path,
     *,
     against: str | Path | None = None,
+    peer: str | Path | None = None,
     batch: int = 1,
     prompt: int = 128,
     new_tokens: int = 32,
@@ -46,14 +49,16 @@ def bench(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> BenchReport:
-    """Figures of a compressed checkpoint, a folder or a Hub id; with `against`, of the dense model beside it.
+    """Figures of a compressed checkpoint, a folder or a Hub id; with `against`, of the dense model beside it; with
+    `peer`, of a GGUF file in llama.cpp, on a CPU and with a batch of one.
 
     Every shape of compressed layer is timed at each number of `rows` of x beside nn.Linear. The model reads `batch`
     prompts of `prompt` random tokens and writes `new_tokens` more, `rounds` times, the two models in turn; a model
-    that writes nothing only reads. `threads` are those of torch. `revision` is that of `source`.
+    that writes nothing only reads. The compressed one writes by `generation.loop.decode` where that can. `threads` are
+    those of torch and llama.cpp. `revision` is that of `source`.
 
     UsageError for values out of range, a model that reads no text, and models that hold nothing to compare;
-    ResourceError if memory runs out; otherwise the errors of `load`.
+    ResourceError if memory runs out; MissingExtraError for `peer` without xllamacpp; otherwise the errors of `load`.
     """
     least = {"batch": (batch, 1), "prompt": (prompt, 1), "new-tokens": (new_tokens, 0), "rounds": (rounds, 1)}
     least |= {"rows": (min(rows, default=0), 1), "threads": (1 if threads is None else threads, 1)}
@@ -62,6 +67,8 @@ def bench(
             raise UsageError(f"--{name} must be at least {low}, not {value}.")
     if dtype not in DTYPES:
         raise UsageError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype!r}.")
+    if peer is not None and batch > 1:
+        raise UsageError(f"--peer runs one prompt at a time: leave --batch {batch} out.")
     where, cache = find_device(device), None if cache_dir is None else Path(cache_dir)
     checkpoints = [open_checkpoint(source, revision=revision, cache_dir=cache)]
     if not checkpoints[0].is_compressed:
@@ -74,6 +81,11 @@ def bench(
             raise UsageError(f"{against} is compressed itself. Name the dense model with --against.")
         checkpoints[0].check_vocabulary(checkpoints[1])
 
+    if peer is not None and where.type != "cpu":
+        raise UsageError("--peer runs llama.cpp on the CPU: add --device cpu.")
+    other = (
+        None if peer is None else Peer(Path(peer).expanduser(), prompt, new_tokens, threads or torch.get_num_threads())
+    )
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # before this run adds to it
     with (
         threads_of_torch(threads),
@@ -89,9 +101,9 @@ def bench(
             checkpoints[0].address, str(where), str(layers[0].weight.dtype).removeprefix("torch."),
             torch.get_num_threads(), _processor(where), copy_bandwidth(where), batch, prompt,
             new_tokens if ours.generates else 0, against=checkpoints[1].address if against is not None else None,
-            load=load,
+            load=load, peer_file=None if other is None else str(peer),
         )  # fmt: skip
-        total = len(by_shape(layers)) * len(rows) + (rounds + 2) * len(runners)
+        total = len(by_shape(layers)) * len(rows) + (rounds + 2) * len(runners) + (rounds + 1) * (other is not None)
         told = progress or Progress()
         told.start("measurements", total)
 
@@ -103,21 +115,33 @@ def bench(
             found.append(speed)
             hear(f"{speed.shape[0]} x {speed.shape[1]}, {speed.rows} row{'s' * (speed.rows > 1)} of x")
         names = [checkpoint.name for checkpoint in checkpoints]
+        beside: ModelSpeed | None = None
         with text_alone(checkpoints[0].address, TEXT_MODELS):
-            run_in_turn(runners, rounds, lambda k: hear(names[k]))
-        tensors = [_tensor_bytes(runner.model) for runner in runners]
+            if other is None:
+                run_in_turn(runners, rounds, lambda k: hear(names[k]))
+            else:
+                with closing(other):
+                    other.start()
+                    run_in_turn([*runners, other], rounds, lambda k: hear([*names, other.path.name][k]))
+                    beside = ModelSpeed(other.prefill, other.decode, other.nbytes, None, other.resident)
+        known = [
+            (tensor_bytes(runner.model), token_bytes(runner.model), runner.plain if runner.generates else None)
+            for runner in runners
+        ]
         # What they measured is kept; without the models there is room for one in another process.
         del layers
         for runner in runners:
             runner.model = None
         gc.collect()
         speeds = []
-        for runner, checkpoint, nbytes in zip(runners, checkpoints, tensors, strict=True):
+        for runner, checkpoint, (nbytes, read, plain) in zip(runners, checkpoints, known, strict=True):
             # How a fresh process grows is only asked on a CPU: on a GPU it says nothing about the model.
             grown = resident(checkpoint.folder, dtype, trust_remote_code) if where.type == "cpu" else None
-            speeds.append(ModelSpeed(runner.prefill, runner.decode, checkpoint.nbytes, nbytes, grown))
+            speeds.append(ModelSpeed(runner.prefill, runner.decode, checkpoint.nbytes, nbytes, grown, read, plain))
             hear(f"memory of {checkpoint.name}")
-    return report.with_(layers=tuple(found), compressed=speeds[0], dense=speeds[1] if against is not None else None)
+    return report.with_(
+        layers=tuple(found), compressed=speeds[0], dense=speeds[1] if against is not None else None, peer=beside
+    )
 
 
 def _runner(
@@ -143,13 +167,6 @@ def _runner(
         fewer = f"a smaller --prompt or fewer --new-tokens: together {limit}" if new_tokens else f"--prompt {limit}"
         raise UsageError(f"{name} takes at most {limit} tokens. Give {fewer} or less.")
     return runner
-
-
-def _tensor_bytes(model: Any) -> int:
-    """Bytes of parameters and buffers."""
-    # By address: tied weights are one tensor. Not by storage: those that are mapped share that of their whole file.
-    tensors = (*model.parameters(), *model.buffers())
-    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
 
 
 def _processor(device: torch.device) -> str:

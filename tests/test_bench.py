@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import toys
+from printed import printed
 from terminal import losparse
 
 from losparse_cli import Recipe, compress
 from losparse_cli.bench import bench
 from losparse_cli.benchmark import layers as layer_timing
-from losparse_cli.benchmark import timing
+from losparse_cli.benchmark import peer, timing
 from losparse_cli.benchmark.generation import Runner
 from losparse_cli.benchmark.layers import by_shape, compressed_layers, layer_speeds
 from losparse_cli.benchmark.report import BenchReport, LayerSpeed, ModelSpeed
-from losparse_cli.benchmark.resident import resident
+from losparse_cli.benchmark.resident import resident, tensor_bytes, token_bytes
 from losparse_cli.cli import app
-from losparse_cli.errors import LosparseError, UsageError
+from losparse_cli.cli.speed_tables import show_speed
+from losparse_cli.errors import CheckpointError, LosparseError, MissingExtraError, SourceError, UsageError
 from losparse_cli.load import load
 from tests.hearing import Hearing
 
@@ -232,7 +236,7 @@ def test_ratios_of_a_report() -> None:
     both = report.with_(compressed=ModelSpeed(8.0, None, 10, 20, 0), dense=ModelSpeed(10.0, 5.0, 40, 40, None))
     assert both.ratios == {
         "prefill_speedup": 0.8, "decode_speedup": None, "disk_share": 0.25, "tensors_share": 0.5,
-        "resident_share": None,
+        "resident_share": None, "token_share": None,
     }  # fmt: skip
     assert both.to_dict()["layers"][0]["share_of_copy"] == 0.05
 
@@ -340,3 +344,96 @@ def test_only_bench_lets_threads_spin(
     with pytest.raises(SystemExit):
         app.main()
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+# --- beside llama.cpp ------------------------------------------------------------------------------
+
+
+FAKE = """
+import json, sys
+print("{}", flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    found = {"prompt_per_second": 10.0 * len(asked["prompt"]), "predicted_per_second": float(asked["n_predict"])}
+    print(json.dumps(found), flush=True)
+"""
+
+
+def in_place_of_llama_cpp(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """The process that would run it runs `script`."""
+
+    def start(command: list[str], **options: Any) -> Any:
+        return subprocess.Popen([sys.executable, "-c", script], **options)
+
+    monkeypatch.setattr(peer, "subprocess", SimpleNamespace(Popen=start, PIPE=subprocess.PIPE))
+    monkeypatch.setattr(peer, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=str)))
+
+
+@pytest.fixture
+def gguf(tmp_path: Path) -> Path:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF" + bytes(60))
+    return path
+
+
+@pytest.mark.usefixtures("without_process")
+def test_llama_cpp_beside_it(
+    compressed: Callable[..., Path], toy: Callable[..., Path], gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a process in its place that answers as it does: what it says is what is shown."""
+    in_place_of_llama_cpp(monkeypatch, FAKE)
+    heard = Hearing()
+    report = bench(compressed("llama", **RECIPE), against=toy("llama"), peer=gguf, progress=heard, **SMALL)
+    consistent(report)
+    assert heard.totals == heard.done
+    assert report.peer is not None
+    assert report.compressed is not None
+    assert (report.peer.prefill, report.peer.decode, report.peer.disk) == (80.0, 3.0, 64)
+    assert report.peer_ratios["prefill_speedup"] == report.compressed.prefill / 80
+    assert report.peer_ratios["tensors_share"] is None
+    shown = printed(lambda out: show_speed(out, report), 100)
+    assert shown.count("llama.cpp") == 2  # its own figures, and ours over them
+    assert json.loads(json.dumps(report.to_dict()))["peer"]["decode"] == 3.0
+
+
+def test_llama_cpp_is_refused(
+    compressed: Callable[..., Path], gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = compressed("llama", **RECIPE)
+    with pytest.raises(SourceError, match=r"no file .*other\.gguf"):
+        bench(folder, peer=tmp_path / "other.gguf", **SMALL)
+    with pytest.raises(UsageError, match="one prompt at a time"):
+        bench(folder, peer=gguf, batch=2, **SMALL)
+    monkeypatch.setattr(peer, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None)))
+    with pytest.raises(MissingExtraError, match=r"pip install 'losparse\[bench\]'"):
+        bench(folder, peer=gguf, **SMALL)
+    gguf.write_bytes(b"GGML" + bytes(60))
+    with pytest.raises(CheckpointError, match="is no GGUF file"):
+        bench(folder, peer=gguf, **SMALL)
+
+
+def test_a_file_that_llama_cpp_cannot_run(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_place_of_llama_cpp(monkeypatch, "")
+    found = peer.Peer(gguf, 8, 2, 1)
+    with pytest.raises(CheckpointError, match=r"llama.cpp cannot run"):
+        found.start()
+    found.close()
+
+
+def test_bytes_that_a_token_reads(compressed: Callable[..., Path], toy: Callable[..., Path]) -> None:
+    tied, _ = load(toy("qwen2"))
+    assert token_bytes(tied) == tensor_bytes(tied)
+    untied, _ = load(toy("llama"))
+    rows = untied.get_input_embeddings().weight
+    assert token_bytes(untied) == tensor_bytes(untied) - rows.numel() * rows.element_size()
+    coded, _ = load(compressed("qwen2", bits=4.0, vocab_size=1100))
+    assert token_bytes(coded) == tensor_bytes(coded)
+    assert token_bytes(load(toy("mixtral"))[0]) is None
+
+
+def test_a_head_that_computes_with_the_embeddings_codes_weighs_what_they_do(compressed: Callable[..., Path]) -> None:
+    model, _ = load(compressed("qwen2", bits=4.0, vocab_size=1100))
+    layers = compressed_layers(model)
+    assert "lm_head" in layers
+    (head,) = (x for x in layer_speeds([layers["lm_head"]], (1,), 1))
+    assert head.bits > 2

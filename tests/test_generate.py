@@ -52,7 +52,10 @@ def test_the_likeliest_is_what_transformers_writes(folder: Path) -> None:
 
 def test_a_template_makes_a_chat(folder: Path) -> None:
     model, tokenizer = losparse_cli.load(folder)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
     plain = losparse_cli.generate(model, "abc", tokenizer=tokenizer, raw=True, new_tokens=2)
     chat = losparse_cli.generate(model, "abc", tokenizer=tokenizer, system="be", new_tokens=2)
     assert plain.prompt_tokens == 4
@@ -60,13 +63,13 @@ def test_a_template_makes_a_chat(folder: Path) -> None:
     with pytest.raises(UsageError, match="--raw asks for none"):
         losparse_cli.generate(model, "abc", tokenizer=tokenizer, raw=True, system="be")
     tokenizer.chat_template = "{{ raise_exception('no such role') }}"
-    with pytest.raises(UsageError, match="no such role.*--raw"):
+    with pytest.raises(UsageError, match=r"no such role.*--raw"):
         losparse_cli.generate(model, "abc", tokenizer=tokenizer)
 
 
 def test_no_more_than_the_model_has_places_for(folder: Path) -> None:
     assert losparse_cli.generate(folder, "abc", new_tokens=400, temperature=0).tokens <= 48 - 4
-    with pytest.raises(UsageError, match="has 61 tokens, and .* takes 47"):
+    with pytest.raises(UsageError, match=r"has 61 tokens, and .* takes 47"):
         losparse_cli.generate(folder, "a" * 60)
 
 

@@ -6,7 +6,7 @@ import inspect
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -98,7 +98,13 @@ class Runner:
         )  # fmt: skip
 
 
-def run_in_turn(runners: Sequence[Runner], rounds: int, on_run: Callable[[int], object] = lambda k: None) -> None:
+class Runs(Protocol):
+    """What is measured in turn."""
+
+    def once(self, *, kept: bool = True) -> None: ...
+
+
+def run_in_turn(runners: Sequence[Runs], rounds: int, on_run: Callable[[int], object] = lambda k: None) -> None:
     """Each model in turn, `rounds` times, after one that does not count. on_run hears which one has run."""
     for k in range(rounds + 1):
         for i, runner in enumerate(runners):

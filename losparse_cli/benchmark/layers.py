@@ -61,4 +61,5 @@ def layer_speeds(layers: Sequence[Any], rows: Sequence[int], rounds: int) -> Ite
 
 def _nbytes(layer: Any) -> int:
     """Bytes that one product reads: those of the tensors in memory, which have settled by now."""
-    return sum(t.numel() * t.element_size() for t in (*layer.parameters(), *layer.buffers()))
+    held = [t for part in (layer, *layer._owner) for t in (*part.parameters(), *part.buffers())]
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in held}.values())

@@ -34,6 +34,11 @@ class LayerSpeed:
         return self.dense_milliseconds / self.milliseconds
 
     @property
+    def bits(self) -> float:
+        """Of a weight in memory, everything counted."""
+        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+
+    @property
     def bandwidth(self) -> float:
         """Bytes of the layer read in a second."""
         return self.nbytes / self.milliseconds * 1e3
@@ -47,15 +52,20 @@ class LayerSpeed:
 class ModelSpeed:
     """One model. prefill, decode: tokens a second, of all sequences together; decode is None without generation.
 
-    disk: bytes of the tensors in its weight files. tensors: of its parameters and buffers, in use. resident: growth of
-    a fresh process that loads and uses it, after all imports; None where the system does not say, and on GPUs.
+    disk: bytes of the tensors in its weight files. tensors: of its parameters and buffers, in use; None of a model that
+    is not torch's. resident: growth of a fresh process that loads and uses it, after all imports, or of llama.cpp's
+    whole process; None where the system does not say, and on GPUs. token_bytes: of weights that each new token reads;
+    None where that depends on the token, as with experts. plain: why `generation.loop.decode` left it to transformers'
+    loop; None where it did not.
     """
 
     prefill: float
     decode: float | None
     disk: int
-    tensors: int
+    tensors: int | None
     resident: int | None = None
+    token_bytes: int | None = None
+    plain: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,8 @@ class BenchReport:
     """Figures of one run. copy_bandwidth: bytes read and written in a second by a large copy with the same threads.
 
     load: how many threads of others wanted a core in the minute before; None where the system does not say.
-    new_tokens: 0 of a model that writes none. against: the dense model, None if there is none to compare with.
+    new_tokens: 0 of a model that writes none. against: the dense model, peer_file: what llama.cpp ran; None if there is
+    none to compare with.
     """
 
     name: str
@@ -80,6 +91,8 @@ class BenchReport:
     compressed: ModelSpeed | None = None
     dense: ModelSpeed | None = None
     load: float | None = None
+    peer_file: str | None = None
+    peer: ModelSpeed | None = None
 
     @property
     def busy(self) -> bool:
@@ -102,9 +115,17 @@ class BenchReport:
     @property
     def ratios(self) -> dict[str, float | None]:
         """Compressed over dense: speed-ups, better above 1, and shares of bytes, better below; None if not known."""
+        return self._over(self.dense)
+
+    @property
+    def peer_ratios(self) -> dict[str, float | None]:
+        """The same over llama.cpp."""
+        return self._over(self.peer)
+
+    def _over(self, other: ModelSpeed | None) -> dict[str, float | None]:
         names = {"prefill": "prefill_speedup", "decode": "decode_speedup"}
-        names |= {name: f"{name}_share" for name in ("disk", "tensors", "resident")}
-        return {ratio: _over(getattr(self.compressed, name, None), getattr(self.dense, name, None))
+        names |= {name: f"{name}_share" for name in ("disk", "tensors", "resident")} | {"token_bytes": "token_share"}
+        return {ratio: _over(getattr(self.compressed, name, None), getattr(other, name, None))
                 for name, ratio in names.items()}  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,10 +134,11 @@ class BenchReport:
         for entry, layer in zip(found["layers"], self.layers, strict=True):
             entry |= {
                 "speedup": layer.speedup,
+                "bits": layer.bits,
                 "bandwidth": layer.bandwidth,
                 "share_of_copy": layer.bandwidth / self.copy_bandwidth,
             }
-        return found | self.ratios
+        return found | self.ratios | {"peer_ratios": self.peer_ratios}
 
 
 def _over(ours: float | None, dense: float | None) -> float | None:

@@ -15,7 +15,31 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ..models.reading import input_embeddings, output_embeddings
+
 STATUS = Path("/proc/self/status")
+
+
+def tensor_bytes(model: Any) -> int:
+    """Bytes of parameters and buffers."""
+    return sum(_sizes(model).values())
+
+
+def token_bytes(model: Any) -> int | None:
+    """Those that each new token reads: all but embeddings that are looked up alone. None of a model with experts."""
+    if any("expert" in name for name, value in model.config.get_text_config().to_dict().items() if value):
+        return None
+    embeddings, head = input_embeddings(model), output_embeddings(model)
+    kept = {} if head is None else _sizes(head)
+    owner = getattr(head, "_owner", ())
+    kept |= _sizes(owner[0]) if owner else {}
+    looked_up = {} if embeddings is None else _sizes(embeddings)
+    return sum(size for address, size in _sizes(model).items() if address not in looked_up.keys() - kept.keys())
+
+
+def _sizes(model: Any) -> dict[int, int]:
+    """By address: tied weights are one tensor. Not by storage: those that are mapped share that of their whole file."""
+    return {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
 
 
 def resident(folder: str | Path, dtype: str, trust_remote_code: bool = False) -> int | None:

@@ -48,6 +48,7 @@ def _show_layers(out: Console, report: BenchReport) -> None:
         ("dense\nms", lambda x: _milliseconds(x.dense_milliseconds)),
         ("compressed\nms", lambda x: _milliseconds(x.milliseconds)),
         ("times\nfaster", lambda x: _ratio(x.speedup)),
+        ("bits a\nweight", lambda x: f"{x.bits:.2f}"),
         ("of copy\nspeed", lambda x: f"{x.bandwidth / report.copy_bandwidth:.0%}"),
     ]
     cases = [x for group in report.shapes for x in group]
@@ -70,21 +71,28 @@ def _show_models(out: Console, report: BenchReport) -> None:
         ("bytes on disk", "disk", size, "disk_share"),
         ("bytes of parameters and buffers", "tensors", size, "tensors_share"),
         ("resident memory", "resident", size, "resident_share"),
+        ("bytes that a token reads", "token_bytes", size, "token_share"),
     )
-    models = [model for model in (report.dense, report.compressed) if model is not None]
+    models = [model for model in (report.dense, report.compressed, report.peer) if model is not None]
     captions, lines = [], []
     for caption, name, shown, ratio in rows:
         values = [getattr(model, name) for model in models]
         if all(value is None for value in values):
             continue
         cells = ["-" if value is None else shown(value) for value in values]
-        if report.dense is not None:
-            over = report.ratios[ratio]
-            cells.append("-" if over is None else _ratio(over) if ratio.endswith("speedup") else f"{over:.1%}")
+        for other, ratios in ((report.dense, report.ratios), (report.peer, report.peer_ratios)):
+            if other is not None:
+                over = ratios[ratio]
+                cells.append("-" if over is None else _ratio(over) if ratio.endswith("speedup") else f"{over:.1%}")
         captions.append(caption)
         lines.append(cells)
-    heads = ["dense", "compressed", ""] if report.dense else ["compressed"]
+    others = [name for name, model in (("dense", report.dense), ("llama.cpp", report.peer)) if model is not None]
+    heads = [*others[: report.dense is not None], "compressed", *others[report.dense is not None :]]
+    heads += [f"over\n{name}" for name in others]
     show_columns(out, "model", captions, [Column(head, [line[i] for line in lines]) for i, head in enumerate(heads)])
+
+    if report.compressed is not None and report.compressed.plain is not None:
+        out.show(f"Written in transformers' own loop, because {report.compressed.plain}.", style="dim", markup=False)
 
 
 def _ratio(value: float) -> str:

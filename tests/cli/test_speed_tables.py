@@ -72,13 +72,29 @@ def test_every_figure_is_shown_at_any_width(width: int) -> None:
     assert all(len(row.rstrip()) <= width for row in text.splitlines())
     assert "some/model beside dense/model" in text
     assert "rank 16, density 0.100" in text  # said once
-    assert line(text, "14336", "x", "4096") == ["48", "bits", "1", "8.000", "2.000", "4.00x", "37%"]
-    assert line(text, "256", "100.0", "125.0") == ["0.80x", "1%"]
+    assert line(text, "14336", "x", "4096") == ["48", "bits", "1", "8.000", "2.000", "4.00x", "2.00", "37%"]
+    assert line(text, "256", "100.0", "125.0") == ["0.80x", "2.00", "1%"]
     assert line(text, "prefill,", "tokens/s") == ["1,000", "800.0", "0.80x"]
     assert line(text, "decode,", "tokens/s") == ["10.0", "25.0", "2.50x"]
     assert line(text, "bytes", "on", "disk") == ["16.0", "GB", "4.0", "GB", "25.0%"]
     assert line(text, "bytes", "of", "parameters", "and", "buffers")[-1] == "30.0%"
     assert line(text, "resident", "memory")[-1] == "30.0%"
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_llama_cpp_stands_beside_it(width: int) -> None:
+    other = ModelSpeed(400.0, 50.0, 8_000_000_000, None, 6_000_000_000)
+    ours = replace(SMALL, token_bytes=4_000_000_000, plain="it is new")
+    text = shown(REPORT.with_(peer=other, peer_file="x.gguf", compressed=ours), width)
+    assert "…" not in text
+    assert all(len(row.rstrip()) <= width for row in text.splitlines())
+    assert line(text, "prefill,", "tokens/s") == ["1,000", "800.0", "400.0", "0.80x", "2.00x"]
+    assert line(text, "decode,", "tokens/s")[-2:] == ["2.50x", "0.50x"]
+    assert line(text, "bytes", "of", "parameters", "and", "buffers")[-2:] == ["30.0%", "-"]
+    assert line(text, "bytes", "that", "a", "token", "reads")[:4] == ["-", "4.0", "GB", "-"]
+    assert "transformers' own loop, because it is new" in text
+    alone = shown(REPORT.with_(peer=other, dense=None, against=None), width)
+    assert line(alone, "decode,", "tokens/s") == ["25.0", "50.0", "0.50x"]
 
 
 def test_a_busy_machine_is_named() -> None:
@@ -142,7 +158,7 @@ def test_bars_are_the_figures() -> None:
     one = bars["speedup-0-0"] / 4
     assert [bars[f"speedup-{i}-{k}"] / one for i in (0, 1) for k in (0, 1)] == pytest.approx([4, 0.8, 2, 2], rel=1e-3)
     model = {name: height(node) for name, node in marked(svg, "model-").items()}
-    assert set(model) == {f"model-{name}" for name in REPORT.ratios}
+    assert set(model) == {f"model-{name}" for name, ratio in REPORT.ratios.items() if ratio is not None}
     unit = model["model-decode_speedup"] / 2.5
     assert [bar / unit for bar in model.values()] == pytest.approx([0.8, 2.5, 0.25, 0.3, 0.3], rel=1e-3)
     assert len(marked(svg, "even")) == 2

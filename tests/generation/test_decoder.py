@@ -20,7 +20,7 @@ from losparse_cli.kernels.step import Unsuited
 pytestmark = [needs_compiler, pytest.mark.usefixtures("installed_kernels")]
 
 _COMMON: dict[str, Any] = {
-    "vocab_size": 101, "num_hidden_layers": 3, "hidden_size": 72, "intermediate_size": 131, "num_attention_heads": 4,
+    "vocab_size": 1100, "num_hidden_layers": 3, "hidden_size": 72, "intermediate_size": 131, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 18, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2,
 }  # fmt: skip

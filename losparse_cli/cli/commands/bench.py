@@ -16,6 +16,9 @@ def bench(
     against: Annotated[
         str | None, typer.Option(help="The dense model to compare with: a folder or a Hub id.", show_default=False)
     ] = None,
+    peer: Annotated[
+        Path | None, typer.Option(help="A GGUF file to run in llama.cpp, in the same run.", show_default=False)
+    ] = None,
     batch: Annotated[int, typer.Option(help="Prompts that the model reads at once.")] = 1,
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt, which are random.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens that the model writes after it; 0 to only read.")] = 32,
@@ -64,6 +67,7 @@ def bench(
         found = measure(
             source,
             against=against,
+            peer=peer,
             batch=batch,
             prompt=prompt,
             new_tokens=new_tokens,
