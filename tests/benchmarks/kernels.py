@@ -7,20 +7,13 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-import transformers
 
-from losparse_cli import Recipe, compress
-from losparse_cli.bench import bench
 from losparse_cli.benchmark.layers import layer_speeds
-from losparse_cli.benchmark.report import BenchReport
 from losparse_cli.benchmark.timing import copy_bandwidth
 from losparse_cli.checkpoint.codes import fit_contexts
-from losparse_cli.demo import smollm2
 from losparse_cli.kernels import install
 from losparse_cli.kernels.choice import SPREAD_ROWS
 from losparse_cli.linalg.patterns import parse_pattern, select
@@ -187,73 +180,3 @@ def one_way(shape: tuple[int, int]) -> None:
 
 
 # --- whole models -----------------------------------------------------------------------------------
-
-
-def llama(folder: Path, vocabulary: int) -> Path:
-    """A Llama of about a billion random parameters in bfloat16, hidden size 2048."""
-    path = folder / f"llama-{vocabulary}"
-    if not (path / "config.json").is_file():
-        config = transformers.LlamaConfig(
-            hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
-            num_key_value_heads=4, vocab_size=vocabulary, max_position_embeddings=2048, dtype="bfloat16",
-            tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
-        )  # fmt: skip
-        torch.manual_seed(0)
-        with torch.device("meta"):
-            model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
-        model = model.to_empty(device="cpu")
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
-        model.save_pretrained(path)
-    return path
-
-
-def _compressed(dense: Path, folder: Path, recipe: Recipe) -> Path:
-    output = folder / f"{dense.name}-{recipe.pattern}-{recipe.sparsity or recipe.keep_parameters}"
-    if not output.is_dir():
-        compress(dense, output, recipe=recipe)
-    return output
-
-
-def models() -> None:
-    """Whole models: tokens a second and bytes, dense beside compressed."""
-    named = os.environ.get("LOSPARSE_BENCH_DIR")
-    with tempfile.TemporaryDirectory(prefix="losparse-bench-") as scratch:  # 8 GB of generated models
-        _models(Path(named or scratch))
-
-
-def _models(folder: Path) -> None:
-    heads = "prefill, tok/s (dense) | times faster | floor | decode, tok/s (dense) | times faster | floor"
-    print(f"{torch.get_num_threads()} threads, prompt of 128 tokens, 32 new ones\n")
-    print(f"| model | batch | {heads} | disk | tensors | resident (dense) |")
-    print(f"|{'---|' * 11}")
-    structured = Recipe(rank=8, sparsity=0.9, pattern="columns")
-    unstructured, half = Recipe(rank=8, sparsity=0.9), Recipe(keep_parameters=0.5, rank_ratio=0.2)
-    for vocabulary in (32000, 128256):
-        dense = llama(folder, vocabulary)
-        for recipe in (unstructured, structured):
-            path = _compressed(dense, folder, recipe)
-            decoding = (4.0 if recipe is structured else 2.0) if vocabulary == 32000 else None
-            report = bench(path, against=dense, rows=(1,), rounds=5)
-            _show(f"Llama, {vocabulary} tokens, {recipe.pattern}", report, decode=decoding)
-    for name, recipe in (("rank 8, sparsity 0.9", unstructured), ("columns", structured), ("half, κ 0.2", half)):
-        path = _compressed(smollm2(), folder, recipe)
-        for batch in (1, 4, 8):
-            report = bench(path, against=smollm2(), batch=batch, rows=(1,), rounds=3)
-            _show(f"SmolLM2-135M, {name}", report, prefill=0.8, decode=1.0)
-
-
-def _show(name: str, report: BenchReport, *, prefill: float | None = None, decode: float | None = None) -> None:
-    """prefill, decode: floors, times faster than dense."""
-    ours, dense = report.compressed, report.dense
-    assert ours is not None
-    assert dense is not None
-    first, then = report.ratios["prefill_speedup"], report.ratios["decode_speedup"]
-    cells = (
-        name, report.batch, f"{ours.prefill:.0f} ({dense.prefill:.0f})", f"{first:.2f}", prefill or "",
-        f"{ours.decode:.1f} ({dense.decode:.1f})", f"{then:.2f}", decode or "", f"{ours.disk / 1e6:.0f} MB",
-        f"{ours.tensors / ours.disk:.2f} x disk",
-        f"{(ours.resident or 0) / 1e6:.0f} ({(dense.resident or 0) / 1e6:.0f}) MB",
-    )  # fmt: skip
-    print(f"| {' | '.join(map(str, cells))} |", flush=True)
