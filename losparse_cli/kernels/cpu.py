@@ -160,7 +160,7 @@ def packed(code: Library, codes: Tensor, bits: int, rest: int) -> Tensor | None:
     m, n = codes.shape
     index = torch.empty(packed_bytes((m, n), bits, rest), dtype=torch.uint8)
     layer = Layer(index=index.data_ptr(), m=m, n=n, bits=bits, rest=rest)
-    failed = code.pack_codes(layer, codes.data_ptr(), codes.itemsize, torch.get_num_threads())
+    failed = code.pack_codes(layer, codes.data_ptr(), codes.itemsize, torch.get_num_threads(), code.level)
     return None if failed else index
 
 

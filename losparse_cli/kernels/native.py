@@ -62,6 +62,7 @@ class Classes(ctypes.Structure):
         ("widths", ctypes.c_void_p),
         ("tables", ctypes.c_int32),
         ("threads", ctypes.c_int32),
+        ("level", ctypes.c_int32),
     )
 
 
@@ -101,7 +102,7 @@ class Library:
             "encode_codes": (classes, pointer, pointer, pointer, pointer, pointer),
             "coded": (layer, pointer, pointer, long, whole, whole, whole),
             "code_bits": (pointer, long, whole, pointer, whole),
-            "pack_codes": (layer, pointer, whole, whole),
+            "pack_codes": (layer, pointer, whole, whole, whole),
             "rows_of_codes": (layer, pointer, long, long, whole, pointer, whole, whole),
             "step": (pointer, long, pointer),
         }.items():

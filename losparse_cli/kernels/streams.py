@@ -11,7 +11,7 @@ from .native import Classes, Library
 
 def decode(code: Library, contexts: Contexts, parts: Parts) -> Tensor | None:
     """The codes, or None if the stream is damaged: plain torch then says how."""
-    described, _kept = _describe(contexts)
+    described, _kept = _describe(contexts, code.level)
     codes = torch.empty(described.m, described.n, dtype=WIDTHS[parts.width])
     damaged = code.decode_codes(
         described, parts.counts.data_ptr(), parts.states.data_ptr(), parts.words.data_ptr(), parts.escapes.data_ptr(),
@@ -22,7 +22,7 @@ def decode(code: Library, contexts: Contexts, parts: Parts) -> Tensor | None:
 
 def encode(code: Library, codes: Tensor, contexts: Contexts) -> Parts | None:
     """Of int32 codes (m, n); None if there is no memory for it."""
-    described, _kept = _describe(contexts)
+    described, _kept = _describe(contexts, code.level)
     lanes = -(-described.m // described.lane_rows)
     counts = torch.empty(-(-lanes // LANES), dtype=torch.int32)
     states = torch.empty(lanes, dtype=torch.int32)
@@ -36,7 +36,7 @@ def encode(code: Library, codes: Tensor, contexts: Contexts) -> Parts | None:
     return Parts(counts, states, words[:used].clone(), escapes[:found].clone(), width_of(codes))
 
 
-def _describe(contexts: Contexts) -> tuple[Classes, tuple[Tensor, ...]]:
+def _describe(contexts: Contexts, level: int) -> tuple[Classes, tuple[Tensor, ...]]:
     """The contexts as streams.h sees them, and what must not be let go meanwhile."""
     tables = contexts.every_table()
     kept = (
@@ -46,4 +46,4 @@ def _describe(contexts: Contexts) -> tuple[Classes, tuple[Tensor, ...]]:
         torch.tensor([len(frequencies) // 2 for frequencies in tables], dtype=torch.int32),
     )
     sizes = (contexts.rows.numel(), contexts.columns.numel(), contexts.lane_rows)
-    return Classes(*sizes, *(x.data_ptr() for x in kept), len(tables), torch.get_num_threads()), kept
+    return Classes(*sizes, *(x.data_ptr() for x in kept), len(tables), torch.get_num_threads(), level), kept

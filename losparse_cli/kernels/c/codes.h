@@ -502,29 +502,52 @@ INLINE int32_t line_of_codes(const void *codes, int64_t i, int64_t count, int wi
     return unfit;
 }
 
+/* A strip of codes; found: how many of each row do not fit. */
+INLINE void pack_strip(const Layer *layer, const void *codes, int width, int bits, int64_t strip, int32_t *found) {
+    const int64_t m = layer->m, n = layer->n;
+    uint8_t *p = (uint8_t *)strip_of(layer, strip), u[STRIP][LINE];
+    memset(u, 1 << (bits - 1), sizeof u);
+    for (int64_t j = 0; j < n; j += LINE, p += LINE * bits) {
+        const int64_t count = n - j < LINE ? n - j : LINE;
+        if (count < LINE) memset(u, 1 << (bits - 1), sizeof u);
+        for (int t = 0; t < STRIP && strip * STRIP + t < m; t++) {
+            const int64_t at = (strip * STRIP + t) * n + j;
+            found[t] += count == LINE ? line_of_codes(codes, at, LINE, width, bits, u[t])
+                                      : line_of_codes(codes, at, count, width, bits, u[t]);
+        }
+        put_line_of_codes(p, bits, (const uint8_t(*)[LINE])u);
+    }
+}
+
+typedef void Pack(const Layer *, const void *, int, int64_t, int32_t *);
+#define PACK(NAME, TARGET)                                                                                            \
+    TARGET static void NAME(const Layer *layer, const void *codes, int width, int64_t strip, int32_t *found) {        \
+        if (width == 1 && layer->bits == 4) pack_strip(layer, codes, 1, 4, strip, found); /* the usual */             \
+        else if (width == 1) pack_strip(layer, codes, 1, (int)layer->bits, strip, found);                             \
+        else if (width == 2) pack_strip(layer, codes, 2, (int)layer->bits, strip, found);                             \
+        else pack_strip(layer, codes, 4, (int)layer->bits, strip, found);                                             \
+    }
+PACK(pack_plain, )
+#if defined(__x86_64__)
+PACK(pack_avx2, AVX2)
+#endif
+
 /* Codes (m, n) into the layer's index, whose rest has room for what does not fit. Returns 0; 1 if that is another number
    than the layer says. */
-int losparse_pack_codes(const Layer *layer, const void *codes, int width, int threads) {
+int losparse_pack_codes(const Layer *layer, const void *codes, int width, int threads, int level) {
     const int64_t m = layer->m, n = layer->n;
     const int bits = (int)layer->bits;
+    (void)level;
     int32_t *starts = layer->rest ? (int32_t *)rest_of(layer) : NULL;
     int64_t unfit = 0;
+    Pack *pack = pack_plain;
+#if defined(__x86_64__)
+    if (level >= LEVEL_AVX2) pack = pack_avx2;
+#endif
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : unfit)
     for (int64_t strip = 0; strip < (m + STRIP - 1) / STRIP; strip++) {
-        uint8_t *p = (uint8_t *)strip_of(layer, strip), u[STRIP][LINE];
         int32_t found[STRIP] = {0};
-        for (int64_t j = 0; j < n; j += LINE, p += LINE * bits) {
-            const int64_t count = n - j < LINE ? n - j : LINE;
-            memset(u, 1 << (bits - 1), sizeof u);
-            for (int t = 0; t < STRIP && strip * STRIP + t < m; t++) {
-                const int64_t at = (strip * STRIP + t) * n + j;
-                found[t] += width == 1 && count == LINE ? line_of_codes(codes, at, LINE, 1, bits, u[t])
-                            : width == 1                ? line_of_codes(codes, at, count, 1, bits, u[t])
-                            : width == 2                ? line_of_codes(codes, at, count, 2, bits, u[t])
-                                                        : line_of_codes(codes, at, count, 4, bits, u[t]);
-            }
-            put_line_of_codes(p, bits, (const uint8_t(*)[LINE])u);
-        }
+        pack(layer, codes, width, strip, found);
         for (int t = 0; t < STRIP; t++) {
             unfit += found[t];
             if (starts && strip * STRIP + t < m) starts[strip * STRIP + t + 1] = found[t];

@@ -9,7 +9,7 @@ typedef struct {
     const uint8_t *rows, *columns; /* classes; a sum of two is a table */
     const int32_t *frequencies;    /* of -K..K of each table, one after another; the escape has the rest */
     const int32_t *widths;         /* K of each table */
-    int32_t tables, threads;
+    int32_t tables, threads, level;
 } Classes;
 
 static int64_t chunks_of(const Classes *c) {
@@ -44,6 +44,67 @@ INLINE int step_on(uint32_t *restrict x, const uint32_t *restrict offset, const 
     return 0;
 }
 
+#if defined(__x86_64__)
+/* The same for all lanes in AVX2; of words there are 8 more than the lanes may take. The words that a group of eight takes
+   go to those of its lanes that need one, by `spread` (256, 8): from which of them for each set of lanes. */
+AVX2 static inline void step_of_all(uint32_t *x, const uint32_t *offset, const uint32_t *moves, const int16_t *codes,
+                                    int16_t *out, const uint16_t **words, const uint8_t *spread) {
+    const uint16_t *at = *words;
+    const __m256i places = _mm256_set1_epi32(PLACES - 1), low = _mm256_set1_epi32(0xffff), zero = _mm256_setzero_si256();
+    UNROLL for (int pair = 0; pair < LANES / 16; pair++) {
+        __m256i found[2];
+        UNROLL for (int half = 0; half < 2; half++) {
+            const int lane = 16 * pair + 8 * half;
+            const __m256i state = _mm256_loadu_si256((const __m256i *)(x + lane));
+            const __m256i from = _mm256_loadu_si256((const __m256i *)(offset + lane));
+            const __m256i place = _mm256_add_epi32(from, _mm256_and_si256(state, places));
+            const __m256i move = _mm256_i32gather_epi32((const int *)moves, place, 4);
+            found[half] = _mm256_and_si256(_mm256_i32gather_epi32((const int *)codes, place, 2), low);
+            const __m256i frequency = _mm256_srli_epi32(move, 16), higher = _mm256_srli_epi32(state, 12);
+            const __m256i next = _mm256_add_epi32(_mm256_mullo_epi32(frequency, higher), _mm256_and_si256(move, low));
+            const __m256i more = _mm256_cmpeq_epi32(_mm256_srli_epi32(next, 16), zero);
+            const int lanes = _mm256_movemask_ps(_mm256_castsi256_ps(more));
+            const __m256i line = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)at));
+            const __m256i order = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(spread + 8 * lanes)));
+            const __m256i word = _mm256_permutevar8x32_epi32(line, order);
+            const __m256i longer = _mm256_or_si256(_mm256_slli_epi32(next, 16), word);
+            _mm256_storeu_si256((__m256i *)(x + lane), _mm256_blendv_epi8(next, longer, more));
+            at += __builtin_popcount((unsigned)lanes);
+        }
+        const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(found[0], found[1]), 0xd8);
+        _mm256_storeu_si256((__m256i *)(out + 16 * pair), packed);
+    }
+    *words = at;
+}
+
+/* lines (LANES, STEPS) = tile (STEPS, LANES) the other way round, eight by eight. */
+INLINE void turn_round(const int16_t (*tile)[LANES], int16_t (*lines)[STEPS]) {
+    for (int s = 0; s < STEPS; s += 8)
+        for (int lane = 0; lane < LANES; lane += 8) {
+            __m128i a[8], b[8];
+            UNROLL for (int k = 0; k < 8; k++) a[k] = _mm_loadu_si128((const __m128i *)(tile[s + k] + lane));
+            UNROLL for (int k = 0; k < 4; k++) {
+                b[2 * k] = _mm_unpacklo_epi16(a[2 * k], a[2 * k + 1]);
+                b[2 * k + 1] = _mm_unpackhi_epi16(a[2 * k], a[2 * k + 1]);
+            }
+            UNROLL for (int k = 0; k < 2; k++)
+                UNROLL for (int h = 0; h < 2; h++) {
+                    a[4 * k + 2 * h] = _mm_unpacklo_epi32(b[4 * k + h], b[4 * k + 2 + h]);
+                    a[4 * k + 2 * h + 1] = _mm_unpackhi_epi32(b[4 * k + h], b[4 * k + 2 + h]);
+                }
+            UNROLL for (int k = 0; k < 4; k++) {
+                _mm_storeu_si128((__m128i *)(lines[lane + 2 * k] + s), _mm_unpacklo_epi64(a[k], a[4 + k]));
+                _mm_storeu_si128((__m128i *)(lines[lane + 2 * k + 1] + s), _mm_unpackhi_epi64(a[k], a[4 + k]));
+            }
+        }
+}
+#else
+INLINE void turn_round(const int16_t (*tile)[LANES], int16_t (*lines)[STEPS]) {
+    for (int s = 0; s < STEPS; s++)
+        for (int lane = 0; lane < LANES; lane++) lines[lane][s] = tile[s][lane];
+}
+#endif
+
 typedef struct {
     int64_t *at; /* entries that escaped, in no order */
     int64_t found, room;
@@ -53,17 +114,17 @@ typedef struct {
 INLINE int put_codes(const int16_t (*tile)[LANES], int lanes, int steps, int64_t first, int64_t stride, void *out, int width,
                Escapes *escapes) {
     int damaged = 0;
+    int16_t lines[LANES][STEPS];
+    turn_round(tile, lines);
     for (int lane = 0; lane < lanes; lane++) {
         const int64_t to = first + lane * stride;
-        int low = 0, high = 0;
-        int16_t line[STEPS];
+        int16_t *line = lines[lane], low = 0, high = 0;
         for (int s = 0; s < steps; s++) {
-            line[s] = tile[s][lane];
             low = line[s] < low ? line[s] : low;
             high = line[s] > high ? line[s] : high;
         }
         if (low == ESCAPED)
-            for (int s = low = 0; s < steps; s++) {
+            for (int s = low = 0; s < steps; s++) { /* low: of the others */
                 if (line[s] == ESCAPED) {
                     int64_t k;
 #pragma omp atomic capture
@@ -84,14 +145,17 @@ INLINE int put_codes(const int16_t (*tile)[LANES], int lanes, int steps, int64_t
     return damaged;
 }
 
-static int decode_chunk(const Classes *c, const uint32_t *moves, const int16_t *codes, int64_t chunk,
-                        const uint32_t *states, const uint16_t *at, const uint16_t *stop, void *out, int width,
-                        Escapes *escapes) {
+typedef void AllSteps(uint32_t *, const uint32_t *, const uint32_t *, const int16_t *, int16_t *, const uint16_t **,
+                      const uint8_t *);
+
+INLINE int decode_any(const Classes *c, const uint32_t *moves, const int16_t *codes, int64_t chunk,
+                      const uint32_t *states, const uint16_t *at, const uint16_t *stop, void *out, int width,
+                      Escapes *escapes, const uint8_t *spread, AllSteps *all) {
     const int64_t top = chunk * LANES * c->lane_rows, stride = c->lane_rows * c->n;
     const int64_t left = c->m - top < LANES * c->lane_rows ? c->m - top : LANES * c->lane_rows; /* rows */
     const int lanes = (int)((left + c->lane_rows - 1) / c->lane_rows);
     uint32_t x[LANES], offset[LANES];
-    int16_t tile[STEPS][LANES];
+    int16_t tile[STEPS][LANES] = {{0}};
     for (int lane = 0; lane < lanes; lane++) {
         x[lane] = states[chunk * LANES + lane];
         if (x[lane] < LOWEST) return 1;
@@ -103,6 +167,10 @@ static int decode_chunk(const Classes *c, const uint32_t *moves, const int16_t *
             const int steps = c->n - j < STEPS ? (int)(c->n - j) : STEPS;
             for (int s = 0; s < steps; s++) {
                 const int64_t skip = (int64_t)c->columns[j + s] * PLACES;
+                if (all && active == LANES && stop - at >= LANES + 8) {
+                    all(x, offset, moves + skip, codes + skip, tile[s], &at, spread);
+                    continue;
+                }
                 if (active == LANES ? step_on(x, offset, moves + skip, codes + skip, tile[s], LANES, &at, stop)
                                     : step_on(x, offset, moves + skip, codes + skip, tile[s], active, &at, stop))
                     return 1;
@@ -116,6 +184,19 @@ static int decode_chunk(const Classes *c, const uint32_t *moves, const int16_t *
     return at != stop;
 }
 
+typedef int Decode(const Classes *, const uint32_t *, const int16_t *, int64_t, const uint32_t *, const uint16_t *,
+                   const uint16_t *, void *, int, Escapes *, const uint8_t *);
+#define DECODE(NAME, TARGET, ALL)                                                                                     \
+    TARGET static int NAME(const Classes *c, const uint32_t *moves, const int16_t *codes, int64_t chunk,              \
+                           const uint32_t *states, const uint16_t *at, const uint16_t *stop, void *out, int width,    \
+                           Escapes *escapes, const uint8_t *spread) {                                                 \
+        return decode_any(c, moves, codes, chunk, states, at, stop, out, width, escapes, spread, ALL);                \
+    }
+DECODE(decode_plain, , NULL)
+#if defined(__x86_64__)
+DECODE(decode_avx2, AVX2, step_of_all)
+#endif
+
 static int ascending(const void *a, const void *b) {
     const int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
     return (x > y) - (x < y);
@@ -126,7 +207,12 @@ int losparse_decode_codes(const Classes *c, const uint32_t *counts, const uint32
                           const int32_t *values, int64_t escaped, int width, void *out) {
     const int64_t chunks = chunks_of(c);
     uint32_t *moves = malloc(sizeof *moves * c->tables * PLACES); /* frequency << 16 | distance from its start */
-    int16_t *codes = malloc(sizeof *codes * c->tables * PLACES);
+    int16_t *codes = malloc(sizeof *codes * (c->tables * PLACES + 1)); /* one more, which a gather reads along */
+    uint8_t spread[256][8];
+    Decode *decode = decode_plain;
+#if defined(__x86_64__)
+    if (c->level >= LEVEL_AVX2) decode = decode_avx2;
+#endif
     int64_t *starts = malloc(sizeof *starts * (chunks + 1));
     Escapes escapes = {malloc(sizeof *escapes.at * (escaped + 1)), 0, escaped};
     int damaged = 2;
@@ -146,13 +232,19 @@ int losparse_decode_codes(const Classes *c, const uint32_t *counts, const uint32
             codes[place] = ESCAPED;
         }
     }
+    codes[c->tables * PLACES] = 0;
+    for (int set = 0; set < 256; set++)
+        for (int lane = 0, k = 0; lane < 8; lane++) {
+            spread[set][lane] = (uint8_t)k;
+            k += set >> lane & 1;
+        }
     starts[0] = 0;
     for (int64_t k = 0; k < chunks; k++) starts[k + 1] = starts[k] + counts[k];
     damaged = 0;
 #pragma omp parallel for num_threads(c->threads) schedule(dynamic) reduction(| : damaged)
     for (int64_t k = 0; k < chunks; k++)
-        damaged |= decode_chunk(c, moves, codes, k, states, words + starts[k], words + starts[k + 1], out, width,
-                                &escapes);
+        damaged |= decode(c, moves, codes, k, states, words + starts[k], words + starts[k + 1], out, width, &escapes,
+                          spread[0]);
     damaged |= escapes.found != escaped;
     if (!damaged && escaped) {
         qsort(escapes.at, escaped, sizeof *escapes.at, ascending);
