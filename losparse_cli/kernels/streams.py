@@ -33,7 +33,7 @@ def encode(code: Library, codes: Tensor, contexts: Contexts) -> Parts | None:
     if found < 0:
         return None
     used = int((counts.long() & 0xFFFFFFFF).sum())
-    return Parts(counts, states, words[:used].clone(), escapes[:found].clone(), width_of(codes))
+    return Parts(counts, states, words[:used].clone().view(torch.uint8), escapes[:found].clone(), width_of(codes))
 
 
 def _describe(contexts: Contexts, level: int) -> tuple[Classes, tuple[Tensor, ...]]:

@@ -99,10 +99,8 @@ class LosparseQuantizer(HfQuantizer):  # type: ignore[misc]
         memory = _Memory()
         for name in self.quantization_config.modules:
             layer = model.get_submodule(name)
-            index = getattr(layer, "S_codes", None)
             try:
-                layer.settle()
-                memory.done_with(index)
+                layer.settle(memory.done_with)
             except ValueError as error:
                 what = "codes" if layer.spec.layout == "codes" else "index"
                 raise ValueError(f"The {what} of layer {name} cannot be read: {error}. Download it again.") from error
@@ -138,9 +136,9 @@ class _Memory:
         except (OSError, TypeError):
             self._libc = None
 
-    def done_with(self, index: torch.Tensor | None) -> None:
+    def done_with(self, index: torch.Tensor) -> None:
         """Nobody is going to read it soon: pages of a mapped file leave memory, and come back if somebody does."""
-        if index is None or index.device.type != "cpu":
+        if index.device.type != "cpu":
             return
         begin = -(-index.data_ptr() // PAGE) * PAGE
         length = (index.data_ptr() + index.numel()) // PAGE * PAGE - begin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class StoredIndex(nn.Module):
     weight: nn.Parameter
     U: Tensor | None
     V: Tensor | None
+    S_codes: Tensor
     _index: Tensor | None
     _starts: Tensor | None
 
@@ -86,8 +88,10 @@ class StoredIndex(nn.Module):
 
     # --- the index ------------------------------------------------------------------------------------
 
-    def settle(self) -> None:
+    def settle(self, on_read: Callable[[Tensor], object] = lambda index: None) -> None:
         """Check the stored index, once, and compute with a faster one from now on, held in its place.
+
+        on_read hears of a stream of codes as soon as nobody reads it any more.
 
         ValueError if the index is damaged. Nothing happens to a layer whose tensors come and go, as when they are
         offloaded: it does this work whenever it computes.
@@ -96,12 +100,15 @@ class StoredIndex(nn.Module):
             return
         with torch.inference_mode(False):  # or no gradient could flow past what is made here
             index, starts = self._made()
+            kept = AS_STORED.get(self.spec.layout)
             if self._form == "codes":
+                on_read(self.S_codes)
+            if kept is None:
+                for suffix in self._stored():
+                    delattr(self, suffix)
+            if self._form == "codes":  # with the stream gone, or there would be three at once
                 index, self._form = held(index)
-        kept = AS_STORED.get(self.spec.layout)
         if kept is None:
-            for suffix in self._stored():
-                delattr(self, suffix)
             self._index = index
         self._starts = starts
         self._checked = True

@@ -72,8 +72,8 @@ class Contexts:
 
 @dataclass(frozen=True)
 class Parts:
-    """A stream taken apart: counts (chunks,) int32 of words; states (lanes,) int32 and words int16, as bits;
-    escapes: int32; width: bytes of a code."""
+    """A stream taken apart: counts (chunks,) int32 of words; states (lanes,) int32, as bits; words: uint8,
+    two bytes each, which are not copied from where they lie; escapes: int32; width: bytes of a code."""
 
     counts: Tensor
     states: Tensor
@@ -132,7 +132,7 @@ def _taken_apart(blob: Tensor, shape: tuple[int, int]) -> tuple[Contexts, Parts]
     parts = Parts(
         counts,
         state_part.clone().view(torch.int32),
-        rest[: 2 * words].clone().view(torch.int16),
+        rest[: 2 * words],
         rest[2 * words :].clone().view(WIDTHS[escape_width]).int(),
         width,
     )
@@ -152,7 +152,7 @@ def _decode(contexts: Contexts, parts: Parts) -> Tensor:
     classes, entries = contexts.columns.tolist(), contexts.lane_rows * n
     counts = parts.counts.long() & 0xFFFFFFFF
     starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-    words = torch.nn.functional.pad(parts.words.long() & 0xFFFF, (1, LOOKS * LANES))  # numbered from 1
+    words = torch.nn.functional.pad(parts.words.clone().view(torch.int16).long() & 0xFFFF, (1, LOOKS * LANES))  # numbered from 1
     codes = torch.empty(m, n, dtype=torch.int16, device=device)
     for first, last in _batches(contexts):
         rows = _row_offsets(contexts, first, last).to(device).unbind()
@@ -259,7 +259,7 @@ def _put_together(codes: Tensor, contexts: Contexts, parts: Parts) -> Tensor:
             torch.tensor(list(stored), dtype=torch.uint8),
             parts.counts.view(torch.uint8),
             parts.states.view(torch.uint8),
-            parts.words.view(torch.uint8),
+            parts.words,
             parts.escapes.to(WIDTHS[escape_width]).view(torch.uint8),
         ]
     )
@@ -313,7 +313,7 @@ def _encode(codes: Tensor, contexts: Contexts) -> Parts:
         found.append(x)
     lanes = -(-codes.shape[0] // contexts.lane_rows)
     states = torch.cat(found)[:lanes].int()
-    return Parts(torch.cat(counts).int(), states, torch.cat(words), _escapes(codes, contexts), width_of(codes))
+    return Parts(torch.cat(counts).int(), states, torch.cat(words).view(torch.uint8), _escapes(codes, contexts), width_of(codes))
 
 
 def _escapes(codes: Tensor, contexts: Contexts) -> Tensor:

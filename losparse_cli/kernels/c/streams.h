@@ -3,6 +3,7 @@
 
 enum { LANES = 32, PLACES = 4096, STEPS = 64, ESCAPED = -32768 };
 #define LOWEST 65536u
+typedef uint16_t Loose __attribute__((aligned(1))); /* words lie in the file wherever it had room */
 
 typedef struct {
     int64_t m, n, lane_rows;
@@ -19,9 +20,9 @@ static int64_t chunks_of(const Classes *c) {
 
 /* `count` (at most 32) states a step on, and past the words that they take; 1 if there are too few. */
 INLINE int step_on(uint32_t *restrict x, const uint32_t *restrict offset, const uint32_t *restrict moves,
-                   const int16_t *restrict codes, int16_t *restrict out, int count, const uint16_t **words,
-                   const uint16_t *stop) {
-    const uint16_t *at = *words;
+                   const int16_t *restrict codes, int16_t *restrict out, int count, const Loose **words,
+                   const Loose *stop) {
+    const Loose *at = *words;
     if (stop - at >= count) {
         for (int lane = 0; lane < count; lane++) {
             const uint32_t place = offset[lane] + (x[lane] & (PLACES - 1)), move = moves[place];
@@ -48,8 +49,8 @@ INLINE int step_on(uint32_t *restrict x, const uint32_t *restrict offset, const 
 /* The same for all lanes in AVX2; of words there are 8 more than the lanes may take. The words that a group of eight takes
    go to those of its lanes that need one, by `spread` (256, 8): from which of them for each set of lanes. */
 AVX2 static inline void step_of_all(uint32_t *x, const uint32_t *offset, const uint32_t *moves, const int16_t *codes,
-                                    int16_t *out, const uint16_t **words, const uint8_t *spread) {
-    const uint16_t *at = *words;
+                                    int16_t *out, const Loose **words, const uint8_t *spread) {
+    const Loose *at = *words;
     const __m256i places = _mm256_set1_epi32(PLACES - 1), low = _mm256_set1_epi32(0xffff), zero = _mm256_setzero_si256();
     UNROLL for (int pair = 0; pair < LANES / 16; pair++) {
         __m256i found[2];
@@ -145,11 +146,11 @@ INLINE int put_codes(const int16_t (*tile)[LANES], int lanes, int steps, int64_t
     return damaged;
 }
 
-typedef void AllSteps(uint32_t *, const uint32_t *, const uint32_t *, const int16_t *, int16_t *, const uint16_t **,
+typedef void AllSteps(uint32_t *, const uint32_t *, const uint32_t *, const int16_t *, int16_t *, const Loose **,
                       const uint8_t *);
 
 INLINE int decode_any(const Classes *c, const uint32_t *moves, const int16_t *codes, int64_t chunk,
-                      const uint32_t *states, const uint16_t *at, const uint16_t *stop, void *out, int width,
+                      const uint32_t *states, const Loose *at, const Loose *stop, void *out, int width,
                       Escapes *escapes, const uint8_t *spread, AllSteps *all) {
     const int64_t top = chunk * LANES * c->lane_rows, stride = c->lane_rows * c->n;
     const int64_t left = c->m - top < LANES * c->lane_rows ? c->m - top : LANES * c->lane_rows; /* rows */
@@ -184,11 +185,11 @@ INLINE int decode_any(const Classes *c, const uint32_t *moves, const int16_t *co
     return at != stop;
 }
 
-typedef int Decode(const Classes *, const uint32_t *, const int16_t *, int64_t, const uint32_t *, const uint16_t *,
-                   const uint16_t *, void *, int, Escapes *, const uint8_t *);
+typedef int Decode(const Classes *, const uint32_t *, const int16_t *, int64_t, const uint32_t *, const Loose *,
+                   const Loose *, void *, int, Escapes *, const uint8_t *);
 #define DECODE(NAME, TARGET, ALL)                                                                                     \
     TARGET static int NAME(const Classes *c, const uint32_t *moves, const int16_t *codes, int64_t chunk,              \
-                           const uint32_t *states, const uint16_t *at, const uint16_t *stop, void *out, int width,    \
+                           const uint32_t *states, const Loose *at, const Loose *stop, void *out, int width,    \
                            Escapes *escapes, const uint8_t *spread) {                                                 \
         return decode_any(c, moves, codes, chunk, states, at, stop, out, width, escapes, spread, ALL);                \
     }
@@ -203,7 +204,7 @@ static int ascending(const void *a, const void *b) {
 }
 
 /* out: (m, n) of `width` bytes each. Returns 0; 1 if the stream is damaged; 2 if there is no memory. */
-int losparse_decode_codes(const Classes *c, const uint32_t *counts, const uint32_t *states, const uint16_t *words,
+int losparse_decode_codes(const Classes *c, const uint32_t *counts, const uint32_t *states, const Loose *words,
                           const int32_t *values, int64_t escaped, int width, void *out) {
     const int64_t chunks = chunks_of(c);
     uint32_t *moves = malloc(sizeof *moves * c->tables * PLACES); /* frequency << 16 | distance from its start */
