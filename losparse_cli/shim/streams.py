@@ -152,7 +152,9 @@ def _decode(contexts: Contexts, parts: Parts) -> Tensor:
     classes, entries = contexts.columns.tolist(), contexts.lane_rows * n
     counts = parts.counts.long() & 0xFFFFFFFF
     starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-    words = torch.nn.functional.pad(parts.words.clone().view(torch.int16).long() & 0xFFFF, (1, LOOKS * LANES))  # numbered from 1
+    words = torch.nn.functional.pad(
+        parts.words.clone().view(torch.int16).long() & 0xFFFF, (1, LOOKS * LANES)
+    )  # numbered from 1
     codes = torch.empty(m, n, dtype=torch.int16, device=device)
     for first, last in _batches(contexts):
         rows = _row_offsets(contexts, first, last).to(device).unbind()
@@ -313,7 +315,9 @@ def _encode(codes: Tensor, contexts: Contexts) -> Parts:
         found.append(x)
     lanes = -(-codes.shape[0] // contexts.lane_rows)
     states = torch.cat(found)[:lanes].int()
-    return Parts(torch.cat(counts).int(), states, torch.cat(words).view(torch.uint8), _escapes(codes, contexts), width_of(codes))
+    return Parts(
+        torch.cat(counts).int(), states, torch.cat(words).view(torch.uint8), _escapes(codes, contexts), width_of(codes)
+    )
 
 
 def _escapes(codes: Tensor, contexts: Contexts) -> Tensor:
