@@ -211,6 +211,97 @@ static int codes(int64_t m, int64_t n, int64_t rank, int bits, int64_t rows, int
     return bad;
 }
 
+/* Codes to words and back, from an odd address; then words that are others or too few. */
+static int stream(int64_t m, int64_t n, int64_t lane_rows, int level) {
+    static const int32_t frequencies[] = {100, 300, 700, 1500, 700, 300, 100, 20, 60, 400, 3000, 400, 60, 20,
+                                          1, 1, 1, 4000, 1, 1, 1};
+    static const int32_t widths[] = {3, 3, 3};
+    uint8_t *rows = exact(m), *columns = exact(n);
+    int32_t *values = exact(4 * m * n), *escapes = exact(4 * m * n);
+    const int64_t lanes = (m + lane_rows - 1) / lane_rows, chunks = (lanes + LANES - 1) / LANES;
+    uint32_t *counts = exact(4 * chunks), *states = exact(4 * lanes);
+    uint16_t *words = exact(2 * m * n);
+    int8_t *again = exact(m * n);
+    for (int64_t i = 0; i < m; i++) rows[i] = uniform() < 0.5;
+    for (int64_t j = 0; j < n; j++) columns[j] = uniform() < 0.5;
+    for (int64_t k = 0; k < m * n; k++) values[k] = (int32_t)(uniform() < 0.02 ? uniform() * 200 - 100 : uniform() * 7 - 3.5);
+    const Classes c = {m, n, lane_rows, rows, columns, frequencies, widths, 3, 2, level};
+    const int64_t found = losparse_encode_codes(&c, values, counts, states, words, escapes);
+    int64_t total = 0;
+    for (int64_t k = 0; k < chunks; k++) total += counts[k];
+    char *loose = exact(2 * total + 1), *at = loose + 1;
+    memcpy(at, words, 2 * total);
+    int bad = found < 0 || losparse_decode_codes(&c, counts, states, (uint16_t *)at, escapes, found, 1, again);
+    for (int64_t k = 0; k < m * n; k++) bad |= again[k] != values[k];
+    for (int k = 0; k < 30; k++) {
+        if (total && k % 3) at[(int64_t)(uniform() * 2 * total)] ^= (char)(1 << k % 8);
+        else states[(int64_t)(uniform() * lanes)] ^= 1u << k;
+        losparse_decode_codes(&c, counts, states, (uint16_t *)at, escapes, found, 1, again);
+    }
+    if (total) {
+        counts[chunks - 1]--;
+        bad |= counts[chunks - 1] != UINT32_MAX && !losparse_decode_codes(&c, counts, states, (uint16_t *)at, escapes, found, 1, again);
+    }
+    void *every[] = {rows, columns, values, escapes, counts, states, words, again, loose};
+    for (size_t k = 0; k < sizeof every / sizeof *every; k++) free(every[k]);
+    if (bad) printf("stream: m %ld n %ld rows a lane %ld level %d\n", (long)m, (long)n, (long)lane_rows, level);
+    return bad;
+}
+
+/* One block of a decoder over some positions, against the same at the plain level. */
+static int decoder(int64_t width, int64_t heads, int64_t kept, int64_t inside, int64_t rows, int dtype, int level) {
+    const int64_t hidden = 21, room = 5, size = dtype == BFLOAT16 ? 2 : 4;
+    const int64_t shapes[][2] = {{heads * width, hidden}, {kept * width, hidden}, {kept * width, hidden},
+                                 {hidden, heads * width}, {inside, hidden}, {inside, hidden}, {hidden, inside}};
+    enum { STREAM = 0, NORMED = 32, MADE = 64 };
+    const int64_t Q = 96, K = Q + heads * width, V = K + kept * width, A = V + kept * width, UP = A + heads * width,
+                  G = UP + inside, end = G + inside;
+    const int64_t widest = 3 * (heads * width + inside + hidden);
+    float *memory[2], *turn = exact(8 * width), *weight = exact(4 * hidden), *scores = exact(4 * rows * heads * room);
+    char *narrow = exact(2 * rows * widest * size), *keys = exact(rows * kept * room * width * size),
+         *values = exact(rows * kept * room * width * size);
+    void *matrices[7];
+    Layer layers[7];
+    for (int k = 0; k < 7; k++) {
+        matrices[k] = exact(shapes[k][0] * shapes[k][1] * size);
+        fill(matrices[k], shapes[k][0] * shapes[k][1], dtype);
+        layers[k] = (Layer){.V = matrices[k], .m = shapes[k][0], .n = shapes[k][1], .rank = shapes[k][0], .dtype = dtype};
+    }
+    fill(turn, 2 * width, FLOAT32), fill(weight, hidden, FLOAT32);
+    for (int pass = 0; pass < 2; pass++) memory[pass] = exact(4 * rows * end);
+    int bad = 0;
+    for (int kind = SILU; kind <= RELU; kind++) {
+        const Operation list[] = {
+            {.kind = NORM, .from = STREAM, .to = {NORMED}, .width = hidden, .count = 1, .weight = weight, .number = 1e-5f},
+            {.kind = PRODUCT, .choice = DENSE, .from = NORMED, .to = {Q, K, V}, .count = 3, .layers = {layers, layers + 1, layers + 2}},
+            {.kind = ROTATE, .from = Q, .to = {Q}, .width = width, .count = heads, .weight = turn},
+            {.kind = ATTEND, .from = Q, .to = {A, K, V}, .width = width, .count = heads, .kept = kept, .keys = keys,
+             .values = values, .room = room, .window = kind == SILU ? 0 : 2, .number = 0.3f},
+            {.kind = PRODUCT, .choice = DENSE, .from = A, .to = {MADE}, .count = 1, .layers = {layers + 3}},
+            {.kind = ADD, .from = MADE, .to = {STREAM}, .width = hidden},
+            {.kind = PRODUCT, .choice = DENSE, .from = STREAM, .to = {G, UP}, .count = 2, .layers = {layers + 4, layers + 5}},
+            {.kind = GATE, .choice = kind, .from = G, .to = {UP}, .width = inside},
+            {.kind = PRODUCT, .choice = DENSE, .from = UP, .to = {MADE}, .count = 1, .layers = {layers + 6}},
+        };
+        fill(memory[0], rows * end, FLOAT32);
+        memcpy(memory[1], memory[0], 4 * rows * end);
+        for (int pass = 0; pass < 2; pass++)
+            for (int64_t position = 0; position < room; position++) {
+                const Step s = {memory[pass], scores, narrow, rows, position, widest, dtype, 2, pass ? PLAIN : level};
+                bad |= losparse_step(list, sizeof list / sizeof *list, &s);
+            }
+        const float most = dtype == BFLOAT16 ? 0.1f : 1e-3f;
+        for (int64_t k = 0; k < rows * hidden; k++)
+            bad |= !(fabsf(memory[0][k] - memory[1][k]) <= most * (1 + fabsf(memory[1][k])));
+    }
+    void *every[] = {memory[0], memory[1], turn, weight, scores, narrow, keys, values};
+    for (size_t k = 0; k < sizeof every / sizeof *every; k++) free(every[k]);
+    for (int k = 0; k < 7; k++) free(matrices[k]);
+    if (bad) printf("decoder: width %ld heads %ld kept %ld inside %ld rows %ld dtype %d level %d\n", (long)width, (long)heads,
+                    (long)kept, (long)inside, (long)rows, dtype, level);
+    return bad;
+}
+
 int main(void) {
     const int64_t sizes[][2] = {{1, 1}, {7, 13}, {13, 7}, {33, 64}, {130, 127}, {17, 576}, {40, 1537}};
     const double densities[] = {0, 0.004, 0.1, 0.5, 1};
@@ -239,6 +330,14 @@ int main(void) {
                           checked % 2, level))
                     return 1;
     for (int k = 0; k < 2000; k++, checked++) damaged(1 + k % 9, 1 + k % 37, 1 + k % 4, 1 + k % 2);
+    for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++)
+        for (int64_t lane_rows = 1; lane_rows <= 3; lane_rows++)
+            for (int level = losparse_level() < LEVEL_AVX2 ? PLAIN : LEVEL_AVX2; level >= 0; level--, checked++)
+                if (stream(sizes[s][0], sizes[s][1], lane_rows, level)) return 1;
+    for (int k = 0; k < 24; k++)
+        for (int level = losparse_level(); level >= 0; level--, checked++)
+            if (decoder((int64_t[]){2, 10, 64, 70}[k % 4], 4, k % 3 ? 2 : 4, (int64_t[]){1, 8, 37}[k % 3], 1 + k % 2, k / 2 % 2, level))
+                return 1;
     printf("checked %d\n", checked);
     return 0;
 }
