@@ -22,12 +22,14 @@ class Route:
     """blocks: in the order in which they are called, each once, those beside them without a layer, too, so that no more
     than one is in memory at a time; ("",) if the whole model has to be one, and why.
 
-    unreached: blocks that text never gets to, as those of a tower for pictures. What lies in neither is outside.
+    unreached: blocks that text never gets to, as those of a tower for pictures; blind: those of them that hold a layer to
+    be compressed. What lies in neither is outside.
     """
 
     blocks: tuple[str, ...] = ()
     unreached: tuple[str, ...] = ()
     why: str = ""
+    blind: tuple[str, ...] = ()
 
     @property
     def notes(self) -> list[str]:
@@ -35,9 +37,9 @@ class Route:
         told = []
         if self.why:
             told.append(f"{self.why}, so it is calibrated as a whole: all of its weights are in memory at once.")
-        if self.unreached:
-            more = f" and {len(self.unreached) - 1} more blocks" if len(self.unreached) > 1 else ""
-            told.append(f"Text never reaches {self.unreached[0]}{more}: what lies there is compressed without it.")
+        if self.blind:
+            more = f" and {len(self.blind) - 1} more blocks" if len(self.blind) > 1 else ""
+            told.append(f"Text never reaches {self.blind[0]}{more}: what lies there is compressed without it.")
         return told
 
 
@@ -61,7 +63,8 @@ def find_route(model: Any, layers: Collection[str]) -> Route:
         return Route(("",), why=f"{name} calls the same block for several of its layers")
     if not set(asked) & set(seen.called):
         raise UsageError(f"Text reaches none of the layers of {name} that are to be compressed. {REMEDY}")
-    return Route(tuple(block for block in seen.called if seen.called.count(block) == 1), unreached)
+    blind = tuple(block for block in unreached if block in asked)
+    return Route(tuple(block for block in seen.called if seen.called.count(block) == 1), unreached, blind=blind)
 
 
 @dataclass

@@ -39,6 +39,17 @@ def test_a_tower_is_never_reached_by_text(make: Callable[[], Any]) -> None:
     assert route.blocks == ("model.language_model.layers.0", "model.language_model.layers.1")
     assert route.unreached == ("model.vision_tower.encoder.layers.0", "model.vision_tower.encoder.layers.1")
     assert not route.why
+    assert "compressed without it" in route.notes[0]
+
+
+def test_blocks_of_a_tower_without_a_layer_to_compress_are_not_spoken_of() -> None:
+    model = peculiar.gemma3()
+    parts = ("language_model.layers", "vision_tower.encoder.layers.1")
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and any(part in n for part in parts)]
+    route = find_route(model, layers)
+    assert len(route.unreached) == 2
+    assert route.blind == ("model.vision_tower.encoder.layers.1",)
+    assert "more" not in route.notes[0]
 
 
 def test_layers_that_are_entries_of_a_list_are_no_blocks() -> None:
