@@ -22,8 +22,8 @@ class Route:
     """blocks: in the order in which they are called, each once, those beside them without a layer, too, so that no more
     than one is in memory at a time; ("",) if the whole model has to be one, and why.
 
-    unreached: blocks that text never gets to, as those of a tower for pictures; blind: those of them that hold a layer to
-    be compressed. What lies in neither is outside.
+    unreached: blocks that text never gets to, as those of a tower for pictures. blind: those of them that hold a layer
+    to be compressed. What lies in neither is outside.
     """
 
     blocks: tuple[str, ...] = ()
