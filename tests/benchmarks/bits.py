@@ -210,21 +210,23 @@ def bits_picture(options: Options, arguments: Sequence[str] = ()) -> None:
     lines = results_of(options, "bits")
     for label, chosen, colour, marker, joined in SERIES:
         points = sorted(
-            (line["bits"], line["texts"]["encyclopedia"]["log_difference"], row)
+            (line["bits"], row, line["texts"]["encyclopedia"]["log_difference"])
             for row, line in lines.items()
             if chosen(row)
         )
         if not points:
             continue
-        x, y, errors = [p[0] for p in points], [p[1]["value"] for p in points], [p[1]["error"] or 0 for p in points]
+        x, y, errors = [p[0] for p in points], [p[2]["value"] for p in points], [p[2]["error"] or 0 for p in points]
         axes.errorbar(
             x, y, errors, label=label, color=colour, marker=marker, linestyle=joined, markersize=6, linewidth=1.5,
             capsize=2,
         )  # fmt: skip
         if not joined:
-            for place, height, (*_, row) in zip(x, y, points, strict=True):
+            below = False
+            for place, height, (_, row, _) in zip(x, y, points, strict=True):
                 name = row.partition("@")[0] if row in GGML else "4 bits"
-                axes.annotate(name, (place, height), (5, 4), textcoords="offset points", fontsize=8)
+                below = x.count(place) > 1 and not below  # two of the same bits may lie on one another
+                axes.annotate(name, (place, height), (5, -11 if below else 4), textcoords="offset points", fontsize=8)
     axes.set_yscale("log")
     axes.set_xlabel("bits a weight of the compressed layers, everything counted (llama.cpp: nominal)")
     axes.set_ylabel("log-perplexity above dense, nats ± standard error", fontsize=9)
