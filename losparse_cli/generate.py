@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,6 +21,8 @@ from .models.device import find_device, memory_errors, threads_of_torch
 from .models.reading import require_text, text_alone
 from .text.tokenizer import length_limit
 
+LEAST_TEMPERATURE = 1e-3
+ONE = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
@@ -75,7 +78,7 @@ def generate(
     UsageError for values out of range, an empty prompt, a prompt that is too long, and a model that writes no text;
     ResourceError if memory runs out; otherwise the errors of `load`.
     """
-    _check(prompt, new_tokens, temperature, top_p, top_k, threads, dtype)
+    _check(prompt, system, new_tokens, temperature, top_p, top_k, threads, dtype)
     where = find_device(device)
     model, name = source, type(source).__name__
     if isinstance(source, torch.nn.Module):
@@ -89,7 +92,8 @@ def generate(
     require_text(model, name, "Give a language model.")
     if not model.can_generate():
         raise UsageError(f"{name} is {type(model).__name__}, which writes no text. Give a language model.")
-    inputs = _tokens(tokenizer, prompt, system, raw, name).to(model.device)
+    found = _tokens(tokenizer, prompt, system, raw, name)
+    inputs = {key: found[key].to(model.device) for key in ("input_ids", "attention_mask") if key in found}
     read = inputs["input_ids"].shape[1]
     room, written = length_limit(model, None), 0 if model.config.is_encoder_decoder else 1
     if room is not None and read + written > room:
@@ -97,31 +101,55 @@ def generate(
     if room is not None and written:
         new_tokens = min(new_tokens, room - read)
     streamer = _Streamer(tokenizer, on_text)
-    options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    options = {key: value for key, value in options.items() if value is not None}
-    options = dict(GREEDY) if temperature == 0 else options | ({"do_sample": True} if options else {})
+    choice: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    choice = {key: value for key, value in choice.items() if value is not None}
+    choice = GREEDY if temperature == 0 else choice | ({"do_sample": True} if choice else {})
+    options: dict[str, Any] = {}
     plain = why_not(model)
+    if plain is None and model.generation_config.stop_strings:
+        plain = "its texts end at certain strings"
+    reasons = [plain] if plain is not None else []
     if plain is None:
-        options["custom_generate"] = partial(decode, streamer=streamer)
-    options |= {"max_new_tokens": new_tokens, "num_beams": 1, "streamer": streamer}
-    with threads_of_torch(threads), _seeded(seed, model.device), memory_errors("Lower --new-tokens."):  # noqa: SIM117
-        with text_alone(name, "Give a language model."), torch.inference_mode():
-            clock = Clock(model.device)
-            ids = model.generate(**inputs, logits_processor=[clock], **options)
-    return Generated(streamer.text, ids.shape[1] - read * written, read, read / clock.first, clock.pace, plain)
+        options["custom_generate"] = partial(decode, streamer=streamer, on_plain=reasons.append)
+    else:
+        options["tokenizer"] = tokenizer
+    options["streamer"] = streamer
+    settings = copy.deepcopy(model.generation_config)
+    settings.update(max_new_tokens=new_tokens, **choice, **ONE)
+    with threads_of_torch(threads), _seeded(seed, model.device), memory_errors("Lower --new-tokens."):
+        clock = Clock(model.device)
+        # What settings leave as it is by default transformers would take from the model's own.
+        own, model.generation_config = model.generation_config, settings
+        try:
+            with text_alone(name, "Give a language model."), torch.inference_mode():
+                ids = model.generate(**inputs, logits_processor=[clock], **options)
+        except UsageError:
+            if streamer.failure is not None:  # of whoever hears the text, not the model's
+                raise streamer.failure from None
+            raise
+        finally:
+            model.generation_config = own
+    written = ids.shape[1] - (read if written else 1)  # what a decoder of its own begins with is nobody's text
+    return Generated(
+        streamer.text, written, read, read / clock.first, clock.pace, reasons[0] if reasons else None
+    )  # fmt: skip
 
 
 def _check(
-    prompt: str, new_tokens: int, temperature: float | None, top_p: float | None, top_k: int | None,
-    threads: int | None, dtype: str,
+    prompt: str, system: str | None, new_tokens: int, temperature: float | None, top_p: float | None,
+    top_k: int | None, threads: int | None, dtype: str,
 ) -> None:  # fmt: skip
     if not prompt.strip():
         raise UsageError("The prompt is empty. Give a text to go on from.")
+    try:
+        (prompt + (system or "")).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError("The prompt holds bytes that are no UTF-8. Give it as text.") from error
     for name, value in (("new-tokens", new_tokens), ("top-k", top_k), ("threads", threads)):
         if value is not None and value < 1:
             raise UsageError(f"--{name} must be at least 1, not {value}.")
-    if temperature is not None and not 0 <= temperature < float("inf"):
-        raise UsageError(f"--temperature is a number from 0 on, not {temperature}.")
+    if temperature and not LEAST_TEMPERATURE <= temperature < float("inf"):
+        raise UsageError(f"--temperature is 0, or a number from {LEAST_TEMPERATURE} on, not {temperature}.")
     if top_p is not None and not 0 < top_p <= 1:
         raise UsageError(f"--top-p lies above 0 and is at most 1, not {top_p}.")
     if dtype not in DTYPES:
@@ -155,11 +183,16 @@ class _Streamer(TextStreamer):  # type: ignore[misc]
     def __init__(self, tokenizer: Any, on_text: Callable[[str], object] | None) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.on_text, self.text = on_text, ""
+        self.failure: BaseException | None = None
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.text += text
         if self.on_text is not None and text:
-            self.on_text(text)
+            try:
+                self.on_text(text)
+            except BaseException as failure:
+                self.failure = failure
+                raise
 
 
 @contextmanager

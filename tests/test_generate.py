@@ -87,7 +87,10 @@ def test_other_models_write_too(compressed: Callable[..., Path]) -> None:
     [
         ({"prompt": " \n"}, "prompt is empty"),
         ({"new_tokens": 0}, "--new-tokens must be at least 1, not 0"),
-        ({"temperature": float("nan")}, "--temperature is a number from 0 on"),
+        ({"temperature": float("nan")}, "--temperature is 0, or a number from"),
+        ({"temperature": 1e-45}, "--temperature is 0, or a number from"),
+        ({"prompt": "abc \udcff"}, "no UTF-8"),
+        ({"threads": 100_000}, "--threads is at most 1024"),
         ({"top_p": 0.0}, "--top-p lies above 0"),
         ({"top_k": 0}, "--top-k must be at least 1"),
         ({"threads": 0}, "--threads must be at least 1"),
@@ -105,6 +108,44 @@ def test_models_that_write_nothing(compressed: Callable[..., Path], folder: Path
         losparse_cli.generate(compressed("bert", tokenizer=True), "abc")
     with pytest.raises(UsageError, match="Give the tokenizer"):
         losparse_cli.generate(losparse_cli.load(folder)[0], "abc")
+
+
+def test_what_a_checkpoint_asks_for_beside_tokens(folder: Path) -> None:
+    model, tokenizer = losparse_cli.load(folder)
+    options: dict[str, Any] = {"tokenizer": tokenizer, "new_tokens": 6, "temperature": 0}
+    expected = losparse_cli.generate(model, "abc", **options)
+    assert expected.plain is None
+    model.generation_config.return_dict_in_generate = True
+    model.generation_config.num_return_sequences = 2
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    assert losparse_cli.generate(model, "abc", **options).text == expected.text
+    model.generation_config.stop_strings = ["~~~~"]
+    found = losparse_cli.generate(model, "abc", **options)
+    assert found.text == expected.text
+    assert found.plain == "its texts end at certain strings"
+    model.generation_config.stop_strings, model.generation_config.cache_implementation = None, "static"
+    assert losparse_cli.generate(model, "abc", **options).plain == "another cache is used"
+
+
+def test_whoever_hears_the_text_fails_in_his_own_words(folder: Path) -> None:
+    def hear(text: str) -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        losparse_cli.generate(folder, "abc", new_tokens=20, temperature=0, on_text=hear)
+
+
+def test_the_beginning_of_a_decoder_is_no_token(compressed: Callable[..., Path]) -> None:
+    model, tokenizer = losparse_cli.load(compressed("t5", tokenizer=True))
+    model.generation_config.eos_token_id = None
+    assert losparse_cli.generate(model, "abc", tokenizer=tokenizer, new_tokens=5, temperature=0).tokens == 5
+
+
+def test_bytes_that_are_no_text_and_letters_that_cannot_be_shown(folder: Path) -> None:
+    command = [sys.executable, "-m", "losparse_cli", "generate", str(folder), "--new-tokens", "3"]
+    found = subprocess.run(command, input=b"abc \xff", capture_output=True, check=False)
+    assert found.returncode == 2
+    assert b"no UTF-8" in found.stderr
 
 
 def test_the_command(folder: Path) -> None:

@@ -63,6 +63,9 @@ def main() -> None:
     if not _hurries(sys.argv[1:]):
         # OpenMP's threads spin while they wait: on a machine whose cores are busy that costs up to ten times the time.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever began this
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     try:
         app()
     except LosparseError as error:

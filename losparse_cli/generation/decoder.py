@@ -7,11 +7,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.activations import ACT2FN
 
 from ..kernels.step import ACTIVATIONS, Program, Unsuited
 
 NORM_OFFSETS = {"llama": 0.0, "mistral": 0.0, "qwen2": 0.0, "qwen3": 0.0, "smollm3": 0.0, "gemma3_text": 1.0}
 """Model types that are known, and what their norms add to their weights."""
+
+
+def _check_modules(model: Any) -> None:
+    """Unsuited where something in the model is not transformers' own, or is watched, replaced or trained."""
+    if model.training:
+        raise Unsuited("it is in training mode")
+    if torch.is_autocast_enabled("cpu"):
+        raise Unsuited("autocast is on")
+    if torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks:
+        raise Unsuited("something watches every module")
+    embeddings = model.get_input_embeddings()  # is called as it is
+    for name, module in model.named_modules():
+        if module is embeddings:
+            continue
+        hooks = module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
+        if hooks or "forward" in vars(module):
+            raise Unsuited(f"something watches or replaces {name or 'it'}")
+        own = name.rpartition(".")[2] in ("self_attn", "mlp") or name.rpartition(".")[0] == "model.layers"
+        if (own or name == "model") and type(module).__module__ != type(model).__module__:
+            raise Unsuited(f"{name} is of type {type(module).__name__}")
 
 
 class Decoder:
@@ -28,6 +49,7 @@ class Decoder:
             raise Unsuited(f"models of type {config.model_type} are not known to it")
         if not kind.__name__.endswith("ForCausalLM"):
             raise Unsuited("it is no causal language model")
+        _check_modules(model)
         for name in ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"):
             if getattr(config, name, None):
                 raise Unsuited(f"its configuration has {name}")
@@ -37,13 +59,20 @@ class Decoder:
         self._offset = NORM_OFFSETS[config.model_type]
         program = self.program = Program(model.get_input_embeddings().weight.dtype, rows, room)
         hidden, inside = config.hidden_size, config.intermediate_size
-        self.width, self.outputs = hidden, config.vocab_size
+        head = model.get_output_embeddings()
+        self.width, self.outputs = hidden, head.out_features
         self._stream, normed, made = (program.vector(hidden) for _ in range(3))
         base, stream = model.model, self._stream
         types = getattr(config, "layer_types", None) or [""] * len(base.layers)
         self._turns: dict[str, Tensor] = {}
         gate, up, down = program.vector(inside), program.vector(inside), program.vector(hidden)
-        for block, layer_type in zip(base.layers, types, strict=True):
+        if not len(base.layers) == len(types) == config.num_hidden_layers:
+            raise Unsuited("it has not as many blocks as its configuration says")
+        for k, (block, layer_type) in enumerate(zip(base.layers, types, strict=True)):
+            if block.self_attn.layer_idx != k:
+                raise Unsuited("its blocks stand in another order, or one stands twice")
+            if type(block.mlp.act_fn) is not type(ACT2FN[activation]):
+                raise Unsuited(f"an activation is {type(block.mlp.act_fn).__name__}")
             self._norm(block.input_layernorm, stream, normed)
             self._attention(block.self_attn, layer_type, normed, made)
             after = getattr(block, "pre_feedforward_layernorm", None)
@@ -59,7 +88,7 @@ class Decoder:
             program.add(down, stream, hidden)
         self._norm(base.norm, stream, normed)
         self._logits = program.vector(self.outputs)
-        program.products((model.get_output_embeddings(),), normed, (self._logits,))
+        program.products((head,), normed, (self._logits,))
         self._turn(0)
 
     def begin(self, past: Any) -> None:
@@ -84,7 +113,7 @@ class Decoder:
             if hasattr(attention, name):
                 self._norm(getattr(attention, name), place, place, count)
         if getattr(attention, "use_rope", True):
-            turn = self._turns.setdefault(layer_type, torch.zeros(2, width))
+            turn = self._turns.setdefault(layer_type, torch.zeros(2, width, dtype=torch.float32))
             program.rotate(query, heads, turn)
             program.rotate(key, kept, turn)
         everywhere = config.sliding_window if config.model_type == "mistral" else None
@@ -95,10 +124,11 @@ class Decoder:
         program.products((attention.o_proj,), found, (made,))
 
     def __call__(self, tokens: Tensor) -> Tensor | None:
-        """(rows,) tokens -> (rows, vocabulary) logits in float32, valid until the next call; None if not finite."""
+        """(rows,) tokens -> (rows, vocabulary) logits in float32, valid until the next call; None if one is NaN."""
         self._turn(self.program.position)
         self.program.at(self._stream, self.width)[:] = self.model.get_input_embeddings()(tokens)
-        return self.program.at(self._logits, self.outputs) if self.program.run() else None
+        logits = self.program.at(self._logits, self.outputs) if self.program.run() else None
+        return None if logits is None or bool(logits.isnan().any()) else logits
 
     def _turn(self, position: int) -> None:
         """Cosines and sines of this position, as the model itself has them."""

@@ -10,6 +10,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..errors import LosparseError
 from ..kernels.step import Unsuited
 from .decoder import Decoder
@@ -18,6 +19,7 @@ FIRST_ROOM = 256
 """Tokens beyond the prompt that there is memory for at first."""
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 1e-3}
 """How far logits may be from the model's own, relatively: its own roundings to bfloat16 come to 1 to 2 percent."""
+NO_NUMBERS = "What the model says after {} tokens is no number. Check the checkpoint with losparse verify."
 KNOWN = {"attention_mask", "past_key_values", "use_cache", "cache_position", "logits_to_keep", "position_ids"}
 
 logger = logging.getLogger("losparse")
@@ -32,6 +34,7 @@ def decode(
     generation_config: Any,
     synced_gpus: bool = False,
     streamer: Any = None,
+    on_plain: Callable[[str], object] = lambda reason: None,
     **model_kwargs: Any,
 ) -> Any:
     """For `model.generate(…, custom_generate=losparse_cli.decode)`: what the model would write, up to rounding, sooner.
@@ -39,23 +42,25 @@ def decode(
     A step of a decoder that is known (`generation.decoder`) runs in one call on a CPU. The first step of each model is
     computed by the model, too: where its logits are others, the model goes on alone, with a warning. What is asked of
     `generate` holds: processors, criteria, sampling, streamers. Whatever else is asked or given (beams, padding,
-    another cache, outputs beside the tokens, other models and devices) goes to transformers' own loop.
-    transformers hands no streamer on: where there is
-    one, give `functools.partial(losparse_cli.decode, streamer=streamer)`.
+    another cache, outputs beside the tokens, other models and devices) goes to transformers' own loop, and `on_plain`
+    hears why. transformers hands no streamer on: where there is one, give
+    `functools.partial(losparse_cli.decode, streamer=streamer)`.
 
     LosparseError where logits are no numbers.
     """
+    kernels.install()
     reason = _reason(input_ids, generation_config, model_kwargs)
     if reason is None:
         try:
             decoder = Decoder(model, len(input_ids), input_ids.shape[1] + FIRST_ROOM)
             return _write(
                 model, decoder, input_ids, logits_processor, stopping_criteria, generation_config, streamer,
-                model_kwargs["past_key_values"],
+                model_kwargs["past_key_values"], on_plain,
             )  # fmt: skip
         except Unsuited as unsuited:
             reason = str(unsuited)
     logger.info("transformers' own loop writes, because %s.", reason)
+    on_plain(reason)
     own = model._beam_search if generation_config.num_beams > 1 else model._sample
     return own(
         input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=synced_gpus, streamer=streamer,
@@ -65,6 +70,7 @@ def decode(
 
 def why_not(model: Any) -> str | None:
     """Why `decode` leaves this model to transformers' loop; None if it does not."""
+    kernels.install()
     try:
         Decoder(model, 1, 1)
     except Unsuited as unsuited:
@@ -80,9 +86,14 @@ def _reason(input_ids: Tensor, settings: Any, given: dict[str, Any]) -> str | No
         return "several beams are followed"
     if settings.return_dict_in_generate:
         return "more than tokens is asked for"
-    if mask is not None and not bool(mask.all()):
+    if mask is not None and not bool((mask == 1).all()):
         return "prompts are padded"
-    if not isinstance(past, DynamicCache) or past.get_seq_length() or not given.get("use_cache", True):
+    places = given.get("position_ids")
+    if places is not None and not torch.equal(places, torch.arange(input_ids.shape[1]).expand(places.shape)):
+        return "positions are given"
+    if not isinstance(past, DynamicCache) or getattr(past, "_is_user_defined", False):
+        return "another cache is used"
+    if past.get_seq_length() or not given.get("use_cache", True):
         return "another cache is used"
     if set(given) - KNOWN:
         return f"{', '.join(sorted(set(given) - KNOWN))} is given"
@@ -90,10 +101,13 @@ def _reason(input_ids: Tensor, settings: Any, given: dict[str, Any]) -> str | No
 
 
 def _write(
-    model: Any, decoder: Decoder, ids: Tensor, processors: Any, criteria: Any, settings: Any, streamer: Any, past: Any
-) -> Tensor:
+    model: Any, decoder: Decoder, ids: Tensor, processors: Any, criteria: Any, settings: Any, streamer: Any, past: Any,
+    on_plain: Callable[[str], object],
+) -> Tensor:  # fmt: skip
     """ids (rows, prompt) -> (rows, prompt and more)."""
     scores = model(ids, past_key_values=past, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+    if bool(scores.isnan().any()):
+        raise LosparseError(NO_NUMBERS.format(ids.shape[1]))
     decoder.begin(past)
     step: Callable[[Tensor], Tensor | None] | None = decoder if model in _proven else None
     ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
@@ -110,18 +124,20 @@ def _write(
         if not unfinished.any():
             break
         if step is None:
-            step, scores = _prove(model, decoder, tokens, past)
+            step, scores = _prove(model, decoder, tokens, past, on_plain)
         else:
             found = step(tokens)
             if found is None:
-                raise LosparseError(f"The model's numbers are none or infinite after {ids.shape[1]} tokens.")
+                raise LosparseError(NO_NUMBERS.format(ids.shape[1]))
             scores = found.clone()
     if streamer is not None:
         streamer.end()
     return ids
 
 
-def _prove(model: Any, decoder: Decoder, tokens: Tensor, past: Any) -> tuple[Any, Tensor]:
+def _prove(
+    model: Any, decoder: Decoder, tokens: Tensor, past: Any, on_plain: Callable[[str], object]
+) -> tuple[Any, Tensor]:
     """How to go on after a first step in both ways, and its logits by the model."""
 
     def alone(tokens: Tensor) -> Tensor:
@@ -137,4 +153,5 @@ def _prove(model: Any, decoder: Decoder, tokens: Tensor, past: Any) -> tuple[Any
         "The fast way of writing does not compute what %s does, and is left out. Please report this.",
         type(model).__name__,
     )
+    on_plain("the fast way does not compute what it does")
     return alone, expected

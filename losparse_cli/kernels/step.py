@@ -81,6 +81,7 @@ class Program:
         self._operations: list[Operation] = []
         self._held: list[Any] = []  # whose memory the operations name
         self._caches: list[tuple[Operation, Tensor, Tensor]] = []
+        self._widths: dict[int, int] = {}  # of the vector that begins there
         self._size, self._widest, self._heads = 0, 1, 1
         self._array: Any = None
 
@@ -89,12 +90,15 @@ class Program:
     def vector(self, width: int) -> int:
         """Room for a vector of this width in each row."""
         begin = self._size
+        self._widths[begin] = width
         self._size += -(-width // 16) * 16
         return begin
 
     def norm(self, source: int, to: int, weight: Tensor, epsilon: float, count: int = 1) -> None:
         """Each of `count` vectors side by side over its root mean square, times weight (width,)."""
         weight = weight.detach().float().contiguous()
+        if not weight.numel() * count == self._widths[source] == self._widths[to]:
+            raise Unsuited("a norm is as wide as no vector there is")
         self._add(NORM, source, (to,), width=weight.numel(), count=count, weight=weight.data_ptr(), number=epsilon)
         self._held.append(weight)
 
@@ -103,6 +107,8 @@ class Program:
         pending: list[tuple[Layer, int, int]] = []
         for layer, place in zip(layers, to, strict=True):
             described, choice = self._described(layer)
+            if (described.n, described.m) != (self._widths[source], self._widths[place]):
+                raise Unsuited("a layer is of another size than its configuration says")
             self._widest = max(self._widest, described.n, described.m * TOGETHER)
             pending.append((described, choice, place))
         while pending:
@@ -149,8 +155,6 @@ class Program:
 
     def _described(self, layer: nn.Module) -> tuple[Layer, int]:
         """The layer as step.h sees it, and which kernel takes it."""
-        if layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook") or "forward" in vars(layer):
-            raise Unsuited("something watches its layers")
         if type(layer) is nn.Linear:
             W, bias = layer.weight.detach(), layer.bias
             self._check(W, *(() if bias is None else (bias,)))
@@ -191,7 +195,7 @@ class Program:
             for cache, given in zip(caches, pair, strict=True):
                 cache[:, :, position - given.shape[2] : position] = given
         self.position = position
-        self._memory = torch.zeros(self.rows * self._size)
+        self._memory = torch.zeros(self.rows * self._size, dtype=torch.float32)
         self._narrow = torch.zeros(2 * self.rows * self._widest, dtype=self.dtype)
         self._array = (Operation * len(self._operations))(*self._operations)
         for k, operation in enumerate(self._operations):
@@ -202,7 +206,7 @@ class Program:
         self._place()
 
     def _place(self) -> None:
-        self._scores = torch.zeros(self.rows * self._heads * self.room)
+        self._scores = torch.zeros(self.rows * self._heads * self.room, dtype=torch.float32)
         for operation, keys, values in self._caches:
             operation.keys, operation.values, operation.room = keys.data_ptr(), values.data_ptr(), self.room
 

@@ -13,6 +13,7 @@ import torch
 
 from ..errors import ResourceError, UsageError
 
+MOST_THREADS = 1024
 MEMINFO = Path("/proc/meminfo")
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 
@@ -74,7 +75,9 @@ def release(device: torch.device) -> None:
 
 @contextmanager
 def threads_of_torch(count: int | None) -> Iterator[None]:
-    """So many, and as many as before afterwards; None: as they are."""
+    """So many, and as many as before afterwards; None: as they are. UsageError for more than any machine has."""
+    if count is not None and count > MOST_THREADS:
+        raise UsageError(f"--threads is at most {MOST_THREADS}, not {count}.")
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

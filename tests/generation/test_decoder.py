@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import toy_model
 from products import needs_compiler
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import losparse_cli
@@ -124,27 +124,115 @@ def test_numbers_that_are_none_are_told(tmp_path: Path) -> None:
         assert decoder(torch.tensor([8])) is None
 
 
-def _hook(model: Any) -> None:
-    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *arguments: None)
+def _watched(part: str) -> Any:
+    def change(model: Any) -> None:
+        model.get_submodule(part).register_forward_hook(lambda *arguments: None)
+
+    return change
+
+
+def _patched(part: str) -> Any:
+    def change(model: Any) -> None:
+        module = model.get_submodule(part)
+        module.forward = module.forward
+
+    return change
 
 
 def _of_another_class(model: Any) -> None:
-    model.model.layers[0].mlp.up_proj = torch.nn.Sequential(model.model.layers[0].mlp.up_proj)
+    model.model.layers[0].mlp.up_proj = nn.Sequential(model.model.layers[0].mlp.up_proj)
 
 
 def _of_another_dtype(model: Any) -> None:
     model.model.layers[0].mlp.up_proj.double()
 
 
+def _wider_head(model: Any) -> None:
+    model.lm_head = nn.Linear(72, 2000, bias=False)
+
+
+def _wider_inside(model: Any) -> None:
+    mlp = model.model.layers[1].mlp
+    mlp.gate_proj, mlp.up_proj, mlp.down_proj = (nn.Linear(*s) for s in ((72, 5000), (72, 5000), (5000, 72)))
+
+
+def _wider_norm(model: Any) -> None:
+    model.model.norm.weight = nn.Parameter(torch.ones(720))
+
+
+def _other_activation(model: Any) -> None:
+    model.model.layers[2].mlp.act_fn = nn.ReLU()
+
+
+def _reversed(model: Any) -> None:
+    model.model.layers = nn.ModuleList(list(model.model.layers)[::-1])
+
+
+def _twice(model: Any) -> None:
+    model.model.layers[1] = model.model.layers[0]
+
+
+def _fewer(model: Any) -> None:
+    model.model.layers = model.model.layers[:2]
+
+
+def _earlier(model: Any) -> None:
+    model.config.num_hidden_layers = 2
+
+
+def _own_block(model: Any) -> None:
+    class Block(type(model.model.layers[0])):  # type: ignore[misc]
+        pass
+
+    model.model.layers[0].__class__ = Block
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [(_hook, "watches"), (_of_another_class, "of type Sequential"), (_of_another_dtype, "are not all")],
-)
+    [
+        *[(_watched(part), "watches or replaces") for part in (
+            "", "model", "model.norm", "model.layers.1", "model.layers.1.self_attn", "model.layers.0.mlp.up_proj",
+            "lm_head")],
+        *[(_patched(part), "watches or replaces") for part in ("", "model.layers.1", "model.layers.2.mlp")],
+        (_of_another_class, "of type Sequential"), (_of_another_dtype, "are not all"),
+        (_wider_inside, "of another size"), (_wider_norm, "as wide as no vector"),
+        (_other_activation, "an activation is ReLU"), (_reversed, "another order"), (_twice, "another order"),
+        (_fewer, "as many blocks"), (_earlier, "as many blocks"), (_own_block, "is of type Block"),
+        (lambda model: model.train(), "training mode"),
+    ],
+)  # fmt: skip
 def test_what_is_not_as_its_type_has_it_is_left_alone(change: Any, reason: str, tmp_path: Path) -> None:
     model, _ = losparse_cli.load(known("llama", tmp_path / "dense"))
     change(model)
     with pytest.raises(Unsuited, match=reason):
         Decoder(model, 1, 8)
+
+
+def test_autocast_and_hooks_on_everything_are_left_alone(tmp_path: Path) -> None:
+    model, _ = losparse_cli.load(known("llama", tmp_path / "dense"))
+    with torch.autocast("cpu"), pytest.raises(Unsuited, match="autocast"):
+        Decoder(model, 1, 8)
+    handle = nn.modules.module.register_module_forward_hook(lambda *arguments: None)
+    with pytest.raises(Unsuited, match="every module"):
+        Decoder(model, 1, 8)
+    handle.remove()
+
+
+def test_a_head_of_another_size(tmp_path: Path) -> None:
+    model, _ = losparse_cli.load(known("llama", tmp_path / "dense"))
+    model.lm_head = nn.Linear(72, 1300, bias=False)
+    assert furthest(steps(model)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_memory_is_float32_whatever_torch_makes_otherwise(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, _ = losparse_cli.load(known("llama", tmp_path / "dense"))
+    torch.set_default_dtype(dtype)
+    try:
+        found = steps(model, count=6)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert furthest(found) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "mamba", "bert", "t5", "falcon"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from products import needs_compiler
 from torch import Tensor
+from transformers import DynamicCache
 
 import losparse_cli
 from losparse_cli import LosparseError, Recipe, decode
@@ -81,6 +82,44 @@ def test_padded_prompts(model: Any) -> None:
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"position_ids": 3 * torch.arange(7).expand(2, 7)}, {"attention_mask": torch.full((2, 7), 2)}],
+    ids=["positions", "mask"],
+)
+def test_positions_of_another_kind(model: Any, options: dict[str, Any]) -> None:
+    ours, theirs = both(model, do_sample=False, **options)
+    assert torch.equal(ours, theirs)
+
+
+def test_a_cache_of_the_caller_is_filled(model: Any) -> None:
+    filled = []
+    for custom in (decode, None):
+        past = DynamicCache(config=model.config)
+        model.generate(
+            PROMPTS, custom_generate=custom, past_key_values=past, max_new_tokens=5, do_sample=False, eos_token_id=None
+        )
+        filled.append(past.get_seq_length())
+    assert filled[0] == filled[1]
+
+
+def test_what_changes_after_a_proof_is_seen(model: Any) -> None:
+    both(model, do_sample=False)
+    handle = model.model.layers[1].register_forward_hook(lambda module, arguments, output: output + 1)
+    ours, theirs = both(model, do_sample=False)
+    handle.remove()
+    assert torch.equal(ours, theirs)
+
+
+def test_kernels_need_not_be_installed(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from losparse_cli.shim import operator
+
+    operator.install(None)
+    told: list[str] = []
+    model.generate(PROMPTS, custom_generate=partial(decode, on_plain=told.append), max_new_tokens=3, do_sample=False)
+    assert told == []
+
+
 def test_a_streamer_hears_each_token(model: Any) -> None:
     class Ear:
         def __init__(self) -> None:
@@ -117,7 +156,7 @@ def test_a_step_that_is_wrong_is_found_and_left_out(
 def test_numbers_that_are_none_are_an_error(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     both(model, do_sample=False)  # proven
     monkeypatch.setattr(loop.Decoder, "__call__", lambda self, tokens: None)
-    with pytest.raises(LosparseError, match="none or infinite after 8 tokens"):
+    with pytest.raises(LosparseError, match="after 8 tokens is no number"):
         both(model, do_sample=False)
 
 

@@ -59,6 +59,7 @@ def generate(
 
     [dim]losparse generate model-small "Why is the sky blue?"[/dim]
     """
+    import io
     import sys
 
     from rich.markup import escape
@@ -69,10 +70,12 @@ def generate(
     if prompt is None:
         if sys.stdin.isatty():
             raise UsageError('Give a prompt: losparse generate MODEL "Why is the sky blue?"')
-        prompt = sys.stdin.read()
+        prompt = sys.stdin.buffer.read().decode(errors="surrogateescape")
     c.calm_libraries()
     with out.status(f"Loading {source}"):
         from ...generate import generate as write
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a letter shows another
     begun = False
 
     def hear(text: str) -> None:
