@@ -9,7 +9,7 @@ CONSTRAINED = $(PIP) --constraint constraints.txt
 # What pytest makes of the tests is kept, even where bytecode is not: it takes ten seconds.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help install install-demo install-dev demo test test-fast test-zoo lint docs bench bench-quality bench-training build clean
+.PHONY: help install install-demo install-dev demo test test-all test-fast test-zoo lint docs bench bench-quality bench-training build clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -45,7 +45,10 @@ install-dev: $(VENV)/.dev  ## The same, with all that tests and documentation ne
 demo: $(VENV)/.demo  ## Set up, then compress and compare a real model
 	@$(BIN)/losparse demo
 
-test: $(VENV)/.dev  ## Set up, then run all tests
+test: $(VENV)/.dev  ## Set up, then run the tests, but for the longest
+	$(PYTEST) -m "not long"
+
+test-all: $(VENV)/.dev  ## Run all tests
 	$(PYTEST)
 
 test-fast: $(VENV)/.dev  ## Run the tests for between two edits: a part of every folder's

@@ -149,14 +149,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is slow by its kind, and what was measured to be: slow.txt names tests of more than half a second."""
-    measured = set((Path(__file__).parent / "slow.txt").read_text().split())
+    """What is slow by its kind, and what was measured to be: slow.txt names tests of more than half a second, long.txt
+    those that take five seconds or more with all of their cases."""
+    measured, longest = (set((Path(__file__).parent / name).read_text().split()) for name in ("slow.txt", "long.txt"))
     for item in items:
         case = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         rare = item.path.name in SLOW or item.get_closest_marker("real_model") is not None
         test = item.nodeid.removeprefix("tests/").partition("[")[0]
         if rare or test in measured or case.get("name") in TOYS.keys() - {FAST}:
             item.add_marker("slow")
+        if test in longest:
+            item.add_marker("long")
 
 
 @pytest.fixture(scope="session")

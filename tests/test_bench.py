@@ -323,13 +323,14 @@ def test_a_plot_is_checked_before_any_work(tmp_path: Path) -> None:
     [
         (("inspect", "--help"), "PASSIVE"),
         (("bench", "--help"), None),
+        (("generate", "--help"), None),
         (("--help", "bench"), None),
         (("inspect", "bench", "--help"), "PASSIVE"),
         (("--version",), "PASSIVE"),
     ],
 )
 @pytest.mark.usefixtures("capsys")
-def test_only_bench_lets_threads_spin(
+def test_only_what_writes_lets_threads_spin(
     arguments: tuple[str, ...], policy: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import os
