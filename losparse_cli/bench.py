@@ -21,7 +21,7 @@ from .benchmark.resident import resident, tensor_bytes, token_bytes
 from .benchmark.timing import copy_bandwidth
 from .checkpoint.source import Checkpoint, open_checkpoint
 from .errors import UsageError
-from .load import DTYPES, load
+from .load import dtype_named, load
 from .models.device import find_device, memory_errors, threads_of_torch
 from .models.reading import TEXT_MODELS, require_text, text_alone
 from .progress import Progress
@@ -65,8 +65,7 @@ def bench(
     for name, (value, low) in least.items():
         if value < low:
             raise UsageError(f"--{name} must be at least {low}, not {value}.")
-    if dtype not in DTYPES:
-        raise UsageError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype!r}.")
+    kind = dtype_named(dtype)
     if peer is not None and batch > 1:
         raise UsageError(f"--peer runs one prompt at a time: leave --batch {batch} out.")
     where, cache = find_device(device), None if cache_dir is None else Path(cache_dir)
@@ -91,7 +90,7 @@ def bench(
         threads_of_torch(threads),
         memory_errors("Take fewer --rows, a smaller --batch or --prompt, or leave --against out."),
     ):
-        runners = [_runner(checkpoint, (batch, prompt, new_tokens), dtype, where, trust_remote_code)
+        runners = [_runner(checkpoint, (batch, prompt, new_tokens), kind, where, trust_remote_code)
                    for checkpoint in checkpoints]  # fmt: skip
         ours = runners[0]
         layers = list(compressed_layers(ours.model).values())
@@ -120,9 +119,10 @@ def bench(
             if other is None:
                 run_in_turn(runners, rounds, lambda k: hear(names[k]))
             else:
+                names.append(other.path.name)
                 with closing(other):
                     other.start()
-                    run_in_turn([*runners, other], rounds, lambda k: hear([*names, other.path.name][k]))
+                    run_in_turn([*runners, other], rounds, lambda k: hear(names[k]))
                     beside = ModelSpeed(other.prefill, other.decode, other.nbytes, None, other.resident)
         known = [
             (tensor_bytes(runner.model), token_bytes(runner.model), runner.plain if runner.generates else None)
@@ -145,11 +145,11 @@ def bench(
 
 
 def _runner(
-    checkpoint: Checkpoint, sizes: tuple[int, int, int], dtype: str, device: torch.device, trust_remote_code: bool
+    checkpoint: Checkpoint, sizes: tuple[int, int, int], dtype: Any, device: torch.device, trust_remote_code: bool
 ) -> Runner:
     """The loaded model, ready to run; UsageError if it reads no text, or not that much."""
     options = {"trust_remote_code": True} if trust_remote_code else {}
-    model, tokenizer = load(checkpoint.folder, dtype=DTYPES[dtype], **options)
+    model, tokenizer = load(checkpoint.folder, dtype=dtype, **options)
     name = checkpoint.address
     require_text(model, name, TEXT_MODELS)
     runner = Runner(model.to(device), *sizes, checkpoint.is_compressed)

@@ -16,7 +16,7 @@ from transformers import TextStreamer
 from .errors import UsageError
 from .generation.clock import Clock
 from .generation.loop import decode, why_not
-from .load import DTYPES, load
+from .load import dtype_named, load
 from .models.device import find_device, memory_errors, threads_of_torch
 from .models.reading import require_text, text_alone
 from .text.tokenizer import length_limit
@@ -78,8 +78,8 @@ def generate(
     UsageError for values out of range, an empty prompt, a prompt that is too long, and a model that writes no text;
     ResourceError if memory runs out; otherwise the errors of `load`.
     """
-    _check(prompt, system, new_tokens, temperature, top_p, top_k, threads, dtype)
-    where = find_device(device)
+    _check(prompt, system, new_tokens, temperature, top_p, top_k, threads)
+    where, kind = find_device(device), dtype_named(dtype)
     model, name = source, type(source).__name__
     if isinstance(source, torch.nn.Module):
         if tokenizer is None:
@@ -87,7 +87,7 @@ def generate(
     else:
         places = {"revision": revision, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code or None}
         given = {key: value for key, value in places.items() if value is not None}
-        model, tokenizer = load(source, need_tokenizer=True, dtype=DTYPES[dtype], **given)
+        model, tokenizer = load(source, need_tokenizer=True, dtype=kind, **given)
         model, name = model.to(where), str(source)
     require_text(model, name, "Give a language model.")
     if not model.can_generate():
@@ -137,7 +137,7 @@ def generate(
 
 def _check(
     prompt: str, system: str | None, new_tokens: int, temperature: float | None, top_p: float | None,
-    top_k: int | None, threads: int | None, dtype: str,
+    top_k: int | None, threads: int | None,
 ) -> None:  # fmt: skip
     if not prompt.strip():
         raise UsageError("The prompt is empty. Give a text to go on from.")
@@ -152,8 +152,6 @@ def _check(
         raise UsageError(f"--temperature is 0, or a number from {LEAST_TEMPERATURE} on, not {temperature}.")
     if top_p is not None and not 0 < top_p <= 1:
         raise UsageError(f"--top-p lies above 0 and is at most 1, not {top_p}.")
-    if dtype not in DTYPES:
-        raise UsageError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype!r}.")
 
 
 def _tokens(tokenizer: Any, prompt: str, system: str | None, raw: bool, name: str) -> Any:

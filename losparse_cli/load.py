@@ -18,16 +18,23 @@ from .errors import CheckpointError, SourceError, UsageError
 from .shim import quantizer
 from .text.tokenizer import load_tokenizer, tokenizer_is_there
 
-__all__ = ["DTYPES", "load", "register"]
+__all__ = ["dtype_named", "load", "register"]
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""What --dtype names, as from_pretrained takes it; auto: as stored."""
+"""auto: as stored."""
 
 WHERE = (
     "cache_dir", "force_download", "gguf_file", "local_files_only", "proxies", "revision", "subfolder", "token",
     "trust_remote_code", "code_revision",
 )  # fmt: skip
 """Keywords of from_pretrained that say where files come from: config, model and tokenizer take the same."""
+
+
+def dtype_named(name: str) -> Any:
+    """What --dtype names, as from_pretrained takes it; UsageError for any other."""
+    if name not in DTYPES:
+        raise UsageError(f"--dtype is one of {', '.join(DTYPES)}, not {name!r}.")
+    return DTYPES[name]
 
 
 def register() -> None:

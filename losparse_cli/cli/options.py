@@ -33,6 +33,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard outpu
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.", rich_help_panel=SHOW)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=SHOW)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=RUN)]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="Threads that torch computes with.", rich_help_panel=RUN, show_default="those of torch"),
+]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.", rich_help_panel=RUN)]
 RecipeDevice = Annotated[
     str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=RUN, show_default="auto")
 ]

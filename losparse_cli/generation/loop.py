@@ -53,12 +53,13 @@ def decode(
     if reason is None:
         try:
             decoder = Decoder(model, len(input_ids), input_ids.shape[1] + FIRST_ROOM)
+        except Unsuited as unsuited:  # later the cache would no longer be empty
+            reason = str(unsuited)
+        else:
             return _write(
                 model, decoder, input_ids, logits_processor, stopping_criteria, generation_config, streamer,
                 model_kwargs["past_key_values"], on_plain,
             )  # fmt: skip
-        except Unsuited as unsuited:
-            reason = str(unsuited)
     logger.info("transformers' own loop writes, because %s.", reason)
     on_plain(reason)
     own = model._beam_search if generation_config.num_beams > 1 else model._sample

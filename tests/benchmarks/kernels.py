@@ -1,4 +1,4 @@
-"""Compressed products and whole models in use, beside dense ones in the same run."""
+"""Compressed products, beside dense ones in the same run."""
 
 from __future__ import annotations
 
@@ -177,6 +177,3 @@ def one_way(shape: tuple[int, int]) -> None:
         speeds = layer_speeds(layers, (1, 2, 4, 8, 16, 32, 64, 256), 3)
         found += [(density, x.rows, x.milliseconds, x.dense_milliseconds) for x in speeds]
     print(json.dumps(found))
-
-
-# --- whole models -----------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,16 @@ def llama(folder: Path, vocabulary: int) -> Path:
     return path
 
 
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """That of LOSPARSE_BENCH_DIR, where models are kept for the next time, or one that goes: some 8 GB."""
+    with tempfile.TemporaryDirectory(prefix="losparse-bench-") as scratch:
+        yield Path(os.environ.get("LOSPARSE_BENCH_DIR") or scratch)
+
+
 def _compressed(dense: Path, folder: Path, recipe: Recipe) -> Path:
-    output = folder / f"{dense.name}-{recipe.pattern}-{recipe.sparsity or recipe.keep_parameters}"
+    size = recipe.bits or f"{recipe.pattern}-{recipe.sparsity or recipe.keep_parameters}"
+    output = folder / f"{dense.name}-{size}"
     if not output.is_dir():
         compress(dense, output, recipe=recipe)
     return output
@@ -46,9 +56,8 @@ def _compressed(dense: Path, folder: Path, recipe: Recipe) -> Path:
 
 def models() -> None:
     """Whole models: tokens a second and bytes, dense beside compressed."""
-    named = os.environ.get("LOSPARSE_BENCH_DIR")
-    with tempfile.TemporaryDirectory(prefix="losparse-bench-") as scratch:  # 8 GB of generated models
-        _models(Path(named or scratch))
+    with _folder() as folder:
+        _models(folder)
 
 
 def _models(folder: Path) -> None:
@@ -92,9 +101,8 @@ def _show(name: str, report: BenchReport, *, prefill: float | None = None, decod
 
 def models_codes() -> None:
     """At 3.25 bits without text: a Llama of a billion, and SmolLM2 for several prompts at once."""
-    named = os.environ.get("LOSPARSE_BENCH_DIR")
-    with tempfile.TemporaryDirectory(prefix="losparse-bench-") as scratch:  # 5 GB
-        _models_codes(Path(named or scratch))
+    with _folder() as folder:
+        _models_codes(folder)
 
 
 def _models_codes(folder: Path) -> None:
@@ -107,21 +115,14 @@ def _models_codes(folder: Path) -> None:
     print(f"|{'---|' * 13}")
     dense = llama(folder, 32000)
     other = None if found else _gguf(dense, folder / "llama-32000.gguf")
-    report = bench(_in_codes(dense, folder), against=dense, peer=other, rows=(1,), rounds=3)
+    report = bench(_compressed(dense, folder, Recipe(bits=3.25)), against=dense, peer=other, rows=(1,), rounds=3)
     _show_codes("Llama, 1.1 billion", report, decode=3.0, peer=1.0, resident=0.3)
-    small = _in_codes(smollm2(), folder)
+    small = _compressed(smollm2(), folder, Recipe(bits=3.25))
     other = None if found else packaged_gguf()
     _show_codes("SmolLM2-135M", bench(small, against=smollm2(), peer=other, rows=(1,), rounds=5), decode=None, peer=0.9)
     for batch in (4, 8):
         report = bench(small, against=smollm2(), batch=batch, rows=(1,), rounds=3)
         _show_codes("SmolLM2-135M", report, decode=1.0)
-
-
-def _in_codes(dense: Path, folder: Path) -> Path:
-    output = folder / f"{dense.name}-3.25"
-    if not output.is_dir():
-        compress(dense, output, Recipe(bits=3.25))
-    return output
 
 
 def _show_codes(

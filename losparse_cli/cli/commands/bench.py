@@ -24,14 +24,9 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="Tokens that the model writes after it; 0 to only read.")] = 32,
     rows: Annotated[str, typer.Option(help="Rows of x that single layers are timed with.")] = "1,16,256",
     rounds: Annotated[int, typer.Option(help="Times that all is measured, of which the median counts.")] = 5,
-    threads: Annotated[
-        int | None,
-        typer.Option(help="Threads that torch computes with.", rich_help_panel=o.RUN, show_default="those of torch"),
-    ] = None,
+    threads: o.Threads = None,
     device: o.Device = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.", rich_help_panel=o.RUN)
-    ] = "auto",
+    dtype: o.Dtype = "auto",
     plot: Annotated[
         Path | None,
         typer.Option(

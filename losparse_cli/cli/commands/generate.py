@@ -40,14 +40,9 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(help="Of the random choice.", rich_help_panel=CHOICE, show_default=False)
     ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(help="Threads that torch computes with.", rich_help_panel=o.RUN, show_default="those of torch"),
-    ] = None,
+    threads: o.Threads = None,
     device: o.Device = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.", rich_help_panel=o.RUN)
-    ] = "auto",
+    dtype: o.Dtype = "auto",
     revision: o.Revision = None,
     cache_dir: o.CacheDir = None,
     trust_remote_code: o.TrustRemoteCode = False,
