@@ -133,11 +133,15 @@ def spectral_matrix(spectrum: Any, shape: tuple[int, int], seed: int = 0) -> Ten
 
 FAST = "llama"
 """Of a test that every toy meets, the run that is in `make test-fast`."""
+CASES = 4
+"""Of a test's other cases, so many are in it, spread over all."""
 SLOW = (
-    "test_bad_input.py", "test_finetune.py", "test_harness.py", "test_peers.py", "test_plot.py", "test_push.py",
-    "test_recovery.py", "test_resume.py", "test_coded_runs.py", "test_embeddings.py",
+    "test_bad_input.py", "test_cli.py", "test_coded_runs.py", "test_embeddings.py", "test_finetune.py",
+    "test_generate.py", "test_harness.py", "test_loop.py", "test_peers.py", "test_plot.py", "test_push.py",
+    "test_recovery.py", "test_resume.py",
 )  # fmt: skip
-"""Files that are not in it: whole runs, refused, killed and begun again; pictures; a hub; the harness; peers."""
+"""Files that are not in it: the command in processes of its own, for the first costs ten seconds; whole runs, refused,
+killed and begun again; coded models that are compressed first; pictures; a hub; the harness; peers."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -149,17 +153,25 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is slow by its kind, and what was measured to be: slow.txt names tests of more than half a second, long.txt
-    those that take five seconds or more with all of their cases."""
+    """What is slow by its kind, and what was measured to be: slow.txt names tests of more than a third of a second,
+    long.txt those of five seconds or more, each with all of its cases."""
     measured, longest = (set((Path(__file__).parent / name).read_text().split()) for name in ("slow.txt", "long.txt"))
+    quick: dict[str, list[pytest.Item]] = {}
     for item in items:
         case = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         rare = item.path.name in SLOW or item.get_closest_marker("real_model") is not None
         test = item.nodeid.removeprefix("tests/").partition("[")[0]
         if rare or test in measured or case.get("name") in TOYS.keys() - {FAST}:
             item.add_marker("slow")
+        else:
+            quick.setdefault(test, []).append(item)
         if test in longest:
             item.add_marker("long")
+    for cases in quick.values():
+        chosen = {number * len(cases) // CASES for number in range(CASES)}
+        for number, item in enumerate(cases):
+            if len(cases) > CASES and number not in chosen:
+                item.add_marker("slow")
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,10 @@ import pytest
 import torch
 import toys
 from safetensors.torch import load_file
-from terminal import done
 
+from losparse_cli.budget.recipe import Recipe
 from losparse_cli.checkpoint.report import Report
+from losparse_cli.compress import compress
 from losparse_cli.errors import SourceError, UsageError
 from losparse_cli.inspection import DenseReport, inspect
 from tests.hearing import Hearing
@@ -24,7 +25,7 @@ MEASURED = ("weight_squared", "residual_squared", "errors")
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("inspect")
-    done("compress", toys.llama(place / "model"), "-o", place / "out", "--rank", "4", "--sparsity", "0.8")
+    compress(toys.llama(place / "model"), place / "out", Recipe(rank=4, sparsity=0.8))
     return place
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import toys
-from terminal import done
 
+from losparse_cli.budget.recipe import Recipe
+from losparse_cli.compress import compress
 from losparse_cli.errors import CheckpointError, SourceError, UsageError
 from losparse_cli.verify import require_sound, verify
 from tests.hearing import Hearing
@@ -23,7 +24,7 @@ Q_PROJ = "model.layers.1.self_attn.q_proj"
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("verify")
     model = toys.llama(place / "model")
-    done("compress", model, "-o", place / "out", "--rank", "4", "--sparsity", "0.8", "--max-shard-size", "60kB")
+    compress(model, place / "out", Recipe(rank=4, sparsity=0.8), max_shard_size="60kB")
     return place / "out"
 
 
@@ -175,7 +176,7 @@ def test_extra_tensors_with_names_like_ours_are_no_problem(tmp_path: Path) -> No
 
     extra = {"more.U": torch.ones(2), "more.S_mask": torch.ones(2), "norms.weight": torch.ones(3)}
     model = toys.llama(tmp_path / "model", extra=extra)
-    done("compress", model, "-o", tmp_path / "out", "--rank", "4", "--sparsity", "0.8")
+    compress(model, tmp_path / "out", Recipe(rank=4, sparsity=0.8))
     assert verify(tmp_path / "out").problems == ()
 
 
