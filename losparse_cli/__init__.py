@@ -25,6 +25,7 @@ _HOMES = {
     "Progress": ".progress",
     "Recipe": ".budget.recipe",
     "Calibration": ".text.request",
+    "ModelRefinement": ".compression.request",
     "Refinement": ".compression.request",
     "refine": ".refine",
     "finetune": ".finetune",
@@ -46,6 +47,7 @@ __all__ = [
     "Calibration",
     "Finetuning",
     "LosparseError",
+    "ModelRefinement",
     "Progress",
     "Pruning",
     "Recipe",
@@ -74,7 +76,7 @@ if TYPE_CHECKING:
     from .budget.recipe import Recipe
     from .compress import compress, plan
     from .compression.estimate import forecast
-    from .compression.request import Refinement
+    from .compression.request import ModelRefinement, Refinement
     from .errors import LosparseError
     from .evaluate import evaluate
     from .export import export

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import re
+import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import torch
 
+from .budget.plan import plan_as_stored
 from .budget.recipe import Recipe
 from .checkpoint.companions import copy_companions
-from .checkpoint.config import write_config
+from .checkpoint.config import layer_specs, write_config
 from .checkpoint.fingerprint import digest
 from .checkpoint.finish import close, read_report, versions
 from .checkpoint.output import check_space
 from .checkpoint.report import LayerReport, Report
-from .checkpoint.source import TIMING, Checkpoint
+from .checkpoint.source import TIMING, Checkpoint, open_checkpoint
 from .checkpoint.workfolder import WorkFolder
 from .checkpoint.writer import ShardWriter, sha256, write_json
 from .compression.calibrated import CalibratedRun
@@ -28,13 +30,14 @@ from .compression.decisions import allocated_plan, kept_text, own_text
 from .compression.estimate import Estimate, estimate
 from .compression.fingerprint import fingerprint
 from .compression.plan import Job, prepare
-from .compression.request import Refinement, make_request
+from .compression.request import ModelRefinement, Refinement, make_request
 from .compression.schedule import Schedule, schedule
 from .compression.steps import Steps, foreseen_steps
 from .compression.stream import compress_stream
 from .errors import write_errors
 from .models.device import peak_memory
 from .progress import Progress
+from .refinement.run import run_model
 from .shim.layouts import LayerSpec
 from .text.request import Calibration
 from .text.sample import account, doubts
@@ -85,7 +88,7 @@ def compress(
     embedding_bits: float | str | None = None,
     pattern: str | None = None,
     calibration: Calibration | Mapping[str, Any] | str | Path | None = None,
-    refinement: Refinement | Mapping[str, Any] | str | None = None,
+    refinement: Refinement | ModelRefinement | Mapping[str, Any] | str | None = None,
     device: str | None = None,
     memory_limit: str | None = None,
     max_shard_size: str | None = None,
@@ -146,7 +149,7 @@ def plan(
     embedding_bits: float | str | None = None,
     pattern: str | None = None,
     calibration: Calibration | Mapping[str, Any] | str | Path | None = None,
-    refinement: Refinement | Mapping[str, Any] | str | None = None,
+    refinement: Refinement | ModelRefinement | Mapping[str, Any] | str | None = None,
     device: str | None = None,
     memory_limit: str | None = None,
     max_shard_size: str | None = None,
@@ -197,13 +200,12 @@ def plan(
 
 def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Progress | None = None) -> Result:
     """Carry out a planned job; see `compress`."""
+    if job.towards is not None:
+        return _run_towards(job, job.towards, resume, overwrite, progress)
     begun, told, mark = time.monotonic(), progress or Progress(), fingerprint(job)
-    needs_package = "AutoConfig" in (job.source.config.get("auto_map") or {})
     with WorkFolder(job.output, mark, resume=resume, overwrite=overwrite, reads=job.reads) as work:
         if work.finished:
-            report = read_report(job.output)
-            assert report is not None, "a result that is whole has one"
-            return Result(job.output, report, Took(0.0, 0, None), len(job.entries), needs_package)
+            return _found_finished(job)
         windows = kept_text(job, work)
         # Before the model's own text is written, which may be what takes the most memory.
         need = estimate(job, windows) if job.calibration is not None else None
@@ -236,7 +238,38 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
             finally:
                 stop.set()  # an error is told at once, not after the rest of the source has been read
         work.publish()
-    return Result(job.output, report, took, resumed, needs_package)
+    return Result(job.output, report, took, resumed, _needs_package(job))
+
+
+def _found_finished(job: Job) -> Result:
+    report = read_report(job.output)
+    assert report is not None, "a result that is whole has one"
+    return Result(job.output, report, Took(0.0, 0, None), len(job.entries), _needs_package(job))
+
+
+def _needs_package(job: Job) -> bool:
+    return "AutoConfig" in (job.source.config.get("auto_map") or {})
+
+
+def _run_towards(job: Job, how: ModelRefinement, resume: str, overwrite: bool, progress: Progress | None) -> Result:
+    """Compressed first, into a folder beside the output, and that trained towards the whole dense model."""
+    mark = fingerprint(job)
+    work = WorkFolder(job.output, mark, resume=resume, overwrite=overwrite, reads=job.reads)
+    work.check()
+    first = replace(job, towards=None, output=job.output.with_name(f"{job.output.name}.coded"))
+    if work.finished:
+        shutil.rmtree(first.output, ignore_errors=True)  # killed after its last step
+        return _found_finished(job)
+    done = run(first, resume=resume, progress=progress)
+    start = open_checkpoint(done.output)
+    plan = plan_as_stored([p.layer for p in job.plan.layers], job.plan.skipped, layer_specs(start))
+    refined = run_model(
+        replace(job, towards=None, start=start, plan=plan),
+        how, mark=mark, resume=resume, overwrite=overwrite, progress=progress,
+    )  # fmt: skip
+    shutil.rmtree(done.output)
+    took = Took(done.seconds + refined.seconds, peak_memory(), done.took.predicted)
+    return Result(job.output, refined.report, took, done.resumed, done.needs_package)
 
 
 def _start(job: Job, made: Schedule, resumed: int, told: Progress) -> None:

@@ -1,4 +1,4 @@
-"""Compressed checkpoint -> the same one, its U, V and S trained to match the dense model block by block."""
+"""Compressed checkpoint -> the same one, trained to match the dense model: block by block, or as a whole."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .checkpoint.config import layer_specs
 from .checkpoint.finish import read_report
 from .checkpoint.output import output_path
 from .checkpoint.source import open_checkpoint
 from .compress import Result, run
 from .compression.plan import Job, prepare
-from .compression.request import Refinement, make_request
+from .compression.request import ModelRefinement, Refinement, make_request
 from .errors import UsageError
 from .progress import Progress
+from .refinement.run import RefinedModel, run_model
 from .text.request import Calibration
 
 
@@ -22,7 +24,7 @@ def refine(
     output: str | Path | None = None,
     *,
     calibration: Calibration | Mapping[str, Any] | str | Path,
-    refinement: Refinement | None = None,
+    refinement: Refinement | ModelRefinement | Mapping[str, Any] | None = None,
     against: str | Path | None = None,
     device: str | None = None,
     memory_limit: str | None = None,
@@ -33,12 +35,13 @@ def refine(
     cache_dir: Path | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-) -> Result:
+) -> Result | RefinedModel:
     """Refine a compressed checkpoint into `output`; options as in `prepare_refinement`, errors as in `compress`.
 
-    Ranks, supports and sizes stay; a layer or block is left as it is where training does not bring it closer.
+    Ranks, supports, codes and sizes stay; a layer, a block or a model is left as it is where training does not bring it
+    closer.
     """
-    job = prepare_refinement(
+    job, how = prepare_refinement(
         source,
         output,
         calibration=calibration,
@@ -51,7 +54,38 @@ def refine(
         cache_dir=cache_dir,
         trust_remote_code=trust_remote_code,
     )
-    return run(job, resume=resume, overwrite=overwrite, progress=progress)
+    if how is None:
+        return run(job, resume=resume, overwrite=overwrite, progress=progress)
+    return run_model(job, how, resume=resume, overwrite=overwrite, progress=progress)
+
+
+OBJECTIVES = ("blocks", "model")
+
+
+def make_refinement(
+    objective: str | None = None,
+    *,
+    minutes: float | None = None,
+    steps: int | None = None,
+    lr: float | None = None,
+    train: str | None = None,
+) -> Refinement | ModelRefinement | dict[str, Any]:
+    """What --objective and the options beside it ask for; settings alone for the objective that suits the checkpoint.
+
+    UsageError for an objective that is none, and for an option that it does not take.
+    """
+    if objective not in (None, *OBJECTIVES):
+        raise UsageError(f"--objective is one of {', '.join(OBJECTIVES)}, not {objective!r}.")
+    for option, value in (("--refine-minutes", minutes), ("--train", train)):
+        if value is not None and objective == "blocks":
+            raise UsageError(f"{option} is of --objective model. Leave it out, or train the whole model.")
+    given: dict[str, Any] = {name: value for name, value in (("steps", steps), ("lr", lr)) if value is not None}
+    if objective == "blocks":
+        return Refinement(**given)
+    if minutes is not None or train is not None or objective == "model":
+        parts: dict[str, Any] = {} if train is None else {"train": tuple(train.split(","))}
+        return ModelRefinement(minutes=minutes, **given, **parts)
+    return given
 
 
 def prepare_refinement(
@@ -59,7 +93,7 @@ def prepare_refinement(
     output: str | Path | None = None,
     *,
     calibration: Calibration | Mapping[str, Any] | str | Path,
-    refinement: Refinement | None = None,
+    refinement: Refinement | ModelRefinement | Mapping[str, Any] | None = None,
     against: str | Path | None = None,
     device: str | None = None,
     memory_limit: str | None = None,
@@ -67,30 +101,40 @@ def prepare_refinement(
     revision: str | None = None,
     cache_dir: Path | None = None,
     trust_remote_code: bool = False,
-) -> Job:
-    """The job that refines the compressed checkpoint `source` (folder or Hub id).
+) -> tuple[Job, ModelRefinement | None]:
+    """The job that refines the compressed checkpoint `source` (folder or Hub id), for `run_model`, or without a
+    ModelRefinement for `run`.
 
-    calibration: or its source alone, or its fields. against: the dense model, None for the Hub model and commit that
-    the report names. `revision` is of `source`; the other options are as in `compress`. UsageError if `source` is not
-    compressed, or names no dense model.
+    calibration: or its source alone, or its fields. refinement: None, or settings alone, for what suits the checkpoint:
+    the whole model where S is whole numbers, blocks where it is floats. against: the dense model, None for the Hub
+    model and commit that the report names. `revision` is of `source`; the other options are as in `compress`.
+    UsageError if `source` is not compressed, names no dense model, or is asked for what it cannot be trained to.
     """
     start = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
     if not start.is_compressed:
         raise UsageError(
             f"{start.address} is not compressed, so there is nothing to refine. Compress it first, with: losparse "
-            f"compress {start.address} --calibration FILE --refine blocks"
+            f"compress {start.address} --calibration FILE"
         )
+    coded = any(spec.layout == "codes" for spec in layer_specs(start).values())
+    if isinstance(refinement, Refinement) and coded:
+        raise UsageError(
+            f"{start.address} holds whole numbers in S, and blocks are matched by training floats. Refine it with "
+            "--objective model, or compress the dense model with --values float."
+        )
+    if not isinstance(refinement, Refinement | ModelRefinement):
+        refinement = (ModelRefinement if coded else Refinement)(**(refinement or {}))
     report = read_report(start.folder)  # CheckpointError now if it is damaged, not halfway
     made_from = report.source if report is not None else {}
     commit = made_from.get("commit")
     if against is None and commit is None:
         raise UsageError(f"{start.address} does not say where its dense model is. Give it with --against.")
-    return prepare(
+    job = prepare(
         against or made_from["name"],
         output_path(output or f"{start.name.rpartition('/')[2]}-refined"),
         make_request(
             calibration=calibration,
-            refinement=refinement or Refinement(),
+            refinement=refinement if isinstance(refinement, Refinement) else None,
             device=device,
             memory_limit=memory_limit,
             max_shard_size=max_shard_size,
@@ -100,3 +144,5 @@ def prepare_refinement(
         cache_dir=cache_dir,
         trust_remote_code=trust_remote_code,
     )
+    start.check_vocabulary(job.source)
+    return job, refinement if isinstance(refinement, ModelRefinement) else None

@@ -168,3 +168,43 @@ def test_command(toy: Callable[..., Path], small: Path, text: Calibration, tmp_p
     )  # fmt: skip
     assert json.loads(run.out)["output"] == str(tmp_path / "out")
     assert verify(tmp_path / "out").sound
+
+
+# --- compressed and trained in one go -------------------------------------------------------------
+
+
+def test_compress_trains_the_whole_model_in_one_go(toy: Callable[..., Path], text: Calibration, tmp_path: Path) -> None:
+    dense = toy("llama", tokenizer=True)
+    options: dict[str, Any] = {"bits": 3.0, "calibration": text}
+    plain = compress(dense, tmp_path / "plain", **options)
+    how = {"mode": "model", "steps": 6, "lr": 3e-3}
+    trained = compress(dense, tmp_path / "out", **options, refinement=how)
+    assert trained.report.refinement["steps"] == 6
+    assert trained.report.refinement["held_out_after"] < trained.report.refinement["held_out_before"]
+    assert trained.report.bits == plain.report.bits
+    assert verify(trained.output).sound
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plain", "text.txt"]
+    again = compress(dense, tmp_path / "out", **options, refinement=how)
+    assert again.seconds == 0
+    assert again.report.refinement == trained.report.refinement
+
+
+@pytest.mark.parametrize("stage", ["compression.block.Block.encode", "refinement.run.write_refined"])
+def test_killed_in_either_stage_it_goes_on(
+    toy: Callable[..., Path], text: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    dense = toy("llama", tokenizer=True)
+    options: dict[str, Any] = {"bits": 3.0, "calibration": text, "refinement": {"mode": "model", "steps": 4}}
+    whole = compress(dense, tmp_path / "whole", **options).output
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"losparse_cli.{stage}", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compress(dense, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+    out = compress(dense, tmp_path / "out", **options).output
+    assert digests(out)["model.safetensors"] == digests(whole)["model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.txt", "whole"]

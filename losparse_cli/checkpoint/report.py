@@ -98,7 +98,8 @@ class Report:
     model_bytes_before and after: all tensors. parameters: of the whole dense model. source: name, commit
     and files of the dense model. recipe: the resolved request. files: name -> {size, sha256}. calibration: what text
     was used, {} without any. blocks: per block of the model, what calibration and refinement did to its output.
-    training: how the result was trained and what it scores, {} if it was not.
+    training: how the result was trained and what it scores, {} if it was not. refinement: how it was trained towards
+    the whole dense model, and how far it was from it before and after, {} if it was not.
     """
 
     layers: tuple[LayerReport, ...]
@@ -114,6 +115,7 @@ class Report:
     calibration: dict[str, Any] = field(default_factory=dict)
     blocks: tuple[dict[str, Any], ...] = ()
     training: dict[str, Any] = field(default_factory=dict)
+    refinement: dict[str, Any] = field(default_factory=dict)
     name: str = field(default="", compare=False)
 
     @property
@@ -186,7 +188,7 @@ class Report:
         try:
             known = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
             known["layers"] = tuple(LayerReport.from_dict(layer, specs[layer["name"]]) for layer in fields["layers"])
-            for name in ("skipped", "source", "recipe", "versions", "files", "calibration", "training"):
+            for name in ("skipped", "source", "recipe", "versions", "files", "calibration", "training", "refinement"):
                 known[name] = dict(known.get(name, {}))
             known["blocks"] = tuple(dict(block) for block in fields.get("blocks", ()))
             known["files"] = {file: dict(expected) for file, expected in known["files"].items()}

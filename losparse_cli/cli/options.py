@@ -114,7 +114,16 @@ CalibrationSplit = Annotated[
     str | None, typer.Option(help="Split of a Hub dataset.", rich_help_panel=TEXT, show_default="train")
 ]
 RefineSteps = Annotated[
-    int | None, typer.Option(help="Batches that a block is trained on.", rich_help_panel=TEXT, show_default="192")
+    int | None,
+    typer.Option(
+        help="Batches that a block is trained on; steps of a whole model.",
+        rich_help_panel=TEXT,
+        show_default="192; as many as there is time for",
+    ),
+]
+RefineMinutes = Annotated[
+    float | None,
+    typer.Option(help="How long a whole model is trained.", rich_help_panel=TEXT, show_default="20"),
 ]
 RefineRate = Annotated[
     float | None, typer.Option(help="Learning rate at its peak.", rich_help_panel=TEXT, show_default="5e-4")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..compression.estimate import Estimate, Forecast
     from ..compression.plan import Job
     from ..finetune import Finetuned
+    from ..refinement.run import RefinedModel
 
 
 def show_plan(out: Console, found: Forecast) -> None:
@@ -127,6 +128,7 @@ def show_result(out: Console, result: Result) -> None:
         if before:
             where = "on held-out text" if held_out else "on the text it was trained on"
             out.show(f"Matching: {after / before - 1:+.0%} of the blocks' distance from the dense ones, {where}")
+    _show_refinement(out, report)
     where = short(result.output)
     out.show(f"[bold green]Done.[/] The result is in {where}. To load it:")
     _show_loading(out, where)
@@ -182,6 +184,35 @@ def show_finetuned(out: Console, result: Finetuned) -> None:
     where = short(result.output)
     out.show(f"[bold green]Done[/] in {minutes(result.seconds)}. The result is in {where}. To load it:")
     _show_loading(out, where)
+
+
+def show_refined(out: Console, result: RefinedModel) -> None:
+    """The summary after a training towards the whole dense model."""
+    before, after = result.looks[0].divergence, result.best.divergence
+    out.data(
+        {"output": str(result.output), "seconds": result.seconds, "steps": result.steps, "tokens": result.tokens,
+         "held_out_before": before, "held_out_after": after}
+        | result.report.totals()
+    )  # fmt: skip
+    _show_sizes(out, result.report, "dense", "refined")
+    _show_refinement(out, result.report)
+    where = short(result.output)
+    done = f"in {minutes(result.seconds)}, {result.steps} steps of {result.tokens // max(1, result.steps):,} tokens"
+    out.show(f"[bold green]Done[/] {done}. The result is in {where}. To load it:")
+    _show_loading(out, where)
+    if not result.seconds:
+        out.say("This very run had finished before: nothing was left to do.")
+
+
+def _show_refinement(out: Console, report: Report) -> None:
+    """What training towards the whole dense model did, if there was any."""
+    if not report.refinement:
+        return
+    before, after = report.refinement["held_out_before"], report.refinement["held_out_after"]
+    change = f", {after / before - 1:+.0%}" if before else ""
+    out.show(f"From the dense model, on held-out text: {before:.4f} nats a token before, {after:.4f} after{change}")
+    if before == after:
+        out.warn("training brought it no nearer, so it is as it was. Try a lower --refine-lr, or more text.")
 
 
 def _show_sizes(out: Console, report: Report, before: str, after: str) -> None:

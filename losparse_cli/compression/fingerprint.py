@@ -39,6 +39,7 @@ def fingerprint(job: Job) -> dict[str, Any]:
         "recipe": job.recipe.to_dict(),
         "calibration": job.calibration and asdict(job.calibration),
         "refinement": job.refinement and asdict(job.refinement),
+        "towards": job.towards and asdict(job.towards),
         "text": job.windows and job.windows.digest(),
         "plan": digest([plan, [[s.file, s.header] for s in made.shards]]),
     }

@@ -25,7 +25,7 @@ from ..models.skeleton import Skeleton, build_skeleton
 from ..text.windows import Calibration, Windows, read_windows, settle
 from .footprint import footprint
 from .layers import find_layers, not_checked
-from .request import Refinement, Request
+from .request import ModelRefinement, Refinement, Request
 from .schedule import schedule
 
 RESIDENT_BASE = 500 << 20  # bytes: the interpreter with torch and transformers, before any weight
@@ -41,9 +41,10 @@ class Job:
     (`decisions.own_text`). blocks: block of the model -> where its entries lie, in the order of the forward pass; {}
     without calibration. route: where text goes. unreached: where those of blocks lie that it never reaches, which are
     never in memory together. memory_limit: bytes, None for three quarters of what is free. hidden_size: width of what
-    flows between blocks. bias_heads: of the biases of positions that flow along. start: the compressed checkpoint whose
-    layers are refined, None if they are solved anew. unseen, masks: tensors that are copied whatever they hold, and
-    those that may hold infinities (`layers.not_checked`).
+    flows between blocks. bias_heads: of the biases of positions that flow along. refinement: how blocks
+    are matched. towards: how the whole model is trained when its layers are compressed. start: the compressed
+    checkpoint whose layers are refined, None if they are solved anew. unseen, masks: tensors that are copied whatever
+    they hold, and those that may hold infinities (`layers.not_checked`).
     """
 
     source: Checkpoint
@@ -62,6 +63,7 @@ class Job:
     route: Route = field(default_factory=Route)
     unreached: range = range(0)
     refinement: Refinement | None = None
+    towards: ModelRefinement | None = None
     memory_limit: int | None = None
     start: Checkpoint | None = None
     unseen: frozenset[str] = frozenset()
@@ -165,7 +167,8 @@ def prepare(
         blocks,
         route,
         unreached,
-        request.refinement,
+        request.blocks,
+        request.towards,
         limit,
         start,
         *not_checked(source, skeleton, recipe),
@@ -221,12 +224,7 @@ def _by_block(
 
 
 def _check_start(start: Checkpoint, dense: Checkpoint) -> None:
-    """UsageError if `start` holds no floats, or what it does not compress is no longer that of the dense model."""
-    if any(spec.layout == "codes" for spec in layer_specs(start).values()):
-        raise UsageError(
-            f"{start.address} holds whole numbers in S, and blocks are matched by training floats. Compress the dense "
-            "model with --values float --refine blocks, or with more --bits."
-        )
+    """UsageError if what `start` does not compress is no longer that of the dense model."""
     if start.report().get("training"):
         raise UsageError(
             f"{start.address} was trained by losparse finetune, embeddings and head too, so it cannot be matched to "

@@ -31,20 +31,72 @@ class Refinement:
             raise UsageError(f"--refine-lr is a number between 0 and 1, not {self.lr!r}; 5e-4 is a usual choice.")
 
 
+PARTS = ("scales", "norms", "lowrank")
+MINUTES = 20.0
+"""How long training goes on where nothing else is said."""
+
+
+@dataclass(frozen=True)
+class ModelRefinement:
+    """What is trained, and how long; UsageError for what trains nothing.
+
+    minutes: from the first step to the last, in which the learning rate falls to zero; None for as long as `steps`
+    take. steps: of Adam; None for as many as there is time for, 20 minutes without either. lr: at its peak, as a share
+    of what is trained. tokens: of a step. train: of PARTS, what moves: factors of the rows of S (and its values, where
+    they are floats), norms and biases, U and V.
+    """
+
+    minutes: float | None = None
+    steps: int | None = None
+    lr: float = 5e-4
+    tokens: int = 1024
+    train: tuple[str, ...] = PARTS
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.minutes is not None and (not is_number(self.minutes) or not 0 < self.minutes < float("inf")):
+            raise UsageError(f"--refine-minutes is a number above 0, not {self.minutes!r}.")
+        if self.steps is not None and (not is_whole(self.steps) or self.steps < 1):
+            raise UsageError(f"--refine-steps is a whole number >= 1, not {self.steps!r}.")
+        if not is_number(self.lr) or not 0 < self.lr < 1:
+            raise UsageError(f"--refine-lr is a number between 0 and 1, not {self.lr!r}; 5e-4 is a usual choice.")
+        if not is_whole(self.tokens) or self.tokens < 1:
+            raise UsageError(f"--refine-tokens is a whole number >= 1, not {self.tokens!r}.")
+        if not self.train or not set(self.train) <= set(PARTS):
+            raise UsageError(f"--train lists some of {', '.join(PARTS)}, not {','.join(self.train) or 'nothing'}.")
+
+    @property
+    def seconds(self) -> float | None:
+        """The bound in seconds, None without one."""
+        if self.minutes is None and self.steps is None:
+            return 60 * MINUTES
+        return None if self.minutes is None else 60 * self.minutes
+
+
 @dataclass(frozen=True)
 class Request:
-    """recipe: for the layers, not settled yet. calibration: None without text. refinement: None to match no blocks.
+    """recipe: for the layers, not settled yet. calibration: None without text. refinement: None to train nothing.
     device: auto, cpu, cuda or cuda:N. memory_limit: such as 8GB, None for three quarters of what is free.
     max_shard_size: of a weight file. file: that all this comes from, but for what was `given` beside it."""
 
     recipe: Recipe = field(default_factory=Recipe)
     calibration: Calibration | None = None
-    refinement: Refinement | None = None
+    refinement: Refinement | ModelRefinement | None = None
     device: str = "auto"
     memory_limit: str | None = None
     max_shard_size: str = "5GB"
     file: RecipeFile = field(default_factory=RecipeFile, compare=False)
     given: frozenset[str] = field(default=frozenset(), compare=False)
+
+    @property
+    def blocks(self) -> Refinement | None:
+        """How blocks are to be matched, None if they are not."""
+        return self.refinement if isinstance(self.refinement, Refinement) else None
+
+    @property
+    def towards(self) -> ModelRefinement | None:
+        """How the whole model is to be trained when its layers are compressed, None if it is not."""
+        return self.refinement if isinstance(self.refinement, ModelRefinement) else None
 
     def errors(self) -> AbstractContextManager[None]:
         """In which a UsageError about an entry of the file names it; see `RecipeFile.errors`."""
@@ -56,9 +108,10 @@ class Request:
         UsageError if something asked for needs text and there is none, leaves nothing to decide, or contradicts what S
         is to hold.
         """
-        recipe = self.recipe.settled(calibrated=self.calibration is not None, refined=self.refinement is not None)
+        recipe = self.recipe.settled(calibrated=self.calibration is not None, refined=self.blocks is not None)
         needs_text = {
-            "--refine blocks": self.refinement is not None,
+            "--refine blocks": self.blocks is not None,
+            "--refine model": self.towards is not None,
             f"--solver {recipe.solver}": recipe.solver not in ("magnitude", "rounding"),
             "--sensitivity on": recipe.sensitivity == "on",
             "--allocate error": recipe.allocate == "error",
@@ -68,9 +121,10 @@ class Request:
                 raise UsageError(
                     f"{option} needs text to calibrate with: add --calibration FILE, or --calibration self."
                 )
-        if self.refinement is not None and recipe.coded:
+        if self.blocks is not None and recipe.coded:
             raise UsageError(
-                "--refine blocks matches floats, and S is to be whole numbers: leave it out, or add --values float."
+                "--refine blocks matches floats, and S is to be whole numbers: take --refine model, or add "
+                "--values float."
             )
         sized = recipe.keep is not None or recipe.keep_parameters is not None
         if recipe.allocate == "error" and (not sized or ":" in recipe.pattern or recipe.rank is not None):
@@ -85,7 +139,7 @@ def make_request(
     given: Mapping[str, Any] | None = None,
     *,
     calibration: Calibration | Mapping[str, Any] | str | Path | None = None,
-    refinement: Refinement | Mapping[str, Any] | str | None = None,
+    refinement: Refinement | ModelRefinement | Mapping[str, Any] | str | None = None,
     device: str | None = None,
     memory_limit: str | None = None,
     max_shard_size: str | None = None,
@@ -93,8 +147,8 @@ def make_request(
     """The request of a recipe (a Recipe, a mapping, or the path of a YAML file) under what was given beside it.
 
     given: fields of Recipe; those that are None were not given, and so are the other settings that are None.
-    calibration: or only its source. refinement: or `blocks`, or `off`. A mapping holds their fields, and completes what
-    the recipe says. UsageError on contradictions, and for what is none of these.
+    calibration: or only its source. refinement: or `blocks`, `model` or `off`. A mapping holds their fields, and
+    completes what the recipe says. UsageError on contradictions, and for what is none of these.
     """
     wanted = asked(given or {})
     file = RecipeFile()
@@ -120,7 +174,7 @@ def make_request(
         asks = None if off else run.get("refine")
         # A mapping that leaves the mode out says how because it wants it; options of the command line hold one.
         asks, how = ({"mode": "blocks", **x} if isinstance(x, Mapping) else x for x in (asks, refinement))
-        match = _refinement(_merged(asks, how, "mode", Refinement))
+        match = _refinement(_merged(asks, how, "mode", Refinement, ModelRefinement))
     request = Request(
         layers,
         text,
@@ -148,10 +202,11 @@ def _first(*given: Any) -> Any:
     return next((value for value in given if value is not None), None)
 
 
-def _merged(first: Any, second: Any, leading: str, kind: type) -> Any:
+def _merged(first: Any, second: Any, leading: str, *kinds: type) -> Any:
     """Two ways to say the same as a mapping: what the recipe says, and what was given beside it, which wins."""
-    if isinstance(second, kind):
+    if isinstance(second, kinds):
         return second
+    kind = kinds[0]
     found: dict[str, Any] = {}
     for part in (first, second):
         if isinstance(part, str | Path) or (
@@ -163,10 +218,15 @@ def _merged(first: Any, second: Any, leading: str, kind: type) -> Any:
         elif part is not None:
             name, given = kind.__name__, type(part).__name__
             raise UsageError(f"{name.lower()} is a {name}, a mapping of its fields or a text, not {given}.")
-    unknown = found.keys() - {leading} - {one.name for one in fields(kind)}
+    unknown = found.keys() - {leading} - {one.name for each in kinds for one in fields(each)}
     if unknown:
         raise UsageError(f"{kind.__name__.lower()} has no setting {min(unknown)!r}.")
     return found
+
+
+def make_calibration(given: Mapping[str, Any]) -> Calibration | None:
+    """The text that a mapping of fields asks for, those that are None left out; None for none."""
+    return _calibration(asked(given))
 
 
 def _calibration(found: Any) -> Calibration | None:
@@ -178,14 +238,22 @@ def _calibration(found: Any) -> Calibration | None:
     return Calibration(**found)
 
 
-def _refinement(found: Any) -> Refinement | None:
-    if isinstance(found, Refinement) or not found:
+def _refinement(found: Any) -> Refinement | ModelRefinement | None:
+    if isinstance(found, Refinement | ModelRefinement) or not found:
         return found or None
     mode = found.pop("mode", None)
-    if mode not in (None, "off", "blocks"):
-        raise UsageError(f"--refine is blocks or off, not {mode!r}.")
-    if mode != "blocks":
+    kinds: dict[Any, Any] = {None: None, "off": None, "blocks": Refinement, "model": ModelRefinement}
+    if mode not in kinds:
+        raise UsageError(f"--refine is blocks, model or off, not {mode!r}.")
+    kind = kinds[mode]
+    if kind is None:
         if found:
-            raise UsageError(f"--refine-{next(iter(found))} says how to refine: add --refine blocks, or leave it out.")
+            raise UsageError(f"--refine-{next(iter(found))} says how to refine: add --refine, or leave it out.")
         return None
-    return Refinement(**found)
+    strange = found.keys() - {one.name for one in fields(kind)}
+    if strange:
+        raise UsageError(f"--refine-{min(strange)} is not of --refine {mode}. Leave it out.")
+    if "train" in found:
+        found["train"] = tuple(found["train"].split(",") if isinstance(found["train"], str) else found["train"])
+    made: Refinement | ModelRefinement = kind(**found)
+    return made

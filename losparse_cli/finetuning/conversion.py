@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ..budget.plan import LayerPlan
 from ..linalg.factors import LowRankSparse
 from ..linalg.svd import balanced_factors, output_factors, seed_of, truncated_svd
+from ..shim.embedding import CodedEmbedding
 from ..shim.layouts import LayerSpec
 from ..shim.linear import LowRankSparseLinear
 from .layers import TrainedLinear
@@ -20,6 +22,28 @@ def compressed_layers(model: nn.Module) -> dict[str, Any]:
     """Name -> LowRankSparseLinear, also of the class that a checkpoint brought along."""
     name_of_class = LowRankSparseLinear.__name__
     return {name: module for name, module in model.named_modules() if type(module).__name__ == name_of_class}
+
+
+def coded_modules(model: nn.Module) -> dict[str, Any]:
+    """Name -> layer or embedding whose S is whole numbers of its own, also of a class that a checkpoint brought."""
+    kinds = (LowRankSparseLinear.__name__, CodedEmbedding.__name__)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if any(kind.__name__ in kinds for kind in type(module).__mro__)
+        and module.spec.layout == "codes"
+        and not is_shared(module)
+    }
+
+
+def is_coded(model: nn.Module) -> bool:
+    """Whether S of its layers is whole numbers."""
+    return any(module.spec.kind != "embedding" for module in coded_modules(model).values())
+
+
+def is_shared(layer: Any) -> bool:
+    """Whether a compressed layer computes with the codes of another, as a tied head does."""
+    return bool(getattr(layer, "_owner", ()))
 
 
 def trained_layers(model: nn.Module) -> dict[str, TrainedLinear]:
@@ -63,15 +87,34 @@ def start_dense(
 
 
 @torch.no_grad()
-def start_compressed(model: nn.Module) -> None:
-    """Make the compressed layers trainable: S keeps its support, and can only shrink."""
+def start_compressed(model: nn.Module, plans: Sequence[LayerPlan] = (), *, seed: int = 0) -> None:
+    """Make the compressed layers trainable: S keeps its support, and can only shrink.
+
+    Codes stay where they are, in a layer that is trainable as it is; plans: with the ranks of adapters to add to them.
+    """
+    for plan in plans if is_coded(model) else ():
+        _add_adapter(model.get_submodule(plan.layer.name), plan.rank, seed_of(seed, plan.layer.name))
     for name, layer in compressed_layers(model).items():
+        if layer.spec.layout == "codes":
+            continue
         m, n = layer.spec.shape
         U, V = (torch.zeros(m, 0), torch.zeros(0, n)) if layer.U is None else (layer.U.detach(), layer.V.detach())
         factors = LowRankSparse(U, V, layer.weight.detach(), layer.support())
         spec = layer.spec
         _put(model, name, TrainedLinear(factors, layer.bias, pattern=spec.pattern, dense=False,
                                         transposed=spec.transposed))  # fmt: skip
+
+
+def _add_adapter(layer: Any, rank: int, seed: int) -> None:
+    """U of zeros and a random V beside codes that have none: nothing changes at first (LoRA, Hu et al., 2106.09685)."""
+    m, n = layer.spec.shape
+    if not rank or layer.spec.rank:
+        return
+    V = torch.randn(rank, n, generator=torch.Generator().manual_seed(seed)) / n**0.5
+    layer.U = nn.Parameter(layer.weight.new_zeros(m, rank))
+    layer.V = nn.Parameter(V.to(layer.weight))
+    layer.spec = replace(layer.spec, rank=rank)
+    layer._ready = None
 
 
 @torch.no_grad()

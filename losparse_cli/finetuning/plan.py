@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..budget.plan import Layer, Plan, make_plan, plan_as_stored, plan_layer
+from ..budget.plan import Layer, LayerPlan, Plan, make_plan, plan_as_stored, plan_layer
 from ..budget.recipe import Recipe
 from ..budget.recipe_file import RANK_CHOICES, SIZE_CHOICES
 from ..budget.targets import choose
@@ -17,7 +17,7 @@ from ..checkpoint.source import Checkpoint
 from ..errors import UsageError
 from ..models.skeleton import Skeleton, classify
 from ..shim.layouts import LayerSpec
-from .conversion import compressed_layers
+from .conversion import compressed_layers, is_coded, is_shared
 
 DEFAULTS = {"keep_parameters": 0.2, "rank_ratio": 0.5}
 """Of a dense model. The paper has a quarter for U and V, which begin at less than they do here."""
@@ -38,11 +38,14 @@ def settle(recipe: Recipe | None, checkpoint: Checkpoint) -> Recipe:
     recipe = replace(recipe, values="float")
     asks_ranks = _is_asked(recipe, RANK_CHOICES)
     if checkpoint.is_compressed:
-        if any(spec.layout == "codes" for spec in layer_specs(checkpoint).values()):
+        coded = any(spec.layout == "codes" for spec in layer_specs(checkpoint).values())
+        if coded and _is_asked(recipe, SIZE_CHOICES):
             raise UsageError(
-                f"{checkpoint.address} holds whole numbers in S, and training is of floats. Start from the dense "
-                "model, or compress it with --values float."
+                f"{checkpoint.address} holds whole numbers in S, which stay as they are: leave out what asks for "
+                "another size, or start from the dense model."
             )
+        if coded and not recipe.targets and not recipe.ignore:
+            return recipe  # ranks are those of an adapter, which is added
         if asks_ranks or recipe.targets or recipe.ignore:
             raise UsageError(
                 "Ranks and layers of a compressed model stay as they are: leave out --rank, --rank-ratio, --targets "
@@ -77,9 +80,12 @@ def plan_compressed(model: nn.Module, recipe: Recipe, dtype: torch.dtype, thresh
     With one threshold for all only the sum counts, and earlier training has left layers of very different size; with
     one for each, a layer that is smaller already stays as it is.
     """
-    specs: dict[str, LayerSpec] = {name: layer.spec for name, layer in compressed_layers(model).items()}
+    own = {name: layer for name, layer in compressed_layers(model).items() if not is_shared(layer)}
+    specs: dict[str, LayerSpec] = {name: layer.spec for name, layer in own.items()}
     layers = [_layer(name, spec.shape, spec.transposed, dtype) for name, spec in specs.items()]
     present = plan_as_stored(layers, classify(model)[1], specs)
+    if is_coded(model):
+        return Plan(tuple(_with_adapter(p, recipe) for p in present.layers), present.skipped)
     if not _is_asked(recipe, SIZE_CHOICES):
         return present
     wanted = [plan_layer(p.layer, replace(recipe, rank=p.rank, pattern=p.pattern).settled()) for p in present.layers]
@@ -92,6 +98,17 @@ def plan_compressed(model: nn.Module, recipe: Recipe, dtype: torch.dtype, thresh
             "for less, or start from the dense model."
         )
     return Plan(tuple(wanted), present.skipped)
+
+
+def _with_adapter(plan: LayerPlan, recipe: Recipe) -> LayerPlan:
+    """With the rank that an adapter beside the codes is to have; UsageError if there is one already."""
+    m, n = plan.layer.shape
+    rank = round((recipe.rank_ratio or 0) * m * n / (m + n)) if recipe.rank is None else recipe.rank
+    if rank and plan.rank:
+        raise UsageError(f"{plan.layer.name} has rank {plan.rank} already: leave out --rank and --rank-ratio.")
+    if rank > min(m, n):
+        raise UsageError(f"{plan.layer.name} is {m} x {n}, and --rank {rank} is more than it can have.")
+    return replace(plan, rank=rank or plan.rank)
 
 
 def _is_asked(recipe: Recipe, choices: tuple[str, ...]) -> bool:

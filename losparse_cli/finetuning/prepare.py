@@ -154,7 +154,7 @@ def prepare_finetuning(
     teacher, learned_from = find_teacher(checkpoint, model.config, how, opened, cache_dir, place, options, longest)
     told.phase("Taking the weights apart")
     if checkpoint.is_compressed:
-        start_compressed(model)
+        start_compressed(model, plan.layers, seed=how.seed)
     else:
         model.to(place)
         moments = None
@@ -164,7 +164,8 @@ def prepare_finetuning(
         start_dense(model, plan.layers, moments=moments, seed=how.seed, device=place)
     layers = trained_layers(model)
     steps = how.max_steps or _steps(how, len(features))
-    pruner = Pruner([layers[p.layer.name] for p in plan.layers], [p.nnz for p in plan.layers], how.pruning, steps)
+    pruned = [p for p in plan.layers if p.layer.name in layers]  # codes are not
+    pruner = Pruner([layers[p.layer.name] for p in pruned], [p.nnz for p in pruned], how.pruning, steps)
     read = [len(part) for part in (features, unseen) if part is not None]
     fingerprint = _fingerprint(checkpoint, learned_from, task, read, how, plan, place)
     return Training(

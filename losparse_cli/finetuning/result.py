@@ -20,7 +20,7 @@ from ..checkpoint.source import read_json
 from ..linalg.factors import LowRankSparse
 from ..progress import Progress
 from ..shim.layouts import LayerSpec
-from .conversion import finish, trained_layers
+from .conversion import coded_modules, finish, trained_layers
 from .prepare import Training
 
 
@@ -46,6 +46,15 @@ def write_result(training: Training, model: Any, work: Path, seconds: float, tol
         p.numel() for layer in trained_layers(model).values() for p in (layer.U, layer.V, layer.S) if p is not None
     )
     finish(model, training.dtype, encode)
+    coded = coded_modules(model)
+    for name, module in coded.items():
+        parts = module.state_dict()
+        parts.pop("bias", None)
+        before -= sum(p.numel() for p in parts.values() if p.is_floating_point())
+        m, n = module.spec.shape
+        stored = sum(p.numel() * p.itemsize for p in parts.values())
+        reports.append(LayerReport(name, module.spec, m * n * training.dtype.itemsize, stored))
+        specs[name] = module.spec
     model.to(training.device)  # where FSDP had it in parts, it is whole on the CPU, and may only fit now
     scores = training.score(model, told)
     model.hf_quantizer = None
@@ -57,7 +66,7 @@ def write_result(training: Training, model: Any, work: Path, seconds: float, tol
     model.save_pretrained(work, max_shard_size=training.max_shard_size)
     _save_tokenizer(training.tokenizer, work)
     write_config(work, read_json(work / "config.json"), specs, training.plan.skipped)
-    dense = sum(p.layer.shape[0] * p.layer.shape[1] for p in training.plan.layers)
+    dense = sum(layer.parameters for layer in reports)
     report = Report(
         layers=tuple(reports),
         skipped=training.plan.skipped,

@@ -22,10 +22,14 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from ..errors import TrainingError, UsageError
 from ..tasks.heads import refusals
 from ..tasks.tokens import LABELS
+from .conversion import coded_modules
 from .distillation import distance
 from .pruner import Pruner
 from .request import Finetuning
 from .states import last_state
+
+OF_FACTORS = 20.0
+"""Learning rate of the factors of coded rows, relative to their size, over that of all other weights."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,18 @@ class FinetuneTrainer(transformers.Trainer):  # type: ignore[misc]
         self._how, self._teacher, self._score, self._within = how, teacher, score, within
         if teacher is not None:
             teacher.eval().requires_grad_(False).to(self.args.device)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The factors of coded rows are small beside other weights: each layer's have a learning rate of their size."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        factors = {id(module.weight): module.weight for module in coded_modules(self.model).values()}
+        for group in list(optimizer.param_groups):
+            own = [p for p in group["params"] if id(p) in factors]
+            group["params"] = [p for p in group["params"] if id(p) not in factors]
+            for p in own:
+                rate = OF_FACTORS * group["lr"] * float(p.detach().square().mean().sqrt())
+                optimizer.add_param_group({**group, "params": [p], "lr": rate, "weight_decay": 0.0})
+        return optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Where lengths are grouped an order that is known: transformers' own cannot be drawn again by a run that goes

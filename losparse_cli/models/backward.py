@@ -64,14 +64,6 @@ class GradientRelay(Relay):
             self._advance(runner)
         return runner.call
 
-    def result(self, number: int) -> Any:
-        """What the model returns for this batch, once its head's call, if there was one, has got its output."""
-        runner = self._current = self._runners[number]
-        if runner.call is not None:
-            self._advance(runner)
-        result, runner.result = runner.result, None
-        return result
-
     def replay(self, number: int, output: Any) -> Any:
         """What the model returns for this batch if its blocks return what they did, and its head `output`."""
         self._current = _Replay({block: calls[number] for block, calls in self.kept.items()})  # type: ignore[assignment]

@@ -19,18 +19,22 @@ REPEATED = 0.5  # share of such sequences that were there before, above which a 
 
 
 def hold_out(windows: Windows) -> tuple[Windows, Windows]:
-    """Windows that a result is solved with, and those that it is only measured on: a twentieth, evenly spread.
+    """Windows that a result is solved with, and those that it is only measured on: see `held_out`."""
+    out = held_out(windows)
+    return windows.take([k for k in range(len(windows.ids)) if k not in out]), windows.take(out)
+
+
+def held_out(windows: Windows) -> list[int]:
+    """Numbers of the windows that a result is only measured on: a twentieth, evenly spread.
 
     Of two windows or more one at least is held out; none of a text that repeats itself, where it was seen all the same.
     """
     count = len(windows.ids)
     number = max(1, count // HELD_OUT) if count > 1 else 0
-    out = {(2 * k + 1) * count // (2 * number) for k in range(number)}
-    kept, held = windows.take([k for k in range(count) if k not in out]), windows.take(sorted(out))
-    seen = torch.isin(_sequences(held.ids), _sequences(kept.ids))
-    if int(seen.sum()) > REPEATED * len(seen):
-        return windows, windows.take([])
-    return kept, held
+    out = sorted({(2 * k + 1) * count // (2 * number) for k in range(number)})
+    kept = windows.take([k for k in range(count) if k not in out])
+    seen = torch.isin(_sequences(windows.take(out).ids), _sequences(kept.ids))
+    return [] if int(seen.sum()) > REPEATED * len(seen) else out
 
 
 def repeated_share(windows: Windows) -> float:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from losparse_cli.budget.recipe import Recipe
 from losparse_cli.compress import compress, plan
+from losparse_cli.compression.request import ModelRefinement
 from losparse_cli.demo import smollm2
 from losparse_cli.linalg.groups import round_groups
 from losparse_cli.load import load
@@ -28,6 +29,9 @@ from .results import LENGTH, Options, add_result, measured, results_of
 
 OURS = tuple(f"losparse@{bits}" for bits in (4.25, 3.25, 2.5, 1.8))
 WITHOUT_TEXT = tuple(f"without-text@{bits}" for bits in (5.25, 4.25))
+TRAINED = ("trained@3.25", "trained@2.5", "trained@1.8")
+"""Compressed like OURS, and then for MINUTES towards the whole dense model, at no byte more. In no run unless named."""
+MINUTES = 60
 GGML = ("Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XXS")
 """Of llama.cpp, each with an importance matrix. Rows are padded to a block's 256 entries, and that is not counted."""
 ROWS = ("dense", *OURS, *WITHOUT_TEXT, "rounding@4", *GGML)
@@ -49,14 +53,16 @@ def _row(options: Options, row: str, dense: Path) -> dict[str, Any] | None:
     if row == "dense":
         return {"texts": measured(options, dense, None)}
     method, _, size = row.partition("@")
-    if method in ("losparse", "without-text"):
+    if method in ("losparse", "without-text", "trained"):
         output = options.folder / f"out-{row}"
-        text = options.calibration() if method == "losparse" else None
+        text = None if method == "without-text" else options.calibration()
         recipe = Recipe(bits=float(size), **options.targets())
-        made = compress(dense, output, recipe, calibration=text, resume="never", overwrite=True)
+        how = ModelRefinement(minutes=MINUTES) if method == "trained" else None
+        made = compress(dense, output, recipe, calibration=text, refinement=how, resume="never", overwrite=True)
         texts = measured(options, output, dense)
         shutil.rmtree(output)
-        return {"bits": made.report.bits, "seconds": made.seconds, "peak": made.took.peak_bytes, "texts": texts}
+        found = {"bits": made.report.bits, "seconds": made.seconds, "peak": made.took.peak_bytes, "texts": texts}
+        return found | ({"refinement": made.report.refinement} if how is not None else {})
     if method == "rounding":
         return _quantized(options, row, dense, lambda W, importance: round_groups(W, int(size)))
     missing = [name for name in ("xllamacpp", "gguf") if importlib.util.find_spec(name) is None]

@@ -82,7 +82,7 @@ def test_the_first_obvious_calls(asked: dict[str, Any], meant: Request) -> None:
         ({"recipe": {"calibration": 5}}, RecipeError, "calibration is a Calibration, a mapping .* not int"),
         ({"calibration": ["a.txt"]}, UsageError, "calibration is a Calibration, a mapping .* not list"),
         ({"calibration": {"tokens": 9}}, UsageError, "--calibration-tokens says how to use calibration text"),
-        ({"refinement": "all"}, UsageError, "--refine is blocks or off"),
+        ({"refinement": "all"}, UsageError, "--refine is blocks, model or off"),
         ({"refinement": {"mode": None, "steps": 3}}, UsageError, "--refine-steps says how to refine: add --refine"),
         ({"refinement": {"mode": "off", "lr": 0.1}}, UsageError, "--refine-lr says how to refine"),
         ({"recipe": {"refine": {"steps": 0}}}, RecipeError, "the recipe: refine: steps is a whole number"),

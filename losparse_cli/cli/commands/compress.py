@@ -147,11 +147,13 @@ def compress(
     refine: Annotated[
         str | None,
         typer.Option(
-            help="blocks: train U, V and S to match each dense block; off.",
+            help="model: train factors and norms to predict what the dense model does; blocks: U, V and floats in S to "
+            "match each dense block; off.",
             rich_help_panel=o.TEXT,
             show_default="off",
         ),
     ] = None,
+    refine_minutes: o.RefineMinutes = None,
     refine_steps: o.RefineSteps = None,
     refine_lr: o.RefineRate = None,
     recipe: Annotated[
@@ -227,7 +229,7 @@ def compress(
             "target_field": calibration_target_field,
             "split": calibration_split,
         },
-        refinement={"mode": refine, "steps": refine_steps, "lr": refine_lr},
+        refinement={"mode": refine, "minutes": refine_minutes, "steps": refine_steps, "lr": refine_lr},
         device=device,
         memory_limit=memory_limit,
         max_shard_size=max_shard_size,

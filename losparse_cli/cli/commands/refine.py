@@ -25,6 +25,18 @@ def refine(
     calibration_field: o.CalibrationField = None,
     calibration_target_field: o.CalibrationTargetField = None,
     calibration_split: o.CalibrationSplit = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            help="blocks: match each block, where S is floats; model: match what the whole model predicts.",
+            show_default="model for whole numbers, else blocks",
+        ),
+    ] = None,
+    train: Annotated[
+        str | None,
+        typer.Option(help="Of --objective model, what moves.", show_default="scales,norms,lowrank"),
+    ] = None,
+    refine_minutes: o.RefineMinutes = None,
     refine_steps: o.RefineSteps = None,
     refine_lr: o.RefineRate = None,
     device: o.Device = "auto",
@@ -39,38 +51,40 @@ def refine(
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
-    """Train a compressed model to match its dense one, block by block; its size stays."""
+    """Train a compressed model to match its dense one, as a whole or block by block; its size stays."""
     from ...errors import UsageError
 
     if calibration is None:
         raise UsageError("losparse refine trains on text: add --calibration FILE, or --calibration self.")
-    from ...compression.request import make_request
+    from ...compression.request import make_calibration
+    from ...refine import make_refinement, prepare_refinement
 
-    request = make_request(
-        calibration={
+    how = make_refinement(objective, minutes=refine_minutes, steps=refine_steps, lr=refine_lr, train=train)
+    text = make_calibration(
+        {
             "source": calibration,
             "tokens": calibration_tokens,
             "length": calibration_length,
             "field": calibration_field,
             "target_field": calibration_target_field,
             "split": calibration_split,
-        },
-        refinement={"mode": "blocks", "steps": refine_steps, "lr": refine_lr},
+        }
     )
-    assert request.calibration is not None, "its source was given"
     from ...compress import run
-    from ...refine import prepare_refinement
+    from ...refinement.run import run_model
     from .. import console as c
     from .. import summary as s
+    from ..refinement_progress import RefinementProgress
 
+    assert text is not None, "its source was given"
     out = c.Console(json=json, quiet=quiet)
     c.calm_libraries()
     with out.status(f"Reading {source}"):
-        job = prepare_refinement(
+        job, towards = prepare_refinement(
             source,
             output,
-            calibration=request.calibration,
-            refinement=request.refinement,
+            calibration=text,
+            refinement=how,
             against=against,
             device=device,
             revision=revision,
@@ -79,7 +93,12 @@ def refine(
             max_shard_size=max_shard_size,
             memory_limit=memory_limit,
         )
-    with c.interruptible(), c.LayerProgress(out) as progress:
-        result = run(job, resume=resume, overwrite=overwrite, progress=progress)
-    s.show_result(out, result)
+    if towards is None:
+        with c.interruptible(), c.LayerProgress(out) as layers:
+            result = run(job, resume=resume, overwrite=overwrite, progress=layers)
+        s.show_result(out, result)
+    else:
+        with c.interruptible(), RefinementProgress(out) as progress:
+            refined = run_model(job, towards, resume=resume, overwrite=overwrite, progress=progress)
+        s.show_refined(out, refined)
     out.flush()

@@ -1,0 +1,1 @@
+"""Training of a compressed model towards the whole dense model's predictions: its codes stay, its factors move."""

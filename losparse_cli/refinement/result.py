@@ -1,0 +1,60 @@
+"""The refined checkpoint: the files of the one it began with, byte for byte but for the values that were trained."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..checkpoint.companions import copy_companions
+from ..checkpoint.config import layer_specs, write_config
+from ..checkpoint.finish import close, versions
+from ..checkpoint.reader import SafetensorsFile
+from ..checkpoint.report import LayerReport, Report
+from ..checkpoint.source import INDEX, Checkpoint
+from ..checkpoint.writer import tensor_part
+from ..errors import CheckpointError
+
+
+def write_refined(
+    start: Checkpoint, dense: Checkpoint, values: Mapping[str, Tensor], how: dict[str, Any], work: Path, place: str,
+    mark: str,
+) -> Report:  # fmt: skip
+    """values: tensor on disk -> its new value, of the same shape and dtype. how: for the report. mark: fingerprint."""
+    _copy_weights(start, values, work)
+    specs = layer_specs(start)
+    before = Report.from_dict(start.report(), specs, str(start.folder)) if start.report() else Report((), {}, 0, 0, 0)
+    copy_companions(start.folder, work)
+    write_config(work, dense.config, specs, before.skipped)
+    changed = {name.removesuffix(".weight") for name in values}
+    layers = tuple(_unmeasured(layer) if layer.name in changed else layer for layer in before.layers)
+    report = replace(
+        before, layers=layers, versions=versions(), fingerprint=mark, refinement=how, blocks=(), files={}, name=""
+    )
+    return close(work, report, dense.folder, place)
+
+
+def _unmeasured(layer: LayerReport) -> LayerReport:
+    """Without the errors that were measured before its factors moved."""
+    return replace(layer, residual_squared=None, errors=(), output_errors=(), held_out_error=None)
+
+
+def _copy_weights(start: Checkpoint, values: Mapping[str, Tensor], work: Path) -> None:
+    if (start.folder / INDEX).is_file():
+        shutil.copyfile(start.folder / INDEX, work / INDEX)
+    for file in start.files:
+        if not isinstance(file, SafetensorsFile):
+            raise CheckpointError(f"{file.path} is no safetensors file. Compress the model again.")
+        target = work / file.path.name
+        shutil.copyfile(file.path, target)
+        with open(target, "r+b") as out:
+            for name, entry in file.entries.items():
+                if name in values:
+                    raw = tensor_part(name, values[name])[3][0]
+                    assert len(raw) == entry.nbytes, f"{name} keeps its size"
+                    out.seek(file.data_start + entry.offset)
+                    out.write(raw)

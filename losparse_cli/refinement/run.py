@@ -1,0 +1,164 @@
+"""A job that trains a compressed checkpoint towards what the whole dense model predicts."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint.config import layer_specs
+from ..checkpoint.fingerprint import digest
+from ..checkpoint.finish import read_report
+from ..checkpoint.output import STATES, check_space
+from ..checkpoint.reader import TORCH_DTYPES
+from ..checkpoint.report import Report
+from ..checkpoint.workfolder import WorkFolder
+from ..compression.estimate import estimate
+from ..compression.fingerprint import fingerprint
+from ..compression.plan import Job
+from ..compression.request import ModelRefinement
+from ..errors import UsageError
+from ..linalg.precision import fast_float32
+from ..load import load
+from ..models.names import NameMap
+from ..models.skeleton import empty_model
+from ..progress import Progress
+from ..text.sample import held_out
+from .layers import half_of, unfold
+from .result import write_refined
+from .teacher import find_teacher
+from .training import Look, Moving, Refined, Training
+
+TOGETHER = 1024
+"""Tokens whose windows pass through the model at once."""
+
+
+@dataclass(frozen=True)
+class RefinedModel:
+    """output: the finished folder. looks: the model on held-out text before, during and after; best: as it is written.
+
+    steps, tokens: that it was trained on.
+    """
+
+    output: Path
+    report: Report
+    looks: tuple[Look, ...]
+    best: Look
+    steps: int
+    tokens: int
+    seconds: float
+
+
+def run_model(
+    job: Job,
+    how: ModelRefinement,
+    *,
+    mark: dict[str, Any] | None = None,
+    resume: str = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> RefinedModel:
+    """Train the compressed checkpoint of `job` towards the dense model's predictions; what is coded stays as it is.
+
+    mark: what decides the result, None for job and `how`. The best of all states that were measured on held-out windows
+    is written, be it the first. Raises as `compress`, and
+    TrainingError where the loss stops being a number.
+    """
+    assert job.start is not None
+    begun, told = time.monotonic(), progress or Progress()
+    windows = job.windows
+    if windows is None:
+        raise UsageError(
+            "A whole model is trained on text that people wrote: give a file or a dataset to --calibration."
+        )
+    mark = mark or fingerprint(job) | {"refinement": asdict(how)}
+    with WorkFolder(job.output, mark, resume=resume, overwrite=overwrite, reads=job.reads) as work:
+        if work.finished:
+            report = read_report(job.output)
+            assert report is not None, "a result that is whole has one"
+            looks = tuple(Look(*line) for line in report.refinement["looks"])
+            best = min(looks, key=lambda look: look.divergence)
+            return RefinedModel(
+                job.output, report, looks, best, report.refinement["steps"], report.refinement["tokens"], 0.0
+            )
+        check_space(work.path, job.start.nbytes)
+        teacher = find_teacher(job, windows, work, told, estimate(job, windows).fixed_bytes)
+        told.phase("Loading the compressed model")
+        names = _disk_names(job)
+        options = {"trust_remote_code": True} if job.trust_remote_code else {}
+        model, _ = load(job.start.folder, dtype=torch.float32, **options)
+        model.requires_grad_(False).to(job.device)
+        unfold(model, half_of(job.device, job.memory_limit))
+        for module in model.modules():
+            if hasattr(module, "config"):
+                module.config.use_cache = False
+        training = Training(
+            model,
+            teacher,
+            windows,
+            held_out(windows),
+            _moving(job, model, names, how),
+            how,
+            batch=max(1, TOGETHER // windows.length),
+            device=job.device,
+            told=told,
+        )
+        with fast_float32():
+            found = training.run(work.path / STATES / "state.safetensors")
+        told.phase("Writing the result")
+        values = {names[name]: value.cpu().contiguous() for name, value in found.values.items()}
+        account = _account(how, found)
+        report = write_refined(job.start, job.source, values, account, work.path, job.output.name, digest(mark))
+        work.publish()
+    seconds = time.monotonic() - begun
+    return RefinedModel(job.output, report, found.looks, found.best, found.steps, found.tokens, seconds)
+
+
+def _account(how: ModelRefinement, found: Refined) -> dict[str, Any]:
+    """For the report."""
+    return {
+        "objective": "model",
+        "settings": asdict(how) | {"train": list(how.train)},
+        "steps": found.steps,
+        "tokens": found.tokens,
+        "seconds": round(found.looks[-1].seconds, 1),
+        "held_out_before": found.looks[0].divergence,
+        "held_out_after": found.best.divergence,
+        "looks": [[look.step, round(look.seconds, 1), look.divergence] for look in found.looks],
+    }
+
+
+def _disk_names(job: Job) -> dict[str, str]:
+    """Parameter of the compressed model -> the tensor on disk that holds it, for those that are stored as they are."""
+    assert job.start is not None
+    model = empty_model(job.source.folder, job.source.config, trust_remote_code=job.trust_remote_code)
+    dense = NameMap(model, job.source.entries).disk
+    found = {name: stored[0] for name, stored in dense.items() if len(stored) == 1}
+    for plan in job.plan.layers:
+        for suffix in ("weight", "U", "V"):
+            found[f"{plan.layer.name}.{suffix}"] = f"{plan.layer.disk_module}.{suffix}"
+    return {name: tensor for name, tensor in found.items() if tensor in job.start.entries}
+
+
+def _moving(job: Job, model: Any, names: dict[str, str], how: ModelRefinement) -> dict[str, Moving]:
+    """What is trained: of layers that are no embeddings, and vectors beside them."""
+    assert job.start is not None
+    specs = layer_specs(job.start)
+    layers = {name for name, spec in specs.items() if spec.kind != "embedding"}
+    found: dict[str, Moving] = {}
+    for name, parameter in model.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        if name not in names:
+            continue
+        if module in layers and leaf in ("weight", "U", "V"):
+            part = "scales" if leaf == "weight" else "lowrank"
+        elif (parameter.dim() == 1 and module not in specs) or leaf == "bias":
+            part = "norms"
+        else:
+            continue
+        if part in how.train:
+            found[name] = Moving.of(parameter, TORCH_DTYPES[job.start.entries[names[name]].dtype])
+    return found

@@ -1,0 +1,96 @@
+"""What the dense model says about each window, found a block at a time: what its output head is fed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..calibration.activations import Activations, trim
+from ..checkpoint.output import STATES
+from ..checkpoint.workfolder import WorkFolder
+from ..compression.assembly import calibration_model
+from ..compression.plan import Job
+from ..errors import UsageError
+from ..linalg.precision import fast_float32
+from ..models.blocks import Relay, block_of, changed, run_block
+from ..models.device import available, memory_errors
+from ..models.reading import output_embeddings
+from ..progress import Progress
+from ..text.windows import Windows
+
+FILE = f"{STATES}/teacher.safetensors"
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """states: (windows, tokens, hidden), float32, what the dense model's head is fed. weight, bias: of that head."""
+
+    states: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+def find_teacher(job: Job, windows: Windows, work: WorkFolder, told: Progress, fixed_bytes: int) -> Teacher:
+    """The dense model of the job on `windows`, one block in memory at a time; kept for a run that goes on with this.
+
+    fixed_bytes: of memory that is needed beside activations. UsageError for a model without an output head.
+    """
+
+    def ask() -> dict[str, Tensor]:
+        found = _asked(job, windows, work.path, told, fixed_bytes)
+        (work.path / STATES).mkdir(exist_ok=True)
+        return found
+
+    kept = work.decided(FILE, load_file, ask, save_file)
+    return Teacher(kept["states"], kept["weight"].to(job.device), kept.get("bias"))
+
+
+def _asked(job: Job, windows: Windows, folder: Path, told: Progress, fixed_bytes: int) -> dict[str, Tensor]:
+    assert job.calibration is not None
+    assembly = calibration_model(job)
+    model, blocks = assembly.model, list(job.blocks)
+    head: Any = output_embeddings(model)
+    if not isinstance(getattr(head, "weight", None), Tensor):
+        raise UsageError(
+            f"{type(model).__name__} has no head over a vocabulary whose predictions could be matched. Train it on a "
+            "task with losparse finetune."
+        )
+    inside = (*blocks, *job.route.unreached)
+    assembly.load([name for name, _ in model.named_parameters() if block_of(name, inside) is None])
+    parameters: dict[str, list[str]] = {block: [] for block in blocks}
+    for name, _ in model.named_parameters():
+        if (block := block_of(name, blocks)) is not None:
+            parameters[block].append(name)
+    batches = windows.batches(job.calibration.batch, job.device)
+    limit = job.memory_limit if job.memory_limit is not None else available(job.device) * 3 // 4
+    activations = Activations(folder, max(0, limit - fixed_bytes))
+    remedy = "Lower --calibration-tokens or --calibration-length, or set --memory-limit."
+    found: list[Tensor] = []
+
+    def hear(states: Tensor) -> Tensor:
+        found.append(states.float().cpu())
+        return states[..., :1]  # in the place of logits, which are not needed
+
+    with memory_errors(remedy), fast_float32(), torch.no_grad(), Relay(model, blocks, batches) as relay:
+        for number, (name, calls) in enumerate(relay):
+            told.phase(f"the dense model: block {number + 1} of {len(blocks)}")
+            assembly.load(parameters[name])
+            for call in calls:
+                call.output = changed(run_block(model.get_submodule(name), call), activations.keep)
+                activations.release()
+            assembly.drop(parameters[name])
+            trim()
+        head.forward = hear  # hides the class's own method
+        for number in range(len(batches)):
+            relay.result(number)
+            activations.release()
+    if [len(states) for states in found] != [len(next(iter(batch.values()))) for batch in batches]:
+        raise UsageError(f"{type(model).__name__} does not call its output head once, as other models do.")
+    kept = {"states": torch.cat(found), "weight": head.weight.detach().float().cpu().clone()}
+    bias = getattr(head, "bias", None)
+    return kept if bias is None else kept | {"bias": bias.detach().float().cpu().clone()}

@@ -1,0 +1,252 @@
+"""A compressed model trained towards its dense one: what moves, the steps, the best state, and where a run goes on."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..compression.request import ModelRefinement
+from ..errors import TrainingError, UsageError
+from ..models.head import Head
+from ..progress import Progress
+from ..text.windows import Windows
+from .divergence import divergence
+from .teacher import Teacher
+
+WARMUP = 0.05  # of the run, in which the learning rate rises
+LOOKS = 8  # times that the model is measured on held-out windows while it is trained
+SMALLEST = 0.1  # of a vector's typical entry: what an entry of less is trained as
+
+
+@dataclass
+class Moving:
+    """A parameter that is trained: p = start + scale · s, with s from zero, so that one learning rate suits all.
+
+    kept: the dtype in which it is stored.
+    """
+
+    parameter: nn.Parameter
+    kept: torch.dtype
+    start: Tensor
+    scale: Tensor
+    s: Tensor
+
+    @classmethod
+    def of(cls, parameter: nn.Parameter, kept: torch.dtype) -> Moving:
+        start = parameter.detach().clone()
+        typical = start.square().mean().sqrt()
+        scale = start.abs().clamp_min(SMALLEST * typical) if start.dim() == 1 else typical.expand_as(start)
+        parameter.requires_grad_()
+        return cls(parameter, kept, start, scale, torch.zeros_like(start))
+
+    def value(self) -> Tensor:
+        """What is stored now."""
+        return (self.start + self.scale * self.s).to(self.kept)
+
+
+@dataclass(frozen=True)
+class Look:
+    """The model on held-out windows: nats a token from the dense model, after so many steps and seconds."""
+
+    step: int
+    seconds: float
+    divergence: float
+
+
+@dataclass(frozen=True)
+class Refined:
+    """values: name -> what is to be stored. looks: the first is before any step. best: the one of `values`."""
+
+    values: dict[str, Tensor]
+    looks: tuple[Look, ...]
+    best: Look
+    steps: int
+    tokens: int
+
+
+class Training:
+    """One model, its teacher and its text. moving: name -> what is trained; `model` computes with it."""
+
+    def __init__(
+        self,
+        model: Any,
+        teacher: Teacher,
+        windows: Windows,
+        held_out: Sequence[int],
+        moving: dict[str, Moving],
+        how: ModelRefinement,
+        *,
+        batch: int,
+        device: torch.device,
+        told: Progress | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.model, self.teacher, self.windows, self.moving, self.how = model, teacher, windows, moving, how
+        self._device, self._batch, self._told, self._clock = device, batch, told or Progress(), clock
+        self._unseen = list(held_out)
+        self._seen = [k for k in range(len(windows.ids)) if k not in set(held_out)]
+        self._head = Head(model, self._inputs(self._seen[:1]))
+        if self._head.module is None:
+            raise UsageError(f"{type(model).__name__} has no head over a vocabulary that could be called apart.")
+        self._optimizer = torch.optim.Adam([one.s for one in moving.values()], lr=how.lr, betas=(0.9, 0.95))
+        self._step, self._before, self._looks = 0, 0.0, list[Look]()
+        self._best: dict[str, Tensor] = {}
+        self._each = max(1, how.tokens // windows.length)  # windows of a step
+
+    # --- the run --------------------------------------------------------------------------------------
+
+    def run(self, state: Path | None = None) -> Refined:
+        """Train until steps or time are up. state: file to go on from, and to save to whenever the model was looked at.
+
+        TrainingError where the loss stops being a number.
+        """
+        if state is not None and state.is_file():
+            self._resume(state)
+        self._begun = self._clock() - self._before
+        if not self._looks:
+            self._look(state)
+        last, percent = 0.0, int(100 * self._progress(0))
+        self._told.start("percent", 100, percent)
+        while (progress := self._progress(last)) < 1:
+            begun = self._clock()
+            lost = self._one(progress)
+            last = self._clock() - begun
+            self._told.phase(f"step {self._step}, {lost:.3f} nats from the dense model")
+            done = self._progress(last)
+            self._told.advance("percent", int(100 * done) - percent)
+            percent = int(100 * done)
+            if done * LOOKS >= len(self._looks):
+                self._look(state)
+        if self._looks[-1].step < self._step:
+            self._look(state)
+        best = min(self._looks, key=lambda look: look.divergence)
+        return Refined(self._best, tuple(self._looks), best, self._step, self._step * self._each * self.windows.length)
+
+    def _progress(self, last: float) -> float:
+        """How much of the run is done, 0 to 1; 1 where another step as long as the last would be one too many."""
+        found = 0.0
+        if self.how.steps is not None:
+            found = self._step / self.how.steps
+        if self.how.seconds is not None:
+            elapsed = self._clock() - self._begun
+            found = max(found, 1.0 if elapsed + last > self.how.seconds else elapsed / self.how.seconds)
+        return found
+
+    def _one(self, progress: float) -> float:
+        """A step of Adam; the mean of the loss over its tokens."""
+        rate = self.how.lr * min(1.0, (progress + 1e-3) / WARMUP) * 0.5 * (1 + math.cos(math.pi * progress))
+        chosen = self._chosen(self._step)
+        tokens = len(chosen) * self.windows.length
+        total = 0.0
+        for one in self.moving.values():
+            one.parameter.grad = None
+        for begin in range(0, len(chosen), self._batch):
+            part = chosen[begin : begin + self._batch]
+            with torch.enable_grad():
+                states = self._head.states(self._inputs(part))
+            lost, slope = divergence(self._head, states, self._goals(part), self.teacher, gradients=True)
+            total += lost
+            torch.autograd.backward([states], [slope / tokens])
+        if not math.isfinite(total):
+            raise TrainingError(
+                f"The loss became {total} at step {self._step + 1}. Start anew with a lower --refine-lr than "
+                f"{self.how.lr:g}."
+            )
+        for one in self.moving.values():
+            gradient = one.parameter.grad
+            one.s.grad = torch.zeros_like(one.s) if gradient is None else gradient * one.scale
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        self._set(lambda one: one.start + one.scale * one.s)
+        self._step += 1
+        return total / tokens
+
+    def _chosen(self, step: int) -> list[int]:
+        """The windows of a step: all of them in an order of each round's own."""
+        found: list[int] = []
+        for place in range(step * self._each, (step + 1) * self._each):
+            epoch, number = divmod(place, len(self._seen))
+            order = torch.randperm(len(self._seen), generator=torch.Generator().manual_seed(self.how.seed + epoch))
+            found.append(self._seen[int(order[number])])
+        return found
+
+    def _inputs(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        return self.windows.take(numbers).batches(len(numbers), self._device)[0]
+
+    def _goals(self, numbers: Sequence[int]) -> Tensor:
+        return self.teacher.states[torch.tensor(numbers)].to(self._device)
+
+    @torch.no_grad()
+    def _set(self, value: Callable[[Moving], Tensor]) -> None:
+        for one in self.moving.values():
+            one.parameter.copy_(value(one))
+
+    # --- looks, and states ----------------------------------------------------------------------------
+
+    def _look(self, state: Path | None) -> None:
+        """Measure what would be stored now, and keep it if it is the best."""
+        self._set(lambda one: one.value())
+        measured = self._measure()
+        if not math.isfinite(measured):
+            if not self._looks:
+                raise TrainingError(
+                    "The compressed model gives no numbers on the held-out text, so it cannot be trained."
+                )
+            measured = math.inf
+        where = f"After {self._step} steps" if self._step else "At first"
+        self._told.tell(f"{where}: {measured:.4f} nats a token from the dense model on held-out text")
+        self._looks.append(Look(self._step, self._clock() - self._begun, measured))
+        if measured <= min(look.divergence for look in self._looks):
+            self._best = {name: one.value().clone() for name, one in self.moving.items()}
+        self._set(lambda one: one.start + one.scale * one.s)
+        if state is not None:
+            self._save(state)
+
+    @torch.no_grad()
+    def _measure(self) -> float:
+        numbers = self._unseen or self._seen[: max(1, len(self._seen) // 20)]
+        total = 0.0
+        for part in _parts(numbers, self._batch):
+            states = self._head.states(self._inputs(part))
+            total += divergence(self._head, states, self._goals(part), self.teacher, gradients=False)[0]
+        return total / (len(numbers) * self.windows.length)
+
+    def _save(self, path: Path) -> None:
+        tensors: dict[str, Tensor] = {}
+        for name, one in self.moving.items():
+            held = self._optimizer.state.get(one.s, {})
+            tensors |= {f"{name}:s": one.s, f"{name}:best": self._best[name]}
+            tensors |= {f"{name}:{key}": value for key, value in held.items()}
+        looks = torch.tensor([[look.step, look.seconds, look.divergence] for look in self._looks], dtype=torch.float64)
+        part = path.with_name(path.name + ".part")
+        save_file({k: v.contiguous() for k, v in (tensors | {":looks": looks}).items()}, part)
+        part.replace(path)
+
+    def _resume(self, path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        self._looks = [Look(int(step), seconds, lost) for step, seconds, lost in found.pop(":looks").tolist()]
+        self._step, self._before = self._looks[-1].step, self._looks[-1].seconds
+        for name, one in self.moving.items():
+            one.s.copy_(found[f"{name}:s"])
+            self._best[name] = found[f"{name}:best"]
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}:{key}" in found]
+            held = {key: found[f"{name}:{key}"] for key in keys}
+            if held:
+                self._optimizer.state[one.s] = held
+        self._set(lambda one: one.start + one.scale * one.s)
+
+
+def _parts(numbers: Sequence[int], size: int) -> Iterator[list[int]]:
+    for begin in range(0, len(numbers), size):
+        yield list(numbers[begin : begin + size])

@@ -1,0 +1,296 @@
+"""A compressed model trained towards its dense one: what moves, what stays, and when it ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from terminal import done, losparse
+from torch import Tensor
+from torch.nn import functional as F
+
+from losparse_cli import Recipe, compress, load, refine
+from losparse_cli.compression.request import ModelRefinement
+from losparse_cli.errors import TrainingError, UsageError
+from losparse_cli.models.head import Head
+from losparse_cli.refine import RefinedModel, make_refinement, prepare_refinement, run_model
+from losparse_cli.refinement import training
+from losparse_cli.refinement.divergence import divergence
+from losparse_cli.refinement.teacher import Teacher
+from losparse_cli.refinement.training import Training
+from losparse_cli.text.request import Calibration
+from losparse_cli.verify import verify
+
+TEXT = " ".join(f"Sentence {k} of the text says that {k * k % 97} is not {k}." for k in range(300))
+HOW = ModelRefinement(steps=12, lr=3e-3, tokens=128)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return Calibration(str(path), tokens=1280, length=32, batch=4)
+
+
+@pytest.fixture(scope="module")
+def dense(toy: Callable[..., Path]) -> Path:
+    return toy("llama", tokenizer=True)
+
+
+@pytest.fixture(scope="module")
+def small(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compress(dense, tmp_path_factory.mktemp("refinement") / "small", Recipe(bits=2.5)).output
+
+
+def refined(small: Path, output: Path, dense: Path, text: Calibration, how: ModelRefinement = HOW) -> RefinedModel:
+    found = refine(small, output, calibration=text, against=dense, refinement=how)
+    assert isinstance(found, RefinedModel)
+    return found
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+def test_nearer_to_the_dense_model_with_the_same_codes(
+    small: Path, dense: Path, text: Calibration, tmp_path: Path
+) -> None:
+    result = refined(small, tmp_path / "out", dense, text)
+    assert verify(result.output).sound
+    assert result.best.divergence < 0.9 * result.looks[0].divergence
+    before, after = tensors(small), tensors(result.output)
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {
+        name for name in before if before[name].dim() == 1 and before[name].is_floating_point() and "embed" not in name
+    }
+    assert all(before[name].dtype == after[name].dtype for name in before)
+    ids = torch.randint(3, 90, (8, 32), generator=torch.Generator().manual_seed(5))
+    logits = [load(folder, dtype=torch.float32)[0](ids).logits.detach() for folder in (dense, small, result.output)]
+    goal, *found = (x.log_softmax(-1) for x in logits)
+    lost = [float(F.kl_div(x, goal, log_target=True, reduction="sum")) for x in found]
+    assert lost[1] < lost[0]
+
+
+def test_the_first_look_is_the_divergence_of_what_was_given(
+    small: Path, dense: Path, text: Calibration, tmp_path: Path
+) -> None:
+    job, how = prepare_refinement(small, tmp_path / "out", calibration=text, against=dense, refinement=HOW)
+    assert how is not None
+    assert job.windows is not None
+    result = run_model(job, how)
+    from losparse_cli.text.sample import held_out
+
+    ids = job.windows.take(held_out(job.windows)).ids
+    with torch.no_grad():
+        goal, found = (load(folder, dtype=torch.float32)[0](ids).logits.log_softmax(-1) for folder in (dense, small))
+    exact = float((goal.exp() * (goal - found)).sum()) / ids.numel()
+    assert result.looks[0].divergence == pytest.approx(exact, rel=1e-3)
+
+
+def test_what_makes_it_worse_is_not_written(
+    small: Path, dense: Path, text: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "LOOKS", 1)  # at the end alone
+    result = refined(small, tmp_path / "out", dense, text, ModelRefinement(steps=6, lr=0.9, tokens=64))
+    assert result.best.step == 0
+    before, after = tensors(small), tensors(result.output)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("killed_after", [1, 4])
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    small: Path, dense: Path, text: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_after: int
+) -> None:
+    whole = tensors(refined(small, tmp_path / "whole", dense, text).output)
+    looks = 0
+    plain = Training._look
+
+    def look(self: Any, state: Any) -> None:
+        nonlocal looks
+        plain(self, state)
+        looks += 1
+        if looks == killed_after:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Training, "_look", look)
+        with pytest.raises(KeyboardInterrupt):
+            refined(small, tmp_path / "out", dense, text)
+    monkeypatch.setattr("losparse_cli.refinement.teacher._asked", None)  # the dense model is not asked again
+    again = tensors(refined(small, tmp_path / "out", dense, text).output)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_the_same_command_again_has_nothing_to_do(small: Path, dense: Path, text: Calibration, tmp_path: Path) -> None:
+    first = refined(small, tmp_path / "out", dense, text)
+    again = refined(small, tmp_path / "out", dense, text)
+    assert again.seconds == 0
+    assert again.best.divergence == first.best.divergence
+    assert not list(tmp_path.glob("*.partial"))
+    assert not (tmp_path / "out" / "training").exists()
+
+
+@pytest.mark.parametrize(("train", "moved"), [("scales", "_proj.weight"), ("norms", "norm.weight")])
+def test_only_what_was_asked_for_moves(
+    small: Path, dense: Path, text: Calibration, tmp_path: Path, train: str, moved: str
+) -> None:
+    how = ModelRefinement(steps=3, train=(train,), lr=1e-3, tokens=64)
+    before, after = tensors(small), tensors(refined(small, tmp_path / "out", dense, text, how).output)
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        name for name in before if name.endswith(moved) and before[name].dim() == 1
+    }
+
+
+def test_u_and_v_move_beside_codes(dense: Path, text: Calibration, tmp_path: Path) -> None:
+    small = compress(dense, tmp_path / "small", Recipe(rank=2, bits=4.0)).output
+    how = ModelRefinement(steps=3, train=("lowrank",), lr=1e-2, tokens=64)
+    before, after = tensors(small), tensors(refined(small, tmp_path / "out", dense, text, how).output)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if name.endswith((".U", ".V"))}
+
+
+def test_floats_are_trained_with_their_zeros(dense: Path, text: Calibration, tmp_path: Path) -> None:
+    small = compress(dense, tmp_path / "small", Recipe(rank=2, sparsity=0.5)).output
+    result = refined(small, tmp_path / "out", dense, text, ModelRefinement(steps=8, lr=1e-2, tokens=128))
+    assert result.best.divergence < result.looks[0].divergence
+    before, after = (load(folder)[0].model.layers[0].mlp.up_proj for folder in (small, result.output))
+    assert torch.equal(before.support(), after.support())
+
+
+# --- the time -------------------------------------------------------------------------------------
+
+
+def ticking(seconds: float) -> Callable[[], float]:
+    """A clock by which everything between two looks at it takes so long."""
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += seconds
+        return now
+
+    return clock
+
+
+def test_training_ends_before_its_time_is_up(small: Path, dense: Path, text: Calibration, tmp_path: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    rates: list[float] = []
+    plain = torch.optim.Adam.step
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    monkeypatch.setattr(training.time, "monotonic", ticking(1.0))
+    monkeypatch.setitem(Training.__init__.__kwdefaults__, "clock", training.time.monotonic)
+    result = refined(small, tmp_path / "out", dense, text, ModelRefinement(minutes=2, lr=1e-3, tokens=64))
+    assert 10 < result.steps < 60
+    assert result.looks[-1].seconds <= 125
+    assert max(rates) == pytest.approx(1e-3, rel=0.05)
+    assert rates[-1] < 5e-5
+    assert all(a >= b for a, b in pairwise(rates[5:]))
+
+
+# --- the loss -------------------------------------------------------------------------------------
+
+
+def test_the_gradient_is_that_of_the_whole(dense: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("losparse_cli.refinement.divergence.LOGITS", 4 * 101 * 3)  # three tokens at a time
+    model, teacher = (load(folder, dtype=torch.float32)[0] for folder in (small, dense))
+    ids = {"input_ids": torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))}
+    head = Head(model, ids)
+    with torch.no_grad():
+        goal = Head(teacher, ids).states(ids)
+    states = head.states(ids).detach().requires_grad_()
+    weight = teacher.get_output_embeddings().weight.detach()
+    total, slope = divergence(head, states, goal, Teacher(goal, weight, None), gradients=True)
+    log_q = model.get_output_embeddings()(states).log_softmax(-1)
+    exact = F.kl_div(log_q, F.linear(goal, weight).log_softmax(-1), log_target=True, reduction="sum")
+    exact.backward()
+    assert total == pytest.approx(float(exact), rel=1e-4)
+    torch.testing.assert_close(slope, states.grad, rtol=1e-4, atol=1e-6)
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_no_number(
+    small: Path, dense: Path, text: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {True: float("nan"), False: 1.0}  # with gradients, and where the model is only looked at
+    monkeypatch.setattr(training, "divergence", lambda *args, gradients: (found[gradients], torch.zeros_like(args[1])))
+    with pytest.raises(TrainingError, match=r"lower --refine-lr than 0\.003"):
+        refined(small, tmp_path / "out", dense, text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_vocabulary(small: Path, toy: Callable[..., Path], text: Calibration, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="vocabulary"):
+        refined(small, tmp_path / "out", toy("llama", tokenizer=True, vocab_size=120), text)
+
+
+def test_a_model_without_a_head(toy: Callable[..., Path], text: Calibration, tmp_path: Path) -> None:
+    dense = toy("bert", tokenizer=True)
+    small = compress(dense, tmp_path / "small", Recipe(bits=4.0)).output
+    with pytest.raises(UsageError, match="losparse finetune"):
+        refined(small, tmp_path / "out", dense, text)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"minutes": 0}, "--refine-minutes"),
+        ({"minutes": float("nan")}, "--refine-minutes"),
+        ({"steps": 0}, "--refine-steps"),
+        ({"lr": 2}, "--refine-lr"),
+        ({"train": ("codes",)}, "--train"),
+        ({"train": ()}, "--train"),
+    ],
+)
+def test_numbers_that_are_none(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        ModelRefinement(**settings)
+
+
+def test_options_that_do_not_go_together(small: Path, dense: Path, text: Calibration) -> None:
+    with pytest.raises(UsageError, match="--objective is one of"):
+        make_refinement("both")
+    with pytest.raises(UsageError, match="--refine-minutes is of --objective model"):
+        make_refinement("blocks", minutes=3)
+    with pytest.raises(UsageError, match="whole numbers in S"):
+        refine(small, calibration=text, against=dense, refinement=make_refinement("blocks"))
+    _, how = prepare_refinement(small, calibration=text, against=dense, refinement=make_refinement(steps=7))
+    assert how == ModelRefinement(steps=7)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_the_command(small: Path, dense: Path, text: Calibration, tmp_path: Path) -> None:
+    options = ("--calibration", text.source, "--calibration-tokens", "1280", "--calibration-length", "32")
+    out = tmp_path / "out"
+    command = ("refine", small, "--against", dense, *options, "--refine-steps", "8", "--refine-lr", "3e-3", "-o", out)
+    spoken = done(*command)
+    assert "At first: 0." in spoken.err
+    assert "After 8 steps: 0." in spoken.err
+    assert "From the dense model, on held-out text: 0." in spoken.out
+    assert "8 steps of 1,024 tokens" in spoken.out
+    data = json.loads(done(*command, "--json").out)
+    assert data["held_out_after"] < data["held_out_before"]
+    assert data["seconds"] == 0  # this very run had finished
+    assert "nats a token from its predictions before" in (out / "README.md").read_text(encoding="utf-8")
+
+
+def test_blocks_of_whole_numbers_are_refused(small: Path, dense: Path, text: Calibration, tmp_path: Path) -> None:
+    command = ("refine", small, "--against", dense, "--calibration", text.source, "--objective", "blocks")
+    assert "--objective model" in losparse(*command, "-o", tmp_path / "out").complaint
+    assert not (tmp_path / "out").exists()
