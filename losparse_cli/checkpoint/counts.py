@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..shim.streams import Contexts
-from ..shim.tables import TOTAL, TOTAL_BITS, WIDEST
+from ..shim.tables import TOTAL, TOTAL_BITS, WIDEST, Table
 
 EXACT = 16
 """Magnitudes below this are counted each by itself, larger ones by eighths of an octave."""
@@ -78,10 +78,8 @@ def merged(joint: Tensor, rows: int, columns: int) -> Tensor:
 
 def by_table(joint: Tensor) -> Tensor:
     """(31, values): the counts by the sum of both classes."""
-    found = joint.new_zeros(31, joint.shape[-1])
-    for row in range(16):
-        found[row : row + 16] += joint[row]
-    return found
+    tables = (torch.arange(16)[:, None] + torch.arange(16)).view(-1)
+    return joint.new_zeros(31, joint.shape[-1]).index_add_(0, tables, joint.reshape(256, -1))
 
 
 def by_class(counts: Tensor, classes: Tensor) -> Tensor:
@@ -97,14 +95,16 @@ def best_classes(counts: Tensor, prices: Tensor, most: int = 16) -> Tensor:
 
 def stream_bits(joint: Tensor, widest: int, contexts: Contexts, width: int) -> float:
     """Bits of all codes and escapes."""
-    tables, counts = contexts.every_table(), by_table(joint)
-    prices = torch.zeros(counts.shape, dtype=torch.float64)
-    for row, frequencies in zip(prices, tables, strict=False):
-        f = torch.tensor([*frequencies, TOTAL - sum(frequencies)], dtype=torch.float64)
-        cost = TOTAL_BITS - torch.log2(f)
-        K = len(frequencies) // 2
-        row[:] = cost[-1] + 8 * width
-        kept = min(K, widest)
-        inner = torch.where(f[:-1] > 0, cost[:-1], row[0])
-        row[widest + 1 - kept : widest + 2 + kept] = inner[K - kept : K + kept + 1]
-    return float((counts * prices).sum())
+    counts, K = by_table(joint), widest
+    tables = contexts.every_table()[: len(counts)]
+    counts = counts[: len(tables)]
+    escapes = TOTAL_BITS + 8 * width - torch.log2(torch.tensor([TOTAL - sum(t) for t in tables], dtype=torch.float64))
+    f = torch.tensor([_framed(table, K) for table in tables], dtype=torch.float64)
+    inner = torch.where(f > 0, TOTAL_BITS - torch.log2(f), escapes[:, None])
+    return float((counts[:, 1:-1] * inner).sum() + ((counts[:, 0] + counts[:, -1]) * escapes).sum())
+
+
+def _framed(table: Table, K: int) -> list[int]:
+    """The frequencies of -K..K."""
+    beside = K - len(table) // 2
+    return [0] * beside + list(table) + [0] * beside if beside >= 0 else list(table[-beside : len(table) + beside])

@@ -47,7 +47,7 @@ class _Tables:
         rows, columns = self._rows >> shift[0], self._columns >> shift[1]
         counts = merged(self._joint, *shift)
         lines = by_table(counts)[: int(rows.max()) + int(columns.max()) + 1]
-        tables = tuple(_frequencies(line, self._widest, self._width, mirrored=mirrored) for line in lines)
+        tables = _frequencies(lines, self._widest, self._width, mirrored=mirrored)
         found = Contexts(rows, columns, 1, tables=tables)
         return stream_bits(counts, self._widest, found, self._width) + 8 * found.header_bytes(), found
 
@@ -81,34 +81,40 @@ def _classes(counts: Tensor, classes: Tensor) -> Tensor:
     return best_classes(counts, torch.log2(held.sum(1, keepdim=True)) - torch.log2(held), int(classes.max()) + 1)
 
 
-def _frequencies(counts: Tensor, widest: int, width: int, *, mirrored: bool) -> Table:
-    """Of one table, from the counts of -K - 1..K + 1, K = widest; a code that came once goes by the escape.
+def _frequencies(counts: Tensor, widest: int, width: int, *, mirrored: bool) -> tuple[Table, ...]:
+    """Of each table, from its counts (tables, 2K + 3) of -K - 1..K + 1, K = widest; a code that came once goes by the
+    escape.
 
     mirrored: the same for a code and its negative.
     """
-    whole = int(counts.sum())
-    inner = counts[1:-1] + counts[1:-1].flip(0) if mirrored else counts[1:-1].clone()
+    whole = counts.sum(1)
+    inner = counts[:, 1:-1] + counts[:, 1:-1].flip(1) if mirrored else counts[:, 1:-1].clone()
     inner[inner * (TOTAL_BITS + 8 * width) < 40] = 0
     if widest > STORED_WIDEST:
-        inner = inner[widest - STORED_WIDEST : widest + STORED_WIDEST + 1]
-    K = len(inner) // 2
-    held = torch.nonzero(inner).view(-1)
-    kept = int((held - K).abs().max()) if len(held) else 0
-    inner = inner[K - kept : K + kept + 1]
-    if not whole or not len(held):
-        return (TOTAL - 1,)
-    inside = int(inner.sum())
-    escape = min(TOTAL // 2, max(1, round((whole - inside // (1 + mirrored)) / whole * TOTAL)))
-    f = torch.where(inner > 0, (inner.double() / inside * (TOTAL - escape)).round().clamp(min=1), 0.0).long()
-    over = int(f.sum()) - (TOTAL - escape)
-    while over > 0:
-        at = int(f.argmax())
-        sides = {at, len(f) - 1 - at} if mirrored else {at}
-        change = min(-(-over // len(sides)), max(1, int(f[at]) // 2))
-        f[list(sides)] -= change
-        over -= change * len(sides)
-    if not mirrored:
-        f[int(f.argmax())] -= over
-    elif f[kept]:
-        f[kept] -= over  # or else the escape has a bit more than it needs
-    return tuple(f.tolist())
+        inner = inner[:, widest - STORED_WIDEST : widest + STORED_WIDEST + 1]
+    K = inner.shape[1] // 2
+    kept = ((inner > 0) * (torch.arange(2 * K + 1) - K).abs()).amax(1).tolist()
+    inside = inner.sum(1)
+    some = (whole > 0) & (inside > 0)
+    beyond = (whole - inside // (1 + mirrored)).double() / whole.clamp(min=1) * TOTAL
+    escape = beyond.round().long().clamp(1, TOTAL // 2)
+    shares = inner.double() / inside.clamp(min=1)[:, None] * (TOTAL - escape)[:, None]
+    f = torch.where(inner > 0, shares.round().clamp(min=1), 0.0).long()
+    over = f.sum(1) - (TOTAL - escape)
+    lines = torch.arange(len(f))
+    while bool((over > 0).any()):
+        at = f.argmax(1)
+        other = 2 * K - at if mirrored else at
+        sides = 1 + (at != other).long()
+        most = (f[lines, at] // 2).clamp(min=1)
+        change = torch.where(over > 0, torch.minimum(-(-over // sides), most), 0)
+        f[lines, at] -= change
+        f[lines, other] -= torch.where(at != other, change, 0)
+        over -= change * sides
+    # What is left over: of mirrored ones without a zero the escape has a bit more than it needs.
+    top = torch.full_like(over, K) if mirrored else f.argmax(1)
+    f[lines, top] -= torch.where(f[lines, top] > 0, over, 0)
+    return tuple(
+        tuple(line[K - k : K + k + 1]) if one else (TOTAL - 1,)
+        for line, k, one in zip(f.tolist(), kept, some.tolist(), strict=True)
+    )

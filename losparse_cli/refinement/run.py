@@ -64,8 +64,7 @@ def run_model(
     """Train the compressed checkpoint of `job` towards the dense model's predictions; what is coded stays as it is.
 
     mark: what decides the result, None for job and `how`. The best of all states that were measured on held-out windows
-    is written, be it the first. Raises as `compress`, and
-    TrainingError where the loss stops being a number.
+    is written, be it the first. Raises as `compress`, and TrainingError for a model that gives no numbers.
     """
     assert job.start is not None
     begun, told = time.monotonic(), progress or Progress()

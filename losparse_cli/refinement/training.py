@@ -100,14 +100,15 @@ class Training:
         self._optimizer = torch.optim.Adam([one.s for one in moving.values()], lr=how.lr, betas=(0.9, 0.95))
         self._step, self._before, self._looks = 0, 0.0, list[Look]()
         self._best: dict[str, Tensor] = {}
-        self._each = max(1, how.tokens // windows.length)  # windows of a step
+        self._length = teacher.states.shape[1]  # tokens that are predicted in a window
+        self._each = max(1, how.tokens // self._length)  # windows of a step
 
     # --- the run --------------------------------------------------------------------------------------
 
     def run(self, state: Path | None = None) -> Refined:
         """Train until steps or time are up. state: file to go on from, and to save to whenever the model was looked at.
 
-        TrainingError where the loss stops being a number.
+        It ends early where the loss stops being a number. TrainingError if it never was one.
         """
         if state is not None and state.is_file():
             self._resume(state)
@@ -119,6 +120,12 @@ class Training:
         while (progress := self._progress(last)) < 1:
             begun = self._clock()
             lost = self._one(progress)
+            if not math.isfinite(lost):
+                self._told.warn(
+                    f"The loss became {lost} at step {self._step + 1}, where training ends; the best state before is "
+                    f"kept. A lower --refine-lr than {self.how.lr:g} may go further."
+                )
+                break
             last = self._clock() - begun
             self._told.phase(f"step {self._step}, {lost:.3f} nats from the dense model")
             done = self._progress(last)
@@ -129,7 +136,7 @@ class Training:
         if self._looks[-1].step < self._step:
             self._look(state)
         best = min(self._looks, key=lambda look: look.divergence)
-        return Refined(self._best, tuple(self._looks), best, self._step, self._step * self._each * self.windows.length)
+        return Refined(self._best, tuple(self._looks), best, self._step, self._step * self._each * self._length)
 
     def _progress(self, last: float) -> float:
         """How much of the run is done, 0 to 1; 1 where another step as long as the last would be one too many."""
@@ -142,10 +149,10 @@ class Training:
         return found
 
     def _one(self, progress: float) -> float:
-        """A step of Adam; the mean of the loss over its tokens."""
+        """A step of Adam; the mean of the loss over its tokens. Nothing moves where that is no number."""
         rate = self.how.lr * min(1.0, (progress + 1e-3) / WARMUP) * 0.5 * (1 + math.cos(math.pi * progress))
         chosen = self._chosen(self._step)
-        tokens = len(chosen) * self.windows.length
+        tokens = len(chosen) * self._length
         total = 0.0
         for one in self.moving.values():
             one.parameter.grad = None
@@ -157,10 +164,7 @@ class Training:
             total += lost
             torch.autograd.backward([states], [slope / tokens])
         if not math.isfinite(total):
-            raise TrainingError(
-                f"The loss became {total} at step {self._step + 1}. Start anew with a lower --refine-lr than "
-                f"{self.how.lr:g}."
-            )
+            return total
         for one in self.moving.values():
             gradient = one.parameter.grad
             one.s.grad = torch.zeros_like(one.s) if gradient is None else gradient * one.scale
@@ -219,7 +223,7 @@ class Training:
         for part in _parts(numbers, self._batch):
             states = self._head.states(self._inputs(part))
             total += divergence(self._head, states, self._goals(part), self.teacher, gradients=False)[0]
-        return total / (len(numbers) * self.windows.length)
+        return total / (len(numbers) * self._length)
 
     def _save(self, path: Path) -> None:
         tensors: dict[str, Tensor] = {}

@@ -26,6 +26,7 @@ from losparse_cli.refinement.teacher import Teacher
 from losparse_cli.refinement.training import Training
 from losparse_cli.text.request import Calibration
 from losparse_cli.verify import verify
+from tests.hearing import Hearing
 
 TEXT = " ".join(f"Sentence {k} of the text says that {k * k % 97} is not {k}." for k in range(300))
 HOW = ModelRefinement(steps=12, lr=3e-3, tokens=128)
@@ -222,14 +223,45 @@ def test_the_gradient_is_that_of_the_whole(dense: Path, small: Path, monkeypatch
 # --- bad input ------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_no_number(
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_loss_that_stops_being_a_number_ends_it(
+    small: Path, dense: Path, text: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    plain, calls = training.divergence, 0
+
+    def broken(*args: Any, gradients: bool) -> tuple[float, Tensor]:
+        nonlocal calls
+        calls += gradients
+        lost, slope = plain(*args, gradients=gradients)
+        return (float("nan"), slope) if gradients and calls > steps else (lost, slope)
+
+    monkeypatch.setattr(training, "divergence", broken)
+    heard = Hearing()
+    how = ModelRefinement(steps=12, lr=3e-3, tokens=32)
+    result = refine(small, tmp_path / "out", calibration=text, against=dense, refinement=how, progress=heard)
+    assert isinstance(result, RefinedModel)
+    assert result.steps == steps
+    assert result.best.divergence <= result.looks[0].divergence
+    assert any("lower --refine-lr than 0.003" in sentence for sentence in heard.warned)
+    assert verify(result.output).sound
+
+
+def test_a_model_that_gives_no_numbers(
     small: Path, dense: Path, text: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = {True: float("nan"), False: 1.0}  # with gradients, and where the model is only looked at
-    monkeypatch.setattr(training, "divergence", lambda *args, gradients: (found[gradients], torch.zeros_like(args[1])))
-    with pytest.raises(TrainingError, match=r"lower --refine-lr than 0\.003"):
+    monkeypatch.setattr(training, "divergence", lambda *args, gradients: (float("nan"), torch.zeros_like(args[1])))
+    with pytest.raises(TrainingError, match="gives no numbers"):
         refined(small, tmp_path / "out", dense, text)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma3", "mixtral", "t5", "bart", "mamba"])
+def test_other_architectures(name: str, toy: Callable[..., Path], text: Calibration, tmp_path: Path) -> None:
+    dense = toy(name, tokenizer=True)
+    small = compress(dense, tmp_path / "small", Recipe(bits=3.0)).output
+    result = refined(small, tmp_path / "out", dense, text, ModelRefinement(steps=10, lr=2e-3, tokens=128))
+    assert verify(result.output).sound
+    assert result.best.divergence < result.looks[0].divergence
 
 
 def test_another_vocabulary(small: Path, toy: Callable[..., Path], text: Calibration, tmp_path: Path) -> None:
