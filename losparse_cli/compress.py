@@ -20,7 +20,7 @@ from .checkpoint.companions import copy_companions
 from .checkpoint.config import layer_specs, write_config
 from .checkpoint.fingerprint import digest
 from .checkpoint.finish import close, read_report, versions
-from .checkpoint.output import check_space
+from .checkpoint.output import STATES, check_space
 from .checkpoint.report import LayerReport, Report
 from .checkpoint.source import TIMING, Checkpoint, open_checkpoint
 from .checkpoint.workfolder import WorkFolder
@@ -37,7 +37,7 @@ from .compression.stream import compress_stream
 from .errors import write_errors
 from .models.device import peak_memory
 from .progress import Progress
-from .refinement.run import run_model
+from .refinement.run import train_into
 from .shim.layouts import LayerSpec
 from .text.request import Calibration
 from .text.sample import account, doubts
@@ -252,24 +252,20 @@ def _needs_package(job: Job) -> bool:
 
 
 def _run_towards(job: Job, how: ModelRefinement, resume: str, overwrite: bool, progress: Progress | None) -> Result:
-    """Compressed first, into a folder beside the output, and that trained towards the whole dense model."""
-    mark = fingerprint(job)
-    work = WorkFolder(job.output, mark, resume=resume, overwrite=overwrite, reads=job.reads)
-    work.check()
-    first = replace(job, towards=None, output=job.output.with_name(f"{job.output.name}.coded"))
-    if work.finished:
-        shutil.rmtree(first.output, ignore_errors=True)  # killed after its last step
-        return _found_finished(job)
-    done = run(first, resume=resume, progress=progress)
-    start = open_checkpoint(done.output)
-    plan = plan_as_stored([p.layer for p in job.plan.layers], job.plan.skipped, layer_specs(start))
-    refined = run_model(
-        replace(job, towards=None, start=start, plan=plan),
-        how, mark=mark, resume=resume, overwrite=overwrite, progress=progress,
-    )  # fmt: skip
-    shutil.rmtree(done.output)
-    took = Took(done.seconds + refined.seconds, peak_memory(), done.took.predicted)
-    return Result(job.output, refined.report, took, done.resumed, done.needs_package)
+    """Compressed first, into the work folder of the whole run, and that trained towards the whole dense model."""
+    begun, told, mark = time.monotonic(), progress or Progress(), fingerprint(job)
+    with WorkFolder(job.output, mark, resume=resume, overwrite=overwrite, reads=job.reads) as work:
+        if work.finished:
+            return _found_finished(job)
+        if resume == "never":
+            shutil.rmtree(work.path / STATES, ignore_errors=True)
+        done = run(replace(job, towards=None, output=work.path / STATES / "compressed"), progress=progress)
+        start = open_checkpoint(done.output)
+        plan = plan_as_stored([p.layer for p in job.plan.layers], job.plan.skipped, layer_specs(start))
+        report = train_into(work, replace(job, towards=None, start=start, plan=plan), how, digest(mark), told)
+        work.publish()
+    took = Took(time.monotonic() - begun, peak_memory(), None)
+    return Result(job.output, report, took, done.resumed, done.needs_package)
 
 
 def _start(job: Job, made: Schedule, resumed: int, told: Progress) -> None:

@@ -83,7 +83,7 @@ def make_refinement(
     if objective == "blocks":
         return Refinement(**given)
     if minutes is not None or train is not None or objective == "model":
-        parts: dict[str, Any] = {} if train is None else {"train": tuple(train.split(","))}
+        parts: dict[str, Any] = {} if train is None else {"train": train}
         return ModelRefinement(minutes=minutes, **given, **parts)
     return given
 
@@ -116,14 +116,18 @@ def prepare_refinement(
             f"{start.address} is not compressed, so there is nothing to refine. Compress it first, with: losparse "
             f"compress {start.address} --calibration FILE"
         )
-    coded = any(spec.layout == "codes" for spec in layer_specs(start).values())
+    layers = [spec for spec in layer_specs(start).values() if spec.kind != "embedding"]
+    if not layers:
+        raise UsageError(f"{start.address} has no compressed layers but embeddings, and those are not refined.")
+    coded = any(spec.layout == "codes" for spec in layers)
+    if not isinstance(refinement, Refinement | ModelRefinement):
+        mode = "model" if coded else "blocks"
+        refinement = make_request(refinement={"mode": mode, **(refinement or {})}, calibration=calibration).refinement
     if isinstance(refinement, Refinement) and coded:
         raise UsageError(
             f"{start.address} holds whole numbers in S, and blocks are matched by training floats. Refine it with "
             "--objective model, or compress the dense model with --values float."
         )
-    if not isinstance(refinement, Refinement | ModelRefinement):
-        refinement = (ModelRefinement if coded else Refinement)(**(refinement or {}))
     report = read_report(start.folder)  # CheckpointError now if it is damaged, not halfway
     made_from = report.source if report is not None else {}
     commit = made_from.get("commit")
@@ -144,5 +148,4 @@ def prepare_refinement(
         cache_dir=cache_dir,
         trust_remote_code=trust_remote_code,
     )
-    start.check_vocabulary(job.source)
     return job, refinement if isinstance(refinement, ModelRefinement) else None

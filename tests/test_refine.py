@@ -180,7 +180,7 @@ def test_compress_trains_the_whole_model_in_one_go(toy: Callable[..., Path], tex
     how = {"mode": "model", "steps": 6, "lr": 3e-3}
     trained = compress(dense, tmp_path / "out", **options, refinement=how)
     assert trained.report.refinement["steps"] == 6
-    assert trained.report.refinement["held_out_after"] < trained.report.refinement["held_out_before"]
+    assert trained.report.refinement["divergence_after"] < trained.report.refinement["divergence_before"]
     assert trained.report.bits == plain.report.bits
     assert verify(trained.output).sound
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plain", "text.txt"]

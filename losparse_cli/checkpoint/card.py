@@ -175,10 +175,12 @@ def _density(report: Report) -> str:
 def _error(report: Report) -> str:
     """The one that says most: with calibration text, that of weights would say nothing of quality."""
     if report.refinement:
-        before, after = (report.refinement[f"held_out_{when}"] for when in ("before", "after"))
+        done = report.refinement
+        where = "held-out text" if done["held_out"] else "the text that it was trained on"
         return (
-            f"Trained towards the dense model for {report.refinement['steps']:,} steps, its codes as they were: on "
-            f"held-out text {before:.4f} nats a token from its predictions before, {after:.4f} after."
+            f"Trained towards the dense model for {done['steps']:,} steps, its codes as they were: on {where} "
+            f"{done['divergence_before']:.4f} nats a token from its predictions before, {done['divergence_after']:.4f} "
+            "after."
         )
     measure = telling_error(report.layers)
     error = error_of(report.layers, measure)

@@ -184,10 +184,10 @@ class TimeLeft(TimeRemainingColumn):
 
 
 class _Amount(DownloadColumn):
-    """`12/210` for layers, `105.1/269.0 MB` for bytes."""
+    """`12/210` for layers, `105.1/269.0 MB` for bytes, `49/100` for anything else."""
 
     def render(self, task: Any) -> Any:
-        return MofNCompleteColumn().render(task) if task.fields["unit"] == "layers" else super().render(task)
+        return MofNCompleteColumn().render(task) if task.fields["unit"] != "bytes" else super().render(task)
 
 
 class CountProgress(Progress):

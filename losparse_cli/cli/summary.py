@@ -106,7 +106,9 @@ def show_result(out: Console, result: Result) -> None:
 
     report = result.report
     out.data(
-        {"output": str(result.output), "seconds": result.seconds, "resumed_units": result.resumed} | report.totals()
+        {"output": str(result.output), "seconds": result.seconds, "resumed_units": result.resumed}
+        | _refinement(report)
+        | report.totals()
     )
     _show_sizes(out, report, "before", "after")
     out.show(
@@ -188,12 +190,9 @@ def show_finetuned(out: Console, result: Finetuned) -> None:
 
 def show_refined(out: Console, result: RefinedModel) -> None:
     """The summary after a training towards the whole dense model."""
-    before, after = result.looks[0].divergence, result.best.divergence
     out.data(
-        {"output": str(result.output), "seconds": result.seconds, "steps": result.steps, "tokens": result.tokens,
-         "held_out_before": before, "held_out_after": after}
-        | result.report.totals()
-    )  # fmt: skip
+        {"output": str(result.output), "seconds": result.seconds} | _refinement(result.report) | result.report.totals()
+    )
     _show_sizes(out, result.report, "dense", "refined")
     _show_refinement(out, result.report)
     where = short(result.output)
@@ -204,14 +203,22 @@ def show_refined(out: Console, result: RefinedModel) -> None:
         out.say("This very run had finished before: nothing was left to do.")
 
 
+def _refinement(report: Report) -> dict[str, Any]:
+    """What training towards the whole dense model did, in numbers; {} without any."""
+    names = ("steps", "tokens", "held_out", "divergence_before", "divergence_after")
+    return {name: report.refinement[name] for name in names if report.refinement}
+
+
 def _show_refinement(out: Console, report: Report) -> None:
-    """What training towards the whole dense model did, if there was any."""
+    """The same in words."""
     if not report.refinement:
         return
-    before, after = report.refinement["held_out_before"], report.refinement["held_out_after"]
+    done = report.refinement
+    before, after = done["divergence_before"], done["divergence_after"]
     change = f", {after / before - 1:+.0%}" if before else ""
-    out.show(f"From the dense model, on held-out text: {before:.4f} nats a token before, {after:.4f} after{change}")
-    if before == after:
+    where = "held-out text" if done["held_out"] else "the text that it was trained on"
+    out.show(f"From the dense model, on {where}: {before:.4f} nats a token before, {after:.4f} after{change}")
+    if before == after and done["steps"]:
         out.warn("training brought it no nearer, so it is as it was. Try a lower --refine-lr, or more text.")
 
 

@@ -12,13 +12,14 @@ from ..budget.fit import plan_within
 from ..budget.plan import Layer, Plan, make_plan, plan_as_stored
 from ..budget.recipe import Recipe
 from ..budget.units import parse_size
-from ..checkpoint.config import layer_specs
+from ..checkpoint.config import dense_config, layer_specs
 from ..checkpoint.output import output_path
 from ..checkpoint.reader import TensorEntry, finite
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import SourceError, UsageError
 from ..models.blocks import bias_heads, block_of, hidden_size, holding
 from ..models.device import find_device
+from ..models.head import require_head
 from ..models.names import NameMap
 from ..models.route import Route, find_route
 from ..models.skeleton import Skeleton, build_skeleton
@@ -28,6 +29,11 @@ from .layers import find_layers, not_checked
 from .request import ModelRefinement, Refinement, Request
 from .schedule import schedule
 
+OF_NO_MODEL = (
+    "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "auto_map", "architectures",
+    "id2label", "label2id",
+)  # fmt: skip
+"""Of config.json, what may differ between a model and what was made from it."""
 RESIDENT_BASE = 500 << 20  # bytes: the interpreter with torch and transformers, before any weight
 
 
@@ -127,8 +133,12 @@ def prepare(
     _refuse_quantized(source)
     if start is not None:
         _check_start(start, source)
+        start.check_vocabulary(source)
+        _check_alike(start, source)
     output = output_path(output or f"{source.name.rpartition('/')[2]}-losparse")
     skeleton = build_skeleton(source.folder, source.config, trust_remote_code=trust_remote_code)
+    if request.towards is not None:
+        require_head(skeleton.model)
     with request.errors():
         layers, skipped = find_layers(source, skeleton, recipe)
         if start is None:
@@ -228,7 +238,7 @@ def _check_start(start: Checkpoint, dense: Checkpoint) -> None:
     if start.report().get("training"):
         raise UsageError(
             f"{start.address} was trained by losparse finetune, embeddings and head too, so it cannot be matched to "
-            "the dense model block by block. Refine first and train then, or go on with losparse finetune."
+            "the dense model. Refine first and train then, or go on with losparse finetune."
         )
     ours, theirs = (checkpoint.config.get("architectures") for checkpoint in (start, dense))
     if ours and theirs and ours != theirs:
@@ -236,6 +246,17 @@ def _check_start(start: Checkpoint, dense: Checkpoint) -> None:
             f"{start.address} is a {ours[0]}, and {dense.address} a {theirs[0]}. Give the dense model that it was made "
             "from with --against."
         )
+
+
+def _check_alike(start: Checkpoint, dense: Checkpoint) -> None:
+    """UsageError if the two say different things of what they are; what only one of them says is no difference."""
+    ours = dense_config(start.config)
+    for key, value in dense.config.items():
+        if key not in OF_NO_MODEL and key in ours and ours[key] != value:
+            raise UsageError(
+                f"{start.address} and {dense.address} are not of the same model: {key} is {ours[key]!r} in one "
+                f"config.json and {value!r} in the other. Give the dense model that it was made from with --against."
+            )
 
 
 def _refuse_quantized(source: Checkpoint) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from ..budget.recipe import Recipe, override, recipe_of
 from ..budget.recipe_file import LEADING, RecipeFile, asked, read_recipe
 from ..errors import UsageError, is_number, is_whole
+from ..text.documents import SELF
 from ..text.request import Calibration
 
 
@@ -36,6 +37,14 @@ MINUTES = 20.0
 """How long training goes on where nothing else is said."""
 
 
+def _parts(given: Any) -> tuple[str, ...]:
+    """What --train lists, as text or one by one."""
+    found = [part.strip() for part in given.split(",")] if isinstance(given, str) else given
+    if not isinstance(found, list | tuple) or not found or not all(part in PARTS for part in found):
+        raise UsageError(f"--train lists some of {', '.join(PARTS)}, not {given!r}.")
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class ModelRefinement:
     """What is trained, and how long; UsageError for what trains nothing.
@@ -50,7 +59,7 @@ class ModelRefinement:
     steps: int | None = None
     lr: float = 5e-4
     tokens: int = 1024
-    train: tuple[str, ...] = PARTS
+    train: tuple[str, ...] | str = PARTS
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -60,10 +69,11 @@ class ModelRefinement:
             raise UsageError(f"--refine-steps is a whole number >= 1, not {self.steps!r}.")
         if not is_number(self.lr) or not 0 < self.lr < 1:
             raise UsageError(f"--refine-lr is a number between 0 and 1, not {self.lr!r}; 5e-4 is a usual choice.")
-        if not is_whole(self.tokens) or self.tokens < 1:
-            raise UsageError(f"--refine-tokens is a whole number >= 1, not {self.tokens!r}.")
-        if not self.train or not set(self.train) <= set(PARTS):
-            raise UsageError(f"--train lists some of {', '.join(PARTS)}, not {','.join(self.train) or 'nothing'}.")
+        for name in ("tokens", "seed"):
+            value = getattr(self, name)
+            if not is_whole(value) or value < (name == "tokens"):
+                raise UsageError(f"{name} of a refinement is a whole number >= {int(name == 'tokens')}, not {value!r}.")
+        object.__setattr__(self, "train", _parts(self.train))
 
     @property
     def seconds(self) -> float | None:
@@ -109,9 +119,12 @@ class Request:
         is to hold.
         """
         recipe = self.recipe.settled(calibrated=self.calibration is not None, refined=self.blocks is not None)
+        if self.towards is not None and (self.calibration is None or self.calibration.source == SELF):
+            raise UsageError(
+                "--refine model trains on text that people wrote: add --calibration with a file or a dataset."
+            )
         needs_text = {
             "--refine blocks": self.blocks is not None,
-            "--refine model": self.towards is not None,
             f"--solver {recipe.solver}": recipe.solver not in ("magnitude", "rounding"),
             "--sensitivity on": recipe.sensitivity == "on",
             "--allocate error": recipe.allocate == "error",
@@ -173,7 +186,11 @@ def make_request(
         off = "off" in (refinement, refinement.get("mode") if isinstance(refinement, Mapping) else None)
         asks = None if off else run.get("refine")
         # A mapping that leaves the mode out says how because it wants it; options of the command line hold one.
-        asks, how = ({"mode": "blocks", **x} if isinstance(x, Mapping) else x for x in (asks, refinement))
+        how = refinement
+        if isinstance(asks, Mapping):
+            asks = {"mode": _mode_of(asks), **asks}
+        if isinstance(how, Mapping) and "mode" not in how and not asks:
+            how = {"mode": _mode_of(how), **how}
         match = _refinement(_merged(asks, how, "mode", Refinement, ModelRefinement))
     request = Request(
         layers,
@@ -238,12 +255,17 @@ def _calibration(found: Any) -> Calibration | None:
     return Calibration(**found)
 
 
+def _mode_of(settings: Mapping[str, Any]) -> str:
+    """What settings of a refinement alone are of: those that only a whole model has, or blocks."""
+    return "blocks" if settings.keys() <= {one.name for one in fields(Refinement)} else "model"
+
+
 def _refinement(found: Any) -> Refinement | ModelRefinement | None:
     if isinstance(found, Refinement | ModelRefinement) or not found:
         return found or None
     mode = found.pop("mode", None)
-    kinds: dict[Any, Any] = {None: None, "off": None, "blocks": Refinement, "model": ModelRefinement}
-    if mode not in kinds:
+    kinds: dict[str | None, Any] = {None: None, "off": None, "blocks": Refinement, "model": ModelRefinement}
+    if not isinstance(mode, str | None) or mode not in kinds:
         raise UsageError(f"--refine is blocks, model or off, not {mode!r}.")
     kind = kinds[mode]
     if kind is None:
@@ -253,7 +275,5 @@ def _refinement(found: Any) -> Refinement | ModelRefinement | None:
     strange = found.keys() - {one.name for one in fields(kind)}
     if strange:
         raise UsageError(f"--refine-{min(strange)} is not of --refine {mode}. Leave it out.")
-    if "train" in found:
-        found["train"] = tuple(found["train"].split(",") if isinstance(found["train"], str) else found["train"])
     made: Refinement | ModelRefinement = kind(**found)
     return made

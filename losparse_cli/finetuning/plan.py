@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..budget.plan import Layer, LayerPlan, Plan, make_plan, plan_as_stored, plan_layer
+from ..budget.plan import Layer, Plan, make_plan, plan_as_stored, plan_layer
 from ..budget.recipe import Recipe
 from ..budget.recipe_file import RANK_CHOICES, SIZE_CHOICES
 from ..budget.targets import choose
@@ -17,7 +17,7 @@ from ..checkpoint.source import Checkpoint
 from ..errors import UsageError
 from ..models.skeleton import Skeleton, classify
 from ..shim.layouts import LayerSpec
-from .conversion import compressed_layers, is_coded, is_shared
+from .conversion import coded_modules, compressed_layers, is_coded, is_shared
 
 DEFAULTS = {"keep_parameters": 0.2, "rank_ratio": 0.5}
 """Of a dense model. The paper has a quarter for U and V, which begin at less than they do here."""
@@ -38,7 +38,13 @@ def settle(recipe: Recipe | None, checkpoint: Checkpoint) -> Recipe:
     recipe = replace(recipe, values="float")
     asks_ranks = _is_asked(recipe, RANK_CHOICES)
     if checkpoint.is_compressed:
-        coded = any(spec.layout == "codes" for spec in layer_specs(checkpoint).values())
+        specs = [spec for spec in layer_specs(checkpoint).values() if spec.kind != "embedding"]
+        if not specs:
+            raise UsageError(
+                f"{checkpoint.address} has no compressed layers but embeddings. Start from the dense model, or "
+                "compress its layers."
+            )
+        coded = any(spec.layout == "codes" for spec in specs)
         if coded and _is_asked(recipe, SIZE_CHOICES):
             raise UsageError(
                 f"{checkpoint.address} holds whole numbers in S, which stay as they are: leave out what asks for "
@@ -83,9 +89,11 @@ def plan_compressed(model: nn.Module, recipe: Recipe, dtype: torch.dtype, thresh
     own = {name: layer for name, layer in compressed_layers(model).items() if not is_shared(layer)}
     specs: dict[str, LayerSpec] = {name: layer.spec for name, layer in own.items()}
     layers = [_layer(name, spec.shape, spec.transposed, dtype) for name, spec in specs.items()]
-    present = plan_as_stored(layers, classify(model)[1], specs)
+    rows = coded_modules(model)
+    skipped = {name: why for name, why in classify(model)[1].items() if name not in rows}
+    present = plan_as_stored(layers, skipped, specs)
     if is_coded(model):
-        return Plan(tuple(_with_adapter(p, recipe) for p in present.layers), present.skipped)
+        return _with_adapters(present, recipe)
     if not _is_asked(recipe, SIZE_CHOICES):
         return present
     wanted = [plan_layer(p.layer, replace(recipe, rank=p.rank, pattern=p.pattern).settled()) for p in present.layers]
@@ -100,15 +108,20 @@ def plan_compressed(model: nn.Module, recipe: Recipe, dtype: torch.dtype, thresh
     return Plan(tuple(wanted), present.skipped)
 
 
-def _with_adapter(plan: LayerPlan, recipe: Recipe) -> LayerPlan:
-    """With the rank that an adapter beside the codes is to have; UsageError if there is one already."""
-    m, n = plan.layer.shape
-    rank = round((recipe.rank_ratio or 0) * m * n / (m + n)) if recipe.rank is None else recipe.rank
-    if rank and plan.rank:
-        raise UsageError(f"{plan.layer.name} has rank {plan.rank} already: leave out --rank and --rank-ratio.")
-    if rank > min(m, n):
-        raise UsageError(f"{plan.layer.name} is {m} x {n}, and --rank {rank} is more than it can have.")
-    return replace(plan, rank=rank or plan.rank)
+def _with_adapters(plan: Plan, recipe: Recipe) -> Plan:
+    """With the ranks of adapters beside codes that have none yet; UsageError if there is none such, or room for it."""
+    asked = _is_asked(recipe, RANK_CHOICES)
+    if asked and all(p.rank for p in plan.layers):
+        raise UsageError("Every layer has U and V already: leave out --rank and --rank-ratio.")
+    most = max(min(p.layer.shape) for p in plan.layers)
+    if recipe.rank is not None and recipe.rank > most:
+        raise UsageError(f"--rank {recipe.rank} is more than any layer can have: the largest takes {most}.")
+    found = []
+    for p in plan.layers:
+        m, n = p.layer.shape
+        rank = round((recipe.rank_ratio or 0) * m * n / (m + n)) if recipe.rank is None else recipe.rank
+        found.append(replace(p, rank=p.rank or min(rank, m, n)))
+    return Plan(tuple(found), plan.skipped)
 
 
 def _is_asked(recipe: Recipe, choices: tuple[str, ...]) -> bool:

@@ -10,7 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import UsageError
 from .reading import output_embeddings
+
+
+def require_head(model: Any) -> nn.Module:
+    """The output head over a vocabulary; UsageError for a model without one."""
+    head = output_embeddings(model)
+    if head is None or not isinstance(getattr(head, "weight", None), Tensor):
+        raise UsageError(
+            f"{type(model).__name__} has no head over a vocabulary whose predictions could be matched. Train it on a "
+            "task with losparse finetune."
+        )
+    return head
 
 
 class Head:

@@ -11,31 +11,51 @@ from typing import Any
 from torch import Tensor
 
 from ..checkpoint.companions import copy_companions
-from ..checkpoint.config import layer_specs, write_config
-from ..checkpoint.finish import close, versions
+from ..checkpoint.config import dense_config, layer_specs, write_config
+from ..checkpoint.finish import close, read_report, versions
 from ..checkpoint.reader import SafetensorsFile
 from ..checkpoint.report import LayerReport, Report
 from ..checkpoint.source import INDEX, Checkpoint
 from ..checkpoint.writer import tensor_part
+from ..compression.plan import Job
 from ..errors import CheckpointError
 
 
-def write_refined(
-    start: Checkpoint, dense: Checkpoint, values: Mapping[str, Tensor], how: dict[str, Any], work: Path, place: str,
-    mark: str,
-) -> Report:  # fmt: skip
+def write_refined(job: Job, values: Mapping[str, Tensor], how: dict[str, Any], work: Path, mark: str) -> Report:
     """values: tensor on disk -> its new value, of the same shape and dtype. how: for the report. mark: fingerprint."""
+    start = job.start
+    assert start is not None
     _copy_weights(start, values, work)
-    specs = layer_specs(start)
-    before = Report.from_dict(start.report(), specs, str(start.folder)) if start.report() else Report((), {}, 0, 0, 0)
+    before = read_report(start.folder) or _report_of(job)
     copy_companions(start.folder, work)
-    write_config(work, dense.config, specs, before.skipped)
+    write_config(work, dense_config(start.config), layer_specs(start), before.skipped)
     changed = {name.removesuffix(".weight") for name in values}
     layers = tuple(_unmeasured(layer) if layer.name in changed else layer for layer in before.layers)
     report = replace(
         before, layers=layers, versions=versions(), fingerprint=mark, refinement=how, blocks=(), files={}, name=""
     )
-    return close(work, report, dense.folder, place)
+    return close(work, report, job.source.folder, job.output.name)
+
+
+def _report_of(job: Job) -> Report:
+    """Of a compressed checkpoint without one, as save_pretrained writes it: sizes alone."""
+    assert job.start is not None
+    sizes: dict[str, int] = {}
+    for name, entry in job.start.entries.items():
+        module, _, part = name.rpartition(".")
+        sizes[module] = sizes.get(module, 0) + (0 if part == "bias" else entry.nbytes)
+    layers = tuple(
+        LayerReport(p.layer.name, layer_specs(job.start)[p.layer.name], p.layer.dense_bytes, sizes[p.layer.disk_module])
+        for p in job.plan.layers
+    )
+    source = {
+        "name": job.source.name,
+        "commit": job.source.commit,
+        "architecture": (job.source.config.get("architectures") or [None])[0],
+        "files": {},
+    }
+    sizes_of_model = job.source.nbytes, job.start.nbytes, job.parameters
+    return Report(layers, job.plan.skipped, *sizes_of_model, source=source, versions=versions())
 
 
 def _unmeasured(layer: LayerReport) -> LayerReport:

@@ -21,12 +21,13 @@ from ..compression.fingerprint import fingerprint
 from ..compression.plan import Job
 from ..compression.request import ModelRefinement
 from ..errors import UsageError
+from ..finetuning.states import disk_errors
 from ..linalg.precision import fast_float32
 from ..load import load
 from ..models.names import NameMap
 from ..models.skeleton import empty_model
 from ..progress import Progress
-from ..text.sample import held_out
+from ..text.sample import account, held_out
 from .layers import half_of, unfold
 from .result import write_refined
 from .teacher import find_teacher
@@ -53,79 +54,84 @@ class RefinedModel:
 
 
 def run_model(
-    job: Job,
-    how: ModelRefinement,
-    *,
-    mark: dict[str, Any] | None = None,
-    resume: str = "auto",
-    overwrite: bool = False,
-    progress: Progress | None = None,
+    job: Job, how: ModelRefinement, *, resume: str = "auto", overwrite: bool = False, progress: Progress | None = None
 ) -> RefinedModel:
     """Train the compressed checkpoint of `job` towards the dense model's predictions; what is coded stays as it is.
 
-    mark: what decides the result, None for job and `how`. The best of all states that were measured on held-out windows
-    is written, be it the first. Raises as `compress`, and TrainingError for a model that gives no numbers.
+    The best of all states that were measured on held-out windows is written, be it the first. Raises as `compress`.
     """
+    begun = time.monotonic()
+    mark = fingerprint(job) | {"refinement": asdict(how)}
+    with WorkFolder(job.output, mark, resume=resume, overwrite=overwrite, reads=job.reads) as work:
+        if work.finished:
+            report = read_report(job.output)
+            assert report is not None, "a result that is whole has one"
+        else:
+            report = train_into(work, job, how, digest(mark), progress or Progress())
+            work.publish()
+    done, seconds = report.refinement, time.monotonic() - begun
+    looks = tuple(Look(*line) for line in done["looks"])
+    best = min(looks, key=lambda look: look.divergence)
+    return RefinedModel(
+        job.output, report, looks, best, done["steps"], done["tokens"], 0.0 if work.finished else seconds
+    )
+
+
+def train_into(work: WorkFolder, job: Job, how: ModelRefinement, mark: str, told: Progress) -> Report:
+    """What is to be published of `run_model`, in the work folder of a run with this fingerprint."""
     assert job.start is not None
-    begun, told = time.monotonic(), progress or Progress()
     windows = job.windows
     if windows is None:
         raise UsageError(
             "A whole model is trained on text that people wrote: give a file or a dataset to --calibration."
         )
-    mark = mark or fingerprint(job) | {"refinement": asdict(how)}
-    with WorkFolder(job.output, mark, resume=resume, overwrite=overwrite, reads=job.reads) as work:
-        if work.finished:
-            report = read_report(job.output)
-            assert report is not None, "a result that is whole has one"
-            looks = tuple(Look(*line) for line in report.refinement["looks"])
-            best = min(looks, key=lambda look: look.divergence)
-            return RefinedModel(
-                job.output, report, looks, best, report.refinement["steps"], report.refinement["tokens"], 0.0
-            )
-        check_space(work.path, job.start.nbytes)
+    names, specs = _disk_names(job), layer_specs(job.start)
+    if set(how.train) == {"lowrank"} and not any(spec.rank for spec in specs.values()):
+        raise UsageError(f"{job.start.address} has no U and V that --train lowrank could move.")
+    check_space(work.path, job.start.nbytes + 4 * windows.tokens * job.hidden_size)
+    (work.path / STATES).mkdir(exist_ok=True)
+    with disk_errors(work.path):
         teacher = find_teacher(job, windows, work, told, estimate(job, windows).fixed_bytes)
         told.phase("Loading the compressed model")
-        names = _disk_names(job)
-        options = {"trust_remote_code": True} if job.trust_remote_code else {}
-        model, _ = load(job.start.folder, dtype=torch.float32, **options)
-        model.requires_grad_(False).to(job.device)
-        unfold(model, half_of(job.device, job.memory_limit))
-        for module in model.modules():
-            if hasattr(module, "config"):
-                module.config.use_cache = False
-        training = Training(
-            model,
-            teacher,
-            windows,
-            held_out(windows),
-            _moving(job, model, names, how),
-            how,
-            batch=max(1, TOGETHER // windows.length),
-            device=job.device,
-            told=told,
-        )
+        model = _student(job)
+        moving = _moving(job, model, names, how)
+        if not moving:
+            raise UsageError(f"{job.start.address} has nothing that --train {','.join(how.train)} could move.")
+        unseen = held_out(windows)
+        batch = max(1, TOGETHER // windows.length)
+        training = Training(model, teacher, windows, unseen, moving, how, batch=batch, device=job.device, told=told)
         with fast_float32():
             found = training.run(work.path / STATES / "state.safetensors")
         told.phase("Writing the result")
         values = {names[name]: value.cpu().contiguous() for name, value in found.values.items()}
-        account = _account(how, found)
-        report = write_refined(job.start, job.source, values, account, work.path, job.output.name, digest(mark))
-        work.publish()
-    seconds = time.monotonic() - begun
-    return RefinedModel(job.output, report, found.looks, found.best, found.steps, found.tokens, seconds)
+        text = account(job.calibration, windows) if job.calibration is not None else {}
+        return write_refined(job, values, _account(how, found, len(unseen)) | {"text": text}, work.path, mark)
 
 
-def _account(how: ModelRefinement, found: Refined) -> dict[str, Any]:
-    """For the report."""
+def _student(job: Job) -> Any:
+    """The compressed model, of which nothing is to be trained yet."""
+    assert job.start is not None
+    options = {"trust_remote_code": True} if job.trust_remote_code else {}
+    model, _ = load(job.start.folder, dtype=torch.float32, **options)
+    model.requires_grad_(False).to(job.device)
+    unfold(model, half_of(job.device, job.memory_limit))
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config.use_cache = False
+    return model
+
+
+def _account(how: ModelRefinement, found: Refined, unseen: int) -> dict[str, Any]:
+    """For the report. unseen: windows that were held out."""
     return {
         "objective": "model",
         "settings": asdict(how) | {"train": list(how.train)},
         "steps": found.steps,
         "tokens": found.tokens,
         "seconds": round(found.looks[-1].seconds, 1),
-        "held_out_before": found.looks[0].divergence,
-        "held_out_after": found.best.divergence,
+        "held_out": unseen,
+        "divergence_before": found.looks[0].divergence,
+        "divergence_after": found.best.divergence,
         "looks": [[look.step, round(look.seconds, 1), look.divergence] for look in found.looks],
     }
 

@@ -19,7 +19,7 @@ from ..errors import UsageError
 from ..linalg.precision import fast_float32
 from ..models.blocks import Relay, block_of, changed, run_block
 from ..models.device import available, memory_errors
-from ..models.reading import output_embeddings
+from ..models.head import require_head
 from ..progress import Progress
 from ..text.windows import Windows
 
@@ -42,24 +42,18 @@ def find_teacher(job: Job, windows: Windows, work: WorkFolder, told: Progress, f
     """
 
     def ask() -> dict[str, Tensor]:
-        found = _asked(job, windows, work.path, told, fixed_bytes)
-        (work.path / STATES).mkdir(exist_ok=True)
-        return found
+        return _asked(job, windows, work.path, told, fixed_bytes)
 
     kept = work.decided(FILE, load_file, ask, save_file)
-    return Teacher(kept["states"], kept["weight"].to(job.device), kept.get("bias"))
+    bias = kept.get("bias")
+    return Teacher(kept["states"], kept["weight"].to(job.device), None if bias is None else bias.to(job.device))
 
 
 def _asked(job: Job, windows: Windows, folder: Path, told: Progress, fixed_bytes: int) -> dict[str, Tensor]:
     assert job.calibration is not None
     assembly = calibration_model(job)
     model, blocks = assembly.model, list(job.blocks)
-    head: Any = output_embeddings(model)
-    if not isinstance(getattr(head, "weight", None), Tensor):
-        raise UsageError(
-            f"{type(model).__name__} has no head over a vocabulary whose predictions could be matched. Train it on a "
-            "task with losparse finetune."
-        )
+    head: Any = require_head(model)
     inside = (*blocks, *job.route.unreached)
     assembly.load([name for name, _ in model.named_parameters() if block_of(name, inside) is None])
     parameters: dict[str, list[str]] = {block: [] for block in blocks}

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..compression.request import ModelRefinement
-from ..errors import TrainingError, UsageError
+from ..errors import CheckpointError, UsageError
 from ..models.head import Head
 from ..progress import Progress
 from ..text.windows import Windows
@@ -108,7 +108,7 @@ class Training:
     def run(self, state: Path | None = None) -> Refined:
         """Train until steps or time are up. state: file to go on from, and to save to whenever the model was looked at.
 
-        It ends early where the loss stops being a number. TrainingError if it never was one.
+        It ends early where the loss stops being a number. CheckpointError if it never was one.
         """
         if state is not None and state.is_file():
             self._resume(state)
@@ -133,6 +133,9 @@ class Training:
             percent = int(100 * done)
             if done * LOOKS >= len(self._looks):
                 self._look(state)
+        else:
+            if self._step == 0:
+                self._told.warn("There was no time for a single step, so nothing was trained. Raise --refine-minutes.")
         if self._looks[-1].step < self._step:
             self._look(state)
         best = min(self._looks, key=lambda look: look.divergence)
@@ -203,12 +206,11 @@ class Training:
         measured = self._measure()
         if not math.isfinite(measured):
             if not self._looks:
-                raise TrainingError(
-                    "The compressed model gives no numbers on the held-out text, so it cannot be trained."
-                )
+                raise CheckpointError("The compressed model gives no numbers on its text, so it cannot be trained.")
             measured = math.inf
-        where = f"After {self._step} steps" if self._step else "At first"
-        self._told.tell(f"{where}: {measured:.4f} nats a token from the dense model on held-out text")
+        when = f"After {self._step} steps" if self._step else "At first"
+        where = "held-out text" if self._unseen else "the text that it is trained on"
+        self._told.tell(f"{when}: {measured:.4f} nats a token from the dense model on {where}")
         self._looks.append(Look(self._step, self._clock() - self._begun, measured))
         if measured <= min(look.divergence for look in self._looks):
             self._best = {name: one.value().clone() for name, one in self.moving.items()}
@@ -237,15 +239,20 @@ class Training:
         part.replace(path)
 
     def _resume(self, path: Path) -> None:
-        with safe_open(path, "pt") as file:
-            found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        """From what was saved, if it is whole."""
+        try:
+            with safe_open(path, "pt") as file:
+                found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        except SafetensorError:  # torn: then it begins anew
+            path.unlink()
+            return
         self._looks = [Look(int(step), seconds, lost) for step, seconds, lost in found.pop(":looks").tolist()]
         self._step, self._before = self._looks[-1].step, self._looks[-1].seconds
         for name, one in self.moving.items():
             one.s.copy_(found[f"{name}:s"])
-            self._best[name] = found[f"{name}:best"]
+            self._best[name] = found[f"{name}:best"].to(one.s.device)
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}:{key}" in found]
-            held = {key: found[f"{name}:{key}"] for key in keys}
+            held = {key: found[f"{name}:{key}"].to("cpu" if key == "step" else one.s.device) for key in keys}
             if held:
                 self._optimizer.state[one.s] = held
         self._set(lambda one: one.start + one.scale * one.s)

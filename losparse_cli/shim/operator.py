@@ -183,34 +183,15 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, index, starts, U, V, bias, _, form = inputs
+    x, values, index, starts, U, V, _, _, form = inputs
     ctx.form, ctx.wanted = form, [ctx.needs_input_grad[k] for k in (0, 1, 4, 5, 6)]
-    kept = (output, bias) if form.startswith("codes") and ctx.wanted[1] else (None, None)
-    ctx.save_for_backward(x, values, index, starts, U, V, *kept)
+    ctx.save_for_backward(x, values, index, starts, U, V)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    *saved, output, stored_bias = ctx.saved_tensors
-    wanted, of_rows = list(ctx.wanted), None
-    if output is not None:
-        x, values, _, _, U, V = saved
-        of_rows, wanted[1] = _rows_of_outputs(grad, output, x, values, U, V, stored_bias), False
-    found = iter(_linear_backward(grad, *saved, wanted, ctx.form)) if any(wanted) else iter(())
-    for_x, for_values, for_U, for_V, for_bias = (next(found) if one else None for one in wanted)
-    return for_x, of_rows if for_values is None else for_values, None, None, for_U, for_V, for_bias, None, None
-
-
-def _rows_of_outputs(
-    grad: Tensor, output: Tensor, x: Tensor, values: Tensor, U: Tensor | None, V: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """Gradients of the factors of rows: they scale what S adds to each output, which is known, so that no product of
-    the size of S is needed."""
-    y = output if bias is None else output - bias
-    if U is not None and V is not None:
-        y = y - F.linear(F.linear(x, V), U)
-    wide = torch.promote_types(values.dtype, torch.float32)
-    total = (grad.to(wide) * y.to(wide)).flatten(0, -2).sum(0)
-    return torch.where(values == 0, 0.0, total / values.to(wide)).to(values.dtype)
+    found = iter(_linear_backward(grad, *ctx.saved_tensors, ctx.wanted, ctx.form))
+    x, values, U, V, bias = (next(found) if wanted else None for wanted in ctx.wanted)
+    return x, values, None, None, U, V, bias, None, None
 
 
 _linear.register_autograd(_backward, setup_context=_keep)
@@ -332,6 +313,12 @@ def held(codes: Tensor) -> tuple[Tensor, str]:
     return (codes, form_of(0)) if index is None else (index, form_of(bits))
 
 
+def _whole(index: Tensor, starts: Tensor | None, shape: tuple[int, int], form: str) -> Tensor:
+    """Codes times the factors of their columns, float32."""
+    ones = torch.ones(shape[0], device=index.device)
+    return rows_of_codes(slice(None), ones, index, starts, shape, form)
+
+
 def _times_sparse(
     g: Tensor, values: Tensor, index: Tensor, starts: Tensor | None, shape: tuple[int, int], form: str
 ) -> Tensor:
@@ -347,11 +334,13 @@ def _times_sparse(
 
 
 def _values_of_outer(g: Tensor, x: Tensor, index: Tensor, starts: Tensor | None, nnz: int, form: str) -> Tensor:
-    """Gradients of the values: entries of gᵀ x, (out, in), where S has entries; not of codes."""
+    """Gradients of the values: entries of gᵀ x, (out, in), where S has entries; of codes those of the rows' factors."""
     if nnz == 0:
         return g.new_empty(0)
     if form == "rows":
         return (g.index_select(1, index).T @ x).reshape(-1)
     if form == "columns":
         return (g.T @ x.index_select(1, index)).reshape(-1)
+    if form.startswith("codes"):
+        return ((g.T @ x) * _whole(index, starts, (g.shape[1], x.shape[1]), form)).sum(1).to(g.dtype)
     return (g.T @ x)[support(index, starts, (g.shape[1], x.shape[1]), form)]

@@ -17,7 +17,7 @@ from losparse_cli.finetune import finetune
 from losparse_cli.finetuning.prepare import prepare_finetuning
 from losparse_cli.finetuning.request import Finetuning
 from losparse_cli.verify import verify
-from tests.finetuning.learners import LEARNERS, request_for, write_learner
+from tests.finetuning.learners import request_for, write_learner
 
 HOW: dict[str, Any] = {"precision": "float32", "batch_size": 8, "max_steps": 30, "learning_rate": 3e-3}
 
@@ -31,28 +31,33 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
 
 
-@pytest.mark.parametrize("kind", sorted(LEARNERS.keys() - {"bert-stsb"}))
+def _inside(name: str) -> str:
+    """Without what stands before the layers: a head puts a prefix there."""
+    return name.split("encoder.layer.", 1)[-1]
+
+
+@pytest.mark.parametrize("kind", ["bert-base", "bert-qa", "gpt2", "bart"])
 def test_every_kind_of_task(kind: str, tmp_path: Path) -> None:
     small = coded(tmp_path, kind)
     task = request_for(tmp_path, kind, train=64, validation=16)
     result = finetune(small, tmp_path / "out", task=task, how=Finetuning(**HOW), device="cpu")
     assert verify(result.output).sound
-    before, after = tensors(small), tensors(result.output)
-    codes = {name for name in after if name.endswith(("S_codes", "S_scale"))}
-    strip = {name.split("encoder.", 1)[-1]: value for name, value in before.items()}
+    before, after = (
+        {_inside(name): value for name, value in tensors(folder).items()} for folder in (small, result.output)
+    )
+    codes = [name for name in after if name.endswith("S_codes")]
     assert codes
     for name in codes:
-        assert torch.equal(strip[name.split("encoder.", 1)[-1]], after[name])
-    moved = [name for name in after if name.endswith(("proj.weight", ".dense.weight"))]
-    assert not moved or any(
-        not torch.equal(strip.get(name.split("encoder.", 1)[-1], after[name] + 1), after[name]) for name in moved
-    )
-    model, _ = losparse_cli.load(result.output)
-    assert type(model).__name__
+        factors = name.replace("S_codes", "weight")
+        assert torch.equal(before[name], after[name])
+        assert torch.equal(before[name.replace("codes", "scale")], after[name.replace("codes", "scale")])
+        assert not torch.equal(before[factors], after[factors])
+    losparse_cli.load(result.output)
     report = result.report
     assert report.coded
     assert 5 < report.bits < 9  # a toy's tables and factors weigh much
-    assert report.model_bytes_after == sum(value.numel() * value.itemsize for value in after.values())
+    written = tensors(result.output).values()
+    assert report.model_bytes_after == sum(value.numel() * value.itemsize for value in written)
 
 
 def test_it_learns_the_task(tmp_path: Path) -> None:
@@ -78,7 +83,7 @@ def test_an_adapter_is_added_and_trained(tmp_path: Path) -> None:
     found = tensors(result.output)
     assert all(bool(value.any()) for name, value in found.items() if name.endswith(".U"))
     again, _ = losparse_cli.load(result.output)
-    with pytest.raises(UsageError, match="rank 3 already"):
+    with pytest.raises(UsageError, match="U and V already"):
         prepare_finetuning(result.output, tmp_path / "more", recipe=Recipe(rank=2), **options)
     assert again.config.num_labels == 3
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from losparse_cli import Recipe, compress, load, refine
 from losparse_cli.compression.request import ModelRefinement
-from losparse_cli.errors import TrainingError, UsageError
+from losparse_cli.errors import CheckpointError, UsageError
 from losparse_cli.models.head import Head
 from losparse_cli.refine import RefinedModel, make_refinement, prepare_refinement, run_model
 from losparse_cli.refinement import training
@@ -200,6 +200,16 @@ def test_training_ends_before_its_time_is_up(small: Path, dense: Path, text: Cal
     assert all(a >= b for a, b in pairwise(rates[5:]))
 
 
+def test_no_time_for_a_step(small: Path, dense: Path, text: Calibration, tmp_path: Path) -> None:
+    heard = Hearing()
+    how = ModelRefinement(minutes=1e-6)
+    result = refine(small, tmp_path / "out", calibration=text, against=dense, refinement=how, progress=heard)
+    assert isinstance(result, RefinedModel)
+    assert result.steps == 0
+    assert any("Raise --refine-minutes" in sentence for sentence in heard.warned)
+    assert all(torch.equal(a, tensors(result.output)[name]) for name, a in tensors(small).items())
+
+
 # --- the loss -------------------------------------------------------------------------------------
 
 
@@ -250,12 +260,12 @@ def test_a_model_that_gives_no_numbers(
     small: Path, dense: Path, text: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "divergence", lambda *args, gradients: (float("nan"), torch.zeros_like(args[1])))
-    with pytest.raises(TrainingError, match="gives no numbers"):
+    with pytest.raises(CheckpointError, match="gives no numbers"):
         refined(small, tmp_path / "out", dense, text)
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma3", "mixtral", "t5", "bart", "mamba"])
+@pytest.mark.parametrize("name", ["gpt2", "gemma3", "t5"])
 def test_other_architectures(name: str, toy: Callable[..., Path], text: Calibration, tmp_path: Path) -> None:
     dense = toy(name, tokenizer=True)
     small = compress(dense, tmp_path / "small", Recipe(bits=3.0)).output
@@ -317,7 +327,7 @@ def test_the_command(small: Path, dense: Path, text: Calibration, tmp_path: Path
     assert "From the dense model, on held-out text: 0." in spoken.out
     assert "8 steps of 1,024 tokens" in spoken.out
     data = json.loads(done(*command, "--json").out)
-    assert data["held_out_after"] < data["held_out_before"]
+    assert data["divergence_after"] < data["divergence_before"]
     assert data["seconds"] == 0  # this very run had finished
     assert "nats a token from its predictions before" in (out / "README.md").read_text(encoding="utf-8")
 
