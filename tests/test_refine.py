@@ -18,9 +18,9 @@ from toys import digests
 from losparse_cli.budget.recipe import Recipe
 from losparse_cli.checkpoint.config import layer_specs
 from losparse_cli.checkpoint.source import open_checkpoint
-from losparse_cli.compress import compress
-from losparse_cli.compression.request import Refinement
-from losparse_cli.errors import CheckpointError, UsageError
+from losparse_cli.compress import compress, plan
+from losparse_cli.compression.request import ModelRefinement, Refinement
+from losparse_cli.errors import CheckpointError, LosparseError, ResumeError, UsageError
 from losparse_cli.load import load
 from losparse_cli.refine import refine
 from losparse_cli.text.request import Calibration
@@ -208,3 +208,79 @@ def test_killed_in_either_stage_it_goes_on(
     out = compress(dense, tmp_path / "out", **options).output
     assert digests(out)["model.safetensors"] == digests(whole)["model.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.txt", "whole"]
+
+
+def test_what_lies_beside_the_output_is_left_alone(toy: Callable[..., Path], text: Calibration, tmp_path: Path) -> None:
+    beside = [tmp_path / name for name in ("out.coded", "out.compressed")]
+    for folder in beside:
+        folder.mkdir()
+        (folder / "mine.txt").write_text("mine")
+    how: dict[str, Any] = {"bits": 3.0, "calibration": text, "refinement": {"mode": "model", "steps": 2}}
+    for _ in range(2):
+        compress(toy("llama", tokenizer=True), tmp_path / "out", **how)
+    assert all((folder / "mine.txt").read_text() == "mine" for folder in beside)
+
+
+def test_another_request_after_a_kill_is_told_so_and_may_begin_anew(
+    toy: Callable[..., Path], text: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = toy("llama", tokenizer=True)
+    how: dict[str, Any] = {"calibration": text, "refinement": {"mode": "model", "steps": 2}}
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("losparse_cli.refinement.run.write_refined", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compress(dense, tmp_path / "out", bits=3.0, **how)
+    with pytest.raises(ResumeError):
+        compress(dense, tmp_path / "out", bits=4.0, **how)
+    assert compress(dense, tmp_path / "out", bits=4.0, resume="never", **how).report.bits > 3.5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.txt"]
+
+
+def test_what_began_in_the_first_stage_can_be_required_to_go_on(
+    toy: Callable[..., Path], text: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how: dict[str, Any] = {"bits": 3.0, "calibration": text, "refinement": {"mode": "model", "steps": 2}}
+    dense = toy("llama", tokenizer=True)
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("losparse_cli.compression.block.Block.encode", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compress(dense, tmp_path / "out", **how)
+    assert compress(dense, tmp_path / "out", resume="required", **how).report.refinement["steps"] == 2
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_what_cannot_be_trained_is_refused_before_anything_is_compressed(
+    name: str, toy: Callable[..., Path], text: Calibration, tmp_path: Path
+) -> None:
+    source: Any = "self" if name == "llama" else text
+    with pytest.raises(UsageError, match="text that people wrote" if name == "llama" else "losparse finetune"):
+        plan(toy(name, tokenizer=True), tmp_path / "out", calibration=source, refinement="model")
+
+
+@pytest.mark.parametrize(
+    "refine",
+    [
+        {"mode": "model", "train": 5}, {"mode": "model", "train": [1]}, {"mode": "model", "train": {"scales": 1}},
+        {"mode": ["model"]}, {"mode": "model", "seed": "x"}, {"mode": "model", "seed": 1.5},
+        {"mode": "model", "tokens": 0}, {"mode": "blocks", "minutes": 3}, "all",
+    ],
+)  # fmt: skip
+def test_a_recipe_that_asks_for_what_is_none(refine: Any, toy: Callable[..., Path], text: Calibration) -> None:
+    with pytest.raises(LosparseError):
+        plan(toy("llama", tokenizer=True), recipe={"calibration": {"source": text.source}, "refine": refine})
+
+
+def test_the_mode_of_a_recipe_stands_beside_other_settings(toy: Callable[..., Path], text: Calibration) -> None:
+    asks: dict[str, Any] = {"calibration": {"source": text.source, "tokens": 256, "length": 32}}
+    dense = toy("llama", tokenizer=True)
+    assert plan(dense, recipe=asks | {"refine": "model"}, refinement={"steps": 2}).towards == ModelRefinement(steps=2)
+    found = plan(dense, recipe=asks | {"refine": {"minutes": 1, "train": "scales, norms"}}).towards
+    assert found == ModelRefinement(minutes=1, train=("scales", "norms"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from terminal import done, losparse
 from torch import Tensor
@@ -17,7 +19,7 @@ from torch.nn import functional as F
 
 from losparse_cli import Recipe, compress, load, refine
 from losparse_cli.compression.request import ModelRefinement
-from losparse_cli.errors import CheckpointError, UsageError
+from losparse_cli.errors import CheckpointError, OutputError, UsageError
 from losparse_cli.models.head import Head
 from losparse_cli.refine import RefinedModel, make_refinement, prepare_refinement, run_model
 from losparse_cli.refinement import training
@@ -285,6 +287,72 @@ def test_a_model_without_a_head(toy: Callable[..., Path], text: Calibration, tmp
     with pytest.raises(UsageError, match="losparse finetune"):
         refined(small, tmp_path / "out", dense, text)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_dense_model_that_it_was_not_made_from(
+    small: Path, toy: Callable[..., Path], text: Calibration, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="num_hidden_layers is 2 in one"):
+        refined(small, tmp_path / "out", toy("llama", tokenizer=True, num_hidden_layers=3), text)
+
+
+def test_nothing_to_move(small: Path, dense: Path, text: Calibration, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no U and V"):
+        refined(small, tmp_path / "out", dense, text, ModelRefinement(steps=1, train=("lowrank",)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_embeddings_are_compressed(toy: Callable[..., Path], text: Calibration, tmp_path: Path) -> None:
+    dense = toy("qwen2", tokenizer=True)
+    small = compress(dense, tmp_path / "small", Recipe(targets=("lm_head",), embedding_bits=6)).output
+    with pytest.raises(UsageError, match="but embeddings"):
+        refined(small, tmp_path / "out", dense, text)
+
+
+def test_a_full_disk(
+    small: Path, dense: Path, text: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensors: Any, path: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "save_file", full)
+        with pytest.raises(OutputError, match="goes on where it stopped"):
+            refined(small, tmp_path / "out", dense, text)
+    refined(small, tmp_path / "out", dense, text)
+
+
+def test_a_torn_state_is_begun_anew(
+    small: Path, dense: Path, text: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("losparse_cli.refinement.run.write_refined", killed)
+        with pytest.raises(KeyboardInterrupt):
+            refined(small, tmp_path / "out", dense, text)
+    state = tmp_path / "out.partial" / "training" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:100])
+    assert refined(small, tmp_path / "out", dense, text).steps == 12
+
+
+def test_a_checkpoint_without_a_report(small: Path, dense: Path, text: Calibration, tmp_path: Path) -> None:
+    bare = shutil.copytree(small, tmp_path / "bare")
+    (bare / "losparse_report.json").unlink()
+    result = refined(bare, tmp_path / "out", dense, text)
+    assert verify(result.output).sound
+    whole = refined(small, tmp_path / "whole", dense, text).report
+    assert result.report.bits == whole.bits
+    assert result.report.model_bytes_after == whole.model_bytes_after
+
+
+def test_text_of_which_nothing_can_be_held_out_is_not_called_so(small: Path, dense: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("abcd " * 400)
+    result = refined(small, tmp_path / "out", dense, Calibration(str(tmp_path / "text.txt"), tokens=256, length=32))
+    assert result.report.refinement["held_out"] == 0
+    card = (result.output / "README.md").read_text(encoding="utf-8")
+    assert "on the text that it was trained on 0." in card
 
 
 @pytest.mark.parametrize(
