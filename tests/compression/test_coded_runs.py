@@ -437,27 +437,6 @@ def test_matching_blocks_takes_floats(toy: Any, asked: Calibration, tmp_path: Pa
         compress(source, tmp_path / "other", bits=4, calibration=asked, refinement="blocks")
 
 
-def test_refining_and_training_say_that_they_take_floats(
-    coded: Path, toy: Any, asked: Calibration, tmp_path: Path
-) -> None:
-    source = toy("llama", tokenizer=True)
-    ended = terminal.losparse("refine", coded, "--against", source, "--calibration", asked.source, "-o", tmp_path / "x")
-    assert "holds whole numbers in S" in ended.complaint
-    ended = terminal.losparse(
-        "finetune",
-        coded,
-        "--objective",
-        "distill",
-        "--train-file",
-        asked.source,
-        "--task",
-        "causal-lm",
-        "-o",
-        tmp_path / "x",
-    )
-    assert "holds whole numbers in S" in ended.complaint
-
-
 @pytest.mark.parametrize("suffix", ["S_codes", "weight", "S_scale"])
 def test_damage_is_found(suffix: str, coded: Path, tmp_path: Path) -> None:
     for file in coded.iterdir():
