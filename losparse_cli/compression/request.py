@@ -270,7 +270,8 @@ def _refinement(found: Any) -> Refinement | ModelRefinement | None:
     kind = kinds[mode]
     if kind is None:
         if found:
-            raise UsageError(f"--refine-{next(iter(found))} says how to refine: add --refine blocks or model, or leave it out.")
+            option = f"--refine-{next(iter(found))}"
+            raise UsageError(f"{option} says how to refine: add --refine blocks or model, or leave it out.")
         return None
     strange = found.keys() - {one.name for one in fields(kind)}
     if strange:
