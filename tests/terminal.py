@@ -132,12 +132,14 @@ class Terminal:
 def bare_environment(home: Path) -> dict[str, str]:
     """An environment without the caller's tokens, caches and terminal; one thread a process.
 
-    Compiled kernels are those of the caller: they lie by the hash of their source, and making them takes seconds.
+    Compiled kernels are those of the caller: they lie by the hash of their source, and making them takes seconds. So is
+    what matplotlib knows of the machine's fonts.
     """
     return {
         "PATH": os.environ["PATH"], "HOME": str(home), "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", "LANG": "C.UTF-8",
         "COLUMNS": "200", "PYTHONPATH": str(PACKAGE), "LOSPARSE_CACHE": str(cache_folder()),
+        "MPLCONFIGDIR": str(cache_folder() / "matplotlib"),
     }  # fmt: skip
 
 
