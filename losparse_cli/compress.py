@@ -201,7 +201,7 @@ def plan(
 def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Progress | None = None) -> Result:
     """Carry out a planned job; see `compress`."""
     if job.towards is not None:
-        return _run_towards(job, job.towards, resume, overwrite, progress)
+        return _run_towards(job, resume, overwrite, progress)
     begun, told, mark = time.monotonic(), progress or Progress(), fingerprint(job)
     with WorkFolder(job.output, mark, resume=resume, overwrite=overwrite, reads=job.reads) as work:
         if work.finished:
@@ -251,9 +251,9 @@ def _needs_package(job: Job) -> bool:
     return "AutoConfig" in (job.source.config.get("auto_map") or {})
 
 
-def _run_towards(job: Job, how: ModelRefinement, resume: str, overwrite: bool, progress: Progress | None) -> Result:
+def _run_towards(job: Job, resume: str, overwrite: bool, progress: Progress | None) -> Result:
     """Compressed first, into the work folder of the whole run, and that trained towards the whole dense model."""
-    begun, told, mark = time.monotonic(), progress or Progress(), fingerprint(job)
+    begun, mark = time.monotonic(), fingerprint(job)
     with WorkFolder(job.output, mark, resume=resume, overwrite=overwrite, reads=job.reads) as work:
         if work.finished:
             return _found_finished(job)
@@ -262,7 +262,7 @@ def _run_towards(job: Job, how: ModelRefinement, resume: str, overwrite: bool, p
         done = run(replace(job, towards=None, output=work.path / STATES / "compressed"), progress=progress)
         start = open_checkpoint(done.output)
         plan = plan_as_stored([p.layer for p in job.plan.layers], job.plan.skipped, layer_specs(start))
-        report = train_into(work, replace(job, towards=None, start=start, plan=plan), how, digest(mark), told)
+        report = train_into(work, replace(job, start=start, plan=plan), digest(mark), progress or Progress())
         work.publish()
     took = Took(time.monotonic() - begun, peak_memory(), None)
     return Result(job.output, report, took, done.resumed, done.needs_package)

@@ -41,7 +41,7 @@ def refine(
     Ranks, supports, codes and sizes stay; a layer, a block or a model is left as it is where training does not bring it
     closer.
     """
-    job, how = prepare_refinement(
+    job = prepare_refinement(
         source,
         output,
         calibration=calibration,
@@ -54,9 +54,9 @@ def refine(
         cache_dir=cache_dir,
         trust_remote_code=trust_remote_code,
     )
-    if how is None:
+    if job.towards is None:
         return run(job, resume=resume, overwrite=overwrite, progress=progress)
-    return run_model(job, how, resume=resume, overwrite=overwrite, progress=progress)
+    return run_model(job, resume=resume, overwrite=overwrite, progress=progress)
 
 
 OBJECTIVES = ("blocks", "model")
@@ -101,9 +101,9 @@ def prepare_refinement(
     revision: str | None = None,
     cache_dir: Path | None = None,
     trust_remote_code: bool = False,
-) -> tuple[Job, ModelRefinement | None]:
-    """The job that refines the compressed checkpoint `source` (folder or Hub id), for `run_model`, or without a
-    ModelRefinement for `run`.
+) -> Job:
+    """The job that refines the compressed checkpoint `source` (folder or Hub id): for `run_model` where it is to train
+    `towards` the whole dense model, else for `run`.
 
     calibration: or its source alone, or its fields. refinement: None, or settings alone, for what suits the checkpoint:
     the whole model where S is whole numbers, blocks where it is floats. against: the dense model, None for the Hub
@@ -133,12 +133,12 @@ def prepare_refinement(
     commit = made_from.get("commit")
     if against is None and commit is None:
         raise UsageError(f"{start.address} does not say where its dense model is. Give it with --against.")
-    job = prepare(
+    return prepare(
         against or made_from["name"],
         output_path(output or f"{start.name.rpartition('/')[2]}-refined"),
         make_request(
             calibration=calibration,
-            refinement=refinement if isinstance(refinement, Refinement) else None,
+            refinement=refinement,
             device=device,
             memory_limit=memory_limit,
             max_shard_size=max_shard_size,
@@ -148,4 +148,3 @@ def prepare_refinement(
         cache_dir=cache_dir,
         trust_remote_code=trust_remote_code,
     )
-    return job, refinement if isinstance(refinement, ModelRefinement) else None

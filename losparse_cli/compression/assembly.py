@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..calibration.activations import Activations
 from ..checkpoint.reader import require_finite
 from ..checkpoint.source import Checkpoint
 from ..errors import CheckpointError
-from ..models.blocks import block_of
+from ..models.blocks import Call, block_of, changed, run_block
+from ..models.device import available
 from ..models.names import NameMap
 from ..models.reading import output_embeddings
 from ..models.route import Route
@@ -116,12 +119,49 @@ class Assembly:
 
 
 def calibration_model(job: Job) -> Assembly:
-    """The job's model without weights, told to keep no cache: one would let every batch attend to those before it."""
+    """The job's model without weights, told to keep no cache."""
     model = empty_model(job.source.folder, job.source.config, trust_remote_code=job.trust_remote_code)
+    keeps_no_cache(model)
+    return Assembly(model, job.source, job.device)
+
+
+def keeps_no_cache(model: Any) -> None:
+    """Tell a model to keep none: one would let every batch attend to those before it."""
     for module in model.modules():
         if hasattr(module, "config"):
             module.config.use_cache = False
-    return Assembly(model, job.source, job.device)
+
+
+def activations_of(job: Job, folder: Path, fixed_bytes: int) -> Activations:
+    """What flows from block to block, in the memory that the job may take beside `fixed_bytes`, or in `folder`."""
+    limit = job.memory_limit if job.memory_limit is not None else available(job.device) * 3 // 4
+    return Activations(folder, max(0, limit - fixed_bytes))
+
+
+def run_calls(module: nn.Module, calls: Sequence[Call], activations: Activations) -> None:
+    """Give each call of a block what the block returns for it."""
+    with torch.no_grad():
+        for call in calls:
+            given = {id(value) for value in (*call.args, *call.kwargs.values())}
+            # Beside activations T5 hands the biases of all positions from its first block to the last.
+            call.output = changed(
+                run_block(module, call),
+                lambda tensor, given=given: tensor if id(tensor) in given else activations.keep(tensor),  # type: ignore[misc]
+            )
+            activations.release()
+
+
+def parameters_by_block(model: Any, route: Route) -> tuple[dict[str, list[str]], list[str]]:
+    """Block -> its parameters, of those that text reaches; and the parameters in no block, the head's too."""
+    blocks: dict[str, list[str]] = {block: [] for block in route.blocks}
+    outside: list[str] = []
+    for name, _ in model.named_parameters():
+        block = block_of(name, (*route.blocks, *route.unreached))
+        if block is None:
+            outside.append(name)
+        elif block in blocks:
+            blocks[block].append(name)
+    return blocks, outside
 
 
 def parameters_outside(model: Any, route: Route) -> list[str]:

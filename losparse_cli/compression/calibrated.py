@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..calibration.activations import Activations
 from ..checkpoint.report import LayerReport
 from ..checkpoint.writer import ShardWriter, tensor_part
 from ..linalg.precision import fast_float32
-from ..models.blocks import Call, Relay, changed, hidden_states, run_block
-from ..models.device import available, memory_errors
+from ..models.blocks import Call, Relay, hidden_states
+from ..models.device import memory_errors
 from ..progress import Progress
 from ..shim.layouts import LayerSpec
 from ..text.sample import hold_out
 from ..text.windows import Windows
-from .assembly import calibration_model, parameters_outside
+from .assembly import activations_of, calibration_model, parameters_outside, run_calls
 from .block import Block
 from .plan import Job
 from .schedule import Schedule
@@ -50,8 +47,7 @@ class CalibratedRun:
         self.assembly = calibration_model(job)
         self.model = self.assembly.model
         self._copied = job.start or job.source
-        limit = job.memory_limit if job.memory_limit is not None else available(job.device) * 3 // 4
-        self._activations = Activations(writer.folder, max(0, limit - fixed_bytes))
+        self._activations = activations_of(job, writer.folder, fixed_bytes)
 
     def run(self) -> None:
         job = self.job
@@ -104,7 +100,7 @@ class CalibratedRun:
         """A block of which nothing is compressed."""
         parameters = block.parameters()
         self.assembly.load(parameters)
-        self._run(block.module, calls)
+        run_calls(block.module, calls, self._activations)
         self.assembly.drop(parameters)
         self._outside(block.numbers)
 
@@ -113,7 +109,7 @@ class CalibratedRun:
         begun = time.monotonic()
         parameters = block.parameters()
         self.assembly.load(parameters)
-        self._run(block.module, dense)
+        run_calls(block.module, dense, self._activations)
         if self.writer.done < block.numbers.stop:
             solved_with = len(calls) - self._held_out
             block.hold_out(calls[solved_with:])
@@ -128,19 +124,8 @@ class CalibratedRun:
         else:
             self._restore(block)
         if not last:
-            self._run(block.module, calls)
+            run_calls(block.module, calls, self._activations)
         self.assembly.drop(parameters)
-
-    def _run(self, module: nn.Module, calls: Sequence[Call]) -> None:
-        with torch.no_grad():
-            for call in calls:
-                given = {id(value) for value in (*call.args, *call.kwargs.values())}
-                # Beside activations T5 hands the biases of all positions from its first block to the last.
-                call.output = changed(
-                    run_block(module, call),
-                    lambda tensor, given=given: tensor if id(tensor) in given else self._activations.keep(tensor),  # type: ignore[misc]
-                )
-                self._activations.release()
 
     def _write(self, block: Block, summary: dict[str, Any], seconds: float) -> None:
         inside = {plan.layer.tensor: layer for layer, plan in block.plans.items()}

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ..calibration.activations import Activations
 from ..calibration.moments import Moments
 from ..calibration.sensitivity import Sensitivity, SensitivityRun
 from ..linalg.precision import fast_float32
 from ..models.blocks import block_of
-from ..models.device import available, memory_errors
+from ..models.device import memory_errors
 from ..progress import Progress
 from ..text.windows import Windows
-from .assembly import calibration_model
+from .assembly import activations_of, calibration_model, parameters_by_block
 from .plan import Job
 
 
@@ -35,17 +34,12 @@ def measure_sensitivity(
     assert job.calibration is not None
     assembly = calibration_model(job)
     model, blocks = assembly.model, list(job.blocks)
-    inside = (*blocks, *job.route.unreached)
-    assembly.load([name for name, _ in model.named_parameters() if block_of(name, inside) is None])
-    parameters: dict[str, list[str]] = {block: [] for block in blocks}
+    parameters, outside = parameters_by_block(model, job.route)
+    assembly.load(outside)
     layers: dict[str, list[str]] = {block: [] for block in blocks}
-    for name, _ in model.named_parameters():
-        if (block := block_of(name, blocks)) is not None:
-            parameters[block].append(name)
     for plan in job.plan.layers:
         if not plan.layer.rows and (block := block_of(plan.layer.name, blocks)) is not None:
             layers[block].append(plan.layer.name.removeprefix(f"{block}." if block else ""))
-    limit = job.memory_limit if job.memory_limit is not None else available(job.device) * 3 // 4
     remedy = "Lower --calibration-tokens or --calibration-length, or set --memory-limit."
     with memory_errors(remedy), fast_float32():
         return SensitivityRun(
@@ -54,7 +48,7 @@ def measure_sensitivity(
             windows.batches(job.calibration.batch, job.device),
             load=lambda block: assembly.load(parameters[block]),
             drop=lambda block: assembly.drop(parameters[block]),
-            activations=Activations(folder, max(0, limit - fixed_bytes)),
+            activations=activations_of(job, folder, fixed_bytes),
             seed=job.recipe.seed,
             on_forward=on_forward,
             on_backward=on_backward,

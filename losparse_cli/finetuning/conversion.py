@@ -83,7 +83,7 @@ def start_dense(
         factors = LowRankSparse(U, V, R[support], support)
         bias: Tensor | None = dense.bias  # type: ignore[assignment]
         trained = TrainedLinear(factors, bias, pattern=plan.pattern, dense=not low_rank_only, transposed=transposed)
-        _put(model, name, trained.to(stored.device))
+        put(model, name, trained.to(stored.device))
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def start_compressed(model: nn.Module, plans: Sequence[LayerPlan] = (), *, seed:
         U, V = (torch.zeros(m, 0), torch.zeros(0, n)) if layer.U is None else (layer.U.detach(), layer.V.detach())
         factors = LowRankSparse(U, V, layer.weight.detach(), layer.support())
         spec = layer.spec
-        _put(model, name, TrainedLinear(factors, layer.bias, pattern=spec.pattern, dense=False,
+        put(model, name, TrainedLinear(factors, layer.bias, pattern=spec.pattern, dense=False,
                                         transposed=spec.transposed))  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def finish(
         if trained.bias is not None:
             tensors = tensors | {"bias": trained.bias.detach().to(dtype)}
         layer.load_state_dict(tensors)
-        _put(model, name, layer.to(trained.kept.device))
+        put(model, name, layer.to(trained.kept.device))
     # Not model.to(dtype): what is made when a model is loaded, such as rotary frequencies, is float32 there.
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -141,6 +141,7 @@ def finish(
                 setattr(module, name, buffer.to(dtype))
 
 
-def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
+def put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """A layer in the place of the one of this name, trained or not as the model is."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, layer.train(model.training))

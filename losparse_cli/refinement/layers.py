@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..finetuning.conversion import compressed_layers
-from ..models.device import available
+from ..finetuning.conversion import compressed_layers, put
 from ..shim.linear import LowRankSparseLinear
 from ..shim.operator import sparse
 
@@ -38,20 +37,9 @@ class DenseCodes(nn.Module):
 
 
 @torch.no_grad()
-def unfold(model: Any, limit: int) -> bool:
-    """Put coded layers into this form if they take `limit` bytes at most; else they are unfolded whenever they compute.
-
-    Whether that was done.
-    """
+def unfold(model: Any, limit: int) -> None:
+    """Put coded layers into this form if they take `limit` bytes at most; else each is unfolded when it computes."""
     layers = {name: layer for name, layer in compressed_layers(model).items() if layer.form.startswith("codes")}
-    if sum(layer.out_features * layer.in_features * layer.weight.itemsize for layer in layers.values()) > limit:
-        return False
-    for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, DenseCodes(layer))
-    return True
-
-
-def half_of(device: torch.device, limit: int | None) -> int:
-    """Bytes that unfolded layers may take."""
-    return (available(device) if limit is None else limit) // 2
+    if sum(layer.out_features * layer.in_features * layer.weight.itemsize for layer in layers.values()) <= limit:
+        for name, layer in layers.items():
+            put(model, name, DenseCodes(layer))

@@ -16,6 +16,7 @@ from ..checkpoint.output import STATES, check_space
 from ..checkpoint.reader import TORCH_DTYPES
 from ..checkpoint.report import Report
 from ..checkpoint.workfolder import WorkFolder
+from ..compression.assembly import keeps_no_cache
 from ..compression.estimate import estimate
 from ..compression.fingerprint import fingerprint
 from ..compression.plan import Job
@@ -24,11 +25,12 @@ from ..errors import UsageError
 from ..finetuning.states import disk_errors
 from ..linalg.precision import fast_float32
 from ..load import load
+from ..models.device import available
 from ..models.names import NameMap
 from ..models.skeleton import empty_model
 from ..progress import Progress
 from ..text.sample import account, held_out
-from .layers import half_of, unfold
+from .layers import unfold
 from .result import write_refined
 from .teacher import find_teacher
 from .training import Look, Moving, Refined, Training
@@ -54,20 +56,20 @@ class RefinedModel:
 
 
 def run_model(
-    job: Job, how: ModelRefinement, *, resume: str = "auto", overwrite: bool = False, progress: Progress | None = None
+    job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Progress | None = None
 ) -> RefinedModel:
-    """Train the compressed checkpoint of `job` towards the dense model's predictions; what is coded stays as it is.
+    """Train the compressed checkpoint that `job` starts from as it says; what is coded stays as it is.
 
     The best of all states that were measured on held-out windows is written, be it the first. Raises as `compress`.
     """
     begun = time.monotonic()
-    mark = fingerprint(job) | {"refinement": asdict(how)}
+    mark = fingerprint(job)
     with WorkFolder(job.output, mark, resume=resume, overwrite=overwrite, reads=job.reads) as work:
         if work.finished:
             report = read_report(job.output)
             assert report is not None, "a result that is whole has one"
         else:
-            report = train_into(work, job, how, digest(mark), progress or Progress())
+            report = train_into(work, job, digest(mark), progress or Progress())
             work.publish()
     done, seconds = report.refinement, time.monotonic() - begun
     looks = tuple(Look(*line) for line in done["looks"])
@@ -77,14 +79,12 @@ def run_model(
     )
 
 
-def train_into(work: WorkFolder, job: Job, how: ModelRefinement, mark: str, told: Progress) -> Report:
+def train_into(work: WorkFolder, job: Job, mark: str, told: Progress) -> Report:
     """What is to be published of `run_model`, in the work folder of a run with this fingerprint."""
+    how, windows = job.towards, job.windows
     assert job.start is not None
-    windows = job.windows
-    if windows is None:
-        raise UsageError(
-            "A whole model is trained on text that people wrote: give a file or a dataset to --calibration."
-        )
+    assert how is not None
+    assert windows is not None, "a request that is to train has text"
     names, specs = _disk_names(job), layer_specs(job.start)
     if set(how.train) == {"lowrank"} and not any(spec.rank for spec in specs.values()):
         raise UsageError(f"{job.start.address} has no U and V that --train lowrank could move.")
@@ -114,10 +114,8 @@ def _student(job: Job) -> Any:
     options = {"trust_remote_code": True} if job.trust_remote_code else {}
     model, _ = load(job.start.folder, dtype=torch.float32, **options)
     model.requires_grad_(False).to(job.device)
-    unfold(model, half_of(job.device, job.memory_limit))
-    for module in model.modules():
-        if hasattr(module, "config"):
-            module.config.use_cache = False
+    unfold(model, (available(job.device) if job.memory_limit is None else job.memory_limit) // 2)
+    keeps_no_cache(model)
     return model
 
 

@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..calibration.activations import Activations, trim
+from ..calibration.activations import trim
 from ..checkpoint.output import STATES
 from ..checkpoint.workfolder import WorkFolder
-from ..compression.assembly import calibration_model
+from ..compression.assembly import activations_of, calibration_model, parameters_by_block, run_calls
 from ..compression.plan import Job
 from ..errors import UsageError
 from ..linalg.precision import fast_float32
-from ..models.blocks import Relay, block_of, changed, run_block
-from ..models.device import available, memory_errors
+from ..models.blocks import Relay
+from ..models.device import memory_errors
 from ..models.head import require_head
 from ..progress import Progress
 from ..text.windows import Windows
@@ -52,17 +52,12 @@ def find_teacher(job: Job, windows: Windows, work: WorkFolder, told: Progress, f
 def _asked(job: Job, windows: Windows, folder: Path, told: Progress, fixed_bytes: int) -> dict[str, Tensor]:
     assert job.calibration is not None
     assembly = calibration_model(job)
-    model, blocks = assembly.model, list(job.blocks)
+    model = assembly.model
     head: Any = require_head(model)
-    inside = (*blocks, *job.route.unreached)
-    assembly.load([name for name, _ in model.named_parameters() if block_of(name, inside) is None])
-    parameters: dict[str, list[str]] = {block: [] for block in blocks}
-    for name, _ in model.named_parameters():
-        if (block := block_of(name, blocks)) is not None:
-            parameters[block].append(name)
+    parameters, outside = parameters_by_block(model, job.route)
+    assembly.load(outside)
     batches = windows.batches(job.calibration.batch, job.device)
-    limit = job.memory_limit if job.memory_limit is not None else available(job.device) * 3 // 4
-    activations = Activations(folder, max(0, limit - fixed_bytes))
+    activations = activations_of(job, folder, fixed_bytes)
     remedy = "Lower --calibration-tokens or --calibration-length, or set --memory-limit."
     found: list[Tensor] = []
 
@@ -70,13 +65,11 @@ def _asked(job: Job, windows: Windows, folder: Path, told: Progress, fixed_bytes
         found.append(states.float().cpu())
         return states[..., :1]  # in the place of logits, which are not needed
 
-    with memory_errors(remedy), fast_float32(), torch.no_grad(), Relay(model, blocks, batches) as relay:
+    with memory_errors(remedy), fast_float32(), torch.no_grad(), Relay(model, list(parameters), batches) as relay:
         for number, (name, calls) in enumerate(relay):
-            told.phase(f"the dense model: block {number + 1} of {len(blocks)}")
+            told.phase(f"the dense model: block {number + 1} of {len(parameters)}")
             assembly.load(parameters[name])
-            for call in calls:
-                call.output = changed(run_block(model.get_submodule(name), call), activations.keep)
-                activations.release()
+            run_calls(model.get_submodule(name), calls, activations)
             assembly.drop(parameters[name])
             trim()
         head.forward = hear  # hides the class's own method

@@ -48,9 +48,12 @@ class Moving:
         parameter.requires_grad_()
         return cls(parameter, kept, start, scale, torch.zeros_like(start))
 
+    def exact(self) -> Tensor:
+        return self.start + self.scale * self.s
+
     def value(self) -> Tensor:
         """What is stored now."""
-        return (self.start + self.scale * self.s).to(self.kept)
+        return self.exact().to(self.kept)
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,9 @@ class Training:
         batch: int,
         device: torch.device,
         told: Progress | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model, self.teacher, self.windows, self.moving, self.how = model, teacher, windows, moving, how
-        self._device, self._batch, self._told, self._clock = device, batch, told or Progress(), clock
+        self._device, self._batch, self._told = device, batch, told or Progress()
         self._unseen = list(held_out)
         self._seen = [k for k in range(len(windows.ids)) if k not in set(held_out)]
         self._head = Head(model, self._inputs(self._seen[:1]))
@@ -112,13 +114,13 @@ class Training:
         """
         if state is not None and state.is_file():
             self._resume(state)
-        self._begun = self._clock() - self._before
+        self._begun = time.monotonic() - self._before
         if not self._looks:
             self._look(state)
         last, percent = 0.0, int(100 * self._progress(0))
         self._told.start("percent", 100, percent)
         while (progress := self._progress(last)) < 1:
-            begun = self._clock()
+            begun = time.monotonic()
             lost = self._one(progress)
             if not math.isfinite(lost):
                 self._told.warn(
@@ -126,7 +128,7 @@ class Training:
                     f"kept. A lower --refine-lr than {self.how.lr:g} may go further."
                 )
                 break
-            last = self._clock() - begun
+            last = time.monotonic() - begun
             self._told.phase(f"step {self._step}, {lost:.3f} nats from the dense model")
             done = self._progress(last)
             self._told.advance("percent", int(100 * done) - percent)
@@ -147,7 +149,7 @@ class Training:
         if self.how.steps is not None:
             found = self._step / self.how.steps
         if self.how.seconds is not None:
-            elapsed = self._clock() - self._begun
+            elapsed = time.monotonic() - self._begun
             found = max(found, 1.0 if elapsed + last > self.how.seconds else elapsed / self.how.seconds)
         return found
 
@@ -174,7 +176,7 @@ class Training:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()
-        self._set(lambda one: one.start + one.scale * one.s)
+        self._set(Moving.exact)
         self._step += 1
         return total / tokens
 
@@ -202,7 +204,7 @@ class Training:
 
     def _look(self, state: Path | None) -> None:
         """Measure what would be stored now, and keep it if it is the best."""
-        self._set(lambda one: one.value())
+        self._set(Moving.value)
         measured = self._measure()
         if not math.isfinite(measured):
             if not self._looks:
@@ -211,10 +213,10 @@ class Training:
         when = f"After {self._step} steps" if self._step else "At first"
         where = "held-out text" if self._unseen else "the text that it is trained on"
         self._told.tell(f"{when}: {measured:.4f} nats a token from the dense model on {where}")
-        self._looks.append(Look(self._step, self._clock() - self._begun, measured))
+        self._looks.append(Look(self._step, time.monotonic() - self._begun, measured))
         if measured <= min(look.divergence for look in self._looks):
             self._best = {name: one.value().clone() for name, one in self.moving.items()}
-        self._set(lambda one: one.start + one.scale * one.s)
+        self._set(Moving.exact)
         if state is not None:
             self._save(state)
 
@@ -255,7 +257,7 @@ class Training:
             held = {key: found[f"{name}:{key}"].to("cpu" if key == "step" else one.s.device) for key in keys}
             if held:
                 self._optimizer.state[one.s] = held
-        self._set(lambda one: one.start + one.scale * one.s)
+        self._set(Moving.exact)
 
 
 def _parts(numbers: Sequence[int], size: int) -> Iterator[list[int]]:

@@ -84,10 +84,9 @@ def test_nearer_to_the_dense_model_with_the_same_codes(
 def test_the_first_look_is_the_divergence_of_what_was_given(
     small: Path, dense: Path, text: Calibration, tmp_path: Path
 ) -> None:
-    job, how = prepare_refinement(small, tmp_path / "out", calibration=text, against=dense, refinement=HOW)
-    assert how is not None
+    job = prepare_refinement(small, tmp_path / "out", calibration=text, against=dense, refinement=HOW)
     assert job.windows is not None
-    result = run_model(job, how)
+    result = run_model(job)
     from losparse_cli.text.sample import held_out
 
     ids = job.windows.take(held_out(job.windows)).ids
@@ -193,7 +192,6 @@ def test_training_ends_before_its_time_is_up(small: Path, dense: Path, text: Cal
 
     monkeypatch.setattr(torch.optim.Adam, "step", step)
     monkeypatch.setattr(training.time, "monotonic", ticking(1.0))
-    monkeypatch.setitem(Training.__init__.__kwdefaults__, "clock", training.time.monotonic)
     result = refined(small, tmp_path / "out", dense, text, ModelRefinement(minutes=2, lr=1e-3, tokens=64))
     assert 10 < result.steps < 60
     assert result.looks[-1].seconds <= 125
@@ -378,8 +376,8 @@ def test_options_that_do_not_go_together(small: Path, dense: Path, text: Calibra
         make_refinement("blocks", minutes=3)
     with pytest.raises(UsageError, match="whole numbers in S"):
         refine(small, calibration=text, against=dense, refinement=make_refinement("blocks"))
-    _, how = prepare_refinement(small, calibration=text, against=dense, refinement=make_refinement(steps=7))
-    assert how == ModelRefinement(steps=7)
+    job = prepare_refinement(small, calibration=text, against=dense, refinement=make_refinement(steps=7))
+    assert job.towards == ModelRefinement(steps=7)
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def refine(
     out = c.Console(json=json, quiet=quiet)
     c.calm_libraries()
     with out.status(f"Reading {source}"):
-        job, towards = prepare_refinement(
+        job = prepare_refinement(
             source,
             output,
             calibration=text,
@@ -93,12 +93,12 @@ def refine(
             max_shard_size=max_shard_size,
             memory_limit=memory_limit,
         )
-    if towards is None:
+    if job.towards is None:
         with c.interruptible(), c.LayerProgress(out) as layers:
             result = run(job, resume=resume, overwrite=overwrite, progress=layers)
         s.show_result(out, result)
     else:
         with c.interruptible(), RefinementProgress(out) as progress:
-            refined = run_model(job, towards, resume=resume, overwrite=overwrite, progress=progress)
+            refined = run_model(job, resume=resume, overwrite=overwrite, progress=progress)
         s.show_refined(out, refined)
     out.flush()
