@@ -22,7 +22,7 @@ from losparse_cli.checkpoint.output import ALLOCATION
 from losparse_cli.checkpoint.workfolder import WorkFolder
 from losparse_cli.checkpoint.writer import ShardWriter
 from losparse_cli.compress import Result, compress, plan, run
-from losparse_cli.compression import allocation, block, calibrated, decisions
+from losparse_cli.compression import allocation, assembly, block, calibrated, decisions
 from losparse_cli.compression.assembly import Assembly
 from losparse_cli.compression.estimate import estimate
 from losparse_cli.compression.plan import Job
@@ -189,14 +189,14 @@ def test_the_result_is_sound_loads_and_is_the_same_when_activations_are_in_files
     assert tokenizer is not None
     assert far(first.output, source, held_out(text)) < 1
     assert all(layer.output_errors for layer in first.report.layers)  # every layer was reached by the text
-    kept: list[calibrated.Activations] = []
+    kept: list[assembly.Activations] = []
 
-    class Watched(calibrated.Activations):
+    class Watched(assembly.Activations):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             kept.append(self)
 
-    monkeypatch.setattr(calibrated, "Activations", Watched)
+    monkeypatch.setattr(assembly, "Activations", Watched)
     second = compress(source, tmp_path / "b" / "out", RECIPE, calibration=asked, memory_limit="1MB")
     assert kept[0].spilled > 0
     assert toys.digests(second.output) == toys.digests(first.output)
