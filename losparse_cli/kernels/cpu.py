@@ -9,11 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..shim.layouts import column_factors
 from ..shim.packed import bits_of, packed_bytes, rest_of
 from .native import Layer, Library, library
 
 DTYPES = {torch.bfloat16: 0, torch.float32: 1}
 """What sparse.c computes in, by its number; it can expand any dtype of 2 or 4 bytes."""
+WHOLE = 2
+"""Codes as they are, by its number in codes.h."""
 TILE_ENTRIES = 1 << 22
 """Entries of S that are dense at a time: 8 MiB in bfloat16, which stay in the last cache."""
 SERIAL_ENTRIES = 1 << 21
@@ -124,25 +127,33 @@ def digits_of(layer: Layer) -> int:
 
 
 def tile_of_codes(
-    code: Library, layer: Layer, x: Tensor, U: Tensor | None, V: Tensor | None, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor | None:
-    """Some rows of S dense at a time, in the dtype that this processor multiplies fastest."""
-    y = low_rank(x, U, V, bias, layer.m)
-    wide = x.to(dtype)
+    code: Library, layer: Layer, x: Tensor, values: Tensor, starts: Tensor, U: Tensor | None, V: Tensor | None,
+    bias: Tensor | None, dtype: torch.dtype,
+) -> Tensor | None:  # fmt: skip
+    """Some rows of codes dense at a time, in the dtype that this processor multiplies fastest; factors beside them."""
+    alone = U is None and bias is None
+    y = x.new_empty(x.shape[0], layer.m) if alone else low_rank(x, U, V, bias, layer.m)
+    wide = (x * column_factors(starts)).to(dtype)
     step = max(1, TILE_ENTRIES // layer.n)
     scratch = wide.new_empty(min(step, layer.m), layer.n)
     for begin in range(0, layer.m, step):
         end = min(begin + step, layer.m)
-        if rows_of_codes(code, layer, None, begin, scratch[: end - begin]) is None:
+        if rows_of_codes(code, layer, None, begin, scratch[: end - begin], scaled=False) is None:
             return None
-        y[:, begin:end] += F.linear(wide, scratch[: end - begin])
+        part, into = F.linear(wide, scratch[: end - begin]), y[:, begin:end]
+        if alone:
+            torch.mul(part, values[begin:end], out=into)
+        else:
+            into.addcmul_(part.to(y.dtype), values[begin:end])
     return y
 
 
-def rows_of_codes(code: Library, layer: Layer, rows: Tensor | None, first: int, out: Tensor) -> Tensor | None:
-    """Rows of S, by their numbers or from `first` on, into `out`; codes where that is int32."""
+def rows_of_codes(
+    code: Library, layer: Layer, rows: Tensor | None, first: int, out: Tensor, *, scaled: bool = True
+) -> Tensor | None:
+    """Rows of S, by their numbers or from `first` on, into `out`; codes where that is int32, or not `scaled`."""
     failed = code.rows_of_codes(
-        layer, None if rows is None else rows.data_ptr(), first, out.shape[0], DTYPES.get(out.dtype, -1),
+        layer, None if rows is None else rows.data_ptr(), first, out.shape[0], DTYPES.get(out.dtype, WHOLE), scaled,
         out.data_ptr(), 1 if out.numel() < SERIAL_ENTRIES // 16 else torch.get_num_threads(), code.level,
     )  # fmt: skip
     return None if failed else out
@@ -167,9 +178,8 @@ def packed(code: Library, codes: Tensor, bits: int, rest: int) -> Tensor | None:
 def unpacked(code: Library, index: Tensor, shape: tuple[int, int], bits: int) -> Tensor | None:
     """Its codes again, int32."""
     m, n = shape
-    unused = torch.zeros(n, dtype=torch.uint8)
     rest = rest_of(index, shape, bits)
-    layer = Layer(index=index.data_ptr(), starts=unused.data_ptr(), m=m, n=n, bits=bits, rest=rest)
+    layer = Layer(index=index.data_ptr(), m=m, n=n, bits=bits, rest=rest)
     return rows_of_codes(code, layer, None, 0, torch.empty(m, n, dtype=torch.int32))
 
 

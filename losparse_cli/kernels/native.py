@@ -103,7 +103,7 @@ class Library:
             "coded": (layer, pointer, pointer, long, whole, whole, whole),
             "code_bits": (pointer, long, whole, pointer, whole),
             "pack_codes": (layer, pointer, whole, whole, whole),
-            "rows_of_codes": (layer, pointer, long, long, whole, pointer, whole, whole),
+            "rows_of_codes": (layer, pointer, long, long, whole, whole, pointer, whole, whole),
             "step": (pointer, long, pointer),
         }.items():
             function = getattr(handle, f"losparse_{name}")

@@ -186,9 +186,9 @@ static int codes(int64_t m, int64_t n, int64_t rank, int bits, int64_t rows, int
     for (int b = bits + 1; b <= 8; b++) counts[0] += counts[b];
     bad |= counts[0] != rest;
     bad |= losparse_pack_codes(&layer, q, 2, 2, level);
-    bad |= losparse_rows_of_codes(&layer, NULL, 0, m, -1, again, 2, level);
-    bad |= losparse_rows_of_codes(&layer, NULL, 0, m, FLOAT32, S, 2, level);
-    bad |= losparse_rows_of_codes(&layer, (const int64_t[]){m - 1}, 0, 1, BFLOAT16, half_of_S, 2, level);
+    bad |= losparse_rows_of_codes(&layer, NULL, 0, m, WHOLE, 1, again, 2, level);
+    bad |= losparse_rows_of_codes(&layer, NULL, 0, m, FLOAT32, 1, S, 2, level);
+    bad |= losparse_rows_of_codes(&layer, (const int64_t[]){m - 1}, 0, 1, BFLOAT16, 1, half_of_S, 2, level);
     double *whole = exact(rows * m * sizeof *whole), *inner = inner_products(V, x, rank, rows, n, dtype);
     for (int64_t t = 0; t < rows; t++)
         for (int64_t i = 0; i < m; i++) {

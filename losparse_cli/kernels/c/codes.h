@@ -14,6 +14,7 @@ typedef struct {
     int digits;
     float *factors; /* (n,) of columns */
     float *z;       /* (rows, lines * LINE): x times the factors of columns; for what does not fit into `bits` */
+    float *z_columns; /* the same of several rows, (rows / ROWS_AT_ONCE, lines * LINE, ROWS_AT_ONCE) */
     int8_t *x;      /* (rows, lines, digits, LINE) */
     float *scales;  /* (rows,): of one in the lowest digit */
     int32_t *sums;  /* (rows, digits): of all digits */
@@ -149,40 +150,77 @@ INLINE int into_digits(const Layer *layer, const void *x, const Whole *w, int64_
 DIGITS(digits_plain, )
 #if defined(__x86_64__)
 DIGITS(digits_avx2, AVX2)
+DIGITS(digits_avx512, AVX512)
 #endif
 
-/* y[k] for the rows of a strip, from the products of its digits with u: (digits, STRIP). */
-INLINE void put_strip(const Layer *layer, const Whole *w, const float *t, void *y, int64_t k, int64_t strip,
-                      const int32_t *products, int dtype) {
-    const int64_t i0 = strip * STRIP, count = layer->m - i0 < STRIP ? layer->m - i0 : STRIP;
-    const int32_t offset = 1 << (layer->bits - 1);
-    float line[STRIP] = {0};
-    for (int d = w->digits - 1; d >= 0; d--) {
-        const int32_t more = offset * w->sums[k * w->digits + d];
-        for (int r = 0; r < STRIP; r++) line[r] = line[r] * UNIT + (float)(products[d * STRIP + r] - more);
-    }
-    for (int r = 0; r < STRIP; r++) line[r] *= w->scales[k];
-    if (layer->rest) {
-        const int32_t *starts = rest_of(layer), *columns = starts + layer->m + 1, *values = columns + layer->rest;
-        const float *z = w->z + k * w->lines * LINE;
-        for (int64_t r = 0; r < count; r++)
-            for (int32_t e = starts[i0 + r]; e < starts[i0 + r + 1]; e++) line[r] += (float)values[e] * z[columns[e]];
-    }
-    for (int64_t r = 0; r < count; r++) line[r] *= get(layer->values, i0 + r, dtype);
-    if (layer->rank || layer->bias)
-        for (int64_t r = 0; r < count; r++) line[r] += low_rank(layer, i0 + r, t + k * padded_rank(layer), dtype);
-    put_line(y, k * layer->m + i0, line, count, dtype);
+/* z_columns of one tile of rows. */
+static void turn_tile(const Whole *w, int64_t tile) {
+    const int64_t width = w->lines * LINE, k0 = tile * ROWS_AT_ONCE;
+    float *to = w->z_columns + k0 * width;
+    for (int64_t k = 0; k < ROWS_AT_ONCE; k++)
+        for (int64_t j = 0; j < width; j++) to[j * ROWS_AT_ONCE + k] = k0 + k < w->rows ? w->z[(k0 + k) * width + j] : 0;
 }
 
+/* What the rest of a strip adds for rows k0 to k1 of x, a tile at most: (k1 - k0, STRIP). */
+INLINE void rest_of_strip(const Layer *layer, const Whole *w, int64_t k0, int64_t k1, int64_t strip, float *more) {
+    const int64_t i0 = strip * STRIP, count = layer->m - i0 < STRIP ? layer->m - i0 : STRIP, width = w->lines * LINE;
+    const int32_t *starts = rest_of(layer), *columns = starts + layer->m + 1, *values = columns + layer->rest;
+    memset(more, 0, (k1 - k0) * STRIP * sizeof *more);
+    for (int64_t r = 0; r < count; r++) {
+        if (w->rows == 1) {
+            for (int32_t e = starts[i0 + r]; e < starts[i0 + r + 1]; e++) more[r] += (float)values[e] * w->z[columns[e]];
+            continue;
+        }
+        vec8 low = {0}, high = {0};
+        for (int32_t e = starts[i0 + r]; e < starts[i0 + r + 1]; e++) {
+            const float *z = w->z_columns + k0 * width + (int64_t)columns[e] * ROWS_AT_ONCE;
+            low += (float)values[e] * load8(z, 0, FLOAT32), high += (float)values[e] * load8(z, 8, FLOAT32);
+        }
+        for (int64_t k = 0; k < k1 - k0; k++) more[k * STRIP + r] = k < 8 ? low[k % 8] : high[k % 8];
+    }
+}
+
+/* y[k] for the rows of a strip, from the products of its digits with u: (digits, STRIP), and what its rest adds. */
+INLINE void put_strip(const Layer *layer, const Whole *w, const float *t, void *y, int64_t k, int64_t strip,
+                      const int32_t *products, const float *rest, int dtype) {
+    const int64_t i0 = strip * STRIP, count = layer->m - i0 < STRIP ? layer->m - i0 : STRIP;
+    const int32_t offset = 1 << (layer->bits - 1);
+    vec8 line = {0}, factors = {0}, more = {0};
+    for (int d = w->digits - 1; d >= 0; d--) {
+        whole8 product;
+        memcpy(&product, products + d * STRIP, sizeof product);
+        product -= offset * w->sums[k * w->digits + d];
+        line = line * (float)UNIT + __builtin_convertvector(product, vec8);
+    }
+    line *= w->scales[k];
+    if (layer->rest) line += load8(rest, 0, FLOAT32);
+    if (count == STRIP) factors = load8(layer->values, i0, dtype);
+    else
+        for (int64_t r = 0; r < count; r++) factors[r] = get(layer->values, i0 + r, dtype);
+    if (layer->rank || layer->bias)
+        for (int64_t r = 0; r < count; r++) more[r] = low_rank(layer, i0 + r, t + k * padded_rank(layer), dtype);
+    line = line * factors + more;
+    if (count == STRIP) put_eight(y, k * layer->m + i0, line, dtype);
+    else
+        for (int64_t r = 0; r < count; r++) put(y, k * layer->m + i0 + r, line[r], dtype);
+}
+
+/* y[k0] to y[k1] for the rows of a strip, from its sums (k1 - k0, digits, STRIP). */
 #define PUT(NAME, TARGET)                                                                                             \
-    TARGET static void NAME(const Layer *layer, const Whole *w, const float *t, void *y, int64_t k, int64_t strip,    \
-                            const int32_t *products) {                                                                \
-        if (layer->dtype == BFLOAT16) put_strip(layer, w, t, y, k, strip, products, BFLOAT16);                        \
-        else put_strip(layer, w, t, y, k, strip, products, FLOAT32);                                                  \
+    TARGET static void NAME(const Layer *layer, const Whole *w, const float *t, void *y, int64_t k0, int64_t k1,      \
+                            int64_t strip, const int32_t *sums) {                                                     \
+        float rest[ROWS_AT_ONCE * STRIP];                                                                             \
+        if (layer->rest) rest_of_strip(layer, w, k0, k1, strip, rest);                                                \
+        for (int64_t k = k0; k < k1; k++, sums += w->digits * STRIP) {                                                \
+            const float *more = rest + (k - k0) * STRIP;                                                              \
+            if (layer->dtype == BFLOAT16) put_strip(layer, w, t, y, k, strip, sums, more, BFLOAT16);                  \
+            else put_strip(layer, w, t, y, k, strip, sums, more, FLOAT32);                                            \
+        }                                                                                                             \
     }
 PUT(put_plain, )
 #if defined(__x86_64__)
 PUT(put_avx2, AVX2)
+PUT(put_avx512, AVX512)
 #endif
 
 /* --- one strip: sums (k, digits, STRIP) over u times each digit ----------------------------------------------------- */
@@ -350,11 +388,15 @@ AVX2 INLINE void strip_avx2(const Layer *layer, const Whole *w, int64_t k0, int6
 STRIP_OF(2) STRIP_OF(3) STRIP_OF(4) STRIP_OF(5) STRIP_OF(6) STRIP_OF(7) STRIP_OF(8)
 #endif
 
+#include "codes_vnni.h"
+
 typedef void Strip(const Layer *, const Whole *, int64_t, int64_t, int64_t, int32_t *);
 
 static Strip *strip_way(const Layer *layer, int level) {
 #if defined(__x86_64__)
     static Strip *const avx2[] = {strip_avx2_2, strip_avx2_3, strip_avx2_4, strip_avx2_5, strip_avx2_6, strip_avx2_7, strip_avx2_8};
+    static Strip *const vnni[] = {strip_vnni_2, strip_vnni_3, strip_vnni_4, strip_vnni_5, strip_vnni_6, strip_vnni_7, strip_vnni_8};
+    if (level >= LEVEL_AVX512) return vnni[layer->bits - 2];
     if (level >= LEVEL_AVX2) return avx2[layer->bits - 2];
 #endif
     (void)layer, (void)level;
@@ -379,23 +421,26 @@ static int coded_together(const Layer *const *layers, void *const *y, int count,
     const int64_t n = layers[0]->n, lines = lines_of(layers[0]), width = lines * LINE;
     const int64_t tiles = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, step = rows > ROWS_AT_ONCE ? 16 : 4;
     int (*into)(const Layer *, const void *, const Whole *, int64_t) = digits_plain;
-    void (*put_them)(const Layer *, const Whole *, const float *, void *, int64_t, int64_t, const int32_t *) = put_plain;
+    void (*put_them)(const Layer *, const Whole *, const float *, void *, int64_t, int64_t, int64_t, const int32_t *) = put_plain;
 #if defined(__x86_64__)
-    if (level >= LEVEL_AVX2) into = digits_avx2, put_them = put_avx2;
+    if (level >= LEVEL_AVX512) into = digits_avx512, put_them = put_avx512;
+    else if (level >= LEVEL_AVX2) into = digits_avx2, put_them = put_avx2;
 #endif
     Coded parts[TOGETHER];
     char *memory[TOGETHER] = {NULL};
     int64_t chunks[TOGETHER + 1] = {0}; /* where those of each layer begin */
-    int wrong = 0, failed = 0;
+    int wrong = 0, failed = 0, with_rest = 0;
+    for (int l = 0; l < count; l++) with_rest |= layers[l]->rest > 0;
     for (int l = 0; l < count; l++) {
         const Layer *layer = layers[l];
         Coded *part = parts + l;
         const int shared = l > 0 && memcmp(layer->starts, layers[l - 1]->starts, n) == 0;
         const int64_t own = !shared;
         const int64_t sizes[] = {own * width * 4, own * rows * width * 4, own * rows * width * digits, own * rows * 4,
-                                 own * rows * digits * 4, (rows * padded_rank(layer) + 1) * 4};
-        int64_t total = 0, from[6];
-        for (int k = 0; k < 6; k++) from[k] = total, total += (sizes[k] + 63) / 64 * 64;
+                                 own * rows * digits * 4, (rows * padded_rank(layer) + 1) * 4,
+                                 own * with_rest * (rows > 1) * tiles * ROWS_AT_ONCE * width * 4};
+        int64_t total = 0, from[7];
+        for (int k = 0; k < 7; k++) from[k] = total, total += (sizes[k] + 63) / 64 * 64;
         char *at = memory[l] = aligned_alloc(64, total);
         if (at == NULL) {
             failed = 1;
@@ -403,8 +448,8 @@ static int coded_together(const Layer *const *layers, void *const *y, int count,
         }
         part->layer = layer, part->shared = shared, part->t = memset(at + from[5], 0, sizes[5]);
         part->w = shared ? part[-1].w
-                         : (Whole){rows, lines, digits, (float *)at, (float *)(at + from[1]), (int8_t *)at + from[2],
-                                   (float *)(at + from[3]), (int32_t *)(at + from[4])};
+                         : (Whole){rows, lines, digits, (float *)at, (float *)(at + from[1]), (float *)(at + from[6]),
+                                   (int8_t *)at + from[2], (float *)(at + from[3]), (int32_t *)(at + from[4])};
         const uint8_t *exponents = (const uint8_t *)layer->starts;
         for (int64_t j = 0; j < n && !shared; j++) part->w.factors[j] = column_factor(exponents[j]);
         chunks[l + 1] = chunks[l] + ((layer->m + STRIP - 1) / STRIP + step - 1) / step;
@@ -422,6 +467,11 @@ static int coded_together(const Layer *const *layers, void *const *y, int count,
             for (int64_t r = 0; r < part->layer->rank; r++) project(part->layer, x, part->t, rows, r, level);
         }
 #pragma omp barrier
+        for (int l = 0; l < count && rows > 1; l++)
+            if (!parts[l].shared && with_rest) {
+#pragma omp for schedule(static)
+                for (int64_t tile = 0; tile < tiles; tile++) turn_tile(&parts[l].w, tile);
+            }
         int32_t sums[ROWS_AT_ONCE * STRIP * MOST_DIGITS];
 #pragma omp for schedule(dynamic)
         for (int64_t chunk = 0; chunk < chunks[count]; chunk++) {
@@ -436,8 +486,7 @@ static int coded_together(const Layer *const *layers, void *const *y, int count,
                 const int64_t k0 = tile * ROWS_AT_ONCE, k1 = k0 + ROWS_AT_ONCE < rows ? k0 + ROWS_AT_ONCE : rows;
                 for (int64_t strip = first; strip < last; strip++) {
                     way(layer, &part->w, k0, k1, strip, sums);
-                    for (int64_t k = k0; k < k1; k++)
-                        put_them(layer, &part->w, part->t, y[l], k, strip, sums + (k - k0) * digits * STRIP);
+                    put_them(layer, &part->w, part->t, y[l], k0, k1, strip, sums);
                 }
             }
         }
@@ -571,117 +620,106 @@ int losparse_pack_codes(const Layer *layer, const void *codes, int width, int th
     return 0;
 }
 
-/* The codes of row i. */
-static void codes_of_row(const Layer *layer, int64_t i, int32_t *row) {
-    const uint8_t *p = strip_of(layer, i / STRIP);
+/* --- rows of codes -------------------------------------------------------------------------------------- */
+
+enum { WHOLE = 2 }; /* beside BFLOAT16 and FLOAT32: codes as int32 */
+
+/* u of a line of row t, which is not known beforehand. */
+INLINE void line_of_row(const uint8_t *p, int bits, int t, uint8_t u[LINE]) {
+    int low = 0;
+    if (bits == 8) {
+        memcpy(u, p + t * LINE, LINE);
+        return;
+    }
+    memset(u, 0, LINE);
+    for (int part = 4; part; part /= 2) {
+        if (!(bits & part)) continue;
+        const uint8_t *line = p + t * part / 8 * LINE;
+        const int by = t * part % 8, mask = (1 << part) - 1;
+        for (int l = 0; l < LINE; l++) u[l] |= (uint8_t)((line[l] >> by & mask) << low);
+        p += part * LINE, low += part;
+    }
+}
+
+/* out[j..j + count] = q, times factors a where there are such, rounded as in shim/operator.py. */
+INLINE void put_numbers(void *out, int64_t j, const int32_t *q, int count, const float *factors, float a, int kind) {
+    float line[LINE];
+    if (kind == WHOLE) {
+        memcpy((int32_t *)out + j, q, count * sizeof *q);
+        return;
+    }
+    for (int l = 0; l < count; l++) line[l] = factors ? (float)q[l] * factors[j + l] * a : (float)q[l];
+    if (kind == FLOAT32) {
+        memcpy((float *)out + j, line, count * sizeof *line);
+    } else if (factors || count < LINE) {
+        put_line(out, j, line, count, BFLOAT16);
+    } else { /* codes of at most 8 bits are exact, and so cut, which is quicker */
+        uint16_t cut[LINE];
+        for (int l = 0; l < LINE; l++) {
+            uint32_t word;
+            memcpy(&word, line + l, 4);
+            cut[l] = (uint16_t)(word >> 16);
+        }
+        memcpy((uint16_t *)out + j, cut, sizeof cut);
+    }
+}
+
+/* Row i from column `from` on, at the beginning of a line. */
+INLINE void row_of_codes(const Layer *layer, int64_t i, int64_t from, const float *factors, void *out, int kind) {
+    const uint8_t *p = strip_of(layer, i / STRIP) + from * layer->bits;
     const int bits = (int)layer->bits, t = (int)(i % STRIP), offset = 1 << (bits - 1);
-    for (int64_t j0 = 0; j0 < layer->n; j0 += LINE, p += LINE * bits) {
-        const int64_t some = layer->n - j0 < LINE ? layer->n - j0 : LINE;
-        for (int64_t l = 0; l < some; l++) row[j0 + l] = code_at(p, bits, t, (int)l) - offset;
+    const float a = factors ? get(layer->values, i, layer->dtype) : 1;
+    for (int64_t j = from; j < layer->n; j += LINE, p += LINE * bits) {
+        uint8_t u[LINE];
+        int32_t q[LINE];
+        line_of_row(p, bits, t, u);
+        for (int l = 0; l < LINE; l++) q[l] = u[l] - offset;
+        if (j + LINE <= layer->n) put_numbers(out, j, q, LINE, factors, a, kind);
+        else put_numbers(out, j, q, (int)(layer->n - j), factors, a, kind);
     }
     if (!layer->rest) return;
     const int32_t *starts = rest_of(layer), *columns = starts + layer->m + 1, *values = columns + layer->rest;
-    for (int32_t r = starts[i]; r < starts[i + 1]; r++) row[columns[r]] += values[r];
+    for (int32_t r = starts[i]; r < starts[i + 1]; r++) { /* what was clipped stands at one end of the range */
+        const int32_t q = values[r] + (values[r] < 0 ? -offset : offset - 1);
+        put_numbers(out, columns[r], &q, 1, factors, a, kind);
+    }
 }
 
+typedef void Row(const Layer *, int64_t, const float *, void *, int);
+#define ROW(NAME, TARGET, BEFORE)                                                                                     \
+    TARGET static void NAME(const Layer *layer, int64_t i, const float *factors, void *out, int kind) {               \
+        if (kind == WHOLE) row_of_codes(layer, i, 0, NULL, out, WHOLE);                                               \
+        else if (kind == BFLOAT16 && factors) row_of_codes(layer, i, 0, factors, out, BFLOAT16);                      \
+        else if (kind == BFLOAT16) row_of_codes(layer, i, BEFORE, NULL, out, BFLOAT16);                               \
+        else if (factors) row_of_codes(layer, i, 0, factors, out, FLOAT32);                                           \
+        else row_of_codes(layer, i, 0, NULL, out, FLOAT32);                                                           \
+    }
+ROW(row_plain, , 0)
 #if defined(__x86_64__)
-/* `code_line` of a row that is not known beforehand; of 8 bits whole. */
-AVX2 INLINE __m256i any_line(const uint8_t *p, int bits, int t) {
-    const __m256i *lines = (const __m256i *)p;
-    __m256i u = _mm256_setzero_si256();
-    int low = 0;
-    if (bits == 8) return _mm256_loadu_si256(lines + t);
-    UNROLL for (int part = 4; part; part /= 2) {
-        if (!(bits & part)) continue;
-        const __m256i line = _mm256_loadu_si256(lines + t * part / 8);
-        const __m256i moved = _mm256_srl_epi16(line, _mm_cvtsi32_si128(t * part % 8));
-        const __m256i cut = _mm256_and_si256(moved, _mm256_set1_epi8((char)((1 << part) - 1)));
-        u = _mm256_or_si256(u, _mm256_slli_epi16(cut, low));
-        lines += part, low += part;
-    }
-    return u;
-}
-
-/* Numbers of row i, of whole lines alone; what does not fit is not in them. */
-AVX2 INLINE void floats_of_row(const Layer *layer, int64_t i, const float *factors, float a, float *row, int bits, int t) {
-    const uint8_t *p = strip_of(layer, i / STRIP);
-    const __m256i offset = _mm256_set1_epi32(1 << (bits - 1));
-    const __m256 by = _mm256_set1_ps(a);
-    for (int64_t j = 0; j + LINE <= layer->n; j += LINE, p += LINE * bits) {
-        const __m256i u = any_line(p, bits, t);
-        uint8_t line[LINE];
-        _mm256_storeu_si256((__m256i *)line, u);
-        UNROLL for (int l = 0; l < LINE; l += 8) {
-            const __m256i q = _mm256_sub_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(line + l))), offset);
-            const __m256 f = _mm256_mul_ps(_mm256_cvtepi32_ps(q), _mm256_loadu_ps(factors + j + l));
-            _mm256_storeu_ps(row + j + l, _mm256_mul_ps(f, by));
-        }
-    }
-}
-
-#define FLOATS_OF(BITS)                                                                                               \
-    AVX2 static void floats_of_##BITS(const Layer *layer, int64_t i, const float *factors, float a, float *row) {     \
-        floats_of_row(layer, i, factors, a, row, BITS, (int)(i % STRIP));                                             \
-    }
-FLOATS_OF(2) FLOATS_OF(3) FLOATS_OF(4) FLOATS_OF(5) FLOATS_OF(6) FLOATS_OF(7) FLOATS_OF(8)
+ROW(row_avx2, AVX2, 0)
+ROW(row_avx512, AVX512, layer->bits <= 6 ? numbers_of_row_avx512(layer, i, out) : 0)
 #endif
 
-/* Row i as numbers, rounded as in shim/operator.py. */
-static void numbers_of_row(const Layer *layer, int64_t i, const float *factors, float *row, int32_t *codes, int level) {
-    const float a = get(layer->values, i, layer->dtype);
-    int64_t j = 0;
+/* Some rows of S, dense (count, n): those numbered in `rows`, or from `first` on where that is NULL; kind: BFLOAT16,
+   FLOAT32 or WHOLE. Without their factors where they are not to be scaled. Returns 0; 1 if there was no memory. */
+int losparse_rows_of_codes(const Layer *layer, const int64_t *rows, int64_t first, int64_t count, int kind, int scaled,
+                           void *out, int threads, int level) {
+    const int64_t n = layer->n, size = kind == BFLOAT16 ? 2 : 4;
+    float *factors = NULL;
+    Row *row = row_plain;
 #if defined(__x86_64__)
-    typedef void Floats(const Layer *, int64_t, const float *, float, float *);
-    static Floats *const ways[] = {floats_of_2, floats_of_3, floats_of_4, floats_of_5, floats_of_6, floats_of_7, floats_of_8};
-    if (level >= LEVEL_AVX2) {
-        ways[layer->bits - 2](layer, i, factors, a, row);
-        const int bits = (int)layer->bits, t = (int)(i % STRIP), offset = 1 << (bits - 1);
-        j = layer->n / LINE * LINE;
-        const uint8_t *p = strip_of(layer, i / STRIP) + j * bits;
-        for (int l = 0; j + l < layer->n; l++) row[j + l] = (float)(code_at(p, bits, t, l) - offset) * factors[j + l] * a;
-        if (!layer->rest) return;
-        const int32_t *starts = rest_of(layer), *columns = starts + layer->m + 1, *values = columns + layer->rest;
-        for (int32_t r = starts[i]; r < starts[i + 1]; r++) { /* what was clipped stands at one end of the range */
-            const int32_t q = values[r] + (values[r] < 0 ? -offset : offset - 1);
-            row[columns[r]] = (float)q * factors[columns[r]] * a;
-        }
-        return;
-    }
+    if (level >= LEVEL_AVX512) row = row_avx512;
+    else if (level >= LEVEL_AVX2) row = row_avx2;
 #endif
     (void)level;
-    codes_of_row(layer, i, codes);
-    for (; j < layer->n; j++) row[j] = (float)codes[j] * factors[j] * a;
-}
-
-/* Some rows of S, dense: those numbered in `rows` (count), or from `first` on where that is NULL. As numbers BFLOAT16 or
-   FLOAT32, or as codes, int32, where `kind` is neither. Returns 0; 1 if there was no memory. */
-int losparse_rows_of_codes(const Layer *layer, const int64_t *rows, int64_t first, int64_t count, int kind, void *out,
-                           int threads, int level) {
-    const int64_t n = layer->n;
-    const int whole = kind != BFLOAT16 && kind != FLOAT32;
-    float *factors = malloc(n * sizeof *factors);
-    int failed = factors == NULL;
-    for (int64_t j = 0; j < n && !failed; j++) factors[j] = column_factor(((const uint8_t *)layer->starts)[j]);
-#pragma omp parallel num_threads(threads) reduction(| : failed)
-    {
-        int32_t *codes = malloc(n * sizeof *codes);
-        float *numbers = malloc(n * sizeof *numbers);
-        failed |= codes == NULL || numbers == NULL;
-#pragma omp for schedule(static)
-        for (int64_t k = 0; k < count; k++) {
-            const int64_t i = rows ? rows[k] : first + k;
-            if (failed) continue;
-            if (whole) {
-                codes_of_row(layer, i, (int32_t *)out + k * n);
-                continue;
-            }
-            float *row = kind == FLOAT32 ? (float *)out + k * n : numbers;
-            numbers_of_row(layer, i, factors, row, codes, level);
-            if (kind == BFLOAT16)
-                for (int64_t j = 0; j < n; j += 16) put_line(out, k * n + j, row + j, n - j < 16 ? n - j : 16, kind);
-        }
-        free(codes), free(numbers);
+    if (scaled && kind != WHOLE) {
+        factors = malloc(n * sizeof *factors);
+        if (factors == NULL) return 1;
+        for (int64_t j = 0; j < n; j++) factors[j] = column_factor(((const uint8_t *)layer->starts)[j]);
     }
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t k = 0; k < count; k++)
+        row(layer, rows ? rows[k] : first + k, factors, (char *)out + k * n * size, kind);
     free(factors);
-    return failed;
+    return 0;
 }

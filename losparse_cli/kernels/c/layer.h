@@ -8,12 +8,12 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define AVX2 __attribute__((target("avx2,fma,bmi,bmi2,popcnt")))
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx2,fma,bmi,bmi2,popcnt")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vnni,avx2,fma,bmi,bmi2,popcnt")))
 #define AVX512_BF16                                                                                                   \
-    __attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx2,fma,bmi,bmi2,popcnt")))
+    __attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vnni,avx2,fma,bmi,bmi2,popcnt")))
 #endif
 #define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
+#define UNROLL _Pragma("GCC unroll 32")
 #define AHEAD 1024 /* bytes that values are asked for ahead of their use */
 
 enum { BFLOAT16 = 0, FLOAT32 = 1 };
@@ -40,6 +40,7 @@ typedef float vec __attribute__((vector_size(64), aligned(4)));
 typedef float vec8 __attribute__((vector_size(32), aligned(4)));
 typedef float vec4 __attribute__((vector_size(16), aligned(4)));
 typedef uint32_t word8 __attribute__((vector_size(32)));
+typedef int32_t whole8 __attribute__((vector_size(32)));
 typedef uint16_t half8 __attribute__((vector_size(16)));
 typedef uint32_t word16 __attribute__((vector_size(64)));
 typedef uint16_t half16 __attribute__((vector_size(32)));
@@ -72,25 +73,36 @@ INLINE void put(void *p, int64_t i, float f, int dtype) {
         ((float *)p)[i] = f;
 }
 
-/* p[i..i + count] = line, count at most 16. */
-INLINE void put_line(void *p, int64_t i, const float *line, int64_t count, int dtype) {
-    if (dtype == BFLOAT16 && count == 16) {
-        word16 bits;
-        memcpy(&bits, line, sizeof bits);
-        const word16 rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, quiet = bits >> 16 | 64;
-        const word16 nan = (word16)((bits & 0x7fffffff) > 0x7f800000);
-        const half16 narrowed = __builtin_convertvector((rounded & ~nan) | (quiet & nan), half16);
+/* Eight at once. */
+INLINE void put_eight(void *p, int64_t i, vec8 line, int dtype) {
+    if (dtype == BFLOAT16) {
+        const word8 bits = (word8)line;
+        const word8 rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, quiet = bits >> 16 | 64;
+        const word8 nan = (word8)((bits & 0x7fffffff) > 0x7f800000);
+        const half8 narrowed = __builtin_convertvector((rounded & ~nan) | (quiet & nan), half8);
         memcpy((uint16_t *)p + i, &narrowed, sizeof narrowed);
-        return;
+    } else {
+        memcpy((float *)p + i, &line, sizeof line);
     }
-    for (int64_t l = 0; l < count; l++) put(p, i + l, line[l], dtype);
+}
+
+/* p[i..i + count] = line. */
+INLINE void put_line(void *p, int64_t i, const float *line, int64_t count, int dtype) {
+    int64_t l = 0;
+    for (; l + 8 <= count; l += 8) {
+        vec8 some;
+        memcpy(&some, line + l, sizeof some);
+        put_eight(p, i + l, some, dtype);
+    }
+    for (; l < count; l++) put(p, i + l, line[l], dtype);
 }
 
 int losparse_level(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("bmi2"))
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") &&
+        __builtin_cpu_supports("bmi2"))
         return __builtin_cpu_supports("avx512bf16") ? LEVEL_AVX512_BF16 : LEVEL_AVX512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
         return LEVEL_AVX2;
