@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..shim.layouts import column_factors
 from ..shim.packed import bits_of, packed_bytes, rest_of
 from .native import Layer, Library, library
 
@@ -19,6 +18,8 @@ WHOLE = 2
 """Codes as they are, by its number in codes.h."""
 TILE_ENTRIES = 1 << 22
 """Entries of S that are dense at a time: 8 MiB in bfloat16, which stay in the last cache."""
+CODED_ENTRIES = 1 << 21
+"""The same of codes, which are dense sooner."""
 SERIAL_ENTRIES = 1 << 21
 """Entries of S times rows of x and two more, below which one thread is done (in about 20 microseconds) before others
 would help."""
@@ -127,14 +128,17 @@ def digits_of(layer: Layer) -> int:
 
 
 def tile_of_codes(
-    code: Library, layer: Layer, x: Tensor, values: Tensor, starts: Tensor, U: Tensor | None, V: Tensor | None,
-    bias: Tensor | None, dtype: torch.dtype,
+    code: Library, layer: Layer, x: Tensor, values: Tensor, U: Tensor | None, V: Tensor | None, bias: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor | None:  # fmt: skip
     """Some rows of codes dense at a time, in the dtype that this processor multiplies fastest; factors beside them."""
     alone = U is None and bias is None
     y = x.new_empty(x.shape[0], layer.m) if alone else low_rank(x, U, V, bias, layer.m)
-    wide = (x * column_factors(starts)).to(dtype)
-    step = max(1, TILE_ENTRIES // layer.n)
+    wide = torch.empty_like(x, dtype=dtype)
+    threads = torch.get_num_threads()
+    if code.scale(layer, x.data_ptr(), x.shape[0], DTYPES[dtype], wide.data_ptr(), threads, code.level):
+        return None
+    step = max(1, CODED_ENTRIES // layer.n)
     scratch = wide.new_empty(min(step, layer.m), layer.n)
     for begin in range(0, layer.m, step):
         end = min(begin + step, layer.m)

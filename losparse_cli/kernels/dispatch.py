@@ -91,7 +91,7 @@ class Kernels:
             x = x.contiguous()
         rows = x.numel() // n
         if bits_of(form):
-            return self._coded(code, layer, x, rows, values, starts, U, V, bias)
+            return self._coded(code, layer, x, rows, values, U, V, bias)
         if form in ("rows", "columns"):
             return cpu.few_of_block(code, layer, x, rows, form) if rows <= MOST_FEW and layer.dtype >= 0 else None
         way = self._way(code, layer, form, rows, values.numel() / (m * n), values.itemsize == 2)
@@ -103,10 +103,10 @@ class Kernels:
         return _shaped(work(code, layer, x.view(rows, n), U, V, bias), x)
 
     def _coded(
-        self, code: Library, layer: Layer, x: Tensor, rows: int, values: Tensor, starts: Tensor | None, U: Tensor | None,
-        V: Tensor | None, bias: Tensor | None,
+        self, code: Library, layer: Layer, x: Tensor, rows: int, values: Tensor, U: Tensor | None, V: Tensor | None,
+        bias: Tensor | None,
     ) -> Tensor | None:  # fmt: skip
-        if layer.dtype < 0 or starts is None:
+        if layer.dtype < 0:
             return None
         way = self._codes_way(code, rows)
         if way == "digits":
@@ -114,7 +114,7 @@ class Kernels:
         if way != "tile":
             return None
         dtype = x.dtype if code.level >= AVX512_BF16 else torch.float32
-        return _shaped(cpu.tile_of_codes(code, layer, x.view(rows, layer.n), values, starts, U, V, bias, dtype), x)
+        return _shaped(cpu.tile_of_codes(code, layer, x.view(rows, layer.n), values, U, V, bias, dtype), x)
 
     def _codes_way(self, code: Library, rows: int) -> str:
         return self.forced or codes_way(rows, multiplies_half=code.level >= AVX512_BF16)

@@ -83,6 +83,7 @@ class Library:
     code_bits: Any
     pack_codes: Any
     rows_of_codes: Any
+    scale: Any
     step: Any
 
     def __init__(self, path: Path) -> None:
@@ -104,6 +105,7 @@ class Library:
             "code_bits": (pointer, long, whole, pointer, whole),
             "pack_codes": (layer, pointer, whole, whole, whole),
             "rows_of_codes": (layer, pointer, long, long, whole, whole, pointer, whole, whole),
+            "scale": (layer, pointer, long, whole, pointer, whole, whole),
             "step": (pointer, long, pointer),
         }.items():
             function = getattr(handle, f"losparse_{name}")

@@ -153,12 +153,14 @@ DIGITS(digits_avx2, AVX2)
 DIGITS(digits_avx512, AVX512)
 #endif
 
-/* z_columns of one tile of rows. */
-static void turn_tile(const Whole *w, int64_t tile) {
+/* A line of z_columns of one tile of rows. */
+INLINE void turn_line(const Whole *w, int64_t tile, int64_t line) {
     const int64_t width = w->lines * LINE, k0 = tile * ROWS_AT_ONCE;
-    float *to = w->z_columns + k0 * width;
-    for (int64_t k = 0; k < ROWS_AT_ONCE; k++)
-        for (int64_t j = 0; j < width; j++) to[j * ROWS_AT_ONCE + k] = k0 + k < w->rows ? w->z[(k0 + k) * width + j] : 0;
+    const int64_t count = w->rows - k0 < ROWS_AT_ONCE ? w->rows - k0 : ROWS_AT_ONCE;
+    const float *from = w->z + k0 * width + line * LINE;
+    float *to = w->z_columns + k0 * width + line * LINE * ROWS_AT_ONCE;
+    for (int j = 0; j < LINE; j++, to += ROWS_AT_ONCE)
+        for (int64_t k = 0; k < ROWS_AT_ONCE; k++) to[k] = k < count ? from[k * width + j] : 0;
 }
 
 /* What the rest of a strip adds for rows k0 to k1 of x, a tile at most: (k1 - k0, STRIP). */
@@ -470,7 +472,7 @@ static int coded_together(const Layer *const *layers, void *const *y, int count,
         for (int l = 0; l < count && rows > 1; l++)
             if (!parts[l].shared && with_rest) {
 #pragma omp for schedule(static)
-                for (int64_t tile = 0; tile < tiles; tile++) turn_tile(&parts[l].w, tile);
+                for (int64_t e = 0; e < tiles * lines; e++) turn_line(&parts[l].w, e / lines, e % lines);
             }
         int32_t sums[ROWS_AT_ONCE * STRIP * MOST_DIGITS];
 #pragma omp for schedule(dynamic)
@@ -700,6 +702,49 @@ ROW(row_avx2, AVX2, 0)
 ROW(row_avx512, AVX512, layer->bits <= 6 ? numbers_of_row_avx512(layer, i, out) : 0)
 #endif
 
+INLINE void scale_row(const Layer *layer, const void *x, int64_t k, const float *factors, void *out, int from, int to) {
+    const int64_t n = layer->n;
+    int64_t j = 0;
+    for (; j + 8 <= n; j += 8) put_eight(out, k * n + j, load8(x, k * n + j, from) * load8(factors, j, FLOAT32), to);
+    for (; j < n; j++) put(out, k * n + j, get(x, k * n + j, from) * factors[j], to);
+}
+
+#define SCALE(NAME, TARGET)                                                                                           \
+    TARGET static void NAME(const Layer *layer, const void *x, int64_t k, const float *factors, void *out, int to) {  \
+        if (layer->dtype == FLOAT32) scale_row(layer, x, k, factors, out, FLOAT32, FLOAT32);                          \
+        else if (to == FLOAT32) scale_row(layer, x, k, factors, out, BFLOAT16, FLOAT32);                              \
+        else scale_row(layer, x, k, factors, out, BFLOAT16, BFLOAT16);                                                \
+    }
+SCALE(scale_plain, )
+#if defined(__x86_64__)
+SCALE(scale_avx2, AVX2)
+SCALE(scale_avx512, AVX512)
+#endif
+
+/* The factors of all columns, or NULL. */
+static float *factors_of(const Layer *layer) {
+    float *factors = malloc(layer->n * sizeof *factors);
+    for (int64_t j = 0; factors && j < layer->n; j++) factors[j] = column_factor(((const uint8_t *)layer->starts)[j]);
+    return factors;
+}
+
+/* out (rows, n) = x times the factors of the columns; `to`: BFLOAT16, or FLOAT32 of any x. Returns 0; 1 if there was no
+   memory. */
+int losparse_scale(const Layer *layer, const void *x, int64_t rows, int to, void *out, int threads, int level) {
+    void (*scale)(const Layer *, const void *, int64_t, const float *, void *, int) = scale_plain;
+#if defined(__x86_64__)
+    if (level >= LEVEL_AVX512) scale = scale_avx512;
+    else if (level >= LEVEL_AVX2) scale = scale_avx2;
+#endif
+    (void)level;
+    float *factors = factors_of(layer);
+    if (factors == NULL) return 1;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t k = 0; k < rows; k++) scale(layer, x, k, factors, out, to);
+    free(factors);
+    return 0;
+}
+
 /* Some rows of S, dense (count, n): those numbered in `rows`, or from `first` on where that is NULL; kind: BFLOAT16,
    FLOAT32 or WHOLE. Without their factors where they are not to be scaled. Returns 0; 1 if there was no memory. */
 int losparse_rows_of_codes(const Layer *layer, const int64_t *rows, int64_t first, int64_t count, int kind, int scaled,
@@ -713,9 +758,8 @@ int losparse_rows_of_codes(const Layer *layer, const int64_t *rows, int64_t firs
 #endif
     (void)level;
     if (scaled && kind != WHOLE) {
-        factors = malloc(n * sizeof *factors);
+        factors = factors_of(layer);
         if (factors == NULL) return 1;
-        for (int64_t j = 0; j < n; j++) factors[j] = column_factor(((const uint8_t *)layer->starts)[j]);
     }
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t k = 0; k < count; k++)
