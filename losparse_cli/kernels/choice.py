@@ -32,7 +32,7 @@ def forced() -> str | None:
     return name
 
 
-DIGITS_ROWS = {True: 128, False: 64}
+DIGITS_ROWS = {True: 96, False: 64}
 """Most rows of x that `digits` is taken for, where a processor multiplies bfloat16 by itself or not."""
 
 

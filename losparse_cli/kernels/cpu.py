@@ -20,6 +20,7 @@ TILE_ENTRIES = 1 << 22
 """Entries of S that are dense at a time: 8 MiB in bfloat16, which stay in the last cache."""
 CODED_ENTRIES = 1 << 21
 """The same of codes, which are dense sooner."""
+LARGE_PAGE = 1 << 21
 SERIAL_ENTRIES = 1 << 21
 """Entries of S times rows of x and two more, below which one thread is done (in about 20 microseconds) before others
 would help."""
@@ -173,10 +174,19 @@ def code_bits(code: Library, codes: Tensor) -> list[int]:
 def packed(code: Library, codes: Tensor, bits: int, rest: int) -> Tensor | None:
     """The index of codes (m, n) in so many bits each."""
     m, n = codes.shape
-    index = torch.empty(packed_bytes((m, n), bits, rest), dtype=torch.uint8)
+    index = _at_a_large_page(packed_bytes((m, n), bits, rest))
     layer = Layer(index=index.data_ptr(), m=m, n=n, bits=bits, rest=rest)
     failed = code.pack_codes(layer, codes.data_ptr(), codes.itemsize, torch.get_num_threads(), code.level)
     return None if failed else index
+
+
+def _at_a_large_page(size: int) -> Tensor:
+    """So many bytes, where they are many beginning at a page of 2 MiB; what is before takes no memory."""
+    if size < 2 * LARGE_PAGE:
+        return torch.empty(size, dtype=torch.uint8)
+    memory = torch.empty(size + LARGE_PAGE, dtype=torch.uint8)
+    begin = -memory.data_ptr() % LARGE_PAGE
+    return memory[begin : begin + size]
 
 
 def unpacked(code: Library, index: Tensor, shape: tuple[int, int], bits: int) -> Tensor | None:

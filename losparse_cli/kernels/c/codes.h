@@ -31,14 +31,39 @@ INLINE const int32_t *rest_of(const Layer *layer) {
     return (const int32_t *)strip_of(layer, (layer->m + STRIP - 1) / STRIP);
 }
 
-/* c_j = 2^((e - 128) / 8), as COLUMN_FACTORS has it. */
-INLINE float column_factor(uint8_t e) {
+/* factors[j] = 2^((e_j - 128) / 8) for all n columns, as COLUMN_FACTORS has it; room for a multiple of 8 of them. */
+INLINE void column_factors(const uint8_t *exponents, int64_t n, float *factors) {
     static const float roots[8] = {1.0f, 1.0905077326652577f, 1.189207115002721f, 1.2968395546510096f,
                                    1.4142135623730951f, 1.5422108254079407f, 1.681792830507429f, 1.8340080864093424f};
-    const uint32_t bits = (uint32_t)(127 - 16 + e / 8) << 23;
-    float power;
-    memcpy(&power, &bits, 4);
-    return power * roots[e % 8];
+    word8 root;
+    memcpy(&root, roots, sizeof root);
+    for (int64_t j = 0; j < n; j += 8) {
+        byte8 e = {0};
+        if (j + 8 <= n) memcpy(&e, exponents + j, sizeof e);
+        else memcpy(&e, exponents + j, n - j);
+        const word8 wide = __builtin_convertvector(e, word8), power = (wide / 8 + 127 - 16) << 23;
+        const vec8 line = (vec8)power * (vec8)__builtin_shuffle(root, wide & 7);
+        memcpy(factors + j, &line, sizeof line);
+    }
+}
+
+#define FACTORS(NAME, TARGET)                                                                                         \
+    TARGET static void NAME(const uint8_t *exponents, int64_t n, float *factors) { column_factors(exponents, n, factors); }
+FACTORS(factors_plain, )
+#if defined(__x86_64__)
+FACTORS(factors_avx2, AVX2)
+#endif
+
+/* Those of a layer. */
+static void put_factors(const Layer *layer, float *factors, int level) {
+#if defined(__x86_64__)
+    if (level >= LEVEL_AVX2) {
+        factors_avx2((const uint8_t *)layer->starts, layer->n, factors);
+        return;
+    }
+#endif
+    (void)level;
+    factors_plain((const uint8_t *)layer->starts, layer->n, factors);
 }
 
 /* u of entry l of a line of row t of a strip, from the bytes of that line. */
@@ -411,6 +436,7 @@ typedef struct {
     Whole w;
     float *t; /* (rows, rank padded): V x */
     int shared; /* the digits are those of the layer before it */
+    int64_t step; /* strips that a thread takes at a time */
 } Coded;
 
 /* y[l] (rows, m) = x (rows, n) (U V + S)ᵀ + bias for each of some layers that read the same x, at most TOGETHER, with x
@@ -421,7 +447,7 @@ enum { TOGETHER = 3 };
 static int coded_together(const Layer *const *layers, void *const *y, int count, const void *x, int64_t rows, int digits,
                           int threads, int level) {
     const int64_t n = layers[0]->n, lines = lines_of(layers[0]), width = lines * LINE;
-    const int64_t tiles = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, step = rows > ROWS_AT_ONCE ? 16 : 4;
+    const int64_t tiles = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
     int (*into)(const Layer *, const void *, const Whole *, int64_t) = digits_plain;
     void (*put_them)(const Layer *, const Whole *, const float *, void *, int64_t, int64_t, int64_t, const int32_t *) = put_plain;
 #if defined(__x86_64__)
@@ -452,9 +478,11 @@ static int coded_together(const Layer *const *layers, void *const *y, int count,
         part->w = shared ? part[-1].w
                          : (Whole){rows, lines, digits, (float *)at, (float *)(at + from[1]), (float *)(at + from[6]),
                                    (int8_t *)at + from[2], (float *)(at + from[3]), (int32_t *)(at + from[4])};
-        const uint8_t *exponents = (const uint8_t *)layer->starts;
-        for (int64_t j = 0; j < n && !shared; j++) part->w.factors[j] = column_factor(exponents[j]);
-        chunks[l + 1] = chunks[l] + ((layer->m + STRIP - 1) / STRIP + step - 1) / step;
+        if (!shared) put_factors(layer, part->w.factors, level);
+        /* Few and long: what is asked for ahead of a chunk's end another thread reads. */
+        const int64_t strips = (layer->m + STRIP - 1) / STRIP, fair = (strips + 3 * threads - 1) / (3 * threads);
+        part->step = rows > ROWS_AT_ONCE && fair > 16 ? 16 : fair;
+        chunks[l + 1] = chunks[l] + (strips + part->step - 1) / part->step;
     }
     if (!failed)
 #pragma omp parallel num_threads(threads) reduction(| : wrong)
@@ -482,8 +510,8 @@ static int coded_together(const Layer *const *layers, void *const *y, int count,
             const Coded *part = parts + l;
             const Layer *layer = part->layer;
             Strip *way = strip_way(layer, level);
-            const int64_t strips = (layer->m + STRIP - 1) / STRIP, first = (chunk - chunks[l]) * step;
-            const int64_t last = first + step < strips ? first + step : strips;
+            const int64_t strips = (layer->m + STRIP - 1) / STRIP, first = (chunk - chunks[l]) * part->step;
+            const int64_t last = first + part->step < strips ? first + part->step : strips;
             for (int64_t tile = 0; tile < tiles; tile++) {
                 const int64_t k0 = tile * ROWS_AT_ONCE, k1 = k0 + ROWS_AT_ONCE < rows ? k0 + ROWS_AT_ONCE : rows;
                 for (int64_t strip = first; strip < last; strip++) {
@@ -583,11 +611,23 @@ PACK(pack_plain, )
 PACK(pack_avx2, AVX2)
 #endif
 
+/* Asks for what lies whole in these bytes, not written yet, in pages of 2 MiB: reading it through misses fewer of them. */
+static void in_large_pages(void *p, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const uintptr_t size = (uintptr_t)1 << 21, begin = ((uintptr_t)p + size - 1) & ~(size - 1);
+    const uintptr_t end = ((uintptr_t)p + (uintptr_t)bytes) & ~(size - 1);
+    if (end > begin) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+#else
+    (void)p, (void)bytes;
+#endif
+}
+
 /* Codes (m, n) into the layer's index, whose rest has room for what does not fit. Returns 0; 1 if that is another number
    than the layer says. */
 int losparse_pack_codes(const Layer *layer, const void *codes, int width, int threads, int level) {
     const int64_t m = layer->m, n = layer->n;
     const int bits = (int)layer->bits;
+    in_large_pages((void *)layer->index, strip_of(layer, (m + STRIP - 1) / STRIP) - layer->index);
     (void)level;
     int32_t *starts = layer->rest ? (int32_t *)rest_of(layer) : NULL;
     int64_t unfit = 0;
@@ -722,9 +762,9 @@ SCALE(scale_avx512, AVX512)
 #endif
 
 /* The factors of all columns, or NULL. */
-static float *factors_of(const Layer *layer) {
-    float *factors = malloc(layer->n * sizeof *factors);
-    for (int64_t j = 0; factors && j < layer->n; j++) factors[j] = column_factor(((const uint8_t *)layer->starts)[j]);
+static float *factors_of(const Layer *layer, int level) {
+    float *factors = malloc((layer->n + 7) / 8 * 8 * sizeof *factors);
+    if (factors) put_factors(layer, factors, level);
     return factors;
 }
 
@@ -736,8 +776,7 @@ int losparse_scale(const Layer *layer, const void *x, int64_t rows, int to, void
     if (level >= LEVEL_AVX512) scale = scale_avx512;
     else if (level >= LEVEL_AVX2) scale = scale_avx2;
 #endif
-    (void)level;
-    float *factors = factors_of(layer);
+    float *factors = factors_of(layer, level);
     if (factors == NULL) return 1;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t k = 0; k < rows; k++) scale(layer, x, k, factors, out, to);
@@ -758,7 +797,7 @@ int losparse_rows_of_codes(const Layer *layer, const int64_t *rows, int64_t firs
 #endif
     (void)level;
     if (scaled && kind != WHOLE) {
-        factors = factors_of(layer);
+        factors = factors_of(layer, level);
         if (factors == NULL) return 1;
     }
 #pragma omp parallel for num_threads(threads) schedule(static)

@@ -91,7 +91,7 @@ AVX512 INLINE void strip_at_once(const uint8_t *p, const Whole *w, int64_t k, in
     UNROLL for (int e = 0; e < rows * digits * PAIRS; e++) sums[e] = _mm512_setzero_si512();
     ROLLED for (int64_t line = 0; line < w->lines; line++, p += LINE * bits, x += digits * LINE) {
         UNROLL for (int part = 0; part < bits * LINE; part += 64)
-            _mm_prefetch((const char *)p + 2 * AHEAD + part, _MM_HINT_T0);
+            _mm_prefetch((const char *)p + 4 * AHEAD + part, _MM_HINT_T0);
         pairs_of_line(p, bits, u);
         add_line(u, x, next, rows, digits, sums);
     }

@@ -4,6 +4,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -41,6 +44,7 @@ typedef float vec8 __attribute__((vector_size(32), aligned(4)));
 typedef float vec4 __attribute__((vector_size(16), aligned(4)));
 typedef uint32_t word8 __attribute__((vector_size(32)));
 typedef int32_t whole8 __attribute__((vector_size(32)));
+typedef uint8_t byte8 __attribute__((vector_size(8)));
 typedef uint16_t half8 __attribute__((vector_size(16)));
 typedef uint32_t word16 __attribute__((vector_size(64)));
 typedef uint16_t half16 __attribute__((vector_size(32)));
