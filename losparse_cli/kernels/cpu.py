@@ -174,17 +174,18 @@ def code_bits(code: Library, codes: Tensor) -> list[int]:
 def packed(code: Library, codes: Tensor, bits: int, rest: int) -> Tensor | None:
     """The index of codes (m, n) in so many bits each."""
     m, n = codes.shape
-    index = _at_a_large_page(packed_bytes((m, n), bits, rest))
+    index = _at_a_large_page(code, packed_bytes((m, n), bits, rest))
     layer = Layer(index=index.data_ptr(), m=m, n=n, bits=bits, rest=rest)
     failed = code.pack_codes(layer, codes.data_ptr(), codes.itemsize, torch.get_num_threads(), code.level)
     return None if failed else index
 
 
-def _at_a_large_page(size: int) -> Tensor:
+def _at_a_large_page(code: Library, size: int) -> Tensor:
     """So many bytes, where they are many beginning at a page of 2 MiB; what is before takes no memory."""
     if size < 2 * LARGE_PAGE:
         return torch.empty(size, dtype=torch.uint8)
     memory = torch.empty(size + LARGE_PAGE, dtype=torch.uint8)
+    code.large_pages(memory.data_ptr(), memory.numel())
     begin = -memory.data_ptr() % LARGE_PAGE
     return memory[begin : begin + size]
 

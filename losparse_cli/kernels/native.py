@@ -83,6 +83,7 @@ class Library:
     code_bits: Any
     pack_codes: Any
     rows_of_codes: Any
+    large_pages: Any
     scale: Any
     step: Any
 
@@ -105,6 +106,7 @@ class Library:
             "code_bits": (pointer, long, whole, pointer, whole),
             "pack_codes": (layer, pointer, whole, whole, whole),
             "rows_of_codes": (layer, pointer, long, long, whole, whole, pointer, whole, whole),
+            "large_pages": (pointer, long),
             "scale": (layer, pointer, long, whole, pointer, whole, whole),
             "step": (pointer, long, pointer),
         }.items():

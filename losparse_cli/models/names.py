@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..shim.experts import without_merging
+
 
 class NameMap:
     """Which parameter of `model` each tensor on disk becomes, by transformers' own rules."""
@@ -16,7 +18,7 @@ class NameMap:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-        mapping = get_model_conversion_mapping(model) or []
+        mapping = without_merging(get_model_conversion_mapping(model) or [], model)
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self._model = model

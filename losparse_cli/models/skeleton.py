@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import SourceError
+from ..shim.experts import fused_experts, split_experts
 from .ownership import read_by_others
 from .reading import output_embeddings
 
@@ -58,7 +59,7 @@ def build_skeleton(folder: Path, config: dict[str, Any], *, trust_remote_code: b
 
 
 def empty_model(folder: Path, config: dict[str, Any], *, trust_remote_code: bool = False) -> Any:
-    """The model that config.json names, on the meta device, in evaluation mode, weights tied."""
+    """The model that config.json names, on the meta device, in evaluation mode, weights tied, experts split."""
     import transformers
 
     architecture = (config.get("architectures") or [None])[0]
@@ -81,6 +82,7 @@ def empty_model(folder: Path, config: dict[str, Any], *, trust_remote_code: bool
             f"transformers {transformers.__version__} cannot build {architecture or 'the model'} from "
             f"{folder / 'config.json'}: {known[0]} Check the file, or upgrade transformers."
         ) from error
+    split_experts(model, fused_experts(model))
     model.tie_weights()
     return model.eval()
 

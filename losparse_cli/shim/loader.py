@@ -11,6 +11,7 @@ from pathlib import Path
 FILES = (
     "codec",
     "embedding",
+    "experts",
     "kept",
     "layouts",
     "linear",

@@ -23,6 +23,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .embedding import CodedEmbedding, refuse_to_resize
+from .experts import fused_experts, split_experts, without_merging
 from .layouts import FORMAT_VERSION, LayerSpec
 from .linear import LowRankSparseLinear
 from .loader import write_loader
@@ -78,7 +79,9 @@ class LosparseQuantizer(HfQuantizer):  # type: ignore[misc]
     """Swaps the recorded layers in, before transformers loads the weights."""
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        installed = install_layers(model, self.quantization_config.specs())
+        specs = self.quantization_config.specs()
+        split_if_compressed(model, specs)
+        installed = install_layers(model, specs)
         # Under another head layers carry other names, or are not there: what is saved must say what it holds.
         recorded, prefix = self.quantization_config.modules, _prefix(model)
         self.quantization_config.modules = {
@@ -115,8 +118,8 @@ class LosparseQuantizer(HfQuantizer):  # type: ignore[misc]
             model.resize_token_embeddings = partial(refuse_to_resize, model)
         return model
 
-    def get_weight_conversions(self) -> list[Any]:
-        return []
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        return without_merging(weight_conversions, model)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -261,6 +264,18 @@ def install_layers(model: Any, specs: dict[str, LayerSpec]) -> dict[str, str]:
             f"(the first is {next(iter(specs))!r}): load it with the model class it was made for."
         )
     return installed
+
+
+def split_if_compressed(model: Any, specs: dict[str, LayerSpec]) -> None:
+    """Split the experts that transformers fuses, all of them, if any of their matrices is among the compressed layers."""
+    fused = fused_experts(model)
+    if not fused:
+        return
+    renaming = _Renaming(model)
+    for recorded, spec in specs.items():
+        if any(name.rsplit(".", 2)[0] in fused for name in renaming.tries(recorded, spec.tensor or recorded)):
+            split_experts(model, fused)
+            return
 
 
 def _install(model: Any, name: str, spec: LayerSpec, owner: StoredIndex | None = None) -> StoredIndex:

@@ -611,15 +611,19 @@ PACK(pack_plain, )
 PACK(pack_avx2, AVX2)
 #endif
 
-/* Asks for what lies whole in these bytes, not written yet, in pages of 2 MiB: reading it through misses fewer of them. */
-static void in_large_pages(void *p, int64_t bytes) {
+/* Fresh memory, of which nothing is resident yet, in pages of 2 MiB where one fits: reading through them misses fewer. What
+   lay in these bytes is lost. */
+int losparse_large_pages(void *p, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    const uintptr_t size = (uintptr_t)1 << 21, begin = ((uintptr_t)p + size - 1) & ~(size - 1);
-    const uintptr_t end = ((uintptr_t)p + (uintptr_t)bytes) & ~(size - 1);
-    if (end > begin) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+    const uintptr_t small = 4095, large = ((uintptr_t)1 << 21) - 1, from = (uintptr_t)p, to = from + (uintptr_t)bytes;
+    if ((to & ~small) > ((from + small) & ~small))
+        madvise((void *)((from + small) & ~small), (to & ~small) - ((from + small) & ~small), MADV_DONTNEED);
+    if ((to & ~large) > ((from + large) & ~large))
+        madvise((void *)((from + large) & ~large), (to & ~large) - ((from + large) & ~large), MADV_HUGEPAGE);
 #else
     (void)p, (void)bytes;
 #endif
+    return 0;
 }
 
 /* Codes (m, n) into the layer's index, whose rest has room for what does not fit. Returns 0; 1 if that is another number
@@ -627,7 +631,6 @@ static void in_large_pages(void *p, int64_t bytes) {
 int losparse_pack_codes(const Layer *layer, const void *codes, int width, int threads, int level) {
     const int64_t m = layer->m, n = layer->n;
     const int bits = (int)layer->bits;
-    in_large_pages((void *)layer->index, strip_of(layer, (m + STRIP - 1) / STRIP) - layer->index);
     (void)level;
     int32_t *starts = layer->rest ? (int32_t *)rest_of(layer) : NULL;
     int64_t unfit = 0;
