@@ -134,7 +134,8 @@ def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 
 def dense_state(model: Any) -> dict[str, Tensor]:
-    """Parameters and buffers by name, those of compressed layers as the dense weight that they stand for."""
+    """Parameters and buffers by name, those of compressed layers as the dense weight that they stand for, and experts
+    together as transformers has them."""
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, module in model.named_modules():
         if type(module).__name__ == "LowRankSparseLinear":
@@ -143,6 +144,17 @@ def dense_state(model: Any) -> dict[str, Tensor]:
             state[f"{name}.weight"] = module.dense()
         elif type(module).__name__ == "Conv1D":
             state[f"{name}.weight"] = module.weight.T
+    for name, module in model.named_modules():
+        if type(module).__name__ == "SplitExperts":
+            gate, *others = (
+                [state.pop(f"{name}.{e}.{matrix}.weight") for e in range(module.count)] if matrix else None
+                for matrix in module.names
+            )
+            up, down = map(torch.stack, others)
+            state[f"{name}.down_proj"] = down
+            state[f"{name}.gate_up_proj" if gate else f"{name}.up_proj"] = (
+                torch.cat((torch.stack(gate), up), 1) if gate else up
+            )
     return {name: tensor.detach() for name, tensor in state.items()}
 
 
