@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import TOYS, answer, token_batch, toy_model
+from experts import split
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -80,7 +81,7 @@ def stored_layers(folder: Path) -> dict[str, Tensor]:
 
 def with_weights(name: str, folder: Path) -> Any:
     """The dense toy with the stored U V + S of `folder` in place of its weights."""
-    model = toy_model(name)
+    model = split(toy_model(name))
     with torch.no_grad():
         for module, W in stored_layers(folder).items():
             weight = model.get_submodule(module).weight
@@ -250,6 +251,7 @@ def test_another_head_keeps_the_compressed_body(
     }
     layers = {n for n, m in model.named_modules() if isinstance(m, LowRankSparseLinear)}
     stored = [(name, name.partition(".")[2]) for name in stored_layers(folder)]
+    split(dense)
     assert len(layers) == sum(any(_has(dense, n) for n in names) for names in stored) > 0
     model.save_pretrained(tmp_path / "again")
     again = load_checked(tmp_path / "again", model_class)

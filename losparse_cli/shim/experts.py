@@ -68,18 +68,17 @@ class SplitExperts(nn.Module):
         return result
 
     def _expert(self, number: int, x: Tensor) -> Tensor:
-        expert = self.get_submodule(str(number))
-        gate, up, down = (None if name is None else getattr(expert, name) for name in self.names)
-        if gate is None:
-            inner = self.act_fn(up(x))
-        else:
-            inner = self.kind._apply_gate(self, torch.cat((gate(x), up(x)), -1))
-        y: Tensor = down(inner)
+        fused: Any = self  # with what the class that was replaced had
+        expert = fused.get_submodule(str(number))
+        gate, up, down = self.names
+        both = [getattr(expert, name)(x) for name in (gate, up) if name is not None]
+        inner = fused.act_fn(both[0]) if gate is None else self.kind._apply_gate(self, torch.cat(both, -1))
+        y: Tensor = getattr(expert, down)(inner)
         return y
 
 
 def fused_experts(model: Any) -> dict[str, Names]:
-    """Fused modules that can be split -> what their matrices are called on disk, once transformers' renamings are done."""
+    """Fused modules that can be split -> what their matrices are called on disk, after transformers' renamings."""
     found: dict[str, Names] = {}
     mergers: list[Any] | None = None
     for name, module in model.named_modules():
@@ -90,7 +89,7 @@ def fused_experts(model: Any) -> dict[str, Names]:
         first = f"{name}.gate_up_proj" if module.has_gate else f"{name}.up_proj"
         into, down = _sources(mergers, name, first), _sources(mergers, name, f"{name}.down_proj")
         if len(into) == (2 if module.has_gate else 1) and len(down) == 1:
-            found[name] = ((*into, *down) if module.has_gate else (None, *into, *down))  # type: ignore[assignment]
+            found[name] = (*into, *down) if module.has_gate else (None, *into, *down)  # type: ignore[assignment]
     return found
 
 
@@ -116,7 +115,9 @@ def without_merging(conversions: Collection[Any], model: Any) -> list[Any]:
 
 def _can_be_split(module: nn.Module) -> bool:
     """Whether its parameters are one matrix an expert, and nothing else, as `SplitExperts` multiplies with them."""
-    if not all(hasattr(module, key) for key in ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")):
+    if not all(
+        hasattr(module, key) for key in ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
+    ):
         return False
     settings: Any = module
     if settings.has_bias or settings.is_transposed or not settings.is_concatenated:
@@ -125,7 +126,11 @@ def _can_be_split(module: nn.Module) -> bool:
         return False
     shapes = {key: value.shape for key, value in module.named_parameters()}
     first = "gate_up_proj" if settings.has_gate else "up_proj"
-    if set(shapes) != {first, "down_proj"} or list(module.buffers()) or any(len(shape) != 3 for shape in shapes.values()):
+    if (
+        set(shapes) != {first, "down_proj"}
+        or list(module.buffers())
+        or any(len(shape) != 3 for shape in shapes.values())
+    ):
         return False
     count, hidden, width = shapes["down_proj"]
     return shapes[first] == (count, (2 if settings.has_gate else 1) * width, hidden)

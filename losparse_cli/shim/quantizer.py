@@ -85,10 +85,7 @@ class LosparseQuantizer(HfQuantizer):  # type: ignore[misc]
         # Under another head layers carry other names, or are not there: what is saved must say what it holds.
         recorded, prefix = self.quantization_config.modules, _prefix(model)
         self.quantization_config.modules = {
-            # Names that transformers changed at load it changes back when it saves.
-            name: fields if name in _plain_names(source, prefix) else {"tensor": source, **fields}
-            for name, source in installed.items()
-            for fields in [recorded[source]]
+            name: _renamed(recorded[source], source, name, prefix) for name, source in installed.items()
         }
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         # Between this and the next step transformers initializes what no file holds, by the model's own code.
@@ -267,7 +264,7 @@ def install_layers(model: Any, specs: dict[str, LayerSpec]) -> dict[str, str]:
 
 
 def split_if_compressed(model: Any, specs: dict[str, LayerSpec]) -> None:
-    """Split the experts that transformers fuses, all of them, if any of their matrices is among the compressed layers."""
+    """Split the experts that transformers fuses, all of them, if any of their matrices is a compressed layer."""
     fused = fused_experts(model)
     if not fused:
         return
@@ -325,6 +322,19 @@ class _Renaming:
         base = self._prefix.removesuffix(".")
         weight, _ = rename_source_key(f"{disk}.weight", self._renamings, [], base, self._state)
         yield weight.removesuffix(".weight")
+
+
+def _renamed(fields: dict[str, Any], source: str, name: str, prefix: str) -> dict[str, Any]:
+    """The entry of the layer `source` where it is called `name`: on disk it goes by the same prefix as in memory.
+
+    Names that transformers changed at load it changes back when it saves.
+    """
+    if name not in _plain_names(source, prefix):
+        return {"tensor": source, **fields}
+    if name == source or "tensor" not in fields:
+        return fields
+    tensor = fields["tensor"]
+    return {**fields, "tensor": prefix + tensor if len(name) > len(source) else tensor.removeprefix(prefix)}
 
 
 def _prefix(model: Any) -> str:

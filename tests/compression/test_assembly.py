@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import TOYS, answer, character_tokenizer, toy_model
+from experts import split
 from safetensors.torch import load_file, save_file
 
 from losparse_cli.checkpoint.source import open_checkpoint
@@ -46,7 +47,7 @@ def test_a_filled_skeleton_is_what_from_pretrained_loads(name: str, dtype: torch
     assembly = assembly_of(folder)
     assembly.load(names_of(assembly))
     model_class = getattr(transformers, TOYS[name][0])
-    same_tensors(assembly.model, model_class.from_pretrained(folder, dtype=torch.float32))
+    same_tensors(assembly.model, split(model_class.from_pretrained(folder, dtype=torch.float32)))
     assert not any(tensor.is_meta for tensor in (*assembly.model.parameters(), *assembly.model.buffers()))
     if dtype == torch.float32:
         torch.testing.assert_close(answer(assembly.model), answer(toy_model(name)), rtol=1e-5, atol=1e-6)
@@ -56,7 +57,7 @@ def test_a_filled_skeleton_is_what_from_pretrained_loads(name: str, dtype: torch
 def test_in_parts_and_dropped_again(name: str, toy: Any) -> None:
     assembly = assembly_of(toy(name))
     model = assembly.model
-    expected = dict(toy_model(name).named_parameters())
+    expected = dict(split(toy_model(name)).named_parameters())
     layers = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.count(".") > 1]
     for block in holding(find_blocks(model, layers), layers):
         names = [f"{block}.{n}" for n, _ in model.get_submodule(block).named_parameters()]
@@ -88,26 +89,22 @@ def test_tied_weights_stay_tied(name: str, toy: Any) -> None:
 
 
 def test_experts_as_they_are_published(toy: Any, tmp_path: Path) -> None:
-    """The files of Mixtral hold an expert a tensor; the model holds all of a layer in one."""
+    """The files of Mixtral hold an expert a tensor; transformers' model holds all of a layer in one, ours does not."""
     folder = toy("mixtral")
     stored = load_file(folder / "model.safetensors")
     assert sum(".experts." in name for name in stored) == 2 * 5 * 3
-    model = transformers.MixtralForCausalLM.from_pretrained(folder)
-    fused = [name for name, _ in model.named_parameters() if ".experts." in name]
-    assert len(fused) == 2 * 2
     assembly = assembly_of(folder)
-    assembly.load(fused[:1])
-    assert torch.equal(assembly.model.get_parameter(fused[0]), model.get_parameter(fused[0]))
-    assert assembly.model.get_parameter(fused[2]).is_meta
-    assembly.drop(fused[:1])
-    assembly.load(fused)
-    for name in fused:
-        assert torch.equal(assembly.model.get_parameter(name), model.get_parameter(name))
+    one = "model.layers.1.mlp.experts.3.w2.weight"
+    assembly.load([one])
+    assert torch.equal(assembly.model.get_parameter(one), stored[one.replace(".mlp.", ".block_sparse_moe.")])
+    assert assembly.model.get_parameter(one.replace("w2", "w1")).is_meta
     # Every expert in its place: more of them than ten, whose names sort otherwise than their numbers.
     many = toy("mixtral", num_local_experts=12)
     larger = assembly_of(many)
     larger.load(names_of(larger))
-    same_tensors(larger.model, transformers.MixtralForCausalLM.from_pretrained(many))
+    model = transformers.MixtralForCausalLM.from_pretrained(many)
+    torch.testing.assert_close(answer(larger.model), answer(model), rtol=1e-5, atol=1e-6)
+    same_tensors(larger.model, split(model))
 
 
 def test_a_missing_tensor_is_named(toy: Any, tmp_path: Path) -> None:
@@ -145,8 +142,8 @@ def test_the_parameter_of_a_tensor_and_back(toy: Any) -> None:
     assembly = assembly_of(toy("mixtral"))
     norm = "model.layers.0.input_layernorm.weight"
     assert assembly.parameter(norm) == norm
-    experts = [name for name in load_file(toy("mixtral") / "model.safetensors") if ".experts." in name]
-    assert {assembly.parameter(name) for name in experts} == {None}  # parts of one, none of them as it stands
+    expert = "model.layers.0.block_sparse_moe.experts.3.w1.weight"
+    assert assembly.parameter(expert) == "model.layers.0.mlp.experts.3.w1.weight"
     assert assembly.parameter("no.such.tensor") is None
     assert torch.equal(assembly.read(norm), load_file(toy("mixtral") / "model.safetensors")[norm])
 

@@ -22,7 +22,7 @@ from losparse_cli.checkpoint.output import ALLOCATION
 from losparse_cli.checkpoint.workfolder import WorkFolder
 from losparse_cli.checkpoint.writer import ShardWriter
 from losparse_cli.compress import Result, compress, plan, run
-from losparse_cli.compression import allocation, assembly, block, calibrated, decisions
+from losparse_cli.compression import allocation, assembly, block, decisions
 from losparse_cli.compression.assembly import Assembly
 from losparse_cli.compression.estimate import estimate
 from losparse_cli.compression.plan import Job

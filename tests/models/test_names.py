@@ -96,11 +96,14 @@ def test_mixtral_as_it_was_published(toy: Any, tmp_path: Path) -> None:
     assert names.disk["model.layers.0.mlp.gate.weight"] == ["model.layers.0.block_sparse_moe.gate.weight"]
     model, info, modules = compress_and_load(toy("mixtral"), tmp_path / "out")
     assert not any(info.values())
-    assert {name.split(".")[3] for name in modules} == {"self_attn"}
+    assert {name.split(".")[3] for name in modules} == {"self_attn", "mlp"}
+    assert len(modules) == 2 * (4 + 5 * 3)
     copied = load_file(tmp_path / "out" / "model.safetensors")
+    assert copied["model.layers.0.block_sparse_moe.experts.4.w2.weight"].dim() == 1
     dense = load_file(toy("mixtral") / "model.safetensors")
-    assert all(torch.equal(copied[name], dense[name]) for name in dense if "self_attn" not in name)
+    assert all(torch.equal(copied[name], dense[name]) for name in dense if copied[name].dim() == dense[name].dim())
     assert isinstance(model.model.layers[0].self_attn.q_proj, LowRankSparseLinear)
+    assert isinstance(model.model.layers[0].mlp.experts.get_submodule("4.w2"), LowRankSparseLinear)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import TOYS, toy_model
+from experts import split
 from torch import nn
 from transformers import Conv1D
 
@@ -28,7 +29,8 @@ LAYERS = {
     "opt": "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj fc1 fc2",
     "falcon": "self_attention.query_key_value self_attention.dense mlp.dense_h_to_4h mlp.dense_4h_to_h",
     "mamba": "mixer.in_proj",
-    "mixtral": "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj",
+    "mixtral": "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj "
+    + " ".join(f"mlp.experts.{e}.{w}" for e in range(5) for w in ("w1", "w2", "w3")),
     "bert": "attention.self.query attention.self.key attention.self.value attention.output.dense "
     "intermediate.dense output.dense",
     "t5": "SelfAttention.q SelfAttention.k SelfAttention.v SelfAttention.o EncDecAttention.q EncDecAttention.k "
@@ -55,8 +57,7 @@ REASONS = {
         "model.decoder.project_in": OUTSIDE, "model.decoder.project_out": OUTSIDE},
     "mixtral": {
         "model.embed_tokens": "embedding", "lm_head": HEAD,
-        **{f"model.layers.{k}.mlp.{name}": reason for k in (0, 1)
-           for name, reason in (("experts", "fused 3-D expert weights"), ("gate", "router"))}},
+        **{f"model.layers.{k}.mlp.gate": "router" for k in (0, 1)}},
     "mamba": {
         "backbone.embeddings": "embedding", "lm_head": HEAD,
         **{f"backbone.layers.{k}.mixer.{name}": "its weight is read by MambaMixer itself" for k in (0, 1)
@@ -84,7 +85,7 @@ def test_every_linear_layer_of_a_block_is_found(name: str, toy: Any) -> None:
     if name == "t5":
         names = [n.split(".", 2)[2] for n in names]
     assert sorted(names) == sorted(LAYERS[name].split())
-    model = toy_model(name)
+    model = split(toy_model(name))
     for full, linear in found.items():
         weight = model.get_submodule(full).weight
         assert linear.transposed == (name == "gpt2")
