@@ -30,6 +30,7 @@ import hypothesis
 import pytest
 import torch
 import transformers
+from characters import character_tokenizer as character_tokenizer
 from torch import Tensor
 
 transformers.utils.logging.disable_progress_bar()
@@ -259,21 +260,6 @@ def watch_loads(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Loads]:
 def matrix() -> Callable[..., Tensor]:
     """matrix(spectrum, shape, seed=0) -> float64 matrix of those singular values."""
     return spectral_matrix
-
-
-def character_tokenizer() -> Any:
-    """A tokenizer of printable ASCII, a character a token; ids 0 to 3 are padding, start, end and unknown."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-
-    special = ["<pad>", "<s>", "</s>", "<unk>"]
-    vocabulary = {token: i for i, token in enumerate([*special, *(chr(c) for c in range(32, 127))])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
 
 
 @pytest.fixture(scope="session", autouse=True)

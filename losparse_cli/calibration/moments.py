@@ -11,8 +11,13 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..models.blocks import Call, run_block
+from ..models.experts import expert_layers
 
 TILE = 384  # columns of H whose products are computed together: those left of them are known by symmetry
+
+
+SHARED = 1.0
+"""Tokens an input of what all experts are fed, that each sees beside its own."""
 
 
 class _AllFed(BaseException):
@@ -39,11 +44,13 @@ def gather_moments(
     prefix: str = "",
     remedy: str = "Try other text, or compress without --calibration.",
     on_output: Callable[[Any], None] | None = None,
+    share: bool = True,
 ) -> list[Moments]:
     """Run the dense `block` on every call, hand its output to `on_output`, and return the moments of its layers.
 
     layers: names of linear modules inside `block`. Layers that are fed the very same tensor (q, k, v; gate, up)
-    share one Moments. Layers that were never called are left out. Where nobody asks for outputs, and the first call
+    share one Moments. Layers that were never called are left out, but for those of experts: with `share` each expert
+    sees what all see, too (`_share`). Where nobody asks for outputs, and the first call
     called each layer once, later calls end with the last layer that is fed. CheckpointError names a layer, after
     `prefix`, whose inputs are not finite, and the `remedy`.
     """
@@ -91,16 +98,45 @@ def gather_moments(
         for hook in hooks:
             hook.remove()
     found = []
+    weights: dict[str, float] = {leader: count for leader, count in tokens.items() if count}
+    if share:
+        _share(block, layers, leaders, sums, weights)
     for leader, H in sums.items():
-        if not tokens[leader]:  # an expert that was called with no rows
+        if leader not in weights:  # an expert of old that was called with no rows
             continue
         if not bool(torch.isfinite(H.diagonal()).all()):
             raise CheckpointError(
                 f"What {prefix}{leader} is fed is not finite: the model overflows, or its weights are damaged. {remedy}"
             )
         members = tuple(name for name in layers if leaders.get(name) == leader)
-        found.append(Moments(members, _mirrored(H).div_(tokens[leader]), tokens[leader]))
+        found.append(Moments(members, _mirrored(H).div_(weights[leader]), tokens.get(leader, 0)))
     return found
+
+
+def _share(
+    block: nn.Module, layers: Sequence[str], leaders: dict[str, str], sums: dict[str, Tensor], weights: dict[str, float]
+) -> None:
+    """Let every expert see SHARED tokens an input more, of second moments as all experts together have them.
+
+    Few tokens say little of what an expert is fed, and none say nothing: what all are fed is the next best. Adds to
+    `sums` and `weights` in place, and to `leaders` those of experts that no token was sent to.
+    """
+    for group in expert_layers(block, layers):
+        seen = [leader for leader in group if leader in weights]
+        if not seen:
+            continue
+        mean = torch.zeros_like(sums[seen[0]])
+        for leader in seen:
+            mean += sums[leader]
+        mean /= sum(weights[leader] for leader in seen)
+        more = SHARED * len(mean)
+        for leader, members in group.items():
+            if leader in weights:
+                sums[leader].add_(mean, alpha=more)
+            else:
+                sums[leader] = mean * more
+                leaders |= dict.fromkeys(members, leader)
+            weights[leader] = weights.get(leader, 0) + more
 
 
 def _add_squares(H: Tensor, rows: Tensor) -> None:

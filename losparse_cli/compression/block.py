@@ -82,7 +82,7 @@ class Block:
 
     def hold_out(self, calls: Sequence[Call]) -> None:
         """Errors are measured on what the dense block's layers are fed in these calls, besides what a solver says."""
-        found = gather_moments(self.module, self._fed, calls, prefix=self.prefix)
+        found = gather_moments(self.module, self._fed, calls, prefix=self.prefix, share=False)
         self._held_out = {layer: group.H for group in found for layer in group.layers}
 
     def solve(self, calls: Sequence[Call], on_layer: Callable[[LayerReport], None]) -> None:

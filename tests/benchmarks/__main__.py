@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import bits, calibrated, codes, kernels, kernels_gpu, models, quality, sizes, speed, streaming, training
+from . import bits, calibrated, codes, experts, kernels, kernels_gpu, models, quality, sizes, speed, streaming, training
 from .results import Options
 
 BENCHMARKS = {
@@ -31,6 +31,7 @@ BENCHMARKS = {
     "gpu": kernels_gpu.gpu,
 }
 LONG = {
+    "experts": experts.experts,
     "layer-errors": calibrated.layer_errors,
     "bits": bits.bits,
     "bits-picture": bits.bits_picture,
