@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..models.blocks import Call, run_block
-from ..models.experts import expert_layers
+from ..models.experts import ExpertLayers, expert_layers
 
 TILE = 384  # columns of H whose products are computed together: those left of them are known by symmetry
 
 
-SHARED = 1.0
-"""Tokens an input of what all experts are fed, that each sees beside its own."""
+SHARED, EVEN = 1.0, 0.1
+"""Tokens an input that an expert sees beside its own: of what all experts are fed, and where each is fed something else
+(its second matrix) of inputs that are all alike."""
 
 
 class _AllFed(BaseException):
@@ -49,18 +50,29 @@ def gather_moments(
     """Run the dense `block` on every call, hand its output to `on_output`, and return the moments of its layers.
 
     layers: names of linear modules inside `block`. Layers that are fed the very same tensor (q, k, v; gate, up)
-    share one Moments. Layers that were never called are left out, but for those of experts: with `share` each expert
-    sees what all see, too (`_share`). Where nobody asks for outputs, and the first call
+    share one Moments. Layers that were never called are left out, but for experts: with `share` each sees what all are
+    fed, too (`_share`). Where nobody asks for outputs, and the first call
     called each layer once, later calls end with the last layer that is fed. CheckpointError names a layer, after
     `prefix`, whose inputs are not finite, and the `remedy`.
     """
     modules = {name: block.get_submodule(name) for name in layers}
+    groups = expert_layers(block, layers) if share else []
     leaders: dict[str, str] = {}  # layer -> the first layer that is fed the same tensor
     sums: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
     fed: list[tuple[Tensor, str]] = []
     called: list[str] = []
     stops = False
+
+    def add(name: str, x: Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1]).float()
+        if name not in sums:
+            sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
+        _add_squares(sums[name], rows)
+        tokens[name] = tokens.get(name, 0) + rows.shape[0]
+
+    def watch_all(owner: str) -> Callable[..., None]:
+        return lambda module, args, named: add(owner, args[0] if args else named["hidden_states"])
 
     def watch(name: str) -> object:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -69,11 +81,7 @@ def gather_moments(
                 leaders[name] = next((leader for seen, leader in fed if seen is x), name)
             if leaders[name] == name:
                 fed.append((x, name))
-                rows = x.reshape(-1, x.shape[-1]).float()
-                if name not in sums:
-                    sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
-                _add_squares(sums[name], rows)
-                tokens[name] = tokens.get(name, 0) + rows.shape[0]
+                add(name, x)
             called.append(name)
             if stops and len(called) >= len(modules) and set(called) == set(modules):
                 raise _AllFed
@@ -81,6 +89,10 @@ def gather_moments(
         return hook
 
     hooks = [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]  # type: ignore[arg-type]
+    for group in groups:
+        if group.owner:
+            module = block.get_submodule(group.owner)
+            hooks.append(module.register_forward_pre_hook(watch_all(group.owner), with_kwargs=True))
     try:
         with torch.no_grad():
             for call in calls:
@@ -100,8 +112,10 @@ def gather_moments(
     found = []
     weights: dict[str, float] = {leader: count for leader, count in tokens.items() if count}
     if share:
-        _share(block, layers, leaders, sums, weights)
-    for leader, H in sums.items():
+        _share(groups, leaders, sums, weights)
+    place = {layer: number for number, layer in enumerate(layers)}
+    for leader in sorted(sums, key=place.__getitem__):  # whichever was called first
+        H = sums.pop(leader)
         if leader not in weights:  # an expert of old that was called with no rows
             continue
         if not bool(torch.isfinite(H.diagonal()).all()):
@@ -114,28 +128,28 @@ def gather_moments(
 
 
 def _share(
-    block: nn.Module, layers: Sequence[str], leaders: dict[str, str], sums: dict[str, Tensor], weights: dict[str, float]
+    groups: list[ExpertLayers], leaders: dict[str, str], sums: dict[str, Tensor], weights: dict[str, float]
 ) -> None:
-    """Let every expert see SHARED tokens an input more, of second moments as all experts together have them.
+    """Let every expert see some tokens more than it was sent: few say little of what it is fed, and none say nothing.
 
-    Few tokens say little of what an expert is fed, and none say nothing: what all are fed is the next best. Adds to
-    `sums` and `weights` in place, and to `leaders` those of experts that no token was sent to.
+    All experts are fed from the same hidden states, so that the next best is what all of these are; it is all that an
+    expert has which no token was sent to. What its second matrix is fed nobody else knows: there all inputs become a
+    little more alike. Adds to `sums` and `weights` in place, and to `leaders` those of experts without tokens.
     """
-    for group in expert_layers(block, layers):
-        seen = [leader for leader in group if leader in weights]
-        if not seen:
-            continue
-        mean = torch.zeros_like(sums[seen[0]])
-        for leader in seen:
-            mean += sums[leader]
-        mean /= sum(weights[leader] for leader in seen)
-        more = SHARED * len(mean)
-        for leader, members in group.items():
-            if leader in weights:
-                sums[leader].add_(mean, alpha=more)
-            else:
-                sums[leader] = mean * more
+    for group in groups:
+        common = sums.pop(group.owner, None)
+        count = weights.pop(group.owner, 0)
+        for leader, members in group.layers.items():
+            H = sums.get(leader)
+            if common is not None and count:
+                more = SHARED * len(common)
+                sums[leader] = common * (more / count) if H is None else H.add_(common, alpha=more / count)
                 leaders |= dict.fromkeys(members, leader)
+            elif H is not None and weights.get(leader):
+                more = EVEN * len(H)
+                H.diagonal().add_(H.diagonal().mean() * (more / weights[leader]))
+            else:
+                continue
             weights[leader] = weights.get(leader, 0) + more
 
 

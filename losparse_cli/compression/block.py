@@ -26,6 +26,7 @@ from .assembly import Assembly
 from .coded import Coder, coded_within, own_steps
 from .matching import LOSSES, match_block
 from .plan import Job
+from .rounds import moments_room, rounds
 from .rows import code_rows
 from .schedule import Schedule
 from .solve import as_matrix, encode, solve_layer, solve_layers
@@ -80,18 +81,34 @@ class Block:
 
     # --- the layers -----------------------------------------------------------------------------
 
-    def hold_out(self, calls: Sequence[Call]) -> None:
-        """Errors are measured on what the dense block's layers are fed in these calls, besides what a solver says."""
-        found = gather_moments(self.module, self._fed, calls, prefix=self.prefix, share=False)
-        self._held_out = {layer: group.H for group in found for layer in group.layers}
+    def solve(self, calls: Sequence[Call], unseen: Sequence[Call], on_layer: Callable[[LayerReport], None]) -> None:
+        """Solve every layer for what it is fed in `calls`; without data those that the text never reaches.
 
-    def solve(self, calls: Sequence[Call], on_layer: Callable[[LayerReport], None]) -> None:
-        """Solve every layer for what it is fed in `calls`; without data those that the text never reaches."""
-        self._say("gathering what its layers are fed")
+        Errors are measured on what the dense block's layers are fed in calls that are held out, `unseen`, too.
+        """
         for layer, plan in self.plans.items():
             if plan.layer.rows:
                 self._code_rows(layer, plan, on_layer)
-        moments = gather_moments(self.module, self._fed, calls, prefix=self.prefix)
+        made = rounds({layer: self.plans[layer] for layer in self._fed}, moments_room(self.job), 1 + bool(unseen))
+        for number, layers in enumerate(made):
+            part = f", part {number + 1} of {len(made)}" if len(made) > 1 else ""
+            self._say(f"gathering what its layers are fed{part}")
+            self._hold_out(layers, unseen)
+            self._solve(layers, calls, on_layer)
+        for layer, plan in self.plans.items():
+            if layer not in self.solved and plan.bits:
+                self._code((layer,), None, on_layer)
+            elif layer not in self.solved:
+                self.solved[layer] = solve_layer(plan, self._stored(layer), self.job.recipe, self.job.device)
+                on_layer(self.encode(layer)[0])
+        self._install()
+
+    def _hold_out(self, layers: Sequence[str], calls: Sequence[Call]) -> None:
+        found = gather_moments(self.module, layers, calls, prefix=self.prefix, share=False)
+        self._held_out = {layer: group.H for group in found for layer in group.layers}
+
+    def _solve(self, layers: Sequence[str], calls: Sequence[Call], on_layer: Callable[[LayerReport], None]) -> None:
+        moments = gather_moments(self.module, layers, calls, prefix=self.prefix)
         moments.reverse()
         while moments:
             group = moments.pop()  # each second moment is let go of as soon as it was used
@@ -105,13 +122,6 @@ class Block:
             for layer, one in zip(group.layers, found, strict=True):
                 self.solved[layer] = replace(one, held_out_error=self._unseen_error(layer, one.factors))
                 on_layer(self.encode(layer)[0])
-        for layer, plan in self.plans.items():
-            if layer not in self.solved and plan.bits:
-                self._code((layer,), None, on_layer)
-            elif layer not in self.solved:
-                self.solved[layer] = solve_layer(plan, self._stored(layer), self.job.recipe, self.job.device)
-                on_layer(self.encode(layer)[0])
-        self._install()
 
     def _code_rows(self, layer: str, plan: LayerPlan, on_layer: Callable[[LayerReport], None]) -> None:
         coded = code_rows(plan, self._stored(layer), self.job.device)
@@ -145,8 +155,9 @@ class Block:
             steps.spend(one.report)
             on_layer(self._encoded[layer][0])
 
-    def start_from(self, start: Checkpoint, on_layer: Callable[[LayerReport], None]) -> None:
-        """Take the layers, and the norms, that the compressed checkpoint `start` holds."""
+    def start_from(self, start: Checkpoint, unseen: Sequence[Call], on_layer: Callable[[LayerReport], None]) -> None:
+        """Take the layers, and the norms, that the compressed checkpoint `start` holds; `unseen` as for `solve`."""
+        self._hold_out(self._fed, unseen)
         known = {line["name"]: line for line in start.report().get("layers", ())}
         files = {file.path: file for file in start.files}
         specs = layer_specs(start)

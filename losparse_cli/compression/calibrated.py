@@ -83,9 +83,9 @@ class CalibratedRun:
                 self._restore(layer)
                 continue
             if self.job.start is not None:
-                layer.start_from(self.job.start, self.told.layer)
+                layer.start_from(self.job.start, (), self.told.layer)
             else:
-                layer.solve((), self.told.layer)
+                layer.solve((), (), self.told.layer)
             self._write(layer, {}, time.monotonic() - begun)
 
     def _restore(self, block: Block) -> None:
@@ -112,11 +112,10 @@ class CalibratedRun:
         run_calls(block.module, dense, self._activations)
         if self.writer.done < block.numbers.stop:
             solved_with = len(calls) - self._held_out
-            block.hold_out(calls[solved_with:])
             if self.job.start is not None:
-                block.start_from(self.job.start, self.told.layer)
+                block.start_from(self.job.start, calls[solved_with:], self.told.layer)
             else:
-                block.solve(calls[:solved_with], self.told.layer)
+                block.solve(calls[:solved_with], calls[solved_with:], self.told.layer)
             summary = {}
             if self.job.refinement is not None:
                 summary = block.match(calls, [hidden_states(call.output) for call in dense], self._held_out)

@@ -22,6 +22,7 @@ from .fingerprint import fingerprint
 from .footprint import footprint
 from .pace import seconds_alone
 from .plan import RESIDENT_BASE, Job
+from .rounds import moment_bytes, moments_room, rounds
 from .schedule import Schedule, schedule
 from .steps import SENSITIVITY_TOKENS
 
@@ -169,11 +170,14 @@ def estimate(job: Job, windows: Windows | None) -> Estimate:
     held_out = windows is None or len(hold_out(windows)[1].ids) > 0
     moments = solver = 0
     work = 0.0  # flops, weighted with their overhead
-    solved = job.solved_blocks
+    solved, room = job.solved_blocks, moments_room(job)
+    plan_of = {plan.layer.name: plan for plan in job.plan.layers}
     for name, numbers in job.blocks.items():
         plans = [plan for k in numbers if (plan := units[k][1]) is not None]
         # Of what it is solved with, and of what is held out.
-        moments = max(moments, (1 + held_out) * sum(4 * plan.layer.shape[1] ** 2 for plan in plans))
+        made = rounds({plan.layer.name: plan for plan in plans}, room, 1 + held_out)
+        held_moments = (sum(moment_bytes(plan_of[layer]) for layer in layers) for layers in made)
+        moments = max(moments, (1 + held_out) * max(held_moments, default=0))
         block = sum(job.entries[k].elements for k in numbers)
         for plan in plans:
             m, n = plan.layer.shape
@@ -185,7 +189,8 @@ def estimate(job: Job, windows: Windows | None) -> Estimate:
                 steps = plan.iterations
                 work += SOLVER_OVERHEAD * (2 * m * n * n * (steps + POLISH) + 2 * n**3 * steps / 5)
             work += FORWARD_OVERHEAD * 2 * n * n * tokens
-        work += FORWARD_OVERHEAD * 2 * (2 if plans else 1 if name in solved else 0) * block * tokens
+        passes = 1 + len(made) if plans else 1 if name in solved else 0
+        work += FORWARD_OVERHEAD * 2 * passes * block * tokens
         # Forwards, and backwards, for which it runs forwards again.
         work += FORWARD_OVERHEAD * 2 * 4 * block * felt
         if job.refinement is not None and plans:

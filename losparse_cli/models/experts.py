@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 
 from torch import nn
 
 from ..shim.experts import SplitExperts
 
 
-def expert_layers(block: nn.Module, layers: Collection[str]) -> list[dict[str, tuple[str, ...]]]:
-    """For each matrix of the experts in `block`: the first of `layers` of every expert -> those that are fed the same.
+@dataclass(frozen=True)
+class ExpertLayers:
+    """Layers that are the same of each expert. owner: the module that is fed what all of them are fed parts of, "" if
+    nobody is. layers: the first of every expert -> those of it that are fed the same."""
 
-    Gate and up of an expert are fed the same; of several experts every matrix is fed something else.
-    """
-    found = []
+    owner: str
+    layers: dict[str, tuple[str, ...]]
+
+
+def expert_layers(block: nn.Module, layers: Collection[str]) -> list[ExpertLayers]:
+    """Those of `layers` that belong to experts in `block`: gate and up, which are fed the same, and down."""
+    asked, found = set(layers), []
     for name, module in block.named_modules():
         if not isinstance(module, SplitExperts):
             continue
-        prefix = f"{name}." if name else ""
         gate, up, down = module.names
-        for matrices in ((gate, up), (down,)):
-            asked = [
-                tuple(full for matrix in matrices if matrix and (full := f"{prefix}{number}.{matrix}") in layers)
-                for number in range(module.count)
-            ]
-            found.append({members[0]: members for members in asked if members})
-    return [group for group in found if group]
+        for owner, matrices in ((name, (gate, up)), ("", (down,))):
+            every = [[f"{name}.{number}.{matrix}" for matrix in matrices if matrix] for number in range(module.count)]
+            here = [tuple(layer for layer in names if layer in asked) for names in every]
+            if any(here):
+                found.append(ExpertLayers(owner, {members[0]: members for members in here if members}))
+    return found
 
 
 def surplus_experts(model: nn.Module, disk: Mapping[str, Collection[str]]) -> Iterator[tuple[str, int]]:
