@@ -19,6 +19,7 @@ from ..models.names import NameMap
 from ..models.reading import output_embeddings
 from ..models.route import Route
 from ..models.skeleton import empty_model
+from ..shim.experts import as_if_fused
 from .plan import Job
 
 
@@ -62,7 +63,8 @@ class Assembly:
             self._set([name], made)
         for module in self.model.modules():
             vars(module).pop("_is_hf_initialized", None)  # as its constructor left it, on the meta device
-        self.model.initialize_weights()
+        with as_if_fused(self.model):
+            self.model.initialize_weights()
 
     def parameter(self, tensor: str) -> str | None:
         """The parameter that the tensor on disk becomes as it stands, None if there is none."""

@@ -10,6 +10,7 @@ This file is shipped inside checkpoints and may import nothing but torch and tra
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ class SplitExperts(nn.Module):
         self.names = names
         gate, up, down = names
         self.count, hidden, width = fused.down_proj.shape
+        self.shapes = tuple(tuple(value.shape) for key, value in fused.named_parameters() if key != "down_proj")
+        self.shapes += (tuple(fused.down_proj.shape),)
         like = {"bias": False, "device": fused.down_proj.device, "dtype": fused.down_proj.dtype}
         for number in range(self.count):
             expert = Expert()
@@ -97,6 +100,25 @@ def split_experts(model: Any, fused: dict[str, Names]) -> None:
     """Put split experts, without values, in the place of fused ones, in every one of `fused`."""
     for name, names in fused.items():
         model.set_submodule(name, SplitExperts(model.get_submodule(name), names))
+
+
+@contextmanager
+def as_if_fused(model: Any) -> Iterator[None]:
+    """For a model's own initialization, which may ask experts for the parameters that they had: empty ones."""
+    given: list[tuple[Any, str]] = []
+    for module in model.modules():
+        if isinstance(module, SplitExperts):
+            first = "up_proj" if module.names[0] is None else "gate_up_proj"
+            for key, shape in zip((first, "down_proj"), module.shapes, strict=True):
+                parameter = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
+                parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+                module.register_parameter(key, parameter)
+                given.append((module, key))
+    try:
+        yield
+    finally:
+        for module, key in given:
+            delattr(module, key)
 
 
 def without_merging(conversions: Collection[Any], model: Any) -> list[Any]:

@@ -23,7 +23,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .embedding import CodedEmbedding, refuse_to_resize
-from .experts import fused_experts, split_experts, without_merging
+from .experts import as_if_fused, fused_experts, split_experts, without_merging
 from .layouts import FORMAT_VERSION, LayerSpec
 from .linear import LowRankSparseLinear
 from .loader import write_loader
@@ -177,7 +177,8 @@ def _initialize_the_rest(model: Any) -> None:
             else:
                 continue  # that code fills what it holds beside its rows
             model.set_submodule(name, dense)
-        type(model).initialize_weights(model)
+        with as_if_fused(model):
+            type(model).initialize_weights(model)
     finally:
         for name, layer in ours.items():
             model.set_submodule(name, layer)

@@ -24,7 +24,7 @@ from .results import Options, add_result, results_of
 
 MINUTES = 5
 WINDOW, BATCH = 256, 16
-BITS = 3.25
+BITS = (3.25, 2.0)
 _COMMON: dict[str, Any] = {
     "vocab_size": 99, "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 3,
     "max_position_embeddings": WINDOW, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -46,7 +46,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def experts(options: Options, rows: Sequence[str] = ()) -> None:
-    """Gap at BITS with much text, and with one window of it, of each of KINDS or those named."""
+    """Gaps at BITS with much text, and with one window of it, of each of KINDS or those named."""
     text, held_out = encyclopedia_text()
     (options.folder / "letters.txt").write_text(text, encoding="utf-8")
     for row in list(rows) or [kind for kind in KINDS if kind not in results_of(options, "experts")]:
@@ -54,10 +54,12 @@ def experts(options: Options, rows: Sequence[str] = ()) -> None:
         found: dict[str, Any] = {}
         for name, tokens in (("much", 65536), ("little", WINDOW)):
             asked = Calibration(str(options.folder / "letters.txt"), tokens, WINDOW)
-            output = options.folder / f"experts-{row}-{name}"
-            made = compress(dense, output, bits=BITS, calibration=asked, overwrite=True)
-            measured = evaluate(output, held_out[:200_000], against=dense, length=WINDOW, windows=64, dtype="float32")
-            found[name] = measured.to_dict()
+            for bits in BITS:
+                output = options.folder / f"experts-{row}-{name}-{bits}"
+                made = compress(dense, output, bits=bits, calibration=asked, overwrite=True)
+                held = held_out[:200_000]
+                measured = evaluate(output, held, against=dense, length=WINDOW, windows=64, dtype="float32")
+                found[f"{name}@{bits}"] = measured.to_dict()
         specs = [layer.spec for layer in made.report.layers if layer.spec.kind not in ("embedding", "head")]
         found["share"] = sum(spec.shape[0] * spec.shape[1] for spec in specs) / _outside_embeddings(dense)
         add_result(options, "experts", row, found)
@@ -87,7 +89,7 @@ def _trained(folder: Path, kind: str, text: str, minutes: float) -> Path:
         optimizer.zero_grad()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "trained.json").write_text(json.dumps({"loss": float(loss)}))
+    (folder / "trained.json").write_text(json.dumps({"loss": float(loss.detach())}))
     return folder
 
 
@@ -98,12 +100,13 @@ def _outside_embeddings(folder: Path) -> int:
 
 
 def _print_table(found: dict[str, dict[str, Any]]) -> None:
-    print(f"{BITS} bits a weight; gap: log-perplexity a letter above dense, with its standard error\n")
-    print("| model | compressed | gap, 65,536 letters | of the dense kind's | one window of text | of that |")
-    print("|---|---|---|---|---|---|")
-    gaps = {row: {name: line[name]["log_difference"] for name in ("much", "little")} for row, line in found.items()}
+    print("gap: log-perplexity a letter above dense, with its standard error\n")
+    print("| model | compressed | bits | gap, 65,536 letters | of the dense kind's | one window of text | of that |")
+    print("|---|---|---|---|---|---|---|")
     for row, line in found.items():
-        much, little = gaps[row]["much"], gaps[row]["little"]
-        beside = f"{much['value'] / gaps['dense']['much']['value']:.2f}" if "dense" in gaps else ""
-        print(f"| {row} | {line['share']:.1%} | {much['value']:.4f} ± {much['error']:.4f} | {beside} "
-              f"| {little['value']:.4f} | {little['value'] / much['value']:.2f} |")  # fmt: skip
+        for bits in BITS:
+            much, little = (line[f"{name}@{bits}"]["log_difference"] for name in ("much", "little"))
+            base = found.get("dense", {}).get(f"much@{bits}", {}).get("log_difference")
+            beside = f"{much['value'] / base['value']:.2f}" if base else ""
+            print(f"| {row} | {line['share']:.1%} | {bits} | {much['value']:.4f} ± {much['error']:.4f} | {beside} "
+                  f"| {little['value']:.4f} | {little['value'] / much['value']:.2f} |")  # fmt: skip
