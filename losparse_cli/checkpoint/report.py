@@ -20,6 +20,7 @@ class LayerReport:
     errors: relative Frobenius error after each iteration. output_errors: relative error of the layer's output on
     the text that it was solved with, after each stage of the solver; () without one. held_out_error: the same on text
     that was held out, as stored; None without any. log_step: of codes, log2 of the step that they were made with.
+    tokens: that it was solved with, of an expert those that were sent to it; None without text.
     """
 
     name: str
@@ -32,6 +33,7 @@ class LayerReport:
     output_errors: tuple[float, ...] = ()
     held_out_error: float | None = None
     log_step: float | None = None
+    tokens: int | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -164,6 +166,11 @@ class Report:
     def relative_error(self) -> float | None:
         """Relative Frobenius error over all compressed layers together."""
         return total_error(self.layers)
+
+    @property
+    def starved(self) -> tuple[LayerReport, ...]:
+        """Layers that were solved with fewer tokens than they have inputs, as experts may be that few are sent to."""
+        return tuple(layer for layer in self.layers if layer.tokens is not None and layer.tokens < layer.shape[1])
 
     @property
     def held_out_error(self) -> float | None:

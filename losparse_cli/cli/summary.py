@@ -136,6 +136,12 @@ def show_result(out: Console, result: Result) -> None:
     _show_loading(out, where)
     if not result.seconds:
         out.say("This very run had finished before: nothing was left to do.")
+    if starved := report.starved:
+        out.warn(
+            f"{len(starved)} of {len(report.layers)} layers were solved with fewer tokens than they have inputs, the "
+            f"first {starved[0].name} with {starved[0].tokens:,}: experts see what is sent to them alone. Raise "
+            "--calibration-tokens."
+        )
     if report.targeted_share < 0.5:
         out.warn(
             f"only {report.targeted_share:.0%} of the parameters lie in layers that can be compressed; the rest "

@@ -70,6 +70,7 @@ class Block:
                 self.norms[entry.name] = parameter
         self.solved: dict[str, Decomposition] = {}
         self._held_out: dict[str, Tensor] = {}  # layer -> second moment of what it is fed in windows that are held out
+        self._tokens: dict[str, int] = {}  # layer -> how many it is solved with
         self._encoded: dict[str, tuple[LayerReport, dict[str, Tensor]]] = {}
 
     def _say(self, text: str) -> None:
@@ -113,6 +114,7 @@ class Block:
         while moments:
             group = moments.pop()  # each second moment is let go of as soon as it was used
             self._say(f"solving {', '.join(layer.rpartition('.')[2] for layer in group.layers)}")
+            self._tokens |= dict.fromkeys(group.layers, group.tokens)
             if self.job.recipe.coded:
                 self._code(group.layers, group.H, on_layer)
                 continue
@@ -151,7 +153,8 @@ class Block:
         for layer, one in zip(layers, coded, strict=True):
             unseen = self._unseen_error(layer, one.solved.factors)
             self.solved[layer] = replace(one.solved, held_out_error=unseen)
-            self._encoded[layer] = replace(one.report, held_out_error=unseen), one.tensors
+            report = replace(one.report, held_out_error=unseen, tokens=self._tokens.get(layer))
+            self._encoded[layer] = report, one.tensors
             steps.spend(one.report)
             on_layer(self._encoded[layer][0])
 
@@ -165,6 +168,8 @@ class Block:
             name = plan.layer.name
             factors = read_layer(start, name, specs[name], layer_tensors(start, name, specs[name])).to(self.job.device)
             line = known.get(name, {})
+            if line.get("tokens") is not None:
+                self._tokens[layer] = line["tokens"]
             self.solved[layer] = self._measured(layer, factors, line.get("errors", ()), line.get("output_errors", ()))
             on_layer(self.encode(layer)[0])
         self._install()
@@ -217,7 +222,8 @@ class Block:
         """The layer's line of the report, with its entry in config.json, and its tensors by suffix."""
         if layer not in self._encoded:  # asked for when it is solved, and again when it is written
             one = self.solved[layer]
-            self._encoded[layer] = encode(self.plans[layer], one, one.factors.U.dtype)
+            report, tensors = encode(self.plans[layer], one, one.factors.U.dtype)
+            self._encoded[layer] = replace(report, tokens=self._tokens.get(layer)), tensors
         return self._encoded[layer]
 
     def norm(self, tensor: str) -> Tensor:
