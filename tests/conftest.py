@@ -155,7 +155,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What is slow by its kind, and what was measured to be: slow.txt names tests of more than a third of a second,
-    long.txt those of five seconds or more, each with all of its cases."""
+    long.txt those of three to five seconds or more, each with all of its cases."""
     measured, longest = (set((Path(__file__).parent / name).read_text().split()) for name in ("slow.txt", "long.txt"))
     quick: dict[str, list[pytest.Item]] = {}
     for item in items:
