@@ -28,6 +28,7 @@ BENCHMARKS = {
     "ways": kernels.ways,
     "models": models.models,
     "models-codes": models.models_codes,
+    "models-experts": models.models_experts,
     "gpu": kernels_gpu.gpu,
 }
 LONG = {

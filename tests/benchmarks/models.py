@@ -21,16 +21,29 @@ from losparse_cli.demo import packaged_gguf, smollm2
 
 def llama(folder: Path, vocabulary: int) -> Path:
     """A Llama of about a billion random parameters in bfloat16, hidden size 2048."""
-    path = folder / f"llama-{vocabulary}"
+    config = transformers.LlamaConfig(
+        hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
+        num_key_value_heads=4, vocab_size=vocabulary, max_position_embeddings=2048, dtype="bfloat16",
+        tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return _generated(folder / f"llama-{vocabulary}", transformers.LlamaForCausalLM, config)
+
+
+def mixtral(folder: Path) -> Path:
+    """A Mixtral of two billion random parameters in bfloat16, 8 experts of which a token is sent to 2."""
+    config = transformers.MixtralConfig(
+        hidden_size=2048, intermediate_size=4096, num_hidden_layers=9, num_attention_heads=32, num_key_value_heads=8,
+        num_local_experts=8, num_experts_per_tok=2, vocab_size=32000, max_position_embeddings=2048, dtype="bfloat16",
+        tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return _generated(folder / "mixtral", transformers.MixtralForCausalLM, config)
+
+
+def _generated(path: Path, kind: Any, config: Any) -> Path:
     if not (path / "config.json").is_file():
-        config = transformers.LlamaConfig(
-            hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
-            num_key_value_heads=4, vocab_size=vocabulary, max_position_embeddings=2048, dtype="bfloat16",
-            tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
-        )  # fmt: skip
         torch.manual_seed(0)
         with torch.device("meta"):
-            model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+            model = kind(config).to(torch.bfloat16)
         model = model.to_empty(device="cpu")
         with torch.no_grad():
             for parameter in model.parameters():
@@ -123,6 +136,21 @@ def _models_codes(folder: Path) -> None:
     for batch in (4, 8):
         report = bench(small, against=smollm2(), batch=batch, rows=(1,), rounds=3)
         _show_codes("SmolLM2-135M", report, decode=1.0)
+
+
+def models_experts() -> None:
+    """A mixture of experts at 3.25 bits without text, beside transformers' fused experts."""
+    with _folder() as folder:
+        dense = mixtral(folder)
+        print(f"{torch.get_num_threads()} threads, prompt of 128 tokens, 32 new ones; tokens a second in brackets\n")
+        print("| model | prefill, times dense | decode, times dense | floor | disk | in memory | resident, of dense |")
+        print(f"|{'---|' * 7}")
+        report = bench(_compressed(dense, folder, Recipe(bits=3.25)), against=dense, rows=(1,), rounds=3)
+        ours, over = report.compressed, report.ratios
+        assert ours is not None
+        shares = " | ".join(f"{over[f'{part}_share']:.1%}" for part in ("disk", "tensors", "resident"))
+        print(f"| Mixtral, 2.0 billion, 8 experts | {over['prefill_speedup']:.2f} ({ours.prefill:.1f}) "
+              f"| {over['decode_speedup']:.2f} ({ours.decode:.1f}) | 2.5 | {shares} |")  # fmt: skip
 
 
 def _show_codes(

@@ -189,12 +189,20 @@ static int codes(int64_t m, int64_t n, int64_t rank, int bits, int64_t rows, int
     bad |= losparse_rows_of_codes(&layer, NULL, 0, m, WHOLE, 1, again, 2, level);
     bad |= losparse_rows_of_codes(&layer, NULL, 0, m, FLOAT32, 1, S, 2, level);
     bad |= losparse_rows_of_codes(&layer, (const int64_t[]){m - 1}, 0, 1, BFLOAT16, 1, half_of_S, 2, level);
+    float *factors = exact((n + 7) / 8 * 8 * sizeof *factors), *scaled = exact(rows * n * sizeof *scaled);
+    column_factors(exponents, n, factors);
+    bad |= losparse_scale(&layer, x, rows, FLOAT32, scaled, 2, level);
+    for (int64_t e = 0; e < rows * n; e++) bad |= scaled[e] != get(x, e, dtype) * factors[e % n];
+    uint16_t *alone = exact(m * n * 2);
+    bad |= losparse_rows_of_codes(&layer, NULL, 0, m, BFLOAT16, 0, alone, 2, level);
+    for (int64_t e = 0; e < m * n; e++) bad |= alone[e] != narrow((float)q[e]);
+    free(alone), free(scaled);
     double *whole = exact(rows * m * sizeof *whole), *inner = inner_products(V, x, rank, rows, n, dtype);
     for (int64_t t = 0; t < rows; t++)
         for (int64_t i = 0; i < m; i++) {
             double sum = get(bias, i, dtype);
             for (int64_t j = 0; j < n; j++) {
-                const float s = (float)q[i * n + j] * column_factor(exponents[j]) * get(values, i, dtype);
+                const float s = (float)q[i * n + j] * factors[j] * get(values, i, dtype);
                 bad |= again[i * n + j] != q[i * n + j] || S[i * n + j] != s;
                 sum += (double)s * get(x, t * n + j, dtype);
             }
@@ -205,6 +213,7 @@ static int codes(int64_t m, int64_t n, int64_t rank, int bits, int64_t rows, int
     put(x, n - 1, NAN, dtype);
     bad |= losparse_coded(&layer, x, y, rows, 2, 2, level) != 3;
     void *every[] = {q, index, exponents, again, S, values, U, V, bias, x, y, half_of_S, whole, inner};
+    free(factors);
     for (size_t k = 0; k < sizeof every / sizeof *every; k++) free(every[k]);
     if (bad) printf("codes: m %ld n %ld rank %ld bits %d rows %ld dtype %d level %d\n", (long)m, (long)n, (long)rank, bits,
                     (long)rows, dtype, level);
