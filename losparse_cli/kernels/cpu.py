@@ -185,8 +185,8 @@ def _at_a_large_page(code: Library, size: int) -> Tensor:
     if size < 2 * LARGE_PAGE:
         return torch.empty(size, dtype=torch.uint8)
     memory = torch.empty(size + LARGE_PAGE, dtype=torch.uint8)
-    code.large_pages(memory.data_ptr(), memory.numel())
     begin = -memory.data_ptr() % LARGE_PAGE
+    code.large_pages(memory.data_ptr(), memory.numel(), begin, size)
     return memory[begin : begin + size]
 
 

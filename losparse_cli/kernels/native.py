@@ -106,7 +106,7 @@ class Library:
             "code_bits": (pointer, long, whole, pointer, whole),
             "pack_codes": (layer, pointer, whole, whole, whole),
             "rows_of_codes": (layer, pointer, long, long, whole, whole, pointer, whole, whole),
-            "large_pages": (pointer, long),
+            "large_pages": (pointer, long, long, long),
             "scale": (layer, pointer, long, whole, pointer, whole, whole),
             "step": (pointer, long, pointer),
         }.items():

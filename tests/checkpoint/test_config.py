@@ -56,6 +56,7 @@ def test_the_loader_is_the_packages_own_code(tmp_path: Path) -> None:
     assert [path.name for path in files] == [
         "losparse_codec.py",
         "losparse_embedding.py",
+        "losparse_experts.py",
         "losparse_kept.py",
         "losparse_layouts.py",
         "losparse_linear.py",

@@ -611,17 +611,17 @@ PACK(pack_plain, )
 PACK(pack_avx2, AVX2)
 #endif
 
-/* Fresh memory, of which nothing is resident yet, in pages of 2 MiB where one fits: reading through them misses fewer. What
-   lay in these bytes is lost. */
-int losparse_large_pages(void *p, int64_t bytes) {
+/* Fresh memory, of which nothing is resident yet; `size` bytes of it, `begin` bytes behind its beginning, in pages of 2 MiB
+   where one fits: reading through them misses fewer. What lay in these bytes is lost. */
+int losparse_large_pages(void *memory, int64_t bytes, int64_t begin, int64_t size) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    const uintptr_t small = 4095, large = ((uintptr_t)1 << 21) - 1, from = (uintptr_t)p, to = from + (uintptr_t)bytes;
-    if ((to & ~small) > ((from + small) & ~small))
-        madvise((void *)((from + small) & ~small), (to & ~small) - ((from + small) & ~small), MADV_DONTNEED);
-    if ((to & ~large) > ((from + large) & ~large))
-        madvise((void *)((from + large) & ~large), (to & ~large) - ((from + large) & ~large), MADV_HUGEPAGE);
+    const uintptr_t small = 4095, large = ((uintptr_t)1 << 21) - 1, from = (uintptr_t)memory, to = from + (uintptr_t)bytes;
+    const uintptr_t first = (from + small) & ~small, last = to & ~small;
+    if (last > first) madvise((void *)first, last - first, MADV_DONTNEED);
+    const uintptr_t inner = (from + (uintptr_t)begin + large) & ~large, outer = (from + (uintptr_t)(begin + size)) & ~large;
+    if (outer > inner) madvise((void *)inner, outer - inner, MADV_HUGEPAGE);
 #else
-    (void)p, (void)bytes;
+    (void)memory, (void)bytes, (void)begin, (void)size;
 #endif
     return 0;
 }
