@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,9 +66,9 @@ class Console:
         """Of progress, or a note."""
         self.err.print(message)
 
-    def show(self, line: str, **style: Any) -> None:
-        """A line of the result, in markup; only a known width breaks it."""
-        self.out.print(line, soft_wrap=not self._has_width, **style)
+    def show(self, line: str, *, whole: bool = False, **style: Any) -> None:
+        """A line of the result, in markup; only a known width breaks it, and no command, which is `whole`."""
+        self.out.print(line, soft_wrap=whole or not self._has_width, **style)
 
     def warn(self, message: str) -> None:
         self.err.print(f"[yellow]warning:[/] {escape(message)}")
@@ -238,6 +239,11 @@ def clean(name: object, most: int = 60) -> str:
     """A name that any file may hold: on one line, of printable characters, and not longer than `most` of them."""
     text = "".join(c if c.isprintable() else "\ufffd" for c in str(name))
     return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-(most - most // 2) :]}"
+
+
+def invoked() -> str:
+    """What a person types to run losparse: its name, or where it lies if no shell would find it."""
+    return "losparse" if shutil.which("losparse") else short(Path(sys.argv[0]))
 
 
 def short(path: Path) -> str:

@@ -142,7 +142,7 @@ def show_result(out: Console, result: Result) -> None:
             f"first {starved[0].name} with {starved[0].tokens:,}: experts see what is sent to them alone. Raise "
             "--calibration-tokens."
         )
-    if report.targeted_share < 0.5:
+    if report.targeted_share < 0.5 and not report.recipe.get("targets"):
         out.warn(
             f"only {report.targeted_share:.0%} of the parameters lie in layers that can be compressed; the rest "
             "(embeddings, heads, fused experts) stays as it is. `losparse inspect` on the dense model lists why."
@@ -202,7 +202,8 @@ def show_refined(out: Console, result: RefinedModel) -> None:
     _show_sizes(out, result.report, "dense", "refined")
     _show_refinement(out, result.report)
     where = short(result.output)
-    done = f"in {minutes(result.seconds)}, {result.steps} steps of {result.tokens // max(1, result.steps):,} tokens"
+    done = f"in {minutes(result.seconds)}, {result.steps} step{'s' if result.steps != 1 else ''} of "
+    done += f"{result.tokens // max(1, result.steps):,} tokens"
     out.show(f"[bold green]Done[/] {done}. The result is in {where}. To load it:")
     _show_loading(out, where)
     if not result.seconds:

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from ..errors import UsageError
 from .columns import Column, show_columns
-from .console import Console, clean, size
+from .console import Console, clean, invoked, short, size
 
 if TYPE_CHECKING:
     from ..checkpoint.report import LayerReport, Report
@@ -218,11 +218,13 @@ def show_comparison(out: Console, rows: Sequence[Measured]) -> None:
     for row in rows:
         out.show(f"[bold]{row.name}[/] says: {escape(row.sentence)}")
     out.show(
-        "\nLog gap: log-perplexity above that of dense; ± one standard error. The text is the"
-        f"\nfirst {WINDOWS} of README's 32 windows; with its longer calibration losparse comes closer."
-        f"\nGo on with: losparse inspect {ours.folder} --layers"
-        f"\nor a picture: losparse inspect {ours.folder} --plot losparse.html"
+        f"\nOn the first {WINDOWS} of README's 32 windows, in float32; with its longer calibration losparse comes "
+        "closer. Log gap: log-perplexity above that of dense; ± one standard error."
     )
+    command, folder = invoked(), short(ours.folder)
+    out.show(f"\nGo on with: {command} inspect {folder} --layers", whole=True)
+    out.show(f"or a picture: {command} inspect {folder} --plot losparse.html", whole=True)
+    out.show(f"or ask: {command} generate {folder} 'Why is ice light?'", whole=True)
 
 
 def _with_error(estimate: Estimate, shape: str) -> str:
