@@ -213,7 +213,9 @@ def estimate(job: Job, windows: Windows | None) -> Estimate:
     speeds = _speeds(job.device)
     slow, middle, fast = speeds[1], statistics.median(speeds), speeds[-2]
     busy = _is_busy(job.device) or fast > UNSTEADY * slow
-    return Estimate(fixed, carried, work / middle, work / fast, work / slow, busy)
+    # Training towards the whole model ends when it is told to; where it counts steps nobody knows how long they take.
+    then = (job.towards.seconds or 0.0) if job.towards is not None else 0.0
+    return Estimate(fixed, carried, work / middle + then, work / fast + then, work / slow + then, busy)
 
 
 def _speeds(device: torch.device) -> list[float]:

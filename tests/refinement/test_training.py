@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from losparse_cli import Recipe, compress, load, refine
+from losparse_cli.compress import plan
+from losparse_cli.compression.estimate import estimate
 from losparse_cli.compression.request import ModelRefinement
 from losparse_cli.errors import CheckpointError, OutputError, UsageError
 from losparse_cli.models.head import Head
@@ -378,6 +380,18 @@ def test_options_that_do_not_go_together(small: Path, dense: Path, text: Calibra
         refine(small, calibration=text, against=dense, refinement=make_refinement("blocks"))
     job = prepare_refinement(small, calibration=text, against=dense, refinement=make_refinement(steps=7))
     assert job.towards == ModelRefinement(steps=7)
+
+
+def test_a_forecast_counts_the_minutes(dense: Path, text: Calibration, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"bits": 2.5, "calibration": text}
+    without, within = (
+        estimate(job, job.windows)
+        for job in (
+            plan(dense, tmp_path / "out", **options),
+            plan(dense, tmp_path / "out", **options, refinement=ModelRefinement(minutes=60)),
+        )
+    )
+    assert without.seconds < 1800 < 3600 <= within.least_seconds <= within.seconds <= within.most_seconds
 
 
 # --- the command ----------------------------------------------------------------------------------
