@@ -14,8 +14,6 @@ from ..models.blocks import Call, run_block
 from ..models.experts import ExpertLayers, expert_layers
 
 TILE = 384  # columns of H whose products are computed together: those left of them are known by symmetry
-
-
 SHARED, EVEN = 1.0, 0.1
 """Tokens an input that an expert sees beside its own: of what all experts are fed, and where each is fed something else
 (its second matrix) of inputs that are all alike."""
@@ -51,9 +49,9 @@ def gather_moments(
 
     layers: names of linear modules inside `block`. Layers that are fed the very same tensor (q, k, v; gate, up)
     share one Moments. Layers that were never called are left out, but for experts: with `share` each sees what all are
-    fed, too (`_share`). Where nobody asks for outputs, and the first call
-    called each layer once, later calls end with the last layer that is fed. CheckpointError names a layer, after
-    `prefix`, whose inputs are not finite, and the `remedy`.
+    fed, too (`_share`). Where nobody asks for outputs, and the first call called each layer once, later calls end with
+    the last layer that is fed. CheckpointError names a layer, after `prefix`, whose inputs are not finite, and the
+    `remedy`.
     """
     modules = {name: block.get_submodule(name) for name in layers}
     groups = expert_layers(block, layers) if share else []

@@ -14,7 +14,6 @@ from ..checkpoint.reader import require_finite
 from ..checkpoint.source import Checkpoint
 from ..errors import CheckpointError
 from ..models.blocks import Call, block_of, changed, run_block
-from ..models.device import available
 from ..models.names import NameMap
 from ..models.reading import output_embeddings
 from ..models.route import Route
@@ -136,8 +135,7 @@ def keeps_no_cache(model: Any) -> None:
 
 def activations_of(job: Job, folder: Path, fixed_bytes: int) -> Activations:
     """What flows from block to block, in the memory that the job may take beside `fixed_bytes`, or in `folder`."""
-    limit = job.memory_limit if job.memory_limit is not None else available(job.device) * 3 // 4
-    return Activations(folder, max(0, limit - fixed_bytes))
+    return Activations(folder, max(0, job.memory - fixed_bytes))
 
 
 def run_calls(module: nn.Module, calls: Sequence[Call], activations: Activations) -> None:
@@ -168,8 +166,7 @@ def parameters_by_block(model: Any, route: Route) -> tuple[dict[str, list[str]],
 
 def parameters_outside(model: Any, route: Route) -> list[str]:
     """Parameters outside the blocks that run before the last block: all but the output head's own."""
-    blocks = (*route.blocks, *route.unreached)
-    outside = [name for name, _ in model.named_parameters() if block_of(name, blocks) is None]
+    _, outside = parameters_by_block(model, route)
     head = output_embeddings(model)
     own = {id(p) for p in head.parameters()} if head is not None else set()
     # Embeddings that the head is tied to are read before: the decoder's, where the encoder has others.

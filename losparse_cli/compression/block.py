@@ -26,7 +26,7 @@ from .assembly import Assembly
 from .coded import Coder, coded_within, own_steps
 from .matching import LOSSES, match_block
 from .plan import Job
-from .rounds import moments_room, rounds
+from .rounds import rounds
 from .rows import code_rows
 from .schedule import Schedule
 from .solve import as_matrix, encode, solve_layer, solve_layers
@@ -90,7 +90,7 @@ class Block:
         for layer, plan in self.plans.items():
             if plan.layer.rows:
                 self._code_rows(layer, plan, on_layer)
-        made = rounds({layer: self.plans[layer] for layer in self._fed}, moments_room(self.job), 1 + bool(unseen))
+        made = rounds({layer: self.plans[layer] for layer in self._fed}, self.job.memory // 2, 1 + bool(unseen))
         for number, layers in enumerate(made):
             part = f", part {number + 1} of {len(made)}" if len(made) > 1 else ""
             self._say(f"gathering what its layers are fed{part}")
@@ -105,6 +105,7 @@ class Block:
         self._install()
 
     def _hold_out(self, layers: Sequence[str], calls: Sequence[Call]) -> None:
+        """What `_unseen_error` measures with, for these layers and no others: so many fit into memory."""
         found = gather_moments(self.module, layers, calls, prefix=self.prefix, share=False)
         self._held_out = {layer: group.H for group in found for layer in group.layers}
 

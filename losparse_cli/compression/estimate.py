@@ -22,7 +22,7 @@ from .fingerprint import fingerprint
 from .footprint import footprint
 from .pace import seconds_alone
 from .plan import RESIDENT_BASE, Job
-from .rounds import moment_bytes, moments_room, rounds
+from .rounds import moment_bytes, rounds
 from .schedule import Schedule, schedule
 from .steps import SENSITIVITY_TOKENS
 
@@ -170,13 +170,13 @@ def estimate(job: Job, windows: Windows | None) -> Estimate:
     held_out = windows is None or len(hold_out(windows)[1].ids) > 0
     moments = solver = 0
     work = 0.0  # flops, weighted with their overhead
-    solved, room = job.solved_blocks, moments_room(job)
-    plan_of = {plan.layer.name: plan for plan in job.plan.layers}
+    solved, room = job.solved_blocks, job.memory // 2
     for name, numbers in job.blocks.items():
         plans = [plan for k in numbers if (plan := units[k][1]) is not None]
         # Of what it is solved with, and of what is held out.
-        made = rounds({plan.layer.name: plan for plan in plans}, room, 1 + held_out)
-        held_moments = (sum(moment_bytes(plan_of[layer]) for layer in layers) for layers in made)
+        here = {plan.layer.name: plan for plan in plans}
+        made = rounds(here, room, 1 + held_out)
+        held_moments = (sum(moment_bytes(here[layer]) for layer in layers) for layers in made)
         moments = max(moments, (1 + held_out) * max(held_moments, default=0))
         block = sum(job.entries[k].elements for k in numbers)
         for plan in plans:

@@ -18,7 +18,7 @@ from ..checkpoint.reader import TensorEntry, finite
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import SourceError, UsageError
 from ..models.blocks import bias_heads, block_of, hidden_size, holding
-from ..models.device import find_device
+from ..models.device import available, find_device
 from ..models.head import require_head
 from ..models.names import NameMap
 from ..models.route import Route, find_route
@@ -86,6 +86,11 @@ class Job:
     def parameters(self) -> int:
         """Elements of all tensors of the source."""
         return self.source.elements
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the job may take: its limit, or three quarters of what is free now."""
+        return available(self.device) * 3 // 4 if self.memory_limit is None else self.memory_limit
 
     @property
     def solved_blocks(self) -> list[str]:

@@ -6,14 +6,6 @@ from collections.abc import Mapping
 from itertools import groupby
 
 from ..budget.plan import LayerPlan
-from ..models.device import available
-from .plan import Job
-
-
-def moments_room(job: Job) -> int:
-    """Bytes that second moments may take: half of what the job may."""
-    limit = job.memory_limit if job.memory_limit is not None else available(job.device) * 3 // 4
-    return limit // 2
 
 
 def rounds(plans: Mapping[str, LayerPlan], room: int, copies: int) -> list[list[str]]:

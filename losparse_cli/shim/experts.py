@@ -44,8 +44,7 @@ class SplitExperts(nn.Module):
         self.names = names
         gate, up, down = names
         self.count, hidden, width = fused.down_proj.shape
-        self.shapes = tuple(tuple(value.shape) for key, value in fused.named_parameters() if key != "down_proj")
-        self.shapes += (tuple(fused.down_proj.shape),)
+        self.shapes = {key: tuple(value.shape) for key, value in fused.named_parameters()}
         like = {"bias": False, "device": fused.down_proj.device, "dtype": fused.down_proj.dtype}
         for number in range(self.count):
             expert = Expert()
@@ -108,8 +107,7 @@ def as_if_fused(model: Any) -> Iterator[None]:
     given: list[tuple[Any, str]] = []
     for module in model.modules():
         if isinstance(module, SplitExperts):
-            first = "up_proj" if module.names[0] is None else "gate_up_proj"
-            for key, shape in zip((first, "down_proj"), module.shapes, strict=True):
+            for key, shape in module.shapes.items():
                 parameter = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined]
                 module.register_parameter(key, parameter)

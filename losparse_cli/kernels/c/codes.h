@@ -406,13 +406,17 @@ AVX2 INLINE void strip_avx2(const Layer *layer, const Whole *w, int64_t k0, int6
     for (int64_t e = 0; e < rows * digits; e++) put_sums(acc + e * STRIP, sums + e * STRIP);
 }
 
-#define STRIP_OF(BITS)                                                                                                \
-    AVX2 static void strip_avx2_##BITS(const Layer *layer, const Whole *w, int64_t k0, int64_t k1, int64_t strip,     \
-                                       int32_t *sums) {                                                               \
-        if (w->digits == 2) strip_avx2(layer, w, k0, k1, strip, sums, BITS, 2);                                       \
-        else strip_avx2(layer, w, k0, k1, strip, sums, BITS, 3);                                                      \
+/* A function of each number of bits, for two digits and for three, of one that is inlined. */
+#define STRIP_OF(WAY, TARGET, BITS)                                                                                   \
+    TARGET static void WAY##_##BITS(const Layer *layer, const Whole *w, int64_t k0, int64_t k1, int64_t strip,        \
+                                    int32_t *sums) {                                                                  \
+        if (w->digits == 2) WAY(layer, w, k0, k1, strip, sums, BITS, 2);                                              \
+        else WAY(layer, w, k0, k1, strip, sums, BITS, 3);                                                             \
     }
-STRIP_OF(2) STRIP_OF(3) STRIP_OF(4) STRIP_OF(5) STRIP_OF(6) STRIP_OF(7) STRIP_OF(8)
+#define STRIPS(WAY, TARGET)                                                                                           \
+    STRIP_OF(WAY, TARGET, 2) STRIP_OF(WAY, TARGET, 3) STRIP_OF(WAY, TARGET, 4) STRIP_OF(WAY, TARGET, 5)               \
+    STRIP_OF(WAY, TARGET, 6) STRIP_OF(WAY, TARGET, 7) STRIP_OF(WAY, TARGET, 8)
+STRIPS(strip_avx2, AVX2)
 #endif
 
 #include "codes_vnni.h"
@@ -696,16 +700,8 @@ INLINE void put_numbers(void *out, int64_t j, const int32_t *q, int count, const
     for (int l = 0; l < count; l++) line[l] = factors ? (float)q[l] * factors[j + l] * a : (float)q[l];
     if (kind == FLOAT32) {
         memcpy((float *)out + j, line, count * sizeof *line);
-    } else if (factors || count < LINE) {
+    } else {
         put_line(out, j, line, count, BFLOAT16);
-    } else { /* codes of at most 8 bits are exact, and so cut, which is quicker */
-        uint16_t cut[LINE];
-        for (int l = 0; l < LINE; l++) {
-            uint32_t word;
-            memcpy(&word, line + l, 4);
-            cut[l] = (uint16_t)(word >> 16);
-        }
-        memcpy((uint16_t *)out + j, cut, sizeof cut);
     }
 }
 
