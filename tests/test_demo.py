@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from losparse_cli import demo
+from losparse_cli.cli.console import invoked
 from losparse_cli.cli.tables import show_comparison
 from losparse_cli.tasks.paired import Estimate
 from losparse_cli.verify import verify
@@ -57,6 +58,6 @@ def test_the_comparison_fits_a_terminal() -> None:
     assert "0.365 ± 0.021" in shown
     assert "801 s" in shown
     assert "first 8 of README's 32" in shown
-    assert "losparse inspect l --layers" in shown
+    assert f"{invoked()} inspect l --layers" in shown
     assert all(len(line.rstrip()) <= 80 for line in shown.splitlines())
     assert "…" not in shown.partition("dense says")[0]  # nothing is cut

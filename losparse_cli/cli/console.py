@@ -242,8 +242,11 @@ def clean(name: object, most: int = 60) -> str:
 
 
 def invoked() -> str:
-    """What a person types to run losparse: its name, or where it lies if no shell would find it."""
-    return "losparse" if shutil.which("losparse") else short(Path(sys.argv[0]))
+    """What a person types to run losparse: its name, where it lies if no shell would find it, or as a module."""
+    beside = Path(sys.executable).with_name("losparse")
+    if shutil.which("losparse"):
+        return "losparse"
+    return short(beside) if beside.is_file() else f"{short(Path(sys.executable))} -m losparse_cli"
 
 
 def short(path: Path) -> str:

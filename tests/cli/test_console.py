@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 from rich.progress import Progress
 
 from losparse_cli.cli import app as terminal
 from losparse_cli.cli.commands import COMMANDS
-from losparse_cli.cli.console import Screen, TimeLeft
+from losparse_cli.cli.console import Screen, TimeLeft, invoked
 from losparse_cli.errors import Interrupted
 
 
@@ -35,6 +36,21 @@ def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch, capsys:
         terminal.main()
     assert ended.value.code == 130
     assert "error: Interrupted. The same command begins anew." in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_command_to_type_is_one_that_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bin_ = tmp_path / "bin"
+    bin_.mkdir()
+    (bin_ / "python").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["-c"])  # as a process that another one began
+    monkeypatch.setattr(sys, "executable", str(bin_ / "python"))
+    monkeypatch.setenv("PATH", "")
+    assert invoked() == "bin/python -m losparse_cli"
+    (bin_ / "losparse").touch(0o755)
+    assert invoked() == "bin/losparse"
+    monkeypatch.setenv("PATH", str(bin_))
+    assert invoked() == "losparse"
 
 
 def test_an_interrupt_before_the_command_is_a_sentence_too(
