@@ -66,9 +66,12 @@ def load(
     register()
     name = _checked_name(source, options)
     where = {key: options[key] for key in WHERE if key in options}
+    local_only = bool(options.get("local_files_only"))
+    with _load_errors(name, local_only=local_only):  # before the tokenizer, whose absence would be the wrong reason
+        config = _config(name, where, options)
     tokenizer = load_tokenizer(name, **where) if need_tokenizer else None
-    with _load_errors(name, local_only=bool(options.get("local_files_only"))):
-        model = _model(name, model_class, where, options)
+    with _load_errors(name, local_only=local_only):
+        model = _model(name, config, model_class, options)
     if not need_tokenizer:
         try:
             tokenizer = load_tokenizer(name, **where)
@@ -89,12 +92,18 @@ def _checked_name(source: str | Path, options: dict[str, Any]) -> str:
     return str(folder)
 
 
-def _model(name: str, model_class: Any, where: dict[str, Any], options: dict[str, Any]) -> Any:
+def _config(name: str, where: dict[str, Any], options: dict[str, Any]) -> Any:
     import transformers
 
-    config = options.get("config")
-    if not isinstance(config, transformers.PretrainedConfig):
-        config = transformers.AutoConfig.from_pretrained(name, **where)
+    given = options.get("config")
+    if isinstance(given, transformers.PretrainedConfig):
+        return given
+    return transformers.AutoConfig.from_pretrained(name, **where)
+
+
+def _model(name: str, config: Any, model_class: Any, options: dict[str, Any]) -> Any:
+    import transformers
+
     chosen = model_class or _class_of(config)
     if isinstance(chosen, str):
         if not hasattr(transformers, chosen):

@@ -38,6 +38,8 @@ def test_the_reason_is_the_true_one(
 def test_load_says_it_too() -> None:
     with pytest.raises(SourceError, match="unset HF_HUB_OFFLINE"):
         losparse_cli.load("user/no-such-model")
+    with pytest.raises(SourceError, match="unset HF_HUB_OFFLINE"):  # nor is it said to lack a tokenizer
+        losparse_cli.generate("user/no-such-model", "abc")
 
 
 def test_further_tries_are_not_shown(caplog: Any) -> None:
