@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from .checkpoint.companions import copy_companions
 from .checkpoint.config import layer_specs, write_config
 from .checkpoint.fingerprint import digest
 from .checkpoint.finish import close, read_report, versions
-from .checkpoint.output import STATES, check_space
+from .checkpoint.output import TRAINING, check_space
 from .checkpoint.report import LayerReport, Report
 from .checkpoint.source import TIMING, Checkpoint, open_checkpoint
 from .checkpoint.workfolder import WorkFolder
@@ -257,9 +256,7 @@ def _run_towards(job: Job, resume: str, overwrite: bool, progress: Progress | No
     with WorkFolder(job.output, mark, resume=resume, overwrite=overwrite, reads=job.reads) as work:
         if work.finished:
             return _found_finished(job)
-        if resume == "never":
-            shutil.rmtree(work.path / STATES, ignore_errors=True)
-        done = run(replace(job, towards=None, output=work.path / STATES / "compressed"), progress=progress)
+        done = run(replace(job, towards=None, output=work.path / TRAINING / "compressed"), progress=progress)
         start = open_checkpoint(done.output)
         plan = plan_as_stored([p.layer for p in job.plan.layers], job.plan.skipped, layer_specs(start))
         report = train_into(work, replace(job, start=start, plan=plan), digest(mark), progress or Progress())

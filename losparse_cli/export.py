@@ -13,13 +13,13 @@ from .budget.units import parse_size
 from .checkpoint.card import base_metadata, write_dense_card
 from .checkpoint.companions import companion_files, copy_companions
 from .checkpoint.config import dense_config, layer_specs, layer_tensors
-from .checkpoint.layers import read_layer
+from .checkpoint.layers import not_finite, read_layer
 from .checkpoint.output import output_path
 from .checkpoint.reader import TensorEntry
 from .checkpoint.source import Checkpoint, open_checkpoint
 from .checkpoint.workfolder import WorkFolder
 from .checkpoint.writer import ShardWriter, Slot, plan_shards, tensor_part, write_json
-from .errors import write_errors
+from .errors import CheckpointError, write_errors
 from .progress import Progress
 from .shim.layouts import LayerSpec
 from .shim.loader import is_loader
@@ -48,7 +48,7 @@ def export(
     """Write the dense form of a compressed checkpoint to `output`, and return that folder.
 
     Each layer is U V + S, summed in float32 and rounded once to the stored dtype. One layer is in memory at
-    a time; a killed export goes on where it was.
+    a time; a killed export goes on where it was. CheckpointError if one holds what is no number.
     """
     checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
     specs = layer_specs(checkpoint)
@@ -104,6 +104,8 @@ def _dense(checkpoint: Checkpoint, unit: _Unit) -> torch.Tensor:
     assert unit.spec is not None
     assert unit.parts is not None
     factors = read_layer(checkpoint, unit.name, unit.spec, unit.parts)
+    for problem in not_finite(factors, unit.parts):
+        raise CheckpointError(problem)
     W = factors.dense().to(factors.U.dtype)
     return W.T.contiguous() if unit.spec.transposed else W
 

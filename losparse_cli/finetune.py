@@ -12,7 +12,7 @@ from typing import Any
 
 from .budget.recipe import Recipe
 from .checkpoint.finish import read_report
-from .checkpoint.output import STATES
+from .checkpoint.output import TRAINING
 from .checkpoint.report import Report
 from .checkpoint.workfolder import WorkFolder
 from .finetuning.prepare import Training, prepare_finetuning
@@ -111,7 +111,7 @@ def _train(training: Training, work: Path, told: Progress) -> Any:
         training.model,
         training.how,
         training.pruner,
-        folder=work / STATES,
+        folder=work / TRAINING,
         steps=training.steps,
         device=training.device,
         train=training.features,
@@ -121,7 +121,7 @@ def _train(training: Training, work: Path, told: Progress) -> Any:
         within=fast_float32 if exact else nullcontext,
         on_step=told.step,
     )
-    last = last_state(work / STATES)
+    last = last_state(work / TRAINING)
     trainer.accelerator.wait_for_everyone()  # before the first process goes on, and changes what is there
     if last is not None and last[0] >= training.steps:  # killed while the result was written
         load_model(training.model, last[1] / "model.safetensors")
@@ -129,11 +129,11 @@ def _train(training: Training, work: Path, told: Progress) -> Any:
     told.phase("Training" if last is None else f"Training, from step {last[0]} on")
     # FSDP takes the model apart, and the result is made by one process, from a whole one.
     whole = deepcopy(training.model) if trainer.is_fsdp_enabled and is_main_process() else None
-    with disk_errors(work / STATES):
+    with disk_errors(work / TRAINING):
         trainer.train(resume_from_checkpoint=None if last is None else str(last[1]))
     if whole is None:
         return training.model
-    last = last_state(work / STATES)
+    last = last_state(work / TRAINING)
     assert last is not None, "the last step is always saved"
     load_model(whole, last[1] / "model.safetensors")
     return whole

@@ -5,16 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from .checkpoint.config import layer_specs, layer_tensors
-from .checkpoint.layers import read_layer
+from .checkpoint.layers import not_finite, read_layer
 from .checkpoint.measured import problem as measured_problem
 from .checkpoint.report import Report
 from .checkpoint.source import REPORT, Checkpoint, open_checkpoint
 from .checkpoint.writer import sha256
 from .errors import CheckpointError
-from .linalg.factors import LowRankSparse
 from .progress import Progress
 from .shim.layouts import LayerSpec
 
@@ -46,13 +43,7 @@ def verify(source: str | Path, *, progress: Progress | None = None) -> Verificat
         try:
             entries = layer_tensors(checkpoint, name, spec)
             used |= {entry.name for entry in entries.values()}
-            factors = read_layer(checkpoint, name, spec, entries)
-            S = factors.values if isinstance(factors, LowRankSparse) else factors.rows
-            problems += [
-                f"{entries[suffix].path}: {entries[suffix].name} holds NaN or infinity. Compress the model again."
-                for suffix, tensor in (("U", factors.U), ("V", factors.V), ("weight", S))
-                if not torch.isfinite(tensor).all()
-            ]
+            problems += not_finite(read_layer(checkpoint, name, spec, entries), entries)
         except CheckpointError as error:
             problems.append(str(error))
         told.advance("layers", name=name)

@@ -14,6 +14,7 @@ import toys
 from losparse_cli.budget.recipe import Recipe
 from losparse_cli.compress import compress
 from losparse_cli.errors import CheckpointError, SourceError, UsageError
+from losparse_cli.export import export
 from losparse_cli.verify import require_sound, verify
 from tests.hearing import Hearing
 
@@ -78,6 +79,9 @@ def test_values_that_are_not_finite(suffix: str, bits: bytes, sound: Path) -> No
     (problem,) = verify(sound).problems
     assert str(path) in problem
     assert f"{Q_PROJ}.{suffix} holds NaN or infinity" in problem
+    with pytest.raises(CheckpointError, match=f"{Q_PROJ}.{suffix} holds NaN"):
+        export(sound, sound.parent / "dense")
+    assert [path.name for path in sound.parent.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("suffix", ["S_gaps", "S_offsets"])

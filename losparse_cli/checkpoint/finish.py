@@ -10,7 +10,7 @@ from .. import __version__
 from .card import base_metadata, write_card
 from .config import specs_of
 from .journal import FILE as JOURNAL
-from .output import ALLOCATION, GENERATED, SENSITIVITY, STATES
+from .output import UNDER_WAY
 from .report import Report
 from .source import REPORT, TIMING, read_config, read_json
 from .writer import sha256, write_json
@@ -53,6 +53,6 @@ def versions() -> dict[str, str]:
 
 def _hashes(work: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file but the card, which its owner may edit, and what is written after this."""
-    after = ("README.md", REPORT, TIMING, JOURNAL, GENERATED, ALLOCATION, SENSITIVITY)
-    paths = [p for p in sorted(work.rglob("*")) if p.is_file() and p.relative_to(work).parts[0] not in (*after, STATES)]
+    aside = ("README.md", REPORT, TIMING, JOURNAL, *UNDER_WAY)
+    paths = [p for p in sorted(work.rglob("*")) if p.is_file() and p.relative_to(work).parts[0] not in aside]
     return {str(p.relative_to(work)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in paths}

@@ -29,13 +29,12 @@ def encode_layer(plan: LayerPlan, factors: LowRankSparse | LowRankCodes) -> tupl
         kind = "embedding" if layer.rows == "embedding" else ""
         spec = LayerSpec(layer.shape, rank, factors.nnz, plan.pattern, "codes", index_bytes=stream.numel(), kind=kind)
         scale = torch.searchsorted(COLUMN_FACTORS, factors.columns.cpu()).to(torch.uint8)
-        tensors = {"weight": factors.rows, "S_codes": stream, "S_scale": scale}
+        tensors = {"S_codes": stream, "S_scale": scale}
     else:
-        spec, index = smallest(factors.support, rank, plan.pattern)
-        tensors = {"weight": factors.values, **index}
+        spec, tensors = smallest(factors.support, rank, plan.pattern)
     disk = layer.disk_module if layer.disk_module != layer.name else ""
     spec = replace(spec, transposed=layer.transposed, tensor=disk)
-    tensors = ({"U": factors.U, "V": factors.V} if rank else {}) | tensors
+    tensors = ({"U": factors.U, "V": factors.V} if rank else {}) | {"weight": factors.stored, **tensors}
     return spec, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -54,6 +53,15 @@ def read_layer(
     except ValueError as error:
         path, what = entries["weight"].path, "damaged codes" if spec.layout == "codes" else "a damaged index"
         raise CheckpointError(f"{path}: layer {name} has {what} ({error}). Download or compress it again.") from error
+
+
+def not_finite(factors: LowRankSparse | LowRankCodes, entries: dict[str, TensorEntry]) -> list[str]:
+    """A sentence for each of a layer's tensors that holds what is no number; entries: by suffix, as read."""
+    return [
+        f"{entries[suffix].path}: {entries[suffix].name} holds NaN or infinity. Compress the model again."
+        for suffix, tensor in (("U", factors.U), ("V", factors.V), ("weight", factors.stored))
+        if not torch.isfinite(tensor).all()
+    ]
 
 
 def unpack_layer(spec: LayerSpec, tensors: dict[str, Tensor]) -> LowRankSparse | LowRankCodes:

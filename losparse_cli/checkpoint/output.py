@@ -9,10 +9,12 @@ from pathlib import Path
 
 from ..errors import OutputError, UsageError, write_errors
 
-ALLOCATION = "losparse_allocation.json"  # what --allocate error decided; of a run under way
-GENERATED = "losparse_generated.safetensors"  # text that the model wrote for its own calibration; of a run under way
-SENSITIVITY = "losparse_sensitivity.safetensors"  # what the loss minds, and bits by the step; of a run under way
-STATES = "training"  # folder of the states that a fine-tuning saves; of a run under way
+ALLOCATION = "losparse_allocation.json"  # what --allocate error decided
+GENERATED = "losparse_generated.safetensors"  # text that the model wrote for its own calibration
+SENSITIVITY = "losparse_sensitivity.safetensors"  # what the loss minds, and bits by the step
+TRAINING = "training"  # folder of what training needs to go on: states, teacher, the compressed start
+UNDER_WAY = (ALLOCATION, GENERATED, SENSITIVITY, TRAINING)
+"""What is of a run under way, and no part of its result."""
 
 
 def output_path(output: str | Path) -> Path:

@@ -16,7 +16,7 @@ from .fingerprint import digest
 from .finish import read_report
 from .journal import FILE as JOURNAL
 from .journal import Journal, fingerprint_in, require_ours, require_same
-from .output import ALLOCATION, GENERATED, SENSITIVITY, STATES, check_output, working_folder
+from .output import UNDER_WAY, check_output, working_folder
 
 T = TypeVar("T")
 
@@ -151,9 +151,11 @@ def check_resume(resume: str) -> None:
 def clear_away(output: Path) -> None:
     """Remove what a published result no longer needs: text, states, the journal, and the folder that it replaced."""
     with write_errors(output):
-        for name in (GENERATED, ALLOCATION, SENSITIVITY):
-            (output / name).unlink(missing_ok=True)
-        shutil.rmtree(output / STATES, ignore_errors=True)
+        for path in (output / name for name in UNDER_WAY):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
         (output / JOURNAL).unlink(missing_ok=True)
         shutil.rmtree(_replaced(output), ignore_errors=True)  # another process may be at it, too
 

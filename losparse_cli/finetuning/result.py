@@ -14,7 +14,7 @@ from ..checkpoint.fingerprint import digest
 from ..checkpoint.finish import close, versions
 from ..checkpoint.journal import FILE as JOURNAL
 from ..checkpoint.layers import encode_layer
-from ..checkpoint.output import STATES
+from ..checkpoint.output import UNDER_WAY
 from ..checkpoint.report import LayerReport, Report
 from ..checkpoint.source import read_json
 from ..linalg.factors import LowRankSparse
@@ -40,7 +40,7 @@ def write_result(training: Training, model: Any, work: Path, seconds: float, tol
         return spec, tensors
 
     for left in work.iterdir():  # by a run that was killed while it wrote
-        if left.name not in (JOURNAL, STATES):
+        if left.name not in (JOURNAL, *UNDER_WAY):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
     before = sum(p.numel() for p in model.parameters()) - sum(
         p.numel() for layer in trained_layers(model).values() for p in (layer.U, layer.V, layer.S) if p is not None

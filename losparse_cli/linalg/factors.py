@@ -23,6 +23,11 @@ class _Factors:
     def rank(self) -> int:
         return self.U.shape[1]
 
+    @property
+    def stored(self) -> Tensor:
+        """What is stored beside U and V as floats: the entries of S, or the factors of its rows."""
+        raise NotImplementedError
+
     def sparse(self) -> Tensor:
         """S as a dense float32 matrix, (out_features, in_features)."""
         raise NotImplementedError
@@ -43,6 +48,10 @@ class LowRankSparse(_Factors):
 
     values: Tensor
     support: Tensor
+
+    @property
+    def stored(self) -> Tensor:
+        return self.values
 
     @property
     def nnz(self) -> int:
@@ -71,6 +80,10 @@ class LowRankCodes(_Factors):
     rows: Tensor
     columns: Tensor
     codes: Tensor
+
+    @property
+    def stored(self) -> Tensor:
+        return self.rows
 
     @property
     def nnz(self) -> int:

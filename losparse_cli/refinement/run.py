@@ -12,7 +12,7 @@ import torch
 from ..checkpoint.config import layer_specs
 from ..checkpoint.fingerprint import digest
 from ..checkpoint.finish import read_report
-from ..checkpoint.output import STATES, check_space
+from ..checkpoint.output import TRAINING, check_space
 from ..checkpoint.reader import TORCH_DTYPES
 from ..checkpoint.report import Report
 from ..checkpoint.workfolder import WorkFolder
@@ -89,7 +89,7 @@ def train_into(work: WorkFolder, job: Job, mark: str, told: Progress) -> Report:
     if set(how.train) == {"lowrank"} and not any(spec.rank for spec in specs.values()):
         raise UsageError(f"{job.start.address} has no U and V that --train lowrank could move.")
     check_space(work.path, job.start.nbytes + 4 * windows.tokens * job.hidden_size)
-    (work.path / STATES).mkdir(exist_ok=True)
+    (work.path / TRAINING).mkdir(exist_ok=True)
     with disk_errors(work.path):
         teacher = find_teacher(job, windows, work, told, estimate(job, windows).fixed_bytes)
         told.phase("Loading the compressed model")
@@ -101,7 +101,7 @@ def train_into(work: WorkFolder, job: Job, mark: str, told: Progress) -> Report:
         batch = max(1, TOGETHER // windows.length)
         training = Training(model, teacher, windows, unseen, moving, how, batch=batch, device=job.device, told=told)
         with fast_float32():
-            found = training.run(work.path / STATES / "state.safetensors")
+            found = training.run(work.path / TRAINING / "state.safetensors")
         told.phase("Writing the result")
         values = {names[name]: value.cpu().contiguous() for name, value in found.values.items()}
         text = account(job.calibration, windows) if job.calibration is not None else {}

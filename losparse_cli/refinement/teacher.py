@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..calibration.activations import trim
-from ..checkpoint.output import STATES
+from ..checkpoint.output import TRAINING
 from ..checkpoint.workfolder import WorkFolder
 from ..compression.assembly import activations_of, calibration_model, parameters_by_block, run_calls
 from ..compression.plan import Job
@@ -23,7 +23,7 @@ from ..models.head import require_head
 from ..progress import Progress
 from ..text.windows import Windows
 
-FILE = f"{STATES}/teacher.safetensors"
+FILE = f"{TRAINING}/teacher.safetensors"
 
 
 @dataclass(frozen=True)
