@@ -248,9 +248,10 @@ class Recipe:
         return MANY_ITERATIONS if solver == "admm" and share >= MANY_KEPT else DEFAULT_ITERATIONS[solver]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form, complete: defaults included."""
+        """JSON form, complete: defaults included. It is a recipe again, as a mapping."""
         fields = asdict(self)
-        fields["overrides"] = {glob: dict(values) for glob, values in self.overrides}
+        del fields["overrides"]
+        fields["layers"] = {target: dict(values) for target, values in self.overrides}
         fields["targets"], fields["ignore"] = list(self.targets), list(self.ignore)
         return fields
 

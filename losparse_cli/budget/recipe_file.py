@@ -89,7 +89,9 @@ def read_recipe(source: str | Path | Mapping[str, Any]) -> RecipeFile:
     else:
         name, content = str(source), _read(Path(source).expanduser())
     layers = content.pop("layers", None) or {}
-    _only_known(name, content, (*PER_LAYER, *WHOLE_RUN, *RUN), "")
+    if isinstance(source, Mapping) and not layers:
+        layers = content.pop("overrides", None) or {}  # what a report of before called them
+    _only_known(name, content, (*PER_LAYER, *WHOLE_RUN, "layers", *RUN), "")
     for key in ("targets", "ignore"):
         if key in content:
             targets = content[key] or ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from losparse_cli.budget.recipe import Recipe, make_recipe
+from losparse_cli.budget.recipe import Recipe, make_recipe, recipe_of
+from losparse_cli.budget.recipe_file import read_recipe
 from losparse_cli.errors import RecipeError, UsageError
 
 
@@ -181,10 +183,28 @@ fields = st.fixed_dictionaries(
 def test_a_recipe_survives_its_json_form(given_fields: dict[str, Any]) -> None:
     recipe = Recipe(**given_fields)
     content = recipe.to_dict()
-    assert content.keys() == {*Recipe.__dataclass_fields__}
-    content["overrides"] = tuple(content["overrides"].items())
-    content["targets"], content["ignore"] = tuple(content["targets"]), tuple(content["ignore"])
-    assert Recipe(**content) == recipe
+    assert content.keys() == {*Recipe.__dataclass_fields__} - {"overrides"} | {"layers"}
+    assert recipe_of(read_recipe(json.loads(json.dumps(content))), {}) == recipe
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("fields", [
+    {}, {"keep": 0.6, "rank_ratio": 0.5}, {"rank": 8, "sparsity": 0.9}, {"bits": 4.0, "rank": 2}, {"pattern": "2:4"},
+    {"pattern": "2:4", "value_bits": 4.0}, {"size": "90MB"}, {"targets": "q_proj", "ignore": ["re:.*0"], "keep": 0.4},
+])  # fmt: skip
+def test_a_settled_recipe_is_taken_back_as_a_mapping(fields: dict[str, Any], calibrated: bool) -> None:
+    """As `forecast` and a report have it, reports of before too."""
+    layers = (("*.q_proj", (("sparsity", 0.75),)),) if "sparsity" in fields else ()
+    recipe = Recipe(**fields, overrides=layers).settled(calibrated=calibrated)
+    content = json.loads(json.dumps(recipe.to_dict()))
+    assert recipe_of(read_recipe(content), {}) == recipe
+    content["overrides"] = content.pop("layers")
+    assert recipe_of(read_recipe(content), {}) == recipe
+
+
+def test_settings_that_are_known_are_all_named() -> None:
+    with pytest.raises(RecipeError, match=r"unknown setting 'rnak'; known are rank, .*seed, layers, calibration"):
+        read_recipe({"rnak": 4})
 
 
 def test_a_pattern_with_its_own_density_takes_the_place_of_a_ratio_that_nobody_asked_for(tmp_path: Path) -> None:
