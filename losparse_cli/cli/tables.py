@@ -68,12 +68,17 @@ def check_sort(sort: str) -> None:
 def show_report(
     out: Console, report: Report | DenseReport, *, every_layer: bool, sort: str, as_csv: bool, as_json: bool
 ) -> None:
-    """Print a report in the form asked for; UsageError for an order that a dense model does not have."""
+    """Print a report in the form asked for; UsageError for an order that it does not have."""
     from ..checkpoint.report import Report as Compressed
     from ..checkpoint.report import telling_error
 
     if isinstance(report, Compressed):
         measure = telling_error(report.layers)
+        if sort == "error" and all(getattr(x, measure) is None for x in report.layers):
+            raise UsageError(
+                f"--sort error is for what compress made: of the layers of {report.name} no error is recorded. Sort by "
+                f"one of {', '.join(name for name in SORTS if name != 'error')}."
+            )
         ordered = sorted(report.layers, key=lambda x: SORTS[sort](Group(x.name, [x], measure)))
         if as_json:
             out.data({"name": report.name} | replace(report, layers=tuple(ordered)).to_dict())
@@ -115,13 +120,11 @@ def _show_compressed(out: Console, report: Report, every_layer: bool, sort: str,
         Column("before", [size(g.before) for g in groups], size(whole.before), goes=2),
         Column("after", [size(g.after) for g in groups], size(whole.after)),
         Column("share", [f"{g.share:5.1%} [cyan]{_bar(g.share)}[/]" for g in groups], f"{whole.share:5.1%}", left=True),
-        Column(
-            HEADS[measure],
-            ["-" if g.error is None else f"{g.error:.3f} [red]{_bar(g.error / largest)}[/]" for g in groups],
-            "-" if whole.error is None else f"{whole.error:.3f}",
-            left=True,
-        ),
     ]
+    if any(g.error is not None for g in groups):
+        errors = ["-" if g.error is None else f"{g.error:.3f} [red]{_bar(g.error / largest)}[/]" for g in groups]
+        footer = "-" if whole.error is None else f"{whole.error:.3f}"
+        columns.append(Column(HEADS[measure], errors, footer, left=True))
     if not every_layer:
         columns = columns[1:]
     # What is the same in every line is said once, above the table, so that the rest fits a terminal.

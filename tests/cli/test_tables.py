@@ -129,6 +129,20 @@ def test_a_dense_model_is_sorted_by_what_it_has(capsys: pytest.CaptureFixture[st
         shown(report, 80, sort="error")
 
 
+def test_layers_without_errors_have_no_column_of_them() -> None:
+    report = compressed(["a", "b"])
+    layers = tuple(replace(layer, weight_squared=None, residual_squared=None) for layer in report.layers)
+    unmeasured = replace(report, layers=layers, name="tuned")
+    assert "error" in shown(report, 120)
+    for every in (True, False):
+        assert "error" not in shown(unmeasured, 120, every_layer=every)
+    for form in ({}, {"as_csv": True}, {"as_json": True}):
+        with pytest.raises(UsageError, match=r"--sort error .* of the layers of tuned no error is recorded"):
+            shown(unmeasured, 120, sort="error", **form)
+    partly = replace(report, layers=(report.layers[0], layers[1]), name="refined")
+    assert "error" in shown(partly, 120, sort="error")
+
+
 def test_csv_and_json_are_sorted_too(capsys: pytest.CaptureFixture[str]) -> None:
     report = compressed(["a", "b", "c"])
     shown(report, 80, sort="error", as_csv=True)
