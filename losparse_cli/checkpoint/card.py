@@ -132,8 +132,7 @@ def _body(report: Report, name: str, place: str, loading: str) -> str:
 {_density(report)}
 
 {len(report.layers)} layers are compressed; they hold {report.targeted_share:.1%} of the model's parameters.
-{_error(report)}
-Recipe: {settings}.
+{_error(report)}Recipe: {settings}.
 {_calibration(report)}{_training(report)}"""
 
 
@@ -173,14 +172,15 @@ def _density(report: Report) -> str:
 
 
 def _error(report: Report) -> str:
-    """The one that says most: with calibration text, that of weights would say nothing of quality."""
+    """A line with the one that says most; "" if none was measured. With calibration text, that of weights would say
+    nothing of quality."""
     if report.refinement:
         done = report.refinement
         where = "held-out text" if done["held_out"] else "the text that it was trained on"
         return (
             f"Trained towards the dense model for {done['steps']:,} steps, its codes as they were: on {where} "
             f"{done['divergence_before']:.4f} nats a token from its predictions before, {done['divergence_after']:.4f} "
-            "after."
+            "after.\n"
         )
     measure = telling_error(report.layers)
     error = error_of(report.layers, measure)
@@ -189,7 +189,7 @@ def _error(report: Report) -> str:
         "output_error": "Mean relative error of their outputs on the very text they were solved with",
         "relative_error": "Relative Frobenius error of their weights",
     }[measure]
-    return f"{what}: {'not recorded' if error is None else f'{error:.4f}'}."
+    return "" if error is None else f"{what}: {error:.4f}.\n"
 
 
 def _calibration(report: Report) -> str:

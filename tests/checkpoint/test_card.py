@@ -49,6 +49,15 @@ def test_numbers_are_those_of_the_report(tmp_path: Path) -> None:
         assert part in text
 
 
+def test_no_error_is_named_where_none_was_measured(tmp_path: Path) -> None:
+    write_card(tmp_path, report(), {}, place="out")
+    line = "Relative Frobenius error of their weights: 0.2000.\n"
+    measured = (tmp_path / "README.md").read_text()
+    assert line in measured
+    write_card(tmp_path, replace(report(), layers=(replace(LAYER, weight_squared=None),)), {}, place="out")
+    assert (tmp_path / "README.md").read_text() == measured.replace(line, "")
+
+
 def test_only_a_hub_model_is_a_base(tmp_path: Path) -> None:
     write_card(tmp_path, report(), {}, place="out")
     assert metadata_of(tmp_path)["base_model"] == "user/base"
