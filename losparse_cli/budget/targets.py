@@ -84,8 +84,18 @@ def _means(part: str, name: str, kinds: tuple[str, ...]) -> bool:
     return part in kinds or f".{part}." in f".{name}."
 
 
+def _is_expression_of(part: str, names: list[str]) -> bool:
+    """Whether PEFT, which takes expressions without a mark, would find one of the names."""
+    try:
+        return any(re.fullmatch(part, name) for name in names)
+    except re.error:  # a glob may be none
+        return False
+
+
 def _near_misses(part: str, names: list[str]) -> str:
-    """A sentence with a few module names that resemble `part`."""
+    """A sentence with a few module names that resemble `part`, or with the expression that it is meant as."""
+    if not part.startswith(EXPRESSION) and _is_expression_of(part, names):
+        return f"Did you mean '{EXPRESSION}{part}'?"
     core = part.removeprefix(EXPRESSION).strip("*.^$")
     close = [name for name in names if core.lower() in name.lower()] or get_close_matches(core, names, 3, 0.3)
     suffixes = {name.rpartition(".")[2]: name for name in names}

@@ -89,6 +89,14 @@ def test_a_target_that_means_no_layer_names_near_misses(
     assert near in str(raised.value)
 
 
+@pytest.mark.parametrize("target", [".*q_proj", r"model\.layers\.\d+\.self_attn\.(q|k)_proj", ".*layers.0.*q_proj"])
+def test_an_expression_without_its_mark_is_told_how(target: str) -> None:
+    with pytest.raises(UsageError, match=r"--targets .* matches no layer\. Did you mean 're:") as raised:
+        chosen(target)
+    assert str(raised.value).endswith(f"Did you mean 're:{target}'?")
+    assert chosen(f"re:{target}")
+
+
 def test_the_wrong_one_of_a_list_is_named() -> None:
     with pytest.raises(UsageError, match="--targets 'k_porj' matches no layer"):
         chosen("q_proj,k_porj,v_proj")
