@@ -446,7 +446,7 @@ def test_resume(long_run: Any, tmp_path: Path) -> None:
         finetune(output=tmp_path / "out", **asked, progress=at_step(7)(pytest.MonkeyPatch()))
     before = toys.digests(tmp_path / "out.partial")
     for changes, differs in [
-        ({"how": how_of(max_steps=20, save_steps=3, every=3)}, r"training\.pruning\.every 2, now 3"),
+        ({"how": how_of(max_steps=20, save_steps=3, every=3)}, "--prune-every 2, now 3"),
         ({"recipe": small(keep_parameters=0.4)}, "plan"),
         ({"task": request_for(tmp_path, "bert", train=63, validation=16)}, r"data\.train"),
         (

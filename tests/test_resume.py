@@ -246,10 +246,10 @@ def test_a_journal_without_a_beginning_is_begun_anew(
 # --- the wrong run --------------------------------------------------------------------------------
 
 DIFFERENT: dict[str, tuple[tuple[str, ...], str]] = {
-    "another seed": ((*OPTIONS, "--seed", "1"), "recipe.seed 0, now 1"),
-    "another rank": (("--rank", "5", *OPTIONS[2:]), "recipe.rank 4, now 5"),
+    "another seed": ((*OPTIONS, "--seed", "1"), "--seed 0, now 1"),
+    "another rank": (("--rank", "5", *OPTIONS[2:]), "--rank 4, now 5"),
     "other shards": ((*OPTIONS[:-1], "200kB"), "plan"),
-    "fewer layers": ((*OPTIONS, "--ignore", "*.0.*"), 'recipe.ignore [], now ["*.0.*"]'),
+    "fewer layers": ((*OPTIONS, "--ignore", "*.0.*"), '--ignore [], now ["*.0.*"]'),
 }
 
 

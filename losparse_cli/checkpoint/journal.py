@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import OutputError, ResumeError
+from ..errors import OutputError, ResumeError, flag
 
 FILE = "losparse_journal.jsonl"
 
@@ -155,7 +155,9 @@ def require_ours(folder: Path) -> None:
 
 def require_same(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
     """ResumeError that names every setting in which the fingerprint `found` in `folder` is not `expected`."""
-    different = _differences(found, json.loads(json.dumps(expected)))  # tuples are lists in a journal
+    lines = _differences(found, json.loads(json.dumps(expected)))  # tuples are lists in a journal
+    options = OF_REFINE if expected.get("start") else {}
+    different = list(dict.fromkeys(_said(line, options) for line in lines))
     # Sizes follow from what was asked for, and say nothing where that differs.
     different = [line for line in different if line != "plan"] or different
     if different:
@@ -163,6 +165,45 @@ def require_same(folder: Path, found: dict[str, Any], expected: dict[str, Any]) 
             f"{folder} holds a partial result of a different run (different: {', '.join(different)}). Repeat the "
             "command that began it, delete that folder, or add --resume never."
         )
+
+
+GROUPS = {
+    "recipe": "",
+    "calibration": "calibration-",
+    "refinement": "refine-",
+    "towards": "refine-",
+    "task": "",
+    "training": "",
+}
+"""Part of a fingerprint -> what the options of its settings begin with."""
+OPTIONS = {
+    "calibration": "--calibration",
+    "calibration.source": "--calibration",
+    "calibration.batch": "calibration: batch",
+    "refinement": "--refine",
+    "towards": "--refine",
+    "towards.train": "refine: train",
+    "towards.tokens": "refine: tokens",
+    "towards.seed": "refine: seed",
+    "training.pruning.every": "--prune-every",
+    "training.pruning.initial_warmup": "--initial-warmup-steps",
+    "training.pruning.final_warmup": "--final-warmup-steps",
+}
+"""Settings whose options have other names, or that only a recipe holds."""
+OF_REFINE = {"refinement": "--objective", "towards": "--objective", "towards.train": "--train"}
+"""The same where `losparse refine` has options of its own."""
+
+
+def _said(line: str, options: dict[str, str]) -> str:
+    """A line of `_differences` with the option that was given otherwise in place of the setting's name."""
+    name, space, values = line.partition(" ")
+    group, _, rest = name.removeprefix("training.pruning.").rpartition(".")
+    known = options.get(name) or OPTIONS.get(name)
+    if known is None and name.startswith("recipe.layers."):
+        known = name.removeprefix("recipe.")
+    if known is None and (group in GROUPS or name.startswith("training.pruning.")):
+        known = flag(GROUPS.get(group, "") + rest)
+    return f"{known or name}{space}{values}"
 
 
 SHORT = 40  # characters of a value that is shown

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from losparse_cli.checkpoint.journal import FILE, Journal, Unit, crc_of
+from losparse_cli.checkpoint.journal import FILE, Journal, Unit, crc_of, require_same
 from losparse_cli.errors import OutputError, ResumeError
 
 RUN: dict[str, Any] = {"seed": 0, "shape": (1, 2)}
@@ -79,6 +79,35 @@ def test_another_run_is_refused_by_what_differs(tmp_path: Path) -> None:
         with pytest.raises(ResumeError, match=rf"different: {differs}\)"):
             Journal(tmp_path, other)
     assert (tmp_path / FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("began", "now", "differs"),
+    [
+        ({"towards": {"minutes": 1.0}}, {"towards": {"minutes": 2.0}}, "--refine-minutes 1.0, now 2.0"),
+        ({"towards": None}, {"towards": {"minutes": 2.0, "tokens": 1024, "seed": 0, "lr": 1e-4}}, "--refine"),
+        ({"towards": None, "refinement": {"steps": 192, "lr": 5e-4, "x": "y" * 40}},
+         {"towards": {"minutes": 2.0, "tokens": 1024, "seed": 0}, "refinement": None}, "--refine"),
+        ({"calibration": {"source": "a", "tokens": 1}}, {"calibration": {"source": "b", "tokens": 2}},
+         '--calibration "a", now "b", --calibration-tokens 1, now 2'),
+        ({"recipe": {"rank_ratio": 0.1, "layers": {"*.fc": {"keep": 0.2}}}},
+         {"recipe": {"rank_ratio": 0.2, "layers": {"*.fc": {"keep": 0.3}}}},
+         "layers.*.fc.keep 0.2, now 0.3, --rank-ratio 0.1, now 0.2"),
+        ({"start": "x", "towards": {"train": "norms"}}, {"start": "x", "towards": {"train": "lowrank"}},
+         '--train "norms", now "lowrank"'),
+        ({"training": {"max_steps": 1, "pruning": {"every": 2, "beta": 0.5}}},
+         {"training": {"max_steps": 2, "pruning": {"every": 3, "beta": 0.6}}},
+         "--max-steps 1, now 2, --beta 0.5, now 0.6, --prune-every 2, now 3"),
+        ({"threads": 1, "source": {"a.json": "x"}}, {"threads": 2, "source": {"a.json": "y"}},
+         'source.a.json "x", now "y", threads 1, now 2'),
+    ],
+)  # fmt: skip
+def test_what_differs_goes_by_the_names_of_options(
+    began: dict[str, Any], now: dict[str, Any], differs: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ResumeError) as raised:
+        require_same(tmp_path, began, now)
+    assert f"(different: {differs})" in str(raised.value)
 
 
 def test_required_insists(tmp_path: Path) -> None:

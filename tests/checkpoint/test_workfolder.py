@@ -85,7 +85,7 @@ def test_a_refused_resume_names_the_setting_and_both_values(tmp_path: Path) -> N
     other = {"recipe": {"rank": 4, "seed": 0}, "threads": 2, "text": "b" * 64}
     work = WorkFolder(tmp_path / "out", other)
     for begin in (work.check, work.__enter__):
-        with pytest.raises(ResumeError, match=r"\(different: recipe\.rank 8, now 4, text\)"):
+        with pytest.raises(ResumeError, match=r"\(different: --rank 8, now 4, text\)"):
             begin()
     WorkFolder(tmp_path / "out", other, resume="never").check()
 
