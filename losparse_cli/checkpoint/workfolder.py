@@ -26,7 +26,7 @@ class WorkFolder:
 
     It is begun, or gone on with where an earlier run was killed, and then filled and published whole. Where the run
     ends because of its input, nothing is left: neither would the same command come further, nor does a corrected one
-    go on with it. After anything else (a kill, ctrl-C, a full disk) what is finished is kept.
+    go on with it. After anything else (a kill, ctrl-C, a full disk) what is finished is kept, if anything is.
 
     path: where to write. journal: what is done; open within. finished: `output` is of this very run, and whole, so that
     there is nothing to do, and neither path nor journal may be used. resume: auto, required or never. reads: the
@@ -133,13 +133,18 @@ class WorkFolder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self.finished or not self._owner:
             return
-        if error is not None and _is_of_the_input(error):
+        if error is not None and (_is_of_the_input(error) or self._is_empty()):
             shutil.rmtree(self.path, ignore_errors=True)
             for folder in self._made[1:]:
                 if any(folder.iterdir()):
                     break
                 folder.rmdir()
         self.journal.close()
+
+    def _is_empty(self) -> bool:
+        """Whether there is nothing to go on with: no unit is done, and no file lies beside the journal."""
+        beside = (path for path in self.path.rglob("*") if path != self.path / JOURNAL)
+        return not self.journal.units and not any(path.is_file() for path in beside)
 
 
 def check_resume(resume: str) -> None:

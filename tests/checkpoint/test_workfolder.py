@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,12 @@ def fill(work: WorkFolder) -> None:
     (work.path / "model.safetensors").write_bytes(b"weights")
 
 
-def ended(output: Path, error: BaseException, cause: BaseException | None = None) -> None:
+def ended(
+    output: Path,
+    error: BaseException,
+    cause: BaseException | None = None,
+    fill: Callable[[WorkFolder], object] = fill,
+) -> None:
     """A run that wrote something and then ended with `error`."""
     with WorkFolder(output, RUN) as work:
         fill(work)
@@ -43,6 +49,13 @@ def test_what_ends_otherwise_than_by_its_input_is_kept(error: BaseException, tmp
     assert (tmp_path / "out.partial" / "model.safetensors").is_file()
     with WorkFolder(tmp_path / "out", RUN, resume="required") as work:  # the lock was let go of
         assert (work.path / "model.safetensors").is_file()
+
+
+def test_where_nothing_was_finished_nothing_is_kept(tmp_path: Path) -> None:
+    for error in (OutputError("no room"), RuntimeError("at once")):
+        with pytest.raises(type(error)):
+            ended(tmp_path / "made" / "out", error, fill=lambda work: (work.path / "training").mkdir())
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", [UsageError, SourceError, CheckpointError])
@@ -80,8 +93,8 @@ def test_killed_after_the_rename(tmp_path: Path) -> None:
 
 
 def test_a_refused_resume_names_the_setting_and_both_values(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), WorkFolder(tmp_path / "out", RUN):
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        ended(tmp_path / "out", KeyboardInterrupt())
     other = {"recipe": {"rank": 4, "seed": 0}, "threads": 2, "text": "b" * 64}
     work = WorkFolder(tmp_path / "out", other)
     for begin in (work.check, work.__enter__):
