@@ -26,7 +26,7 @@ from .checkpoint.workfolder import WorkFolder
 from .checkpoint.writer import ShardWriter, sha256, write_json
 from .compression.calibrated import CalibratedRun
 from .compression.decisions import allocated_plan, kept_text, own_text
-from .compression.estimate import Estimate, estimate
+from .compression.estimate import Estimate, estimate, space_needed
 from .compression.fingerprint import fingerprint
 from .compression.plan import Job, prepare
 from .compression.request import ModelRefinement, Refinement, make_request
@@ -256,6 +256,8 @@ def _run_towards(job: Job, resume: str, overwrite: bool, progress: Progress | No
     with WorkFolder(job.output, mark, resume=resume, overwrite=overwrite, reads=job.reads) as work:
         if work.finished:
             return _found_finished(job)
+        if not (work.path / TRAINING).is_dir():  # else a part of it is written
+            check_space(work.path, space_needed(job))
         done = run(replace(job, towards=None, output=work.path / TRAINING / "compressed"), progress=progress)
         start = open_checkpoint(done.output)
         plan = plan_as_stored([p.layer for p in job.plan.layers], job.plan.skipped, layer_specs(start))

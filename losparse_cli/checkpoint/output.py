@@ -68,6 +68,6 @@ def check_space(place: Path, need: int) -> None:
     free = free_bytes(place)
     if need > free:
         raise OutputError(
-            f"{place.parent} has {free:,} bytes free, and the result needs about {need:,} more. Free some space, or "
+            f"{place.parent} has {free:,} bytes free, and the run needs about {need:,} more. Free some space, or "
             "choose another disk with --output."
         )

@@ -58,7 +58,8 @@ def show_plan(out: Console, found: Forecast) -> None:
     else:
         out.show(f"Share    {share:.1%} of all parameters are targeted; {plan.kept_parameters:.1%} of those are kept")
         out.show(f"Result   {about} of {size(plan.dense_bytes)} in those layers, at most {most}")
-    out.show(f"Disk     at most {size(found.disk_bytes)} in {short(job.output)}; {size(found.free_bytes)} free")
+    before = f", {size(found.space)} until it is trained" if job.towards is not None else ""
+    out.show(f"Disk     at most {size(found.disk_bytes)} in {short(job.output)}{before}; {size(found.free_bytes)} free")
     if not job.source.files:
         out.show(f"Download {size(job.source.nbytes)} from the Hub, kept in its cache")
     if job.calibration is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..budget.quality import doubt_of_bits, doubt_of_share
 from ..calibration.sensitivity import LOGITS
+from ..checkpoint.config import layer_specs
 from ..checkpoint.output import check_space, free_bytes
 from ..checkpoint.workfolder import WorkFolder
 from ..linalg.precision import fast_float32
@@ -34,7 +36,8 @@ POLISH = 45  # products with H besides those of the iterations
 SOLVER_COPIES = 9  # float32 matrices of the weight's shape that the solver holds at once
 FEEDBACK_OVERHEAD = 6  # column by column, which no product is as slow as
 BACKWARD_COPIES = 60  # of what flows into a block, that one batch takes inside it with gradients
-LOSS_BYTES = 6 * LOGITS
+LOSS_COPIES = 6  # of the logits that are computed at a time
+STATE_BYTES = 16  # of each number that is trained: itself, the best so far and Adam's two moments
 BURSTS, BURST_SECONDS = 7, 0.01
 UNSTEADY = 1.25  # of the second fastest burst's speed and the second slowest's; alone on a machine it is below 1.1
 TRAINING_COPIES = 8  # of the block: U V + S, S, its mask, gradients, Adam's two moments, and the weights put aside
@@ -62,13 +65,15 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a job will do and need. made: what is written. free_bytes: on the disk that it goes to.
+    """What a job will do and need. made: what is written. space: bytes of disk that it takes until its result is there
+    alone. free_bytes: on that disk.
 
     finished: its result is there already, so that there is nothing to do.
     """
 
     job: Job
     made: Schedule
+    space: int
     free_bytes: int
     need: Estimate
     finished: bool
@@ -110,6 +115,7 @@ class Forecast:
             "bound_bytes": plan.bound_bytes,
             "model_bytes": job.source.nbytes,
             "disk_bytes": self.disk_bytes,
+            "working_bytes": self.space,
             "free_bytes": self.free_bytes,
             "peak_memory_bytes": self.peak_bytes,
             "seconds": self.need.seconds,
@@ -137,11 +143,44 @@ def forecast(job: Job, *, resume: str = "auto", overwrite: bool = False) -> Fore
     work = WorkFolder(job.output, fingerprint(job), resume=resume, overwrite=overwrite, reads=job.reads)
     work.check()
     made = schedule(job.entries, job.plan, job.max_shard_bytes)
-    free = free_bytes(job.output)
+    space, free = space_needed(job), free_bytes(job.output)
     if not work.path.is_dir():  # else a part of it is written
-        check_space(work.path, made.plan.expected_bytes + made.copied_bytes)
+        check_space(work.path, space)
     need = estimate(job, job.windows) if job.calibration is not None else _estimate_alone(job)
-    return Forecast(job, made, free, need, work.finished)
+    return Forecast(job, made, space, free, need, work.finished)
+
+
+def space_needed(job: Job) -> int:
+    """Bytes of disk that a run takes until its result is there alone.
+
+    Where it trains the whole model, these are the compressed model that it starts from, what the teacher says, and two
+    states, of which the older goes when the newer is whole.
+    """
+    if job.start is not None:
+        result = job.start.nbytes
+    else:
+        made = schedule(job.entries, job.plan, job.max_shard_bytes)
+        result = made.plan.expected_bytes + made.copied_bytes
+    if job.towards is None:
+        return result
+    assert job.calibration is not None, "a request that is to train has text"
+    tokens = job.windows.tokens if job.windows is not None else job.calibration.tokens
+    teacher = 4 * job.hidden_size * (tokens + (job.source.vocabulary or 0))
+    states = 2 * STATE_BYTES * _trained(job, job.towards.train)
+    return result + teacher + states + (result if job.start is None else 0)
+
+
+def _trained(job: Job, parts: Collection[str]) -> int:
+    """Numbers of the layers that training moves; norms are few beside them."""
+    if job.start is not None:
+        layers = [spec for spec in layer_specs(job.start).values() if spec.kind != "embedding"]
+        sizes = [(one.shape, one.rank, one.nnz, one.layout == "codes") for one in layers]
+    else:
+        sizes = [(p.layer.shape, p.rank, p.nnz, p.bits > 0) for p in job.plan.layers if not p.layer.rows]
+    found = 0
+    for shape, rank, nnz, coded in sizes:
+        found += (rank * sum(shape) if "lowrank" in parts else 0) + (shape[0] if coded else nnz) * ("scales" in parts)
+    return found
 
 
 def _estimate_alone(job: Job) -> Estimate:
@@ -199,7 +238,8 @@ def estimate(job: Job, windows: Windows | None) -> Estimate:
     passing = 4 * batch * 16 * hidden  # what one batch leaves behind inside a block
     fixed = RESIDENT_BASE + 4 * (outside + widest) + moments + max(solver, training + passing)
     if felt:
-        fixed = max(fixed, RESIDENT_BASE + 4 * (outside + widest) + BACKWARD_COPIES * 4 * batch * hidden + LOSS_BYTES)
+        losing = LOSS_COPIES * min(LOGITS, 4 * batch * (job.source.vocabulary or LOGITS))
+        fixed = max(fixed, RESIDENT_BASE + 4 * (outside + widest) + BACKWARD_COPIES * 4 * batch * hidden + losing)
         work += FORWARD_OVERHEAD * 2 * 3 * outside * felt
     if windows is None:  # all of the model in memory, with keys and values, before the rest
         fixed = max(fixed, RESIDENT_BASE + job.source.nbytes + GENERATION_BYTES)

@@ -17,7 +17,7 @@ from ..checkpoint.reader import TORCH_DTYPES
 from ..checkpoint.report import Report
 from ..checkpoint.workfolder import WorkFolder
 from ..compression.assembly import keeps_no_cache
-from ..compression.estimate import estimate
+from ..compression.estimate import estimate, space_needed
 from ..compression.fingerprint import fingerprint
 from ..compression.plan import Job
 from ..compression.request import ModelRefinement
@@ -32,6 +32,7 @@ from ..progress import Progress
 from ..text.sample import account, held_out
 from .layers import unfold
 from .result import write_refined
+from .teacher import FILE as TEACHER
 from .teacher import find_teacher
 from .training import Look, Moving, Refined, Training
 
@@ -88,7 +89,8 @@ def train_into(work: WorkFolder, job: Job, mark: str, told: Progress) -> Report:
     names, specs = _disk_names(job), layer_specs(job.start)
     if set(how.train) == {"lowrank"} and not any(spec.rank for spec in specs.values()):
         raise UsageError(f"{job.start.address} has no U and V that --train lowrank could move.")
-    check_space(work.path, job.start.nbytes + 4 * windows.tokens * job.hidden_size)
+    if not (work.path / TEACHER).is_file():  # else a part of it is written
+        check_space(work.path, space_needed(job))
     (work.path / TRAINING).mkdir(exist_ok=True)
     with disk_errors(work.path):
         teacher = find_teacher(job, windows, work, told, estimate(job, windows).fixed_bytes)
