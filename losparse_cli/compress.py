@@ -39,7 +39,7 @@ from .progress import Progress
 from .refinement.run import train_into
 from .shim.layouts import LayerSpec
 from .text.request import Calibration
-from .text.sample import account, doubts
+from .text.sample import account, doubts, strangeness
 from .text.windows import Windows
 
 
@@ -218,6 +218,8 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
         steps = Steps((), {})
         if windows is not None and need is not None:
             steps = foreseen_steps(job, made.plan, windows, work, told, need.fixed_bytes)
+        for sentence in strangeness(steps.nats):
+            told.warn(sentence)
         writer = ShardWriter(work.path, made.shards, work.journal, job.blocks.values())
         resumed = writer.done
         check_space(work.path, made.plan.expected_bytes + made.copied_bytes - writer.nbytes)
@@ -231,7 +233,7 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
                 else:
                     CalibratedRun(job, windows, made, writer, told, need.fixed_bytes, steps).run()
                 writer.finish()
-                report = _finish(job, made, windows, work, hashes.result(), digest(mark))
+                report = _finish(job, made, windows, work, hashes.result(), digest(mark), steps.nats)
                 took = Took(time.monotonic() - begun, peak_memory(), need)
                 _write_timing(work, made, took)
             finally:
@@ -293,9 +295,15 @@ def _source_hashes(source: Checkpoint, stop: Event) -> dict[str, dict[str, Any]]
 
 
 def _finish(
-    job: Job, made: Schedule, windows: Windows | None, work: WorkFolder, hashes: dict[str, Any], mark: str
+    job: Job,
+    made: Schedule,
+    windows: Windows | None,
+    work: WorkFolder,
+    hashes: dict[str, Any],
+    mark: str,
+    nats: float | None,
 ) -> Report:
-    """Config, shim, companions, card, report: all that stands beside the weights."""
+    """Config, shim, companions, card, report: all that stands beside the weights. nats: the text's, a token."""
     order = {p.layer.name: k for k, p in enumerate(made.plan.layers)}  # the model's, not the files'
     stats = [unit.stats for unit in work.journal.units if unit.stats is not None]
     stats.sort(key=lambda line: order[line["name"]])
@@ -318,7 +326,7 @@ def _finish(
             recipe=job.recipe.to_dict() if job.start is None else job.start.report().get("recipe", {}),
             versions=versions(),
             fingerprint=mark,
-            calibration=account(job.calibration, windows) if job.calibration is not None else {},
+            calibration=account(job.calibration, windows, nats) if job.calibration is not None else {},
             blocks=tuple(line["block"] for line in stats if "block" in line),
         )
         return close(work.path, report, job.source.folder, job.output.name)

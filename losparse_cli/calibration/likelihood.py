@@ -86,6 +86,16 @@ def _drawn(probabilities: Tensor, chance: Tensor) -> Tensor:
     return (group * GROUP + place).squeeze(1).clamp_(max=count - 1)
 
 
+@torch.no_grad()
+def next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor | None) -> tuple[float, int]:
+    """Cross-entropy in nats of each token of `ids` (batch, tokens) but the first by the `logits` before it, summed, and
+    how many they are; mask: of the same shape, whose zeros count nothing."""
+    goals = ids[:, 1:]
+    losses = F.cross_entropy(logits[:, : goals.shape[1]].float().flatten(0, 1), goals.flatten(), reduction="none")
+    seen = torch.ones_like(goals, dtype=torch.bool) if mask is None else mask[:, 1:] != 0
+    return float(losses[seen.flatten()].double().sum()), int(seen.sum())
+
+
 def shown(masks: Mapping[str, Tensor], shape: torch.Size) -> Tensor | None:
     """Which of (batch, tokens) no mask hides, None where there is no mask of this shape; the decoder's comes first."""
     fitting = [name for name in masks if masks[name].shape == shape]

@@ -15,7 +15,7 @@ from ..models.backward import GradientRelay, Rerun, gradients_allowed
 from ..models.blocks import Call, run_block
 from ..models.reading import output_embeddings
 from .activations import Activations, trim
-from .likelihood import categorical, drawn_loss, logits_of, shown, uniform
+from .likelihood import categorical, drawn_loss, logits_of, next_token_loss, shown, uniform
 from .moments import Moments, gather_moments
 
 LOGITS = 64 << 20
@@ -44,7 +44,8 @@ class SensitivityRun:
     all of which is in memory then. batches: keyword arguments of the model. load, drop: give a block its weights, which
     need no gradients, and take them away; what lies in no block has its weights, the head too. activations: keeps what
     flows from block to block, forwards and backwards. on_forward: hears the second moments of what a block's layers are
-    fed, as soon as it ran; layers go by their names inside it, as in on_backward. say: hears what goes on.
+    fed, as soon as it ran; layers go by their names inside it, as in on_backward. on_text: hears the loss of the text's
+    own next tokens, in nats, and how many they are, of a model that predicts such. say: hears what goes on.
     """
 
     model: Any
@@ -56,10 +57,13 @@ class SensitivityRun:
     seed: int = 0
     on_forward: Callable[[str, list[Moments]], None] = lambda block, moments: None
     on_backward: Callable[[str, dict[str, Sensitivity]], None] = lambda block, found: None
+    on_text: Callable[[float, int], None] = lambda nats, tokens: None
     say: Callable[[str], None] = lambda text: None
 
     def __post_init__(self) -> None:
         self._several = getattr(self.model.config, "problem_type", None) == "multi_label_classification"
+        writes = getattr(self.model, "can_generate", None)
+        self._predicts = writes is not None and writes() and not self.model.config.is_encoder_decoder
         self._kept: dict[str, list[Call]] = {}
         self._found: dict[str, Sensitivity] = {}
 
@@ -120,7 +124,17 @@ class SensitivityRun:
             self._loss(output, number).backward(retain_graph=True)  # type: ignore[no-untyped-call]
 
     def _loss(self, output: Any, number: int) -> Tensor:
+        self._hear_text(logits_of(output).get("logits"), number)
         return drawn_loss(output, self._masks(number), self._generator(number), several=self._several)
+
+    def _hear_text(self, logits: Tensor | None, number: int, part: slice = slice(None)) -> None:
+        """part: of the tokens, that the logits are of."""
+        ids, mask = (self.batches[number].get(name) for name in ("input_ids", "attention_mask"))
+        if not self._predicts or logits is None or ids is None or logits.shape[:2] != ids[:, part].shape:
+            return
+        if part.stop is not None:
+            part = slice(part.start, part.stop + 1)  # and what its last token is to predict
+        self.on_text(*next_token_loss(logits, ids[:, part], None if mask is None else mask[:, part]))
 
     def _in_chunks(self, relay: GradientRelay, number: int, head: nn.Module, call: Call) -> bool:
         """The loss of a batch whose logits are large, some tokens at a time; False, and nothing done, if they cannot
@@ -150,6 +164,7 @@ class SensitivityRun:
                 logits = next(iter(found.values()), states)
                 if len(found) != 1 or logits.dim() != 3 or logits.shape[:2] != leaf[:, part].shape[:2]:
                     return False  # so it is from the first chunk on
+                self._hear_text(found.get("logits"), number, part)
                 with gradients_allowed(self.model, ""):
                     hidden = {name: mask[:, part] for name, mask in masks.items()}
                     categorical(logits, hidden, chance[:, part]).backward()  # type: ignore[no-untyped-call]

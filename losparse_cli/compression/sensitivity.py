@@ -25,11 +25,13 @@ def measure_sensitivity(
     fixed_bytes: int = 0,
     on_forward: Callable[[str, list[Moments]], None] = lambda block, moments: None,
     on_backward: Callable[[str, dict[str, Sensitivity]], None] = lambda block, found: None,
+    on_text: Callable[[float, int], None] = lambda nats, tokens: None,
 ) -> dict[str, Sensitivity]:
     """Layer -> Fisher information of its outputs on `windows`, of the layers that the job is to compress.
 
     folder: for files of activations that do not fit in memory. fixed_bytes: of memory that is needed beside them.
-    on_forward, on_backward: hear a block's second moments, and what was found; see `SensitivityRun`.
+    on_forward, on_backward, on_text: hear a block's second moments, what was found, and the loss of the text; see
+    `SensitivityRun`.
     """
     assert job.calibration is not None
     assembly = calibration_model(job)
@@ -52,5 +54,6 @@ def measure_sensitivity(
             seed=job.recipe.seed,
             on_forward=on_forward,
             on_backward=on_backward,
+            on_text=on_text,
             say=told.phase,
         ).run()

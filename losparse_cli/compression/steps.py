@@ -30,6 +30,7 @@ from .sensitivity import measure_sensitivity
 from .solve import as_matrix
 
 SENSITIVITY_TOKENS = 16_384
+NATS = "nats"  # in the file that keeps what was measured, beside names of layers
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,23 @@ class Foreseen:
     curve: Curve
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """layers: what is foreseen of each that text reaches. nats: the text's loss a token, None if it is not known."""
+
+    layers: dict[str, Foreseen]
+    nats: float | None
+
+
 class Steps:
     """The step for each layer, so that all layers of as many bits take their bytes together and no more.
 
     foreseen: layer -> what is known of it. Layers of which nothing is, because no text reaches them, have bytes of
-    their own, and no step here.
+    their own, and no step here. nats: the dense model's loss on each next token of the text, where it was measured too.
     """
 
-    def __init__(self, plans: Iterable[LayerPlan], foreseen: dict[str, Foreseen]) -> None:
+    def __init__(self, plans: Iterable[LayerPlan], foreseen: dict[str, Foreseen], nats: float | None = None) -> None:
+        self.nats = nats
         self._plans = {p.layer.name: p for p in plans if p.layer.name in foreseen}
         self._foreseen = foreseen
         self._waiting: dict[str, dict[str, LayerPlan]] = {}  # pool -> layer -> its plan
@@ -110,23 +120,23 @@ def foreseen_steps(job: Job, plan: Plan, windows: Windows, work: WorkFolder, tol
     if job.recipe.sensitivity != "on":
         return Steps(coded, {})
 
-    def measure() -> dict[str, Foreseen]:
+    def measure() -> _Measured:
         return _measured(job, coded, windows, work.path, told, fixed_bytes)
 
     found = work.decided(SENSITIVITY, _read, measure, lambda found, path: save_file(_tensors(found), path))
-    return Steps(coded, found)
+    return Steps(coded, found.layers, found.nats)
 
 
 def _measured(
     job: Job, plans: Sequence[LayerPlan], windows: Windows, folder: Path, told: Progress, fixed_bytes: int
-) -> dict[str, Foreseen]:
-    """What is foreseen of each layer that text reaches."""
+) -> _Measured:
     seen = hold_out(windows)[0]
     seen = seen.take(range(max(1, min(len(seen.ids), SENSITIVITY_TOKENS // max(1, seen.ids.shape[1])))))
     by_name = {p.layer.name: p for p in plans}
     files = {file.path: file for file in job.source.files}
     metrics: dict[str, tuple[Tensor | float, float]] = {}
     found: dict[str, Foreseen] = {}
+    losses: list[tuple[float, int]] = []
 
     def forward(block: str, moments: list[Moments]) -> None:
         for group in moments:
@@ -151,19 +161,23 @@ def _measured(
             X = W / columns / (scale * row_steps(one.g))[:, None]
             found[name] = Foreseen(one.g.cpu(), curve_of(X, plan, support_of(X, plan) if plan.sparse else None))
 
+    def text(nats: float, tokens: int) -> None:
+        losses.append((nats, tokens))
+
     measure_sensitivity(
-        job, seen, told, folder=folder, fixed_bytes=fixed_bytes, on_forward=forward, on_backward=backward
+        job, seen, told, folder=folder, fixed_bytes=fixed_bytes, on_forward=forward, on_backward=backward, on_text=text
     )
-    return found
+    predicted = sum(tokens for _, tokens in losses)
+    return _Measured(found, sum(nats for nats, _ in losses) / predicted if predicted else None)
 
 
 def _full(block: str, layer: str) -> str:
     return f"{block}.{layer}" if block else layer
 
 
-def _tensors(found: dict[str, Foreseen]) -> dict[str, Tensor]:
-    tensors = {}
-    for name, one in found.items():
+def _tensors(found: _Measured) -> dict[str, Tensor]:
+    tensors = {} if found.nats is None else {NATS: torch.tensor(found.nats, dtype=torch.float64)}
+    for name, one in found.layers.items():
         tensors[f"{name}.g"] = one.g.contiguous()
         tensors[f"{name}.curve"] = torch.tensor(
             [one.curve.anchor, one.curve.density, *one.curve.bits], dtype=torch.float64
@@ -171,12 +185,13 @@ def _tensors(found: dict[str, Foreseen]) -> dict[str, Tensor]:
     return tensors
 
 
-def _read(path: Path) -> dict[str, Foreseen]:
+def _read(path: Path) -> _Measured:
     tensors = load_file(path)
+    nats = tensors.pop(NATS, None)
     found = {}
     for key, tensor in tensors.items():
         if key.endswith(".curve"):
             anchor, density, *bits = tensor.tolist()
             name = key.removesuffix(".curve")
             found[name] = Foreseen(tensors[f"{name}.g"], Curve(anchor, tuple(bits), density))
-    return found
+    return _Measured(found, None if nats is None else float(nats))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from .windows import Windows
 HELD_OUT = 20  # windows, of which one is held out
 ENOUGH = 8192  # tokens below which a result hangs on which text it was
 SEQUENCE = 16  # tokens; two texts of people hardly ever share a sequence as long, of characters neither
+STRANGE = 100  # perplexity of a text above which it is none that the model knows: of common prose it is below 50
 REPEATED = 0.5  # share of such sequences that were there before, above which a text repeats itself
 
 
@@ -61,8 +63,20 @@ def doubts(calibration: Calibration, windows: Windows | None) -> tuple[str, ...]
     return tuple(found)
 
 
-def account(calibration: Calibration, windows: Windows | None) -> dict[str, Any]:
-    """What was asked for, what of it there is and what is wrong with it; JSON. Of a file's path its name alone."""
+def strangeness(nats: float | None) -> tuple[str, ...]:
+    """The same of the loss that the dense model has on each next token of the text, None where that is not known."""
+    if nats is None or nats <= math.log(STRANGE):
+        return ()
+    perplexity = math.exp(min(nats, math.log(1e9)))
+    found = f"The text is strange to the model: its perplexity is {perplexity:,.0f}, where common prose has some tens."
+    return (f"{found} Give text as the model will read it.",)
+
+
+def account(calibration: Calibration, windows: Windows | None, nats: float | None = None) -> dict[str, Any]:
+    """What was asked for, what of it there is and what is wrong with it; JSON. Of a file's path its name alone.
+
+    nats: see `strangeness`.
+    """
     found: dict[str, Any] = asdict(calibration)
     if Path(calibration.source).expanduser().exists():
         found["source"] = Path(calibration.source).name
@@ -73,7 +87,7 @@ def account(calibration: Calibration, windows: Windows | None) -> dict[str, Any]
             "held_out": len(hold_out(windows)[1].ids),
             "sha256": windows.digest(),
         }
-    return found | {"warnings": list(doubts(calibration, windows))}
+    return found | {"warnings": [*doubts(calibration, windows), *strangeness(nats)]}
 
 
 def _sequences(ids: Tensor) -> Tensor:

@@ -202,6 +202,29 @@ def test_logits_are_computed_some_tokens_at_a_time(name: str, tmp_path: Path, mo
         assert 3 in sizes
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert-mlm", "t5", "llama-bare"])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_the_loss_of_the_text_itself(name: str, chunked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its next tokens, where the model predicts such; what a mask hides counts nothing."""
+    model = made(name)
+    batches = batches_of(model)
+    if chunked:
+        monkeypatch.setattr(sensitivity, "LOGITS", 4 * 101 * 2 * 3)
+    heard: list[tuple[float, int]] = []
+    out_of_core(model, batches, tmp_path, on_text=lambda nats, tokens: heard.append((nats, tokens)))
+    if name not in ("llama", "gpt2"):
+        assert not heard
+        return
+    expected, count = 0.0, 0
+    for batch in batches:
+        labels = batch["input_ids"].clone()
+        labels[batch.get("attention_mask", torch.ones_like(labels)) == 0] = -100
+        tokens = int((labels[:, 1:] != -100).sum())
+        expected, count = expected + tokens * float(model(**batch, labels=labels).loss), count + tokens
+    assert sum(tokens for _, tokens in heard) == count
+    assert sum(nats for nats, _ in heard) == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
 def test_heads_that_say_no_classes(problem: str, tmp_path: Path) -> None:
     model = made("bert", num_labels=1 if problem == "regression" else 3, problem_type=problem)

@@ -28,6 +28,7 @@ from losparse_cli.compression import steps
 from losparse_cli.compression.estimate import forecast
 from losparse_cli.errors import CheckpointError, UsageError
 from losparse_cli.export import export
+from losparse_cli.text import sample
 from losparse_cli.text.windows import Calibration
 from losparse_cli.verify import verify
 from tests.hearing import Hearing
@@ -115,6 +116,20 @@ def test_settings_of_single_layers(toy: Any, asked: Calibration, tmp_path: Path)
         used = 8 * sum(layer.bytes_after for layer in group) / sum(layer.parameters for layer in group)
         assert 0.985 * bits < used <= bits
     assert {layer.spec.rank for layer in report.layers if "q_proj" in layer.name} == {1}
+
+
+@pytest.mark.parametrize("limit", [sample.STRANGE, 10_000])
+def test_text_that_is_strange_to_the_model_is_warned_of(
+    limit: int, toy: Any, asked: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As any is to random weights."""
+    monkeypatch.setattr(sample, "STRANGE", limit)
+    heard = Hearing()
+    made = compress(toy("llama", tokenizer=True), tmp_path / "out", bits=4, calibration=asked, progress=heard)
+    begin, strange = "The text is strange to the model: its perplexity is", limit == 100
+    assert sum(line.startswith(begin) for line in heard.warned) == strange
+    assert sum(line.startswith(begin) for line in made.report.calibration["warnings"]) == strange
+    assert (begin in (made.output / "README.md").read_text(encoding="utf-8")) == strange
 
 
 # --- a size of everything ----------------------------------------------------------------------------

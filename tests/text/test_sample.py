@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from losparse_cli.text.request import Calibration
-from losparse_cli.text.sample import account, doubts, hold_out, repeated_share
+from losparse_cli.text.sample import account, doubts, hold_out, repeated_share, strangeness
 from losparse_cli.text.windows import Windows
 
 ASKED = Calibration("some/folder/text.txt", tokens=16384, length=128)
@@ -43,6 +43,15 @@ def test_of_a_text_that_repeats_itself_nothing_is_held_out() -> None:
     assert any("repeats itself: 99%" in sentence for sentence in doubts(ASKED, repeated))
     assert repeated_share(random_windows(32)) == 0
     assert not any("repeats" in sentence for sentence in doubts(ASKED, random_windows(32)))
+
+
+def test_a_text_that_the_model_does_not_know_is_strange() -> None:
+    assert strangeness(None) == strangeness(2.51) == strangeness(3.82) == ()  # an encyclopedia, a design document
+    [sentence] = strangeness(5.14)  # random letters
+    assert "its perplexity is 171, where" in sentence
+    assert "1,000,000,000" in strangeness(1e6)[0]
+    windows = random_windows(128)
+    assert account(ASKED, windows, 5.14)["warnings"] == [*doubts(ASKED, windows), sentence]
 
 
 def test_windows_too_short_for_a_sequence_count_as_different() -> None:
