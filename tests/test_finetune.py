@@ -525,15 +525,20 @@ def test_a_loss_that_is_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return compute(self, *args, **kwargs) * (float("nan") if self.state.global_step == 6 else 1.0)
 
     monkeypatch.setattr(FinetuneTrainer, "compute_loss", broken)
-    with pytest.raises(TrainingError, match=r"loss became nan at step 7\. The state of step 4 is kept in .*-4\. Start"):
+    kept = r"loss became nan at step 7\. The state of step 4 is kept in .*-4\. Start anew with --resume never and"
+    with pytest.raises(TrainingError, match=kept):
         finetune(model, tmp_path / "out", task=task, how=how_of(max_steps=12, save_steps=4), device="cpu")
     last = last_state(tmp_path / "out.partial" / "training")
     assert last is not None
     assert last[0] == 4
     assert all(bool(x.isfinite().all()) for x in load_file(last[1] / "model.safetensors").values())
-    with pytest.raises(TrainingError, match="No state had been saved before"):
+    with pytest.raises(TrainingError, match=r"No state had been saved before\. Start anew with a lower --learning-rate"):
         finetune(model, tmp_path / "other", task=task, how=how_of(max_steps=12, save_steps=9), device="cpu")
+    assert not (tmp_path / "other.partial").exists()
     assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    lower = how_of(max_steps=2, learning_rate=1e-5)
+    assert finetune(model, tmp_path / "out", task=task, how=lower, device="cpu", resume="never").steps == 2
 
 
 def test_a_learning_rate_that_destroys_the_weights(tmp_path: Path) -> None:
@@ -541,7 +546,7 @@ def test_a_learning_rate_that_destroys_the_weights(tmp_path: Path) -> None:
     how = how_of(max_steps=6, learning_rate=1e38, warmup_steps=0)
     with pytest.raises(TrainingError, match="lower --learning-rate"):
         finetune(model, tmp_path / "out", task=task, how=how, device="cpu")
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out*"))
 
 
 def full_disk() -> None:

@@ -183,16 +183,16 @@ class FinetuneTrainer(transformers.Trainer):  # type: ignore[misc]
             loss: Tensor = super().training_step(*args, **kwargs)
         value = float(loss) * self.current_gradient_accumulation_steps  # of which an epoch's last step has fewer
         if not math.isfinite(value):
-            raise TrainingError(
-                f"The loss became {value} at step {self.state.global_step + 1}. {self._kept()} Start anew with a lower "
-                "--learning-rate, or with --precision float32."
-            )
+            raise TrainingError(f"The loss became {value} at step {self.state.global_step + 1}. {self._kept()}")
         self._telling.loss = value
         return loss
 
     def _kept(self) -> str:
+        """What is left of a run that went wrong, and how another is begun in its place."""
         last = last_state(Path(self.args.output_dir))
-        return f"The state of step {last[0]} is kept in {last[1]}." if last else "No state had been saved before."
+        said = f"The state of step {last[0]} is kept in {last[1]}." if last else "No state had been saved before."
+        anew = "Start anew with --resume never and" if last else "Start anew with"
+        return f"{said} {anew} a lower --learning-rate, or --precision float32."
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         assert self._score is not None, "evaluated only with scores"
@@ -226,10 +226,7 @@ class FinetuneTrainer(transformers.Trainer):  # type: ignore[misc]
         values = dict(model.named_parameters()) if state_dict is None else state_dict
         bad = [name for name, value in values.items() if not bool(torch.isfinite(value).all())]
         if bad:
-            raise TrainingError(
-                f"After step {self.state.global_step} {bad[0]} is not finite. {self._kept()} Start anew with a lower "
-                "--learning-rate, or with --precision float32."
-            )
+            raise TrainingError(f"After step {self.state.global_step} {bad[0]} is not finite. {self._kept()}")
         path = str(folder / "model.safetensors")
         if state_dict is None:
             save_model(model, path)
