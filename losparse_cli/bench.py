@@ -20,11 +20,11 @@ from .benchmark.report import BenchReport, LayerSpeed, ModelSpeed
 from .benchmark.resident import resident, tensor_bytes, token_bytes
 from .benchmark.timing import copy_bandwidth
 from .checkpoint.source import Checkpoint, open_checkpoint
-from .errors import UsageError
+from .errors import UsageError, is_whole
 from .load import dtype_named, load
 from .models.device import find_device, memory_errors, threads_of_torch
 from .models.reading import TEXT_MODELS, require_text, text_alone
-from .progress import Progress
+from .progress import Progress, listener
 from .text.tokenizer import length_limit, positions
 
 ROWS = (1, 16, 256)
@@ -39,7 +39,7 @@ def bench(
     batch: int = 1,
     prompt: int = 128,
     new_tokens: int = 32,
-    rows: Sequence[int] = ROWS,
+    rows: Sequence[int] | int = ROWS,
     rounds: int = 5,
     threads: int | None = None,
     device: str = "auto",
@@ -60,6 +60,10 @@ def bench(
     UsageError for values out of range, a model that reads no text, and models that hold nothing to compare;
     ResourceError if memory runs out; MissingExtraError for `peer` without xllamacpp; otherwise the errors of `load`.
     """
+    told = listener(progress)
+    rows = (rows,) if isinstance(rows, int) else tuple(rows)
+    if not all(is_whole(number) for number in rows):
+        raise UsageError(f"--rows lists whole numbers, not {', '.join(map(repr, rows))}.")
     least = {"batch": (batch, 1), "prompt": (prompt, 1), "new-tokens": (new_tokens, 0), "rounds": (rounds, 1)}
     least |= {"rows": (min(rows, default=0), 1), "threads": (1 if threads is None else threads, 1)}
     for name, (value, low) in least.items():
@@ -103,7 +107,6 @@ def bench(
             load=load, peer_file=None if other is None else str(peer),
         )  # fmt: skip
         total = len(by_shape(layers)) * len(rows) + (rounds + 2) * len(runners) + (rounds + 1) * (other is not None)
-        told = progress or Progress()
         told.start("measurements", total)
 
         def hear(what: str) -> None:

@@ -35,7 +35,7 @@ from .compression.steps import Steps, foreseen_steps
 from .compression.stream import compress_stream
 from .errors import write_errors
 from .models.device import peak_memory
-from .progress import Progress
+from .progress import Progress, listener
 from .refinement.run import train_into
 from .shim.layouts import LayerSpec
 from .text.request import Calibration
@@ -201,7 +201,7 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
     """Carry out a planned job; see `compress`."""
     if job.towards is not None:
         return _run_towards(job, resume, overwrite, progress)
-    begun, told, mark = time.monotonic(), progress or Progress(), fingerprint(job)
+    begun, told, mark = time.monotonic(), listener(progress), fingerprint(job)
     with WorkFolder(job.output, mark, resume=resume, overwrite=overwrite, reads=job.reads) as work:
         if work.finished:
             return _found_finished(job)
@@ -254,16 +254,16 @@ def _needs_package(job: Job) -> bool:
 
 def _run_towards(job: Job, resume: str, overwrite: bool, progress: Progress | None) -> Result:
     """Compressed first, into the work folder of the whole run, and that trained towards the whole dense model."""
-    begun, mark = time.monotonic(), fingerprint(job)
+    begun, told, mark = time.monotonic(), listener(progress), fingerprint(job)
     with WorkFolder(job.output, mark, resume=resume, overwrite=overwrite, reads=job.reads) as work:
         if work.finished:
             return _found_finished(job)
         if not (work.path / TRAINING).is_dir():  # else a part of it is written
             check_space(work.path, space_needed(job))
-        done = run(replace(job, towards=None, output=work.path / TRAINING / "compressed"), progress=progress)
+        done = run(replace(job, towards=None, output=work.path / TRAINING / "compressed"), progress=told)
         start = open_checkpoint(done.output)
         plan = plan_as_stored([p.layer for p in job.plan.layers], job.plan.skipped, layer_specs(start))
-        report = train_into(work, replace(job, start=start, plan=plan), digest(mark), progress or Progress())
+        report = train_into(work, replace(job, start=start, plan=plan), digest(mark), told)
         work.publish()
     took = Took(time.monotonic() - begun, peak_memory(), None)
     return Result(job.output, report, took, done.resumed, done.needs_package)

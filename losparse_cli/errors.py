@@ -18,9 +18,13 @@ LosparseError                      exit code 1
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def flag(name: str) -> str:
@@ -36,6 +40,30 @@ def is_whole(value: object) -> bool:
 def is_number(value: object) -> bool:
     """Whether a setting, which may stand in a file, is a number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def paths_as_text(settings: object, *names: str) -> None:
+    """Turn those of the fields of a frozen dataclass that are Paths into texts, which can be written and compared."""
+    for name in names:
+        value = getattr(settings, name)
+        if isinstance(value, Path):
+            object.__setattr__(settings, name, str(value))
+
+
+def from_fields(kind: type[T], given: Any, name: str) -> T:
+    """A `kind` of settings, given as one or as a mapping of its fields; UsageError, by the `name` of the argument."""
+    if isinstance(given, kind):
+        return given
+    if not isinstance(given, Mapping):
+        raise UsageError(f"{name} is a {kind.__name__} or a mapping of its fields, not {type(given).__name__}.")
+    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    unknown = [key for key in given if key not in known]
+    if unknown:
+        raise UsageError(f"{name} has no setting {unknown[0]!r}; known are {', '.join(known)}.")
+    for key, field in known.items():
+        if field.default is field.default_factory is MISSING and key not in given:
+            raise UsageError(f"{name} lacks its setting {key!r}. Add it.")
+    return kind(**given)
 
 
 class LosparseError(Exception):

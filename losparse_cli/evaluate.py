@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
@@ -23,12 +24,15 @@ from .evaluation.windows import Cut, Line, Window, cut, lines
 from .load import load
 from .models.device import find_device, release
 from .models.reading import TEXT_MODELS, require_text, text_alone
-from .progress import Progress
+from .progress import Progress, listener
 from .tasks.paired import Estimate
 from .text.files import find_file, read_pieces
+from .text.request import LENGTH
 from .text.tokenizer import check_tokens, length_limit
 
 MEMORY = ("auto", "together", "apart")
+FILE_NAME = re.compile(r"^\S+\.[A-Za-z]\w{0,5}$|\.(txt|text|md|jsonl?|csv|tsv|parquet)$", re.IGNORECASE)
+"""A line that ends as a file's name does, and holds no space or ends as texts do."""
 
 __all__ = [
     "Evaluation",
@@ -58,7 +62,7 @@ def evaluate(
     text: str | Path,
     *,
     against: str | Path | None = None,
-    length: int = 512,
+    length: int | None = None,
     stride: int | None = None,
     windows: int = 32,
     device: str = "auto",
@@ -71,11 +75,11 @@ def evaluate(
 ) -> Evaluation:
     """Perplexity of a language model on `text`; with `against`, its distance from that dense model too.
 
-    text: itself, or a UTF-8 file (a Path, or the name of one that is there), of which no more is read than is needed.
-    Windows of `length` tokens are cut as `losparse_cli.evaluation.windows.cut` says: `windows` of them (0: all),
-    `stride` new tokens each (default: they are disjoint). A model with an encoder and a decoder reads a window and
-    predicts it again. A model that predicts no next token is compared by its vectors of the first `windows` lines, and
-    needs `against`.
+    text: itself, or a UTF-8 file (a Path, or the name of one), of which no more is read than is needed. Windows of
+    `length` tokens (default: 512, or what the model takes) are cut as `losparse_cli.evaluation.windows.cut` says:
+    `windows` of them (0: all), `stride` new tokens each (default: they are disjoint). A model with an encoder and a
+    decoder reads a window and predicts it again. A model that predicts no next token is compared by its vectors of the
+    first `windows` lines, and needs `against`.
 
     Standard errors count windows, or lines, as independent, not tokens; with a single one they are None. `memory`
     says whether both models are held at once ("together"), or the dense one runs first and leaves its predictions in
@@ -86,6 +90,7 @@ def evaluate(
     different vocabularies; SourceError if text or checkpoint cannot be read, or has no tokenizer; OutputError if the
     temporary folder is too small.
     """
+    told = listener(progress)
     check_choice("--dtype", dtype, DTYPES)
     check_choice("--memory", memory, MEMORY)
     if memory != "auto" and against is None:
@@ -98,10 +103,10 @@ def evaluate(
     else:
         ours.check_vocabulary(dense)
         if memory == "auto":
-            logits = length * (ours.vocabulary or 0)
+            logits = (length or LENGTH) * (ours.vocabulary or 0)
             memory = "together" if fit_together((dense, ours), DTYPES[dtype], logits, place) else "apart"
     request = _Request(text, length, stride, windows, place, DTYPES[dtype], trust_remote_code)
-    subject, sums = _run(request, ours, dense, memory, progress or Progress())
+    subject, sums = _run(request, ours, dense, memory, told)
     protocol = Protocol(
         subject.length, subject.cut.stride, len(sums), sum(s.tokens for s in sums), subject.cut.before, str(place),
         subject.dtype, memory,
@@ -152,12 +157,12 @@ def perplexity(
 
 
 def _file_or_text(text: str | Path) -> str | Path:
-    """The file that `text` names, or the text that it is.
+    """The file that `text` names, or the text that it is; what looks like a file's name is meant as one.
 
     UsageError if there is no such file, or nothing in it; SourceError if what comes first in it is unreadable.
     """
     short = isinstance(text, str) and len(text) < 4096 and "\n" not in text and "\0" not in text
-    if isinstance(text, str) and not (short and os.path.isfile(os.path.expanduser(text))):
+    if isinstance(text, str) and not (short and (FILE_NAME.search(text) or os.path.isfile(os.path.expanduser(text)))):
         return text
     text = Path(os.path.expanduser(text))
     if not any(piece.strip() for piece in read_pieces(find_file(text, "--text"))):
@@ -171,7 +176,7 @@ def _file_or_text(text: str | Path) -> str | Path:
 @dataclass(frozen=True)
 class _Request:
     text: str | Path
-    length: int
+    length: int | None
     stride: int | None
     count: int
     device: torch.device
@@ -183,7 +188,8 @@ class _Request:
         options = {"trust_remote_code": True} if self.trust_remote_code else {}
         model, tokenizer = load(checkpoint.folder, dtype=self.dtype or "auto", need_tokenizer=True, **options)
         kind, name = _kind(model, checkpoint.address), checkpoint.address
-        limit = length_limit(model, tokenizer.model_max_length) or self.length
+        limit = length_limit(model, tokenizer.model_max_length) or self.length or LENGTH
+        length = self.length or min(LENGTH, limit)
         if kind == "encoder":
             if not comparing:
                 raise UsageError(
@@ -191,10 +197,9 @@ class _Request:
                 )
             if self.stride is not None:
                 raise UsageError(f"{name} reads whole lines, which have no --stride. Leave it out.")
-            length = min(self.length, limit)
+            length = min(length, limit)
             found = lines(tokenizer, self.text, length=length, count=self.count)
         else:
-            length = self.length
             if length > limit:
                 raise UsageError(f"{name} takes at most {limit} tokens. Give --length {limit} or less.")
             found = cut(

@@ -20,7 +20,7 @@ from .checkpoint.source import Checkpoint, open_checkpoint
 from .checkpoint.workfolder import WorkFolder
 from .checkpoint.writer import ShardWriter, Slot, plan_shards, tensor_part, write_json
 from .errors import CheckpointError, write_errors
-from .progress import Progress
+from .progress import Progress, listener
 from .shim.layouts import LayerSpec
 from .shim.loader import is_loader
 
@@ -50,6 +50,7 @@ def export(
     Each layer is U V + S, summed in float32 and rounded once to the stored dtype. One layer is in memory at
     a time; a killed export goes on where it was. CheckpointError if one holds what is no number.
     """
+    told = listener(progress)
     checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
     specs = layer_specs(checkpoint)
     output = output_path(output)
@@ -60,7 +61,7 @@ def export(
     with WorkFolder(output, mark, overwrite=overwrite, reads=[checkpoint.folder]) as work:
         if work.finished:  # killed after its last step: only the journal was left to remove
             return output
-        writer, told = ShardWriter(work.path, shards, work.journal), progress or Progress()
+        writer = ShardWriter(work.path, shards, work.journal)
         told.start("tensors", len(units), writer.done)
         files = {file.path: file for file in checkpoint.files}
         for unit in units[writer.done :]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from .finetuning.request import Finetuning
 from .finetuning.result import write_result
 from .finetuning.states import disk_errors, last_state
 from .linalg.precision import fast_float32
-from .progress import Progress
+from .progress import Progress, listener
 from .tasks.request import TaskRequest
 
 
@@ -39,9 +40,9 @@ def finetune(
     source: str | Path,
     output: Path | None = None,
     *,
-    task: TaskRequest,
-    how: Finetuning | None = None,
-    recipe: Recipe | None = None,
+    task: TaskRequest | Mapping[str, Any] | str,
+    how: Finetuning | Mapping[str, Any] | None = None,
+    recipe: Recipe | Mapping[str, Any] | None = None,
     device: str = "auto",
     max_shard_size: str = "5GB",
     resume: str = "auto",
@@ -69,7 +70,7 @@ def run(
     training: Training, *, resume: str = "auto", overwrite: bool = False, progress: Progress | None = None
 ) -> Finetuned:
     """Carry out a prepared fine-tuning; see `finetune`. Of several processes the first alone writes the result."""
-    begun, told = time.monotonic(), progress or Progress()
+    begun, told = time.monotonic(), listener(progress)
     with WorkFolder(
         training.output, training.fingerprint, resume=resume, overwrite=overwrite, reads=[training.source.folder],
         owner=is_main_process(),

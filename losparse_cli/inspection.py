@@ -11,7 +11,7 @@ from .checkpoint.reader import BITS
 from .checkpoint.report import LayerReport, Report
 from .checkpoint.source import REPORT, Checkpoint, open_checkpoint
 from .errors import SourceError, UsageError
-from .progress import Progress
+from .progress import Progress, listener
 
 SPECTRUM_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -65,6 +65,7 @@ def inspect(
     Of a Hub id only headers, config and report are fetched; `spectrum` needs the weights, so it needs a
     dense folder (UsageError otherwise), and None asks for it of whatever is dense.
     """
+    told = listener(progress)
     checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir, headers_only=True)
     if checkpoint.is_compressed:
         if spectrum:
@@ -75,7 +76,7 @@ def inspect(
             f"--spectrum reads the weights, and {source} is on the Hub. Download it first with: hf download {source} "
             "--local-dir FOLDER"
         )
-    return _dense_report(checkpoint, spectrum is not False, trust_remote_code, progress or Progress())
+    return _dense_report(checkpoint, spectrum is not False, trust_remote_code, told)
 
 
 def compressed_report(checkpoint: Checkpoint) -> Report:

@@ -14,6 +14,7 @@ import torch
 from . import kernels
 from .checkpoint import foreign
 from .checkpoint.hub import hub_errors, remote_files
+from .checkpoint.source import identifier_of
 from .errors import CheckpointError, SourceError, UsageError
 from .shim import quantizer
 from .text.tokenizer import load_tokenizer, tokenizer_is_there
@@ -56,7 +57,8 @@ def load(
     is given. The tokenizer is None if the checkpoint has none, and with a warning if it has one that cannot be
     loaded; with `need_tokenizer` both are a SourceError. `options` go to from_pretrained: dtype, device_map, revision,
     subfolder, trust_remote_code and so on; those that say where files come from reach config and tokenizer, too.
-    SourceError if nothing can be loaded from there, CheckpointError if what is there is damaged.
+    UsageError for what names no place, SourceError if nothing can be loaded from there, CheckpointError if what is
+    there is damaged.
     """
     if options.get("output_loading_info"):
         raise UsageError(
@@ -83,7 +85,7 @@ def load(
 
 def _checked_name(source: str | Path, options: dict[str, Any]) -> str:
     """What from_pretrained is given: a folder, `~` expanded, or a Hub id; SourceError for a folder without a model."""
-    folder = Path(os.path.expanduser(source))
+    folder = Path(os.path.expanduser(identifier_of(source)))
     if not folder.exists():
         return str(source)
     inside = folder / (options.get("subfolder") or "")

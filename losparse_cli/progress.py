@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .errors import UsageError
+
 if TYPE_CHECKING:
     from .checkpoint.report import LayerReport
     from .finetuning.trainer import Step
@@ -36,3 +38,15 @@ class Progress:
 
     def step(self, step: Step) -> None:
         """The optimizer took a step."""
+
+
+def listener(progress: Progress | None) -> Progress:
+    """What hears how far a run is, for None one that shows nothing; UsageError for what is no Progress."""
+    if progress is None:
+        return Progress()
+    if not isinstance(progress, Progress):
+        raise UsageError(
+            f"progress is a losparse_cli.Progress that overrides what it shows, not {type(progress).__name__}. Leave "
+            "it out to hear nothing."
+        )
+    return progress

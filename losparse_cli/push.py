@@ -7,7 +7,7 @@ from pathlib import Path
 from .checkpoint.card import address_card
 from .checkpoint.hub import hub_errors
 from .checkpoint.journal import FILE as JOURNAL
-from .checkpoint.source import HUB_ID, open_checkpoint
+from .checkpoint.source import HUB_ID, identifier_of, open_checkpoint
 from .errors import UsageError, write_errors
 from .verify import require_sound
 
@@ -25,7 +25,7 @@ def push(folder: str | Path, repository: str, *, private: bool = False, message:
     that are not part of it are deleted. The token is the one that `hf auth login` stored, or HF_TOKEN.
     UsageError if there is none, or if `private` is asked of a repository that is public.
     """
-    path = Path(folder).expanduser()
+    path = Path(identifier_of(folder)).expanduser()
     if not path.is_dir():
         raise UsageError(f"There is no folder {path}. Give the folder that `losparse compress` wrote.")
     from huggingface_hub import HfApi

@@ -24,7 +24,7 @@ def refine(
     output: str | Path | None = None,
     *,
     calibration: Calibration | Mapping[str, Any] | str | Path,
-    refinement: Refinement | ModelRefinement | Mapping[str, Any] | None = None,
+    refinement: Refinement | ModelRefinement | Mapping[str, Any] | str | None = None,
     against: str | Path | None = None,
     device: str | None = None,
     memory_limit: str | None = None,
@@ -93,7 +93,7 @@ def prepare_refinement(
     output: str | Path | None = None,
     *,
     calibration: Calibration | Mapping[str, Any] | str | Path,
-    refinement: Refinement | ModelRefinement | Mapping[str, Any] | None = None,
+    refinement: Refinement | ModelRefinement | Mapping[str, Any] | str | None = None,
     against: str | Path | None = None,
     device: str | None = None,
     memory_limit: str | None = None,
@@ -106,8 +106,9 @@ def prepare_refinement(
     `towards` the whole dense model, else for `run`.
 
     calibration: or its source alone, or its fields. refinement: None, or settings alone, for what suits the checkpoint:
-    the whole model where S is whole numbers, blocks where it is floats. against: the dense model, None for the Hub
-    model and commit that the report names. `revision` is of `source`; the other options are as in `compress`.
+    the whole model where S is whole numbers, blocks where it is floats; or `blocks` or `model`. against: the dense
+    model, None for the Hub model and commit that the report names. `revision` is of `source`; the other options are as
+    in `compress`.
     UsageError if `source` is not compressed, names no dense model, or is asked for what it cannot be trained to.
     """
     start = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
@@ -121,8 +122,11 @@ def prepare_refinement(
         raise UsageError(f"{start.address} has no compressed layers but embeddings, and those are not refined.")
     coded = any(spec.layout == "codes" for spec in layers)
     if not isinstance(refinement, Refinement | ModelRefinement):
-        mode = "model" if coded else "blocks"
-        refinement = make_request(refinement={"mode": mode, **(refinement or {})}, calibration=calibration).refinement
+        if refinement is None or isinstance(refinement, Mapping):
+            refinement = {"mode": "model" if coded else "blocks", **(refinement or {})}
+        refinement = make_request(refinement=refinement, calibration=calibration).refinement
+        if refinement is None:
+            raise UsageError("losparse refine trains something: refinement is blocks or model, not off.")
     if isinstance(refinement, Refinement) and coded:
         raise UsageError(
             f"{start.address} holds whole numbers in S, and blocks are matched by training floats. Refine it with "

@@ -12,7 +12,7 @@ from .checkpoint.report import Report
 from .checkpoint.source import REPORT, Checkpoint, open_checkpoint
 from .checkpoint.writer import sha256
 from .errors import CheckpointError
-from .progress import Progress
+from .progress import Progress, listener
 from .shim.layouts import LayerSpec
 
 
@@ -32,9 +32,9 @@ class Verification:
 
 def verify(source: str | Path, *, progress: Progress | None = None) -> Verification:
     """Check a compressed checkpoint; raises only if it cannot be opened or is none (as `open_checkpoint`)."""
+    told = listener(progress)
     checkpoint = open_checkpoint(source)
     specs = layer_specs(checkpoint)
-    told = progress or Progress()
     told.start("layers", len(specs))
     problems: list[str] = []
     used: set[str] = set()

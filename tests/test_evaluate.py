@@ -388,7 +388,7 @@ def test_models_that_do_not_belong_together(toy: Callable[..., Path], tmp_path: 
 def test_options_that_the_model_cannot_satisfy(toy: Callable[..., Path]) -> None:
     folder = toy("llama", tokenizer=True)
     with pytest.raises(UsageError, match=r"at most 48 tokens. Give --length 48 or less"):
-        evaluate(folder, TEXT)
+        evaluate(folder, TEXT, length=49)
     for options in ({"memory": "near"}, {"memory": "apart"}, {"dtype": "int4"}, {"device": "tpu"}):
         with pytest.raises(UsageError, match=f"--{next(iter(options))}"):
             evaluate(folder, TEXT, **{**OPTIONS, **options})

@@ -532,7 +532,7 @@ def test_a_loss_that_is_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert last is not None
     assert last[0] == 4
     assert all(bool(x.isfinite().all()) for x in load_file(last[1] / "model.safetensors").values())
-    with pytest.raises(TrainingError, match=r"No state had been saved before\. Start anew with a lower --learning-rate"):
+    with pytest.raises(TrainingError, match=r"No state had been saved before\. Start anew with a lower"):
         finetune(model, tmp_path / "other", task=task, how=how_of(max_steps=12, save_steps=9), device="cpu")
     assert not (tmp_path / "other.partial").exists()
     assert not (tmp_path / "out").exists()

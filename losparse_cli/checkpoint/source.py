@@ -105,12 +105,7 @@ def open_checkpoint(
     UsageError for what names no place, SourceError if it cannot be found or reached, CheckpointError if a file is
     wrong.
     """
-    if not isinstance(model, str | Path):
-        raise UsageError(
-            f"Models are read from a folder or the Hub, and this is a {type(model).__name__}. Save it with "
-            "save_pretrained, its tokenizer too, and give the folder."
-        )
-    identifier = str(model)
+    identifier = identifier_of(model)
     folder = Path(os.path.expanduser(identifier))  # unlike Path.expanduser, leaves an unknown ~user as it is
     if os.path.isdir(folder) and identifier:
         # As it was given, not as what a link leads to: it is written into the card.
@@ -127,6 +122,16 @@ def open_checkpoint(
     local = download(identifier, revision, cache_dir)
     commit = local.name if re.fullmatch(r"[0-9a-f]{40}", local.name) else None
     return _open_folder(local, identifier, commit)
+
+
+def identifier_of(model: object) -> str:
+    """What names a model's place, as text; UsageError for what names none, such as the model itself."""
+    if not isinstance(model, str | Path):
+        raise UsageError(
+            f"Models are read from a folder or the Hub, and this is a {type(model).__name__}. Save it with "
+            "save_pretrained, its tokenizer too, and give the folder."
+        )
+    return str(model)
 
 
 def _open_remote_headers(repository: str, revision: str | None, cache_dir: Path | None) -> Checkpoint:

@@ -22,7 +22,7 @@ from ..checkpoint.source import Checkpoint
 from ..errors import MissingExtraError, SourceError, UsageError
 from ..load import load
 from ..models.device import find_device, memory_errors, release
-from ..progress import Progress
+from ..progress import Progress, listener
 from ..text.tokenizer import positions
 from .figures import plain
 from .harness_scores import RESAMPLES, SEED, Estimates, differences, estimates
@@ -83,7 +83,7 @@ class HarnessEvaluation:
 
 def evaluate_harness(
     source: str | Path,
-    tasks: Sequence[str],
+    tasks: Sequence[str] | str,
     *,
     path: str | Path | None = None,
     limit: int | None = None,
@@ -107,6 +107,7 @@ def evaluate_harness(
     MissingExtraError without lm_eval; UsageError on a task that is not known, a definition that the harness refuses,
     and a model that writes no text; SourceError on what cannot be read.
     """
+    told = listener(progress)
     for package in ("lm_eval", "accelerate"):  # of which the harness says that it may do without the second
         if find_spec(package) is None:
             raise MissingExtraError(package, "lm-eval", "The evaluation harness")
@@ -118,10 +119,9 @@ def evaluate_harness(
     if folder is not None and not folder.is_dir():
         raise UsageError(f"--lm-eval-path {path} is no folder. Give the one with the definitions of tasks (YAML).")
     place = find_device(device)
-    manager, names = find_tasks(tasks, folder)
+    manager, names = find_tasks([tasks] if isinstance(tasks, str) else tasks, folder)
     ours, dense = open_models(source, against, revision=revision, cache_dir=cache_dir)
     run = _Run(manager, names, folder, limit, place, DTYPES[dtype], batch_size, trust_remote_code, bars)
-    told = progress or Progress()
     told.phase(ours.name)
     mine, precision = run.results(ours)
     release(place)

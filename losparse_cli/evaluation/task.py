@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from ..checkpoint.source import Checkpoint
 from ..errors import UsageError
 from ..load import load
 from ..models.device import find_device, memory_errors, release
-from ..progress import Progress
+from ..progress import Progress, listener
 from ..tasks.kinds import open_task
 from ..tasks.paired import RESAMPLES, Estimate
-from ..tasks.request import TaskRequest
+from ..tasks.request import TaskRequest, make_task
 from ..tasks.rows import Rows, read_rows
 from ..tasks.task import Judged
 from .figures import plain
@@ -79,7 +80,7 @@ class TaskEvaluation:
 
 def evaluate_task(
     source: str | Path,
-    request: TaskRequest,
+    request: TaskRequest | Mapping[str, Any],
     *,
     against: str | Path | None = None,
     device: str = "auto",
@@ -101,15 +102,14 @@ def evaluate_task(
     together; SourceError and CheckpointError on what cannot be read; MissingExtraError without the packages that
     compute scores.
     """
+    told, request = listener(progress), make_task(request)
     check_choice("--dtype", dtype, DTYPES)
     check_batch_size(batch_size)
     place = find_device(device)
     open_task(request)  # a missing package is said before anything is read
     ours, dense = open_models(source, against, revision=revision, cache_dir=cache_dir)
     rows = read_rows(request, "validation")
-    run = _Run(
-        request, rows, place, DTYPES[dtype], batch_size, trust_remote_code, progress or Progress()
-    )  # fmt: skip
+    run = _Run(request, rows, place, DTYPES[dtype], batch_size, trust_remote_code, told)
     mine, main_score, precision = run.judge(ours)
     release(place)
     protocol = TaskProtocol(

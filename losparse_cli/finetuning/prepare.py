@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,8 @@ import torch
 from torch import nn
 
 from ..budget.plan import Plan
-from ..budget.recipe import Recipe
+from ..budget.recipe import Recipe, recipe_of
+from ..budget.recipe_file import read_recipe
 from ..budget.units import parse_size
 from ..checkpoint.fingerprint import companion_states, digest, file_states
 from ..checkpoint.finish import versions
@@ -24,16 +26,16 @@ from ..checkpoint.writer import sha256
 from ..errors import MissingExtraError, UsageError
 from ..load import load
 from ..models.device import find_device
-from ..progress import Progress
+from ..progress import Progress, listener
 from ..tasks.kinds import open_task
-from ..tasks.request import TaskRequest
+from ..tasks.request import TaskRequest, make_task
 from ..tasks.rows import read_rows
 from ..text.tokenizer import check_tokenizer
 from .conversion import start_compressed, start_dense, trained_layers
 from .inputs import input_moments
 from .plan import plan_compressed, plan_dense, settle
 from .pruner import Pruner
-from .request import Finetuning
+from .request import Finetuning, make_finetuning
 from .teacher import find_teacher
 
 if TYPE_CHECKING:
@@ -86,9 +88,9 @@ def prepare_finetuning(
     source: str | Path,
     output: Path | None = None,
     *,
-    task: TaskRequest,
-    how: Finetuning | None = None,
-    recipe: Recipe | None = None,
+    task: TaskRequest | Mapping[str, Any] | str,
+    how: Finetuning | Mapping[str, Any] | None = None,
+    recipe: Recipe | Mapping[str, Any] | None = None,
     device: str = "auto",
     overwrite: bool = False,
     revision: str | None = None,
@@ -99,14 +101,15 @@ def prepare_finetuning(
 ) -> Training:
     """Data, model and plan of a fine-tuning of `source`, a folder or Hub id, dense or compressed.
 
-    recipe: what is left at last; sizes that it leaves open are taken from DEFAULTS for a dense model, and from what
-    there is for a compressed one, whose pattern stays, too. UsageError on a request that cannot be met, SourceError and
-    CheckpointError on what cannot be read, MissingExtraError without the packages that training needs.
+    task, how, recipe: or mappings of their fields. recipe: what is left at last; sizes that it leaves open are taken
+    from DEFAULTS for a dense model, and from what there is for a compressed one, whose pattern stays, too. UsageError
+    on a request that cannot be met, SourceError and CheckpointError on what cannot be read, MissingExtraError without
+    the packages that training needs.
     """
     import transformers
 
     _require_packages()
-    how, told = how or Finetuning(), progress or Progress()
+    told, task, how = listener(progress), make_task(task), make_finetuning(how)
     place = find_device(device)
     parse_size(max_shard_size)  # an error now, not after hours; transformers reads the text itself
     checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
@@ -118,7 +121,7 @@ def prepare_finetuning(
         raise UsageError(
             f"{checkpoint.name} is quantized already ({checkpoint.packing}). Start from the unquantized checkpoint."
         )
-    wanted = settle(recipe, checkpoint)
+    wanted = settle(recipe_of(read_recipe(recipe), {}) if isinstance(recipe, Mapping) else recipe, checkpoint)
     opened = open_task(task)
     told.phase("Reading the data")
     rows = read_rows(task, "train")

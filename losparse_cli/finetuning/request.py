@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..errors import UsageError, flag
+from ..errors import UsageError, flag, from_fields, paths_as_text
 from .pruner import Pruning
 
 OBJECTIVES = ("task", "distill")
@@ -52,6 +53,7 @@ class Finetuning:
     pruning: Pruning = field(default_factory=Pruning)
 
     def __post_init__(self) -> None:
+        paths_as_text(self, "teacher")
         _one_of("--objective", self.objective, OBJECTIVES)
         _one_of("--low-rank-init", self.low_rank_init, LOW_RANK_INITS)
         _one_of("--precision", self.precision, PRECISIONS)
@@ -71,6 +73,13 @@ class Finetuning:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def make_finetuning(given: Finetuning | Mapping[str, Any] | None) -> Finetuning:
+    """The settings that a mapping of fields means, of which `pruning` may be one; UsageError for what is none."""
+    if isinstance(given, Mapping) and "pruning" in given:
+        given = {**given, "pruning": from_fields(Pruning, given["pruning"], "pruning")}
+    return from_fields(Finetuning, {} if given is None else given, "how")
 
 
 def _one_of(option: str, given: str, known: tuple[str, ...]) -> None:

@@ -28,7 +28,7 @@ from ..load import load
 from ..models.device import available
 from ..models.names import NameMap
 from ..models.skeleton import empty_model
-from ..progress import Progress
+from ..progress import Progress, listener
 from ..text.sample import account, held_out
 from .layers import unfold
 from .result import write_refined
@@ -63,14 +63,14 @@ def run_model(
 
     The best of all states that were measured on held-out windows is written, be it the first. Raises as `compress`.
     """
-    begun = time.monotonic()
+    begun, told = time.monotonic(), listener(progress)
     mark = fingerprint(job)
     with WorkFolder(job.output, mark, resume=resume, overwrite=overwrite, reads=job.reads) as work:
         if work.finished:
             report = read_report(job.output)
             assert report is not None, "a result that is whole has one"
         else:
-            report = train_into(work, job, digest(mark), progress or Progress())
+            report = train_into(work, job, digest(mark), told)
             work.publish()
     done, seconds = report.refinement, time.monotonic() - begun
     looks = tuple(Look(*line) for line in done["looks"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ..errors import UsageError, flag
+from ..errors import UsageError, flag, from_fields, paths_as_text
 from ..text.rows import ROW_SUFFIXES
 from ..text.tokenizer import SHORTEST
 
@@ -75,6 +77,7 @@ class TaskRequest:
     seed: int = 42
 
     def __post_init__(self) -> None:
+        paths_as_text(self, "train_file", "validation_file")
         if self.task not in TASKS:
             raise UsageError(f"--task is one of {', '.join(TASKS)}, not {self.task!r}.")
         self._check_source()
@@ -106,3 +109,8 @@ class TaskRequest:
                 raise UsageError(
                     f"{option} {file} is of no kind that {self.task} reads. Give one of {', '.join(known)}."
                 )
+
+
+def make_task(given: TaskRequest | Mapping[str, Any] | str) -> TaskRequest:
+    """The request that a mapping of its fields means, or a task's name; UsageError for what is none of these."""
+    return from_fields(TaskRequest, {"task": given} if isinstance(given, str) else given, "task")

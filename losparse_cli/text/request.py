@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError, is_number, is_whole
+from ..errors import UsageError, is_number, is_whole, paths_as_text
 from .documents import SELF, kind_of
 from .tokenizer import SHORTEST, length_limit, named_length
 
@@ -31,6 +31,12 @@ class Calibration:
     target_field: str | None = None
 
     def __post_init__(self) -> None:
+        paths_as_text(self, "source")
+        if not isinstance(self.source, str):
+            given = type(self.source).__name__
+            raise UsageError(
+                f"--calibration is a file, a Hub dataset such as user/name, or the word self, not {given}."
+            )
         if not is_number(self.tokens) or not 0 < self.tokens < float("inf"):
             raise UsageError(f"--calibration-tokens is a positive number, not {self.tokens!r}.")
         if self.length is not None and (not is_whole(self.length) or self.length < SHORTEST):

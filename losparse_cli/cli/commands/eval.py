@@ -56,7 +56,10 @@ def eval_(
     ] = None,
     length: Annotated[
         int | None,
-        typer.Option(help="Tokens in a window of --text; of an encoder, the most of a line.", show_default="512"),
+        typer.Option(
+            help="Tokens in a window of --text; of an encoder, the most of a line.",
+            show_default="512, or what the model takes",
+        ),
     ] = None,
     stride: Annotated[
         int | None,
