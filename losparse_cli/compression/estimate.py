@@ -144,7 +144,7 @@ def forecast(job: Job, *, resume: str = "auto", overwrite: bool = False) -> Fore
     work.check()
     made = schedule(job.entries, job.plan, job.max_shard_bytes)
     space, free = space_needed(job), free_bytes(job.output)
-    if not work.path.is_dir():  # else a part of it is written
+    if not work.finished and not work.path.is_dir():  # else a part of it is written
         check_space(work.path, space)
     need = estimate(job, job.windows) if job.calibration is not None else _estimate_alone(job)
     return Forecast(job, made, space, free, need, work.finished)
