@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ from .checkpoint.card import base_metadata, write_dense_card
 from .checkpoint.companions import companion_files, copy_companions
 from .checkpoint.config import dense_config, layer_specs, layer_tensors
 from .checkpoint.layers import read_layer
-from .checkpoint.output import output_path
+from .checkpoint.output import output_path, whole_file
 from .checkpoint.reader import TensorEntry
 from .checkpoint.source import Checkpoint, open_checkpoint
 from .checkpoint.workfolder import WorkFolder
 from .checkpoint.writer import ShardWriter, Slot, plan_shards, tensor_part, write_json
-from .errors import write_errors
+from .errors import UsageError, write_errors
+from .exporting.gguf import GgufFile, GgufWriter
 from .progress import Progress
 from .shim.layouts import LayerSpec
 from .shim.loader import is_loader
@@ -80,6 +81,33 @@ def export(
             write_dense_card(work.path, base_metadata(checkpoint.folder), checkpoint.name)
         work.publish()
     return output
+
+
+def export_gguf(
+    source: str | Path,
+    output: str | Path,
+    *,
+    kind: str = "auto",
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> GgufFile:
+    """Write a compressed checkpoint as the GGUF file `output` for llama.cpp, and U V beside it where they stand alone.
+
+    kind: auto, by which layers of `--grid` arrive exactly as they are and others in 16-bit floats; or f32, f16, bf16,
+    q8_0 or q4_0 for all of them. UsageError for an architecture that llama.cpp does not know, and MissingExtraError without `gguf`.
+    """
+    checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
+    output = output_path(output)
+    if output.suffix != ".gguf":
+        raise UsageError(f"--output {output} is to be a file whose name ends in .gguf.")
+    adapter = output.with_name(f"{output.stem}-lora.gguf")
+    writer = GgufWriter(checkpoint, kind)
+    keep = {"overwrite": overwrite, "reads": [checkpoint.folder]}
+    with whole_file(output, **keep) as model, whole_file(adapter, **keep) as beside:
+        made = writer.write(model, beside, progress or Progress())
+    return replace(made, path=output, adapter=made.adapter and adapter)
 
 
 def _units(checkpoint: Checkpoint, specs: dict[str, LayerSpec]) -> list[_Unit]:

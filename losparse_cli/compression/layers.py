@@ -9,6 +9,7 @@ from ..checkpoint.reader import BITS, FLOATING
 from ..checkpoint.source import Checkpoint
 from ..errors import CheckpointError, UsageError
 from ..models.embeddings import Rows, find_rows
+from ..models.feeds import find_feeds
 from ..models.experts import surplus_experts
 from ..models.names import NameMap
 from ..models.skeleton import Skeleton, kinds_of
@@ -28,6 +29,7 @@ def find_layers(source: Checkpoint, skeleton: Skeleton, recipe: Recipe) -> tuple
             f"{source.folder} holds {tensor}, but config.json asks for {count} experts. config.json and the weights do "
             "not belong together."
         )
+    feeds = find_feeds(skeleton.model)
     layers = []
     for linear in (skeleton.linears[name] for name in chosen):
         parameter = f"{linear.name}.weight"
@@ -58,8 +60,18 @@ def find_layers(source: Checkpoint, skeleton: Skeleton, recipe: Recipe) -> tuple
             skipped[linear.name] = "transformers would rename its factors at load"
             continue
         itemsize = BITS[entry.dtype] // 8
+        feed = feeds.get(linear.name)
         layers.append(
-            Layer(linear.name, entry.name, disk_module, linear.shape, itemsize, linear.transposed, kinds[linear.name])
+            Layer(
+                linear.name,
+                entry.name,
+                disk_module,
+                linear.shape,
+                itemsize,
+                linear.transposed,
+                kinds[linear.name],
+                feed=feed and (feed.repeats, feed.width),
+            )
         )
     for one in rows:
         found = _rows_on_disk(one, source, names, kinds[one.name])

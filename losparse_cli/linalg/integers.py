@@ -24,6 +24,13 @@ CODE_WEIGHT = 0.05
 """How much of a step the threshold between two whole numbers moves for each bit that the larger one costs more."""
 LAST_THRESHOLD = 0.66
 BLOCK = 128  # columns whose errors are handed on together
+STEPS_AN_OCTAVE = 4
+NARROWEST_OCTAVES = {4: 1.5, 8: 0.5}
+"""Bits of a code -> octaves that the largest code may be below a row's largest entry."""
+FINEST_FACTOR = 2.0**-14
+"""Below which 16-bit floats lose digits, and rows have nothing to say."""
+MOST_SHIFT = 3
+"""Octaves between the finest and the coarsest step of a row, where runs of its columns have steps of their own."""
 LEAST_SENSITIVITY = 1e-3
 """Of its layer's mean, below which no row's sensitivity is believed."""
 
@@ -39,10 +46,11 @@ class Metric:
     scale: float
 
 
-def column_metric(H: Tensor, grid: Tensor, damping: float = DAMPING) -> Metric:
+def column_metric(H: Tensor, grid: Tensor, damping: float = DAMPING, tied: Tensor | None = None) -> Metric:
     """The metric of columns of a second moment H (n, n).
 
-    grid: rising, the column factors that can be stored. ValueError if H, damped, is singular still.
+    grid: rising, the column factors that can be stored. tied: (n,), equal numbers for columns that must have one factor
+    between them, None where each has its own. ValueError if H, damped, is singular still.
     """
     diagonal = H.diagonal().double()
     mean = float(diagonal.mean())
@@ -59,7 +67,12 @@ def column_metric(H: Tensor, grid: Tensor, damping: float = DAMPING) -> Metric:
     c = R.diagonal()
     scale = float(c.log().mean().exp())
     columns = torch.empty_like(c)
-    columns[order] = nearest(c / scale, grid)
+    columns[order] = c / scale
+    if tied is not None:
+        tied = tied.to(c.device)
+        logs = torch.zeros(int(tied.max()) + 1, device=c.device).index_add_(0, tied, columns.log())
+        columns = (logs / torch.bincount(tied))[tied].exp()
+    columns = nearest(columns, grid)
     return Metric(order, R, columns, scale)
 
 
@@ -75,10 +88,20 @@ def row_steps(g: Tensor) -> Tensor:
     return torch.ones_like(g) if mean <= 0 else g.clamp_min(mean * LEAST_SENSITIVITY).rsqrt()
 
 
-def code(W: Tensor, metric: Metric, a: Tensor, support: Tensor | None = None, weight: float = CODE_WEIGHT) -> Tensor:
+def code(
+    W: Tensor,
+    metric: Metric,
+    a: Tensor,
+    support: Tensor | None = None,
+    weight: float = CODE_WEIGHT,
+    width: int = 0,
+    shifts: Tensor | None = None,
+) -> Tensor:
     """q, (m, n), int32: W (m, n, float32) rounded to multiples of a_i c_j, each column's error handed on to later ones.
 
-    support: (m, n), bool: where q may be other than zero, None for everywhere.
+    support: (m, n), bool: where q may be other than zero, None for everywhere. width: bits that hold every q, as a two's
+    complement; 0 for any. shifts: (m, runs), the powers of two that codes of runs of columns are multiples of, each of
+    which then has that width beside it.
     """
     m, n = W.shape
     order, R = metric.order, metric.R
@@ -87,14 +110,18 @@ def code(W: Tensor, metric: Metric, a: Tensor, support: Tensor | None = None, we
     slope = _slope((left / steps[:, None]).pow_(2).mean(0) / a.square(), weight)
     allowed = None if support is None else support.T[order]
     codes = torch.empty(n, m, dtype=torch.int32, device=W.device)
-    inverse = 1 / a
+    scale = torch.ones(1, m, device=W.device) if shifts is None else shifts.T.float().exp2()
+    run = (torch.arange(n, device=W.device) * len(scale) // n)[order].tolist()
+    inverse = 1 / (a * scale)
     diagonal = R.diagonal().tolist()
     for begin in range(0, n, BLOCK):
         end = min(n, begin + BLOCK)
         errors = torch.empty(end - begin, m, device=W.device)
         for j in range(begin, end):
             step = float(steps[j])
-            q = _rounded(left[j] * (inverse / step), slope)
+            q = _rounded(left[j] * (inverse[run[j]] / step), slope)
+            if width:
+                q.clamp_(*limits(width)).mul_(scale[run[j]])
             if allowed is not None:
                 q *= allowed[j]
             codes[j] = q
@@ -108,10 +135,50 @@ def code(W: Tensor, metric: Metric, a: Tensor, support: Tensor | None = None, we
     return q.T.contiguous()
 
 
-def rounded(W: Tensor, a: Tensor, weight: float = CODE_WEIGHT) -> Tensor:
-    """q, (m, n), int32: W rounded to multiples of a_i, each entry alone."""
+def rounded(
+    W: Tensor, a: Tensor, weight: float = CODE_WEIGHT, width: int = 0, shifts: Tensor | None = None
+) -> Tensor:
+    """q, (m, n), int32: W rounded to multiples of a_i, each entry alone; width, shifts: as of `code`."""
     X = W / a[:, None]
-    return _rounded(X.T, _slope(X.pow(2).mean(1), weight)).T.int()
+    if shifts is not None:
+        scale = shifts.float().exp2().repeat_interleave(W.shape[1] // shifts.shape[1], 1)
+        return (X / scale).round_().clamp_(*limits(width)).mul_(scale).int()
+    q = _rounded(X.T, _slope(X.pow(2).mean(1), weight)).T
+    return (q.clamp_(*limits(width)) if width else q).int()
+
+
+def limits(width: int) -> tuple[int, int]:
+    """The least and the largest whole number of so many bits, as a two's complement."""
+    return -(1 << width - 1), (1 << width - 1) - 1
+
+
+def steps_of_width(X: Tensor, width: int, run: int = 0) -> tuple[Tensor, Tensor]:
+    """a, (m,), and shifts, (m, runs), int32: steps a_i 2^shift at which whole numbers of `width` bits come nearest to X.
+
+    X: (m, n). run: columns that have a shift of their own, 0 for none but zero. The largest entries may be cut off where
+    that makes the others finer.
+    """
+    m, n = X.shape
+    whole = (X.abs().amax(1) / limits(width)[1]).clamp_min(FINEST_FACTOR * 2.0 ** (MOST_SHIFT + 1))
+    runs, octaves = (-(-n // run), MOST_SHIFT + 1) if run else (1, NARROWEST_OCTAVES[width])
+    padded = torch.nn.functional.pad(X, (0, runs * (run or n) - n)).view(m, runs, -1)
+    steps = [whole * 2.0 ** (-k / STEPS_AN_OCTAVE) for k in range(int(octaves * STEPS_AN_OCTAVE) + 1)]
+    errors = torch.empty(len(steps), m, runs, device=X.device)
+    for k, step in enumerate(steps):
+        a = step[:, None, None]
+        errors[k] = (padded / a).round_().clamp_(*limits(width)).mul_(a).sub_(padded).square_().sum(2)
+    # For a base, the steps are those that are octaves above it.
+    least, best = torch.full((m,), math.inf, device=X.device), torch.zeros(m, dtype=torch.long, device=X.device)
+    shifts = torch.zeros(m, runs, dtype=torch.int32, device=X.device)
+    for base in range(len(steps)):
+        above = errors[base % STEPS_AN_OCTAVE : base + 1 : STEPS_AN_OCTAVE] if run else errors[base : base + 1]
+        found, which = above.min(0)
+        total = found.sum(1)
+        better = total < least
+        least = torch.where(better, total, least)
+        best = torch.where(better, base, best)
+        shifts = torch.where(better[:, None], (len(above) - 1 - which).int(), shifts)
+    return torch.stack(steps)[best, torch.arange(m, device=X.device)], shifts
 
 
 def _slope(mean_square: Tensor, weight: float) -> Tensor:

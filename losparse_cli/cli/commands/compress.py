@@ -72,6 +72,15 @@ def compress(
             show_default="as --bits",
         ),
     ] = None,
+    grid: Annotated[
+        str | None,
+        typer.Option(
+            help="int4 or int8: whole numbers of that width, which losparse export --gguf and --compressed-tensors "
+            "hand to other engines as they are.",
+            rich_help_panel=o.SIZE,
+            show_default=False,
+        ),
+    ] = None,
     values: Annotated[
         str | None,
         typer.Option(
@@ -205,6 +214,7 @@ def compress(
         "keep_parameters": keep_parameters,
         "bits": bits,
         "value_bits": value_bits,
+        "grid": grid,
         "values": values,
         "embedding_bits": o.number_or_word(embedding_bits),
         "pattern": pattern,

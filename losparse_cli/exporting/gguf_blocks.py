@@ -1,0 +1,61 @@
+"""Whole numbers as blocks of GGUF: of 32 columns with a factor in 16-bit floats, in 4 bits (Q4_0) or 8 (Q8_0)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..linalg.integers import limits
+
+BLOCK = 32
+WIDTHS = {"Q4_0": 4, "Q8_0": 8}
+"""Format -> bits of a number, as a two's complement."""
+ENTRIES = 1 << 22  # that are looked at together
+
+
+def narrowest(rows: Tensor, codes: Tensor) -> str | None:
+    """The narrowest of WIDTHS that holds rows (out,) times codes (out, in) exactly, None if none does."""
+    if codes.shape[1] % BLOCK:
+        return None
+    needed = 0
+    for factors, numbers in _blocks(rows, codes):
+        if not torch.equal(factors.half().float(), factors):
+            return None
+        needed = max(needed, -int(numbers.amin()), int(numbers.amax()) + 1)
+    return next((kind for kind, width in WIDTHS.items() if needed <= 1 << width - 1), None)
+
+
+def packed(rows: Tensor, codes: Tensor, kind: str) -> np.ndarray:
+    """(out, bytes), uint8: a block's factor and then its numbers, for what `narrowest` says fits."""
+    parts = []
+    for factors, numbers in _blocks(rows, codes):
+        least, most = limits(WIDTHS[kind])
+        assert least <= int(numbers.amin()), kind
+        assert int(numbers.amax()) <= most, kind
+        stored = numbers.numpy().astype(np.int8)
+        if kind == "Q4_0":  # those of the block's first half in the low bits
+            moved = (stored + 8).astype(np.uint8)
+            stored = moved[..., : BLOCK // 2] | moved[..., BLOCK // 2 :] << 4
+        scale = factors.half().numpy().view(np.uint8).reshape(*factors.shape, 2)
+        parts.append(np.concatenate((scale, stored.view(np.uint8)), axis=-1).reshape(len(factors), -1))
+    return np.concatenate(parts)
+
+
+def _blocks(rows: Tensor, codes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Factors (some, in / 32), float32, and numbers (some, in / 32, 32), int32, of some rows at a time.
+
+    Numbers of a block may all be multiples of a power of two, which its factor takes.
+    """
+    n = codes.shape[1]
+    step = max(1, ENTRIES // n)
+    for begin in range(0, len(codes), step):
+        numbers = codes[begin : begin + step].int().view(-1, n // BLOCK, BLOCK)
+        bits = numbers.abs()
+        for shift in (1, 2, 4, 8, 16):  # the bits that any number of the block has
+            bits = bits | bits.roll(shift, -1)
+        any_of = bits[..., 0]
+        power = torch.where(any_of > 0, any_of & -any_of, 1)
+        yield rows[begin : begin + step].float()[:, None] * power, numbers // power[..., None]
