@@ -113,6 +113,16 @@ class StoredIndex(nn.Module):
         self._starts = starts
         self._checked = True
 
+    def settle_with(self, codes: Tensor, scale: Tensor) -> None:
+        """Compute with these codes (out, in) and what `S_scale` holds, of which nothing is stored: they are part of
+        another layer's, or those of several."""
+        with torch.inference_mode(False):
+            for suffix in self._stored():
+                delattr(self, suffix)
+            self._index, self._form = held(codes)
+            self._starts = scale
+        self._checked = True
+
     def _index_and_starts(self) -> tuple[Tensor, Tensor | None]:
         if self._owner:
             codes, scale = self._owner[0]._fetched()
