@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..linalg.integers import limits
+from ..linalg.integers import in_runs, limits
 
 BLOCK = 32
 WIDTHS = {"Q4_0": 4, "Q8_0": 8}
@@ -52,10 +52,5 @@ def _blocks(rows: Tensor, codes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     n = codes.shape[1]
     step = max(1, ENTRIES // n)
     for begin in range(0, len(codes), step):
-        numbers = codes[begin : begin + step].int().view(-1, n // BLOCK, BLOCK)
-        bits = numbers.abs()
-        for shift in (1, 2, 4, 8, 16):  # the bits that any number of the block has
-            bits = bits | bits.roll(shift, -1)
-        any_of = bits[..., 0]
-        power = torch.where(any_of > 0, any_of & -any_of, 1)
-        yield rows[begin : begin + step].float()[:, None] * power, numbers // power[..., None]
+        numbers, power = in_runs(codes[begin : begin + step], BLOCK)
+        yield rows[begin : begin + step].float()[:, None] * power, numbers

@@ -152,6 +152,24 @@ def limits(width: int) -> tuple[int, int]:
     return -(1 << width - 1), (1 << width - 1) - 1
 
 
+def in_runs(codes: Tensor, run: int = 0) -> tuple[Tensor, Tensor]:
+    """Numbers (m, runs, run), int32, and powers of two (m, runs), whose products are codes (m, n): as small as can be.
+
+    run: columns that share a power; 0 for whole rows, whose power is 1.
+    """
+    m, n = codes.shape
+    numbers = codes.int().view(m, -1, run or n)
+    if not run:
+        return numbers, torch.ones(m, 1, dtype=torch.int32, device=codes.device)
+    bits = numbers.abs()
+    while bits.shape[2] > 1:  # those that any number of the run has; a run is a power of two long
+        half = bits.shape[2] // 2
+        bits = bits[..., :half] | bits[..., half:]
+    any_of = bits[..., 0]
+    power = torch.where(any_of > 0, any_of & -any_of, 1)
+    return numbers // power[..., None], power
+
+
 def steps_of_width(X: Tensor, width: int, run: int = 0) -> tuple[Tensor, Tensor]:
     """a, (m,), and shifts, (m, runs), int32: steps a_i 2^shift at which whole numbers of `width` bits come nearest to X.
 
