@@ -7,13 +7,14 @@ collects its tensors and then computes with ours (`parts`). Names of the interfa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm import __version__ as VLLM
+from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
@@ -42,6 +43,8 @@ from .parts import Part, Ranges, layers, product
 KNOWN = ("0.32", "0.33")
 """Versions whose interface was looked at."""
 SHARDS = {"q": 0, "k": 1, "v": 2}
+ARGUMENTS_BEFORE = 6
+"""Of an embedding, the quantization's place among them when they are given without names."""
 
 logger = init_logger("vllm.losparse")
 
@@ -73,7 +76,8 @@ class LosparseConfig(QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> LosparseConfig:
-        return cls(LosparseQuantizationConfig(**config).specs())
+        specs = LosparseQuantizationConfig(**config).specs()
+        return cls({spec.tensor or name: spec for name, spec in specs.items()})  # vLLM goes by the names on disk
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.specs = hf_to_vllm_mapper.apply_dict(self.specs)
@@ -201,6 +205,25 @@ def _(ids: Tensor, values: Tensor, index: Tensor, starts: Tensor, rows: int, col
     return values.new_empty((*ids.shape, columns))
 
 
+def _ask_for_embeddings() -> None:
+    """Let every embedding ask for its method: some models of vLLM forget to tell it of the quantization."""
+    plain = VocabParallelEmbedding.__init__
+
+    @wraps(plain)
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        config = get_current_vllm_config_or_none()
+        ours = getattr(config, "quant_config", None)
+        if isinstance(ours, LosparseConfig) and len(args) < ARGUMENTS_BEFORE and options.get("quant_config") is None:
+            options["quant_config"] = ours
+        plain(self, *args, **options)
+
+    if not hasattr(plain, "__wrapped__"):
+        VocabParallelEmbedding.__init__ = init
+
+
+_ask_for_embeddings()
+
+
 class LosparseEmbedding(UnquantizedEmbeddingMethod):  # type: ignore[misc]
     """An embedding in whole numbers; a head that is tied to it computes with the same."""
 
@@ -304,7 +327,7 @@ class LosparseExperts(FusedMoEMethodBase):  # type: ignore[misc]
         layer.losparse_experts, layer.losparse_dtype = parts, params_dtype
 
         def load(
-            param: Any, tensor: Tensor, weight_name: str, shard_id: str, expert_id: int, return_success: bool = False
+            param: Any, loaded_weight: Tensor, weight_name: str, shard_id: str, expert_id: int, return_success: bool = False
         ) -> bool:
             local = layer._map_global_expert_id_to_local_expert_id(expert_id)
             if local == -1:
@@ -313,7 +336,7 @@ class LosparseExperts(FusedMoEMethodBase):  # type: ignore[misc]
                 name = f"{expert_id}.{names[shard_id]}"
                 rows, columns = (None, share) if shard_id == "w2" else (share and [share], None)
                 parts[local, shard_id] = Part(f"{self.prefix}{name}", self.specs.get(name), rows, columns)
-            parts[local, shard_id].take(param.losparse_suffix, tensor)
+            parts[local, shard_id].take(param.losparse_suffix, loaded_weight)
             return True
 
         layer.losparse_count = num_experts
