@@ -1,7 +1,7 @@
 """losparse: any transformer as W ≈ U V + S, smaller on disk and in memory.
 
     import losparse_cli
-    result = losparse_cli.compress("user/model", keep=0.6, calibration="text.txt")
+    result = losparse_cli.compress("user/model", bits=3.25, calibration="text.txt")
     model, tokenizer = losparse_cli.load(result.output)
 
 Names are imported when first used, so that `import losparse_cli` costs nothing.

@@ -175,8 +175,8 @@ def test_a_dry_run_writes_nothing(model: Path, tmp_path: Path) -> None:
     ("options", "warns"),
     [
         (SMALL, "without any data damages a model badly"),
-        (("--keep", "0.8"), "without any data costs a language model noticeably"),
-        (("--keep", "0.9"), ""),
+        (("--values", "float", "--keep", "0.8"), "without any data costs a language model noticeably"),
+        (("--values", "float", "--keep", "0.9"), ""),
         (("--bits", "2"), "2 bits a weight leave a language model far from the dense one"),
         (("--bits", "4"), "4 bits a weight cost a language model noticeably"),
         ((), ""),

@@ -253,6 +253,16 @@ def test_what_is_taken_along(recipe: dict[str, Any], expected: dict[str, float],
     assert planned(dense("llama"), tmp_path, recipe=recipe) == expected
 
 
+def test_bits_of_the_layers_are_told_apart_from_those_of_embeddings_and_head(coded: Any) -> None:
+    report = losparse_cli.inspect(coded("llama"))
+    assert [(layer.name, layer.head) for layer in report.layers if layer.aside] == [
+        ("model.embed_tokens", False), ("lm_head", True)
+    ]  # fmt: skip
+    assert 5.9 < report.bits <= 6
+    assert 6.4 < report.embedding_bits <= 6.5
+    assert losparse_cli.inspect(coded("llama-tied")).embedding_bits is not None
+
+
 @pytest.mark.parametrize("bits", [0, -1, 9, "all", True])
 def test_bits_that_mean_nothing_are_refused(bits: Any) -> None:
     with pytest.raises(UsageError, match="--embedding-bits"):

@@ -239,7 +239,9 @@ def _show_sizes(out: Console, report: Report, before: str, after: str) -> None:
                   f"{report.model_bytes_after / max(1, report.model_bytes_before):.1%}")  # fmt: skip
     if report.coded:
         dense = 8 * report.bytes_before / max(1, report.targeted_parameters)
-        table.add_row("bits a weight of layers", f"{dense:g}", f"{report.bits:.3f}", f"{report.bits / dense:.1%}")
+        for what, bits in (("layers", report.bits), ("embeddings, heads", report.embedding_bits)):
+            if bits is not None:
+                table.add_row(f"bits a weight of {what}", f"{dense:g}", f"{bits:.3f}", f"{bits / dense:.1%}")
         table.add_row("zeros in S of layers", "", f"{report.zeros:.1%}", "")
     else:
         table.add_row("parameters kept", f"{report.targeted_parameters:,}", f"{sum(x.kept for x in report.layers):,}",

@@ -99,7 +99,15 @@ def _show_compressed(out: Console, report: Report, every_layer: bool, sort: str,
     def group(name: str, layers: Sequence[LayerReport]) -> Group:
         return Group(name, layers, measure)
 
-    whole = group("all", report.layers)
+    whole = [group("all", report.inner)]
+    aside = [x for x in report.layers if x.aside]
+    if report.embedding_bits is not None:  # which have bits of their own, and would blur those that were asked for
+        whole.append(group("aside", aside))
+    footer = f"{len(whole[0].layers)} layers" + (f"\n{_aside(aside)}" if len(whole) > 1 else "")
+
+    def total(of: Callable[[Group], str]) -> str:
+        return "\n".join(of(g) for g in whole)
+
     blocks = [group(name, layers) for name, layers in _by_block(report.layers).items()]
     groups = [group(x.name, [x]) for x in report.layers] if every_layer else blocks
     groups = sorted(groups, key=SORTS[sort])
@@ -107,18 +115,23 @@ def _show_compressed(out: Console, report: Report, every_layer: bool, sort: str,
     columns = [
         Column("shape", [_one(f"{x.shape[0]} x {x.shape[1]}" for x in g.layers) for g in groups], goes=7),
         Column("rank", [_range([x.spec.rank for x in g.layers]) for g in groups], goes=6),
-        Column("nnz", [f"{g.nnz:,}" for g in groups], f"{whole.nnz:,}", goes=1),
-        Column("density", [f"{g.density:.3f}" for g in groups], f"{whole.density:.3f}", goes=4),
+        Column("nnz", [f"{g.nnz:,}" for g in groups], total(lambda g: f"{g.nnz:,}"), goes=1),
+        Column("density", [f"{g.density:.3f}" for g in groups], total(lambda g: f"{g.density:.3f}"), goes=4),
         Column("pattern", [_one(x.spec.pattern for x in g.layers) for g in groups], left=True, goes=5),
         Column("layout", [_one(x.spec.layout for x in g.layers) for g in groups], left=True, goes=3),
-        Column("bits", [f"{g.bits:.2f}" for g in groups], f"{whole.bits:.2f}", goes=8),
-        Column("before", [size(g.before) for g in groups], size(whole.before), goes=2),
-        Column("after", [size(g.after) for g in groups], size(whole.after)),
-        Column("share", [f"{g.share:5.1%} [cyan]{_bar(g.share)}[/]" for g in groups], f"{whole.share:5.1%}", left=True),
+        Column("bits", [f"{g.bits:.2f}" for g in groups], total(lambda g: f"{g.bits:.2f}"), goes=8),
+        Column("before", [size(g.before) for g in groups], total(lambda g: size(g.before)), goes=2),
+        Column("after", [size(g.after) for g in groups], total(lambda g: size(g.after))),
+        Column(
+            "share",
+            [f"{g.share:5.1%} [cyan]{_bar(g.share)}[/]" for g in groups],
+            total(lambda g: f"{g.share:5.1%}"),
+            left=True,
+        ),
         Column(
             HEADS[measure],
             ["-" if g.error is None else f"{g.error:.3f} [red]{_bar(g.error / largest)}[/]" for g in groups],
-            "-" if whole.error is None else f"{whole.error:.3f}",
+            total(lambda g: "-" if g.error is None else f"{g.error:.3f}"),
             left=True,
         ),
     ]
@@ -135,7 +148,7 @@ def _show_compressed(out: Console, report: Report, every_layer: bool, sort: str,
         out.show("   ".join(f"{column.head} {column.cells[0]}" for column in same), style="dim")
     shown = [replace(x, goes=0) if x.head == SORTED_BY.get(sort, sort) else x for x in columns if x not in same]
     head = "layer" if every_layer else "block"
-    show_columns(out, head, [g.name for g in groups], shown, footer=f"{len(report.layers)} layers")
+    show_columns(out, head, [g.name for g in groups], shown, footer=footer)
     span = error_range(report.layers, measure)
     if span is not None and len(report.layers) > 1:
         line = f"{_sparkline([block.error or 0.0 for block in blocks])}  " if len(blocks) > 1 else ""
@@ -152,6 +165,13 @@ def _show_compressed(out: Console, report: Report, every_layer: bool, sort: str,
         out.show(f"text            {escape(clean(text_used(report.calibration), 200))}")
     if report.skipped:
         out.show(f"left dense      {escape(_reasons(report.skipped))}")
+
+
+def _aside(layers: Sequence[LayerReport]) -> str:
+    """Embeddings and heads, counted."""
+    heads = sum(x.head for x in layers)
+    counts = ((len(layers) - heads, "embedding"), (heads, "head"))
+    return ", ".join(f"{count} {name}{'s' * (count > 1)}" for count, name in counts if count)
 
 
 def _print_title(out: Console, name: str, source: object) -> None:

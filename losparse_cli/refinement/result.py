@@ -45,9 +45,12 @@ def _report_of(job: Job) -> Report:
         module, _, part = name.rpartition(".")
         sizes[module] = sizes.get(module, 0) + (0 if part == "bias" else entry.nbytes)
     layers = tuple(
-        LayerReport(p.layer.name, layer_specs(job.start)[p.layer.name], p.layer.dense_bytes, sizes[p.layer.disk_module])
+        LayerReport(
+            p.layer.name, layer_specs(job.start)[p.layer.name], p.layer.dense_bytes, sizes[p.layer.disk_module],
+            head=p.layer.rows == "head",
+        )
         for p in job.plan.layers
-    )
+    )  # fmt: skip
     source = {
         "name": job.source.name,
         "commit": job.source.commit,

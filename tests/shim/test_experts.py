@@ -81,7 +81,7 @@ def test_no_token_is_lost_and_none_is_needed() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_compressed_whole_and_loaded_in_every_way(kind: str, tmp_path: Path) -> None:
     model_of(kind).save_pretrained(tmp_path / "dense")
-    made = losparse_cli.compress(tmp_path / "dense", tmp_path / "small", keep=0.6)
+    made = losparse_cli.compress(tmp_path / "dense", tmp_path / "small", keep=0.6, values="float")
     assert sum(".experts." in layer.name for layer in made.report.layers) >= 8
     plain = losparse_cli.export(tmp_path / "small", tmp_path / "plain")
     assert load_file(plain / "model.safetensors").keys() == load_file(tmp_path / "dense" / "model.safetensors").keys()
@@ -98,7 +98,9 @@ def test_compressed_whole_and_loaded_in_every_way(kind: str, tmp_path: Path) -> 
 
 def test_some_of_them_alone(tmp_path: Path) -> None:
     model_of("Olmoe").save_pretrained(tmp_path / "dense")
-    losparse_cli.compress(tmp_path / "dense", tmp_path / "small", Recipe(keep=0.6, targets=("*.1.mlp.experts.2.*",)))
+    losparse_cli.compress(
+        tmp_path / "dense", tmp_path / "small", Recipe(keep=0.6, values="float", targets=("*.1.mlp.experts.2.*",))
+    )
     model, _ = losparse_cli.load(tmp_path / "small")
     ours = [name for name, module in model.named_modules() if isinstance(module, LowRankSparseLinear)]
     assert ours == [f"model.layers.1.mlp.experts.2.{matrix}_proj" for matrix in ("gate", "up", "down")]
@@ -111,7 +113,9 @@ def test_some_of_them_alone(tmp_path: Path) -> None:
 def test_dense_experts_stay_as_they_are(tmp_path: Path) -> None:
     """Where none of them is compressed transformers' own fused ones are faster."""
     model_of("Olmoe").save_pretrained(tmp_path / "dense")
-    losparse_cli.compress(tmp_path / "dense", tmp_path / "small", Recipe(keep=0.6, ignore=("*.experts.*",)))
+    losparse_cli.compress(
+        tmp_path / "dense", tmp_path / "small", Recipe(keep=0.6, values="float", ignore=("*.experts.*",))
+    )
     model, _ = losparse_cli.load(tmp_path / "small")
     assert not any(isinstance(module, SplitExperts) for module in model.modules())
     assert torch.isfinite(answer(model)).all()

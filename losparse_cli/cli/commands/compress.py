@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ...budget.recipe import EMBEDDING_BITS, Recipe
+from ...budget.recipe import EMBEDDING_BITS, MOST_BITS, Recipe
 from .. import options as o
 
 
@@ -47,7 +47,7 @@ def compress(
         float | None,
         typer.Option(
             help="Stored bytes of the compressed layers, embeddings and heads aside, over their dense bytes, every "
-            "index counted.",
+            f"index counted; whole numbers use {MOST_BITS:g} bits a weight of it at most.",
             rich_help_panel=o.SIZE,
             show_default=o.by_calibration("keep"),
         ),
