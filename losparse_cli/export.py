@@ -19,7 +19,7 @@ from .checkpoint.reader import TensorEntry
 from .checkpoint.source import Checkpoint, open_checkpoint
 from .checkpoint.workfolder import WorkFolder
 from .checkpoint.writer import ShardWriter, Slot, plan_shards, tensor_part, write_json
-from .errors import write_errors
+from .errors import SourceError, write_errors
 from .progress import Progress
 from .shim.layouts import LayerSpec
 from .shim.loader import is_loader
@@ -48,11 +48,12 @@ def export(
     """Write the dense form of a compressed checkpoint to `output`, and return that folder.
 
     Each layer is U V + S, summed in float32 and rounded once to the stored dtype. One layer is in memory at
-    a time; a killed export goes on where it was.
+    a time; a killed export goes on where it was. CheckpointError if config.json asks for other experts than there are.
     """
     checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
     specs = layer_specs(checkpoint)
     output = output_path(output)
+    _check_experts(checkpoint)
     companion_files(checkpoint.folder)  # what may not be copied is reported before the work, not after it
     units = _units(checkpoint, specs)
     shards = plan_shards([_slot(unit) for unit in units], parse_size(max_shard_size))
@@ -80,6 +81,23 @@ def export(
             write_dense_card(work.path, base_metadata(checkpoint.folder), checkpoint.name)
         work.publish()
     return output
+
+
+def _check_experts(checkpoint: Checkpoint) -> None:
+    """As config.json decides what loads: with other experts than it asks for the result would be another model."""
+    if not any(".experts." in name for name in checkpoint.entries):
+        return
+    from .models.experts import refuse_missing_experts, refuse_surplus_experts
+    from .models.names import NameMap
+    from .models.skeleton import empty_model
+
+    try:
+        model = empty_model(checkpoint.folder, dense_config(checkpoint.config))
+    except SourceError:  # of code of its own, or too new for transformers: nothing is known of its experts
+        return
+    disk = NameMap(model, checkpoint.entries).disk
+    for refuse in (refuse_surplus_experts, refuse_missing_experts):
+        refuse(model, disk, checkpoint.folder)
 
 
 def _units(checkpoint: Checkpoint, specs: dict[str, LayerSpec]) -> list[_Unit]:

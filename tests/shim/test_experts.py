@@ -141,3 +141,20 @@ def test_a_configuration_with_other_experts_than_the_files(tmp_path: Path) -> No
         (tmp_path / "dense" / "config.json").write_text(json.dumps(config | {"num_experts": count}))
         with pytest.raises(CheckpointError, match=said):
             losparse_cli.compress(tmp_path / "dense", tmp_path / "out", keep=0.6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_export_of_a_configuration_with_other_experts_than_the_files(kind: str, tmp_path: Path) -> None:
+    import json
+
+    model_of(kind).save_pretrained(tmp_path / "dense")
+    losparse_cli.compress(tmp_path / "dense", tmp_path / "small")
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    [key] = [key for key in ("num_local_experts", "num_experts", "n_routed_experts") if key in config]
+    for more, said in ((1, "holds no "), (-1, "holds ")):
+        changed = config | {key: config[key] + more}
+        (tmp_path / "small" / "config.json").write_text(json.dumps(changed))
+        number = config[key] + min(more, 0)
+        with pytest.raises(CheckpointError, match=rf"{said}.*\.experts\.{number}.* asks for {changed[key]} experts"):
+            losparse_cli.export(tmp_path / "small", tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
