@@ -170,9 +170,7 @@ def compress(
     memory_limit: o.MemoryLimit = None,
     resume: o.Resume = "auto",
     overwrite: o.Overwrite = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan and what it needs; write nothing.", rich_help_panel=o.RUN)
-    ] = False,
+    dry_run: o.DryRun = False,
     revision: o.Revision = None,
     cache_dir: o.CacheDir = None,
     trust_remote_code: o.TrustRemoteCode = False,
