@@ -13,13 +13,11 @@ from rich.markup import escape
 
 from ..errors import UsageError
 from .columns import Column, show_columns
-from .console import Console, clean, invoked, short, size
+from .console import Console, clean, size
 
 if TYPE_CHECKING:
     from ..checkpoint.report import LayerReport, Report
-    from ..demo import Measured
     from ..inspection import DenseLayer, DenseReport
-    from ..tasks.paired import Estimate
 
 BLOCKS = " ▏▎▍▌▋▊▉█"
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -219,37 +217,6 @@ def _whether(layer: DenseLayer) -> str:
     if layer.reason is not None:
         return f"[dim]no: {escape(layer.reason)}[/]"
     return "[green]yes[/]" + (", in whole numbers" if layer.rows else "")
-
-
-def show_comparison(out: Console, rows: Sequence[Measured]) -> None:
-    """Dense beside compressed: bytes, perplexity and its distance from dense's, time, and what the model says."""
-    from ..demo import WINDOWS
-
-    dense, ours = rows[0], rows[-1]
-    perplexities = [_with_error(row.perplexity, ".1f" if row.perplexity.value < 1e4 else ".2g") for row in rows]
-    columns = [
-        Column("layers", [f"{size(row.layer_bytes)} {row.layer_bytes / dense.layer_bytes:4.0%}" for row in rows]),
-        Column("model", [size(row.model_bytes) for row in rows]),
-        Column("perplexity", perplexities),
-        Column("log gap", [_with_error(row.gap, ".3f") if row.gap is not None else "" for row in rows]),
-        Column("took", [f"{row.seconds:.0f} s" if row.seconds else "" for row in rows], goes=1),
-    ]
-    show_columns(out, "", [row.name for row in rows], columns, bold=ours.name)
-    for row in rows:
-        out.show(f"[bold]{row.name}[/] says: {escape(row.sentence)}")
-    out.show(
-        f"\nOn the first {WINDOWS} of README's 32 windows, in float32; with its longer calibration losparse comes "
-        "closer. Log gap: log-perplexity above that of dense; ± one standard error."
-    )
-    command, folder = invoked(), short(ours.folder)
-    out.show(f"\nGo on with: {command} inspect {folder} --layers", whole=True)
-    out.show(f"or a picture: {command} inspect {folder} --plot losparse.html", whole=True)
-    out.show(f"or ask: {command} generate {folder} 'Why is ice light?'", whole=True)
-
-
-def _with_error(estimate: Estimate, shape: str) -> str:
-    error = "" if estimate.error is None else f" ± {estimate.error:{shape}}"
-    return f"{estimate.value:{shape}}{error}"
 
 
 def _write_csv(layers: Sequence[LayerReport]) -> None:
