@@ -64,9 +64,13 @@ def check_sort(sort: str) -> None:
 
 
 def show_report(
-    out: Console, report: Report | DenseReport, *, every_layer: bool, sort: str, as_csv: bool, as_json: bool
-) -> None:
-    """Print a report in the form asked for; UsageError for an order that a dense model does not have."""
+    out: Console, report: Report | DenseReport, *, every_layer: bool, sort: str, as_csv: bool, as_json: bool,
+    spectra: bool = True,
+) -> None:  # fmt: skip
+    """Print a report in the form asked for; UsageError for an order that a dense model does not have.
+
+    spectra: whether a table shows those of a dense model, which takes a line for every layer.
+    """
     from ..checkpoint.report import Report as Compressed
     from ..checkpoint.report import telling_error
 
@@ -88,7 +92,7 @@ def show_report(
     elif as_csv:
         _write_dense_csv(layers)
     else:
-        _show_dense(out, report, every_layer, sort)
+        _show_dense(out, report, every_layer, sort, spectra)
 
 
 def _show_compressed(out: Console, report: Report, every_layer: bool, sort: str, measure: str) -> None:
@@ -149,7 +153,8 @@ def _show_compressed(out: Console, report: Report, every_layer: bool, sort: str,
     show_columns(out, head, [g.name for g in groups], shown, footer=footer)
     span = error_range(report.layers, measure)
     if span is not None and len(report.layers) > 1:
-        line = f"{_sparkline([block.error or 0.0 for block in blocks])}  " if len(blocks) > 1 else ""
+        known = [block.error for block in blocks if block.error is not None]  # of embeddings it may not be
+        line = f"{_sparkline(known)}  " if len(known) > 1 else ""
         out.show(f"error by depth  {line}single layers {span[0]:.3f} to {span[1]:.3f}")
     out.show(
         f"whole model     {size(report.model_bytes_before)} -> {size(report.model_bytes_after)}  "
@@ -180,8 +185,8 @@ def _print_title(out: Console, name: str, source: object) -> None:
         out.show(f"made from {escape(made_from)}", style="dim")
 
 
-def _show_dense(out: Console, report: DenseReport, every_layer: bool, sort: str) -> None:
-    ranks = sorted({r for x in report.layers for r in x.energy if r >= 8})
+def _show_dense(out: Console, report: DenseReport, every_layer: bool, sort: str, spectra: bool) -> None:
+    ranks = sorted({r for x in report.layers for r in x.energy if r >= 8}) if spectra else []
     members: dict[Any, list[DenseLayer]] = {}
     for x in report.layers:
         kind = re.sub(r"\.\d+(?=\.)", ".*", x.name), x.shape, x.reason

@@ -97,6 +97,15 @@ def test_every_layer_of_a_dense_model_has_its_whole_name_and_reason(stack: str, 
         assert "rank 8" in text
 
 
+def test_spectra_for_a_picture_alone_leave_the_table_short() -> None:
+    report = dense(STACKS["llama"], spectra=True)
+    text = shown(report, 80, spectra=False)
+    assert "rank 8" not in text
+    assert text == shown(dense(STACKS["llama"], spectra=False), 80)
+    short = shown(report, 80, spectra=False, every_layer=False)
+    assert [word for word in unfolded(short) if "self_attn" in word] == [f"model.layers.*.{name}" for name in LLAMA[:3]]
+
+
 def test_blocks_are_titled_by_the_checkpoint_with_its_source_below() -> None:
     text = shown(compressed(STACKS["llama"], name="small"), 80, every_layer=False)
     assert text.startswith("small\nmade from dense/model\n")
@@ -122,6 +131,9 @@ def test_the_total_tells_layers_from_embeddings_and_heads(width: int) -> None:
     assert (report.totals()["bits"], report.totals()["embedding_bits"]) == (3.25, 7.0)
     text = shown(replace(report, layers=tuple(layers)), width, every_layer=False)
     assert "60 layers" in text
+    unknown = replace(report.layers[0], residual_squared=None)
+    [depth] = re.findall("error by depth  (\\S+)", shown(replace(report, layers=(*layers, unknown)), width))
+    assert len(depth) == 12  # of which no error is known has no place there
     assert "embedding" not in text
 
 
