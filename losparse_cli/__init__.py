@@ -96,10 +96,10 @@ if TYPE_CHECKING:
 
 
 def _in_python(value: Any) -> Any:
-    """A function in the wording of Python; anything else as it is."""
+    """A function whose errors speak of arguments, not of options alone; anything else as it is."""
     if not isinstance(value, FunctionType):
         return value
-    from .wording import in_python
+    from .errors import in_python
 
     return in_python(value)
 

@@ -269,7 +269,7 @@ def _run_towards(job: Job, resume: str, overwrite: bool, progress: Progress | No
 
 
 def _start(job: Job, made: Schedule, resumed: int, told: Progress) -> None:
-    for sentence in (*job.route.notes, *job.plan.notes) if not resumed else ():
+    for sentence in job.route.notes if not resumed else ():
         told.tell(sentence)
     finished = made.units[:resumed]
     layers = sum(plan is not None for _, plan in finished)

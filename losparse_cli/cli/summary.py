@@ -131,7 +131,9 @@ def _time(need: Estimate) -> str:
 
 
 def minutes(seconds: float) -> str:
-    """30 s, 12 min, 2.5 h."""
+    """0.4 s, 30 s, 12 min, 2.5 h."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
