@@ -117,7 +117,7 @@ class LayerProgress(Progress):
         self._bars: Bars | None = None
         self._tasks: dict[str, TaskID] = {}
         self._done = self._total = 0
-        self._stage = ""  # what goes on before the first layer
+        self._stage = ""  # what goes on before the first layer, of which only the beginning is told
 
     def start(self, unit: str, total: int, done: int = 0) -> None:
         if unit == "layers":
@@ -139,7 +139,7 @@ class LayerProgress(Progress):
             self._bars.update(self._tasks["layers"], note=text)
         elif not self._total and (stage := text.partition(":")[0]) != self._stage:
             self._stage = stage
-            self._console.say(escape(stage))
+            self._console.say(escape(text))
 
     def tell(self, sentence: str) -> None:
         self._console.say(escape(sentence))

@@ -15,7 +15,8 @@ from rich.progress import Progress
 from losparse_cli.cli import app as terminal
 from losparse_cli.cli.bars import TimeLeft, bars
 from losparse_cli.cli.commands import COMMANDS
-from losparse_cli.cli.console import Screen, invoked
+from losparse_cli.cli.console import Console as Output
+from losparse_cli.cli.console import LayerProgress, Screen, invoked, is_told
 from losparse_cli.errors import Interrupted
 
 
@@ -133,3 +134,18 @@ def test_nothing_is_said_of_amount_and_time_before_they_are_known() -> None:
 def test_per_cent() -> None:
     [line] = shown(80, {"description": "Training", "total": 100, "completed": 42, "note": "step 7", "unit": "percent"})
     assert " 42% " in line
+
+
+def test_in_a_pipe_the_beginning_of_each_stage_before_the_layers_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with LayerProgress(Output()) as progress:
+        for text in ("sensitivity: block 1 of 2", "sensitivity: block 2 of 2", "allocating: block 1 of 2"):
+            progress.phase(text)
+        progress.start("layers", 30)
+        progress.phase("h.0: solving fc")
+    assert capsys.readouterr().err.splitlines() == ["sensitivity: block 1 of 2", "allocating: block 1 of 2"]
+
+
+def test_about_ten_lines_evenly_spaced() -> None:
+    assert [done for done in range(1, 16) if is_told(done, 15)] == [2, 4, 6, 8, 10, 12, 14, 15]
+    assert [done for done in range(1, 212) if is_told(done, 211)] == [*range(22, 211, 22), 211]
+    assert [done for done in range(1, 4) if is_told(done, 3)] == [1, 2, 3]
