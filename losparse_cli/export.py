@@ -32,7 +32,7 @@ def export(
     """Write the dense form of a compressed checkpoint to `output`, and return that folder.
 
     Each layer is U V + S, summed in float32 and rounded once to the stored dtype. One layer is in memory at
-    a time; a killed export goes on where it was.
+    a time; a killed export goes on where it was. CheckpointError if config.json asks for other experts than there are.
     """
     checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
     output = output_path(output)

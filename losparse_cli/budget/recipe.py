@@ -29,8 +29,6 @@ ROWS_GRID = "int8"
 """Of embeddings and output heads."""
 MOST_CODE_BITS = 15
 """Of a code without its sign: finer steps serve no purpose."""
-CODED_KEEP = 0.5
-"""Share of the bytes up to which `keep` is spent on codes."""
 DEFAULT_KEEP, CALIBRATED_KEEP = 0.85, 0.6
 """Share of the bytes kept of floats, without and with calibration text."""
 CALIBRATED_RANK_RATIO = 0.2
@@ -180,9 +178,9 @@ class Recipe:
     def settled(self, *, calibrated: bool = False, refined: bool = False) -> Recipe:
         """This recipe with every choice made that was left open; without calibration text unless told otherwise.
 
-        S is whole numbers, unless something asks for what only floats can do, or for more bytes than whole numbers can
-        use. refined: whether blocks are to be matched, which needs floats. Of floats all of the budget is best spent on
-        S without data; with it, a fifth on U and V (docs/performance.md).
+        S is whole numbers, unless something asks for what only floats can do: however many bytes there are, floats of
+        as many lose more. refined: whether blocks are to be matched, which needs floats. Of floats all of the budget is
+        best spent on S without data; with it, a fifth on U and V (docs/performance.md).
         """
         coded, why = self._decided(refined)
         for target, fields in self.overrides:
@@ -244,8 +242,6 @@ class Recipe:
             return coded, why
         if refined:
             return False, "--refine blocks"
-        if self.keep is not None and self.keep > CODED_KEEP:
-            return False, f"--keep {self.keep:g}"
         alone = [(target, override(Recipe(), dict(fields))) for target, fields in self.overrides]
         asked = [
             (target, coded, of(one)) for target, one in alone for of, coded in ((_of_codes, True), (_of_floats, False))

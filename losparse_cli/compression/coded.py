@@ -16,7 +16,7 @@ from ..checkpoint.report import LayerReport
 from ..errors import CheckpointError
 from ..linalg.error import output_squared, relative_error, squared_norm
 from ..linalg.factors import Decomposition, LowRankCodes
-from ..linalg.integers import DAMPING, FINEST_FACTOR, code, column_metric, fit_rows, row_steps, rounded, steps_of_width
+from ..linalg.integers import DAMPING, FINEST_FACTOR, code, column_metric, fit_rows, rounded, row_steps, steps_of_width
 from ..linalg.patterns import parse_pattern, select
 from ..linalg.rates import Curve, curve, step_within
 from ..linalg.svd import balanced_factors, output_factors, seed_of, truncated_svd

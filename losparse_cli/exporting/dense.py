@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from functools import partial
 
-from ..checkpoint.config import layer_specs, layer_tensors
+from ..checkpoint.config import dense_config, layer_specs, layer_tensors
 from ..checkpoint.layers import read_layer
 from ..checkpoint.reader import TensorEntry
 from ..checkpoint.source import Checkpoint
 from ..checkpoint.writer import tensor_part
+from ..errors import SourceError
+from ..models.experts import refuse_missing_experts, refuse_surplus_experts
+from ..models.names import NameMap
+from ..models.skeleton import empty_model
 from ..shim.layouts import LayerSpec
 from .folder import TensorPart, Unit, copied
 
 
 def dense_units(checkpoint: Checkpoint) -> list[Unit]:
-    """Every tensor of the dense form of a compressed checkpoint, in the order of its own."""
+    """Every tensor of the dense form of a compressed checkpoint, in the order of its own.
+
+    CheckpointError if config.json asks for other experts than there are.
+    """
+    _check_experts(checkpoint)
     made: dict[str, Unit] = {}
     used: set[str] = set()
     for name, spec in layer_specs(checkpoint).items():
@@ -29,6 +37,19 @@ def dense_units(checkpoint: Checkpoint) -> list[Unit]:
         for name, entry in checkpoint.entries.items()
         if name in made or name not in used
     ]
+
+
+def _check_experts(checkpoint: Checkpoint) -> None:
+    """As config.json decides what loads: with other experts than it asks for the result would be another model."""
+    if not any(".experts." in name for name in checkpoint.entries):
+        return
+    try:
+        model = empty_model(checkpoint.folder, dense_config(checkpoint.config))
+    except SourceError:  # of code of its own, or too new for transformers: nothing is known of its experts
+        return
+    disk = NameMap(model, checkpoint.entries).disk
+    for refuse in (refuse_surplus_experts, refuse_missing_experts):
+        refuse(model, disk, checkpoint.folder)
 
 
 def _dense(checkpoint: Checkpoint, name: str, spec: LayerSpec, parts: dict[str, TensorEntry]) -> list[TensorPart]:

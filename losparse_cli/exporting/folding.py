@@ -30,9 +30,7 @@ class Folding:
     kept: frozenset[str] = frozenset()
 
 
-def fold(
-    specs: Mapping[str, LayerSpec], feeds: Mapping[str, Feed], scale_of: Callable[[str], Tensor]
-) -> Folding:
+def fold(specs: Mapping[str, LayerSpec], feeds: Mapping[str, Feed], scale_of: Callable[[str], Tensor]) -> Folding:
     """How the factors of these layers move. scale_of: `S_scale` of a coded layer by its name."""
     coded = [name for name, spec in specs.items() if spec.layout == "codes" and spec.kind != "embedding"]
     factors = {name: column_factors(scale_of(name)) for name in coded}

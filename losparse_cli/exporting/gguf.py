@@ -110,7 +110,9 @@ class GgufWriter:
         if any(kind in kinds for kind in ("Q4_0", "Q8_0")):
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         rounded = 0 if self._floats not in ("Q4_0", "Q8_0") else len(layers) - exact
-        writer.add_string("losparse.layers", f"{exact} exact, {rounded} requantized, {len(layers) - exact - rounded} in floats")
+        writer.add_string(
+            "losparse.layers", f"{exact} exact, {rounded} requantized, {len(layers) - exact - rounded} in floats"
+        )
         embeddings = next(t for t in self._tensors if t.name == "token_embd.weight")
         write_metadata(writer, self._config, embeddings.shape[0])
         doubt = write_vocabulary(writer, self.checkpoint.folder, embeddings.shape[0])
@@ -176,7 +178,9 @@ class GgufWriter:
         module, _, suffix = parameter.rpartition(".")
         found = self._map.get_name(module)
         if found is None:
-            raise UsageError(f"{self.checkpoint.address}: llama.cpp knows no tensor such as {parameter}. Leave out --gguf.")
+            raise UsageError(
+                f"{self.checkpoint.address}: llama.cpp knows no tensor such as {parameter}. Leave out --gguf."
+            )
         return f"{found}.{suffix}"
 
     def _dense(self, name: str, entry: TensorEntry) -> _Tensor:

@@ -94,6 +94,4 @@ def _words(backend: Any) -> str | None:
     known["gpt-2"] = pre_tokenizers.ByteLevel(False)
     known["smollm"] = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)])
     wanted = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(PROBE)]
-    return next(
-        (n for n, way in known.items() if [word for word, _ in way.pre_tokenize_str(PROBE)] == wanted), None
-    )
+    return next((n for n, way in known.items() if [word for word, _ in way.pre_tokenize_str(PROBE)] == wanted), None)

@@ -26,7 +26,7 @@ from ..models.names import NameMap
 from ..models.skeleton import empty_model
 from ..shim.layouts import LayerSpec
 from .dense import dense_units
-from .folder import TensorPart, Unit, copied
+from .folder import TensorPart, Unit
 from .folding import Folding, fold
 
 RUN = 32
@@ -60,7 +60,9 @@ def packed_checkpoint(checkpoint: Checkpoint) -> PackedCheckpoint:
     model = empty_model(checkpoint.folder, checkpoint.config)
     parts = {name: layer_tensors(checkpoint, name, spec) for name, spec in specs.items()}
     files = {file.path: file for file in checkpoint.files}
-    folding = fold(specs, find_feeds(model), lambda name: files[parts[name]["S_scale"].path].read(parts[name]["S_scale"]))
+    folding = fold(
+        specs, find_feeds(model), lambda name: files[parts[name]["S_scale"].path].read(parts[name]["S_scale"])
+    )
     linear = {name: spec for name, spec in specs.items() if spec.kind != "embedding" and not _is_head(model, name)}
     schemes = {name: _scheme(checkpoint, name, spec, parts[name], folding) for name, spec in linear.items()}
     if not schemes:
@@ -87,7 +89,9 @@ def _scheme(
     if spec.layout != "codes":
         raise UsageError(f"{checkpoint.address}: S of {name} is of floats, which compressed-tensors has not. {remedy}")
     if spec.transposed:
-        raise UsageError(f"{checkpoint.address}: {name} lies transposed on disk, as compressed-tensors has none. {remedy}")
+        raise UsageError(
+            f"{checkpoint.address}: {name} lies transposed on disk, as compressed-tensors has none. {remedy}"
+        )
     if name in folding.kept:
         raise UsageError(
             f"{checkpoint.address}: {name} has factors of its columns, which compressed-tensors has not. {remedy}"

@@ -135,9 +135,7 @@ def code(
     return q.T.contiguous()
 
 
-def rounded(
-    W: Tensor, a: Tensor, weight: float = CODE_WEIGHT, width: int = 0, shifts: Tensor | None = None
-) -> Tensor:
+def rounded(W: Tensor, a: Tensor, weight: float = CODE_WEIGHT, width: int = 0, shifts: Tensor | None = None) -> Tensor:
     """q, (m, n), int32: W rounded to multiples of a_i, each entry alone; width, shifts: as of `code`."""
     X = W / a[:, None]
     if shifts is not None:

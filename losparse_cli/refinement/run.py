@@ -20,7 +20,7 @@ from ..compression.assembly import keeps_no_cache
 from ..compression.estimate import estimate
 from ..compression.fingerprint import fingerprint
 from ..compression.plan import Job
-from ..compression.request import ModelRefinement
+from ..compression.request import TOGETHER, ModelRefinement
 from ..errors import UsageError
 from ..finetuning.states import disk_errors
 from ..linalg.precision import fast_float32
@@ -34,9 +34,6 @@ from .layers import unfold
 from .result import write_refined
 from .teacher import find_teacher
 from .training import Look, Moving, Refined, Training
-
-TOGETHER = 1024
-"""Tokens whose windows pass through the model at once."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +82,9 @@ def train_into(work: WorkFolder, job: Job, mark: str, told: Progress) -> Report:
     assert job.start is not None
     assert how is not None
     assert windows is not None, "a request that is to train has text"
-    names, specs = _disk_names(job), layer_specs(job.start)
-    if set(how.train) == {"lowrank"} and not any(spec.rank for spec in specs.values()):
-        raise UsageError(f"{job.start.address} has no U and V that --train lowrank could move.")
-    check_space(work.path, job.start.nbytes + 4 * windows.tokens * job.hidden_size)
+    names = _disk_names(job)
+    check_moving(job)
+    check_space(work.path, working_bytes(job))
     (work.path / STATES).mkdir(exist_ok=True)
     with disk_errors(work.path):
         teacher = find_teacher(job, windows, work, told, estimate(job, windows).fixed_bytes)
@@ -105,7 +101,24 @@ def train_into(work: WorkFolder, job: Job, mark: str, told: Progress) -> Report:
         told.phase("Writing the result")
         values = {names[name]: value.cpu().contiguous() for name, value in found.values.items()}
         text = account(job.calibration, windows) if job.calibration is not None else {}
-        return write_refined(job, values, _account(how, found, len(unseen)) | {"text": text}, work.path, mark)
+        return write_refined(job, values, _account(how, found, len(unseen)) | {"text": text}, work, mark)
+
+
+def check_moving(job: Job) -> None:
+    """UsageError if U and V alone are to be trained, and there are none."""
+    assert job.start is not None
+    assert job.towards is not None
+    ranks = [spec.rank for spec in layer_specs(job.start).values()]
+    if set(job.towards.train) == {"lowrank"} and not any(ranks):
+        raise UsageError(f"{job.start.address} has no U and V that --train lowrank could move.")
+
+
+def working_bytes(job: Job) -> int:
+    """Of disk that refining takes: for the result, and for what the dense model says where it is asked as a whole."""
+    assert job.start is not None
+    assert job.calibration is not None
+    tokens = job.windows.tokens if job.windows is not None else job.calibration.tokens
+    return job.start.nbytes + (4 * tokens * job.hidden_size if job.towards is not None else 0)
 
 
 def _student(job: Job) -> Any:

@@ -114,7 +114,11 @@ def _stacked(above: Factors | Tensor, below: Factors | Tensor) -> Factors | Tens
     """One matrix of two that read the same input; None where they are of unlike kinds."""
     if isinstance(above, Tensor) and isinstance(below, Tensor):
         return torch.cat((above, below))
-    if isinstance(above, LowRankCodes) and isinstance(below, LowRankCodes) and torch.equal(above.columns, below.columns):
+    if (
+        isinstance(above, LowRankCodes)
+        and isinstance(below, LowRankCodes)
+        and torch.equal(above.columns, below.columns)
+    ):
         wide = torch.promote_types(above.codes.dtype, below.codes.dtype)
         codes = torch.cat((above.codes.to(wide), below.codes.to(wide)))
         return replace(_both(above, below), rows=torch.cat((above.rows, below.rows)), codes=codes)

@@ -102,7 +102,6 @@ class LosparseConfig(QuantizationConfig):  # type: ignore[misc]
         specs = [self.specs.get(name) for name in names]
         return LosparseLinear(names, specs) if any(specs) else UnquantizedLinearMethod()
 
-
     def _embedding_of(self, shape: tuple[int, int]) -> str:
         """The embedding of this shape, as models of vLLM often do not tell it its name; "" if there is none, or more."""
         found = [name for name, spec in self.specs.items() if spec.kind == "embedding" and tuple(spec.shape) == shape]
@@ -327,7 +326,12 @@ class LosparseExperts(FusedMoEMethodBase):  # type: ignore[misc]
         layer.losparse_experts, layer.losparse_dtype = parts, params_dtype
 
         def load(
-            param: Any, loaded_weight: Tensor, weight_name: str, shard_id: str, expert_id: int, return_success: bool = False
+            param: Any,
+            loaded_weight: Tensor,
+            weight_name: str,
+            shard_id: str,
+            expert_id: int,
+            return_success: bool = False,
         ) -> bool:
             local = layer._map_global_expert_id_to_local_expert_id(expert_id)
             if local == -1:

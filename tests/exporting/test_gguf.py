@@ -52,7 +52,9 @@ def bpe(text: str, size: int = 400) -> Any:
     made.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator([text], trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet))
+    made.train_from_iterator(
+        [text], trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet)
+    )
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
         chat_template="{% for m in messages %}{{ m.content }}{% endfor %}",
@@ -148,9 +150,7 @@ def test_every_tensor_is_the_layers_own_with_factors_moved(grid: str, rank: int,
         o = whole("attn_output")
         own = block.self_attn.o_proj.dense()
         torch.testing.assert_close(o @ values[heads], own @ ours[heads], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(
-            o @ bias[heads], own @ block.self_attn.v_proj.bias[heads], rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(o @ bias[heads], own @ block.self_attn.v_proj.bias[heads], rtol=1e-4, atol=1e-5)
     assert moved > 0  # or nothing was tried
     assert torch.equal(found["token_embd.weight"], model.model.embed_tokens.weight)
     assert torch.equal(found["output.weight"], model.lm_head.weight)
@@ -252,10 +252,15 @@ class TestBadInput:
         out = compress(dense("qwen2"), tmp_path / "out", Recipe(grid="int8")).output
         assert "ends in .gguf" in losparse("export", out, "--gguf", "-o", tmp_path / "model").complaint
         (tmp_path / "m.gguf").write_text("mine")
-        assert "exists already. Add --overwrite" in losparse("export", out, "--gguf", "-o", tmp_path / "m.gguf").complaint
+        assert (
+            "exists already. Add --overwrite" in losparse("export", out, "--gguf", "-o", tmp_path / "m.gguf").complaint
+        )
         assert (tmp_path / "m.gguf").read_text() == "mine"
         assert "add --gguf" in losparse("export", out, "--gguf-type", "f16", "-o", tmp_path / "x").complaint
-        assert "--gguf-type is auto" in losparse("export", out, "--gguf", "--gguf-type", "q2", "-o", tmp_path / "n.gguf").complaint
+        assert (
+            "--gguf-type is auto"
+            in losparse("export", out, "--gguf", "--gguf-type", "q2", "-o", tmp_path / "n.gguf").complaint
+        )
 
     def test_what_llama_cpp_would_compute_otherwise(self, dense: Any, tmp_path: Path) -> None:
         out = compress(dense("gemma3"), tmp_path / "out", Recipe(grid="int8")).output

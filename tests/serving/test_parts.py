@@ -30,7 +30,9 @@ def stored(kind: str, m: int, n: int, rank: int, seed: int = 0) -> tuple[LayerSp
     if kind == "dense":
         return None, {"weight": W}, W
     U, V = random(m, rank), random(rank, n)
-    plan = LayerPlan(Layer("layer", "layer.weight", "layer", (m, n), 4), rank, m * n // 2, "unstructured", "matrix", 1, 0, 0)
+    plan = LayerPlan(
+        Layer("layer", "layer.weight", "layer", (m, n), 4), rank, m * n // 2, "unstructured", "matrix", 1, 0, 0
+    )
     factors: Any
     if kind == "codes":
         # The same columns for every layer of the same width, as layers that read the same input have them.

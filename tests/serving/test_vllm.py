@@ -30,12 +30,20 @@ SIZES = {
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
-    "gemma3": ("Gemma3Text", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64, "tie_word_embeddings": False}),
+    "gemma3": (
+        "Gemma3Text",
+        {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64, "tie_word_embeddings": False},
+    ),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": None}),
 }
 RECIPES: dict[str, dict[str, Any]] = {
     "codes": {"bits": 5.0},
-    "codes and U V": {"bits": 6.0, "rank": 4, "overrides": (("*.k_proj", (("rank", 2),)),), "ignore": ("*.1.*.v_proj",)},
+    "codes and U V": {
+        "bits": 6.0,
+        "rank": 4,
+        "overrides": (("*.k_proj", (("rank", 2),)),),
+        "ignore": ("*.1.*.v_proj",),
+    },
     "floats": {"rank": 4, "sparsity": 0.5, "overrides": (("*.v_proj", (("rank", 2), ("sparsity", 0.9))),)},
     "columns": {"rank": 4, "sparsity": 0.5, "pattern": "columns", "ignore": ("*.0.*.up_proj",)},
 }

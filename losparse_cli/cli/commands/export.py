@@ -9,7 +9,6 @@ import typer
 
 from .. import options as o
 
-
 if TYPE_CHECKING:
     from ...exporting.gguf import GgufFile
     from ..console import Console
@@ -23,11 +22,15 @@ def export(
     dense: Annotated[bool, typer.Option("--dense", help="Plain weights U V + S, which any engine loads.")] = True,
     gguf: Annotated[
         bool,
-        typer.Option("--gguf", help="One file for llama.cpp; what was compressed with --grid arrives exactly as it is."),
+        typer.Option(
+            "--gguf", help="One file for llama.cpp; what was compressed with --grid arrives exactly as it is."
+        ),
     ] = False,
     gguf_type: Annotated[
         str,
-        typer.Option(help="With --gguf: auto (exact where it can be, else 16-bit floats), f32, f16, bf16, q8_0 or q4_0."),
+        typer.Option(
+            help="With --gguf: auto (exact where it can be, else 16-bit floats), f32, f16, bf16, q8_0 or q4_0."
+        ),
     ] = "auto",
     max_shard_size: o.MaxShardSize = "5GB",
     overwrite: o.Overwrite = False,
