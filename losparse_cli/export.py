@@ -72,21 +72,22 @@ def export_gguf(
     adapter = output.with_name(f"{output.stem}-lora.gguf")
     writer = GgufWriter(checkpoint, kind)
     reads = [checkpoint.folder]
-    with whole_file(output, overwrite=overwrite, reads=reads) as model:
-        with whole_file(adapter, overwrite=overwrite, reads=reads) as beside:
-            made = writer.write(model, beside, progress or Progress())
+    with (
+        whole_file(output, overwrite=overwrite, reads=reads) as model,
+        whole_file(adapter, overwrite=overwrite, reads=reads) as beside,
+    ):
+        made = writer.write(model, beside, progress or Progress())
     return replace(made, path=output, adapter=made.adapter and adapter)
 
 
 @dataclass(frozen=True)
 class PackedFolder:
     """output: of the model. adapter: the folder of U V as PEFT's LoRA, None without any. layers: how many keep their
-    whole numbers. doubts: what is not exactly as it was, a sentence each."""
+    whole numbers."""
 
     output: Path
     adapter: Path | None
     layers: int
-    doubts: tuple[str, ...]
 
 
 def export_packed(
@@ -125,4 +126,4 @@ def export_packed(
             adapter.mkdir(exist_ok=True)
             save_file(made.adapter, adapter / "adapter_model.safetensors", {"format": "pt"})
             write_json(adapter / "adapter_config.json", made.adapter_config | {"base_model_name_or_path": str(output)})
-    return PackedFolder(output, adapter, made.layers, made.doubts)
+    return PackedFolder(output, adapter, made.layers)

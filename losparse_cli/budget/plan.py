@@ -20,8 +20,7 @@ class Layer:
     shape: (out_features, in_features). itemsize: bytes of one stored weight. transposed: the tensor lies
     on disk as (in, out). disk_module: what its tensors are called on disk, without `.weight`. kinds: its class and
     those that it is made from, by name. rows: `embedding`, or `head` of an output head that is tied to none, whose rows
-    are coded alone and have bits of their own; empty for other layers. feed: (repeats, width) of what feeds it, whose
-    channels can take factors of its columns (`models.feeds`), None where no such thing is known.
+    are coded alone and have bits of their own; empty for other layers.
     """
 
     name: str
@@ -32,7 +31,6 @@ class Layer:
     transposed: bool = False
     kinds: tuple[str, ...] = ()
     rows: str = ""
-    feed: tuple[int, int] | None = None
 
     @property
     def weights(self) -> int:

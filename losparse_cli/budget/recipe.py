@@ -45,10 +45,10 @@ class Recipe:
 
     At most one of rank (columns of U) and rank_ratio (share of the kept parameters in U and V), and at
     most one of size (of the whole result, in bytes or as 90MB), keep (stored bytes over dense bytes), keep_parameters
-    ((r(m+n) + nnz) / mn), bits (stored, a weight), value_bits (of each value that sparsity leaves) and grid (int4 or int8: whole numbers that other
-    engines' formats hold; what they take is no more than that). sparsity: share
-    of S that is zero; of floats in place of those, of codes beside bits or value_bits. values: of S, codes (whole
-    numbers) or float.
+    ((r(m+n) + nnz) / mn), bits (stored, a weight), value_bits (of each value that sparsity leaves) and grid (int4 or
+    int8: whole numbers that other engines' formats hold, and no more bytes than theirs). sparsity: share of S that is
+    zero; of floats in place of those, of codes beside bits, value_bits or grid. values: of S, codes (whole numbers) or
+    float.
     embedding_bits: where S is codes, of embeddings and output heads, which are in no other budget; "none" leaves them
     dense. sensitivity: on or off, whether codes follow the loss. What is None depends on whether there is calibration
     text: see `settled`. UsageError on contradictions and values out of range.
@@ -94,8 +94,8 @@ class Recipe:
             raise UsageError(f"--grid is {' or '.join(GRIDS)}, not {self.grid!r}.")
         if self.grid is not None and self.sensitivity == "on":
             raise UsageError(
-                f"--sensitivity on makes codes of some rows finer than of others, and --grid {self.grid} gives all rows "
-                "the same width: leave out one of them."
+                f"--sensitivity on makes codes of some rows finer than of others, and --grid {self.grid} gives all "
+                "rows the same width: leave out one of them."
             )
         given = self.embedding_bits
         if self.grid is not None and given not in (None, "none", GRIDS[ROWS_GRID]):

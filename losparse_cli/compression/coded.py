@@ -16,7 +16,7 @@ from ..checkpoint.report import LayerReport
 from ..errors import CheckpointError
 from ..linalg.error import output_squared, relative_error, squared_norm
 from ..linalg.factors import Decomposition, LowRankCodes
-from ..linalg.integers import DAMPING, FINEST_FACTOR, code, column_metric, fit_rows, rounded, row_steps, steps_of_width
+from ..linalg.integers import FINEST_FACTOR, code, column_metric, fit_rows, rounded, row_steps, short, steps_of_width
 from ..linalg.patterns import parse_pattern, select
 from ..linalg.rates import Curve, curve, step_within
 from ..linalg.svd import balanced_factors, output_factors, seed_of, truncated_svd
@@ -24,11 +24,8 @@ from ..shim.layouts import COLUMN_FACTORS
 from .solve import as_matrix, encode
 
 TRIES = 12
-WHOLE_OCTAVES = COLUMN_FACTORS[::8]
-"""Powers of two: what a norm or other rows can be multiplied by without an error."""
 RUN = 32
-AROUND = (0.84, 0.92, 1.0, 1.1)
-"""Steps that are tried for codes of a fixed width, beside the one that is best where errors are not handed on."""
+"""Columns that share a step in other engines' formats of 4 bits."""
 MOST_CARRIED = 0.05  # of a layer's share, more or less than it
 NEAR = 0.998
 """Share of the bytes allowed that is spent at least, before no other step is tried."""
@@ -54,7 +51,9 @@ class Coder:
         weights = [as_matrix(W, plan.layer, device) for plan, W in zip(plans, stored, strict=True)]
         self._weights = weights
         try:
-            self._metric = None if self._H is None else column_metric(self._H, *_columns_allowed(plans))
+            # Other engines' formats, for which a width is fixed, know no factors of columns.
+            allowed = torch.ones(1) if any(plan.width for plan in plans) else COLUMN_FACTORS
+            self._metric = None if self._H is None else column_metric(self._H, allowed)
         except ValueError as error:
             raise CheckpointError(
                 f"The inputs of {plans[0].layer.name} are so alike that codes cannot be solved for. Give more text, or "
@@ -116,36 +115,31 @@ class Coder:
         return [found[k] for k in range(len(self.plans))]
 
     def _in_widths(self) -> dict[int, Decomposition]:
-        """Layers of a fixed width: each row at that of some steps at which its output, or the row, errs least."""
+        """Layers of a fixed width: each row at that of some steps at which its output, or the row, errs least.
+
+        Where the steps of runs are chosen, errors in a column count by how large it is (as in llama.cpp's importance
+        matrices): that costs a little of the layer's own error, and spares the loss much of it (docs/performance.md).
+        """
         found = {}
         for k, plan in enumerate(self.plans):
             if not plan.width:
                 continue
-            X, support = self._rest[k], self._supports[k]
-            if self._metric is not None:
-                X = X / self._metric.columns
-            (first, shifts), m = steps_of_width(X, plan.width, run_of(plan)), len(X)
-            shares = (1.0,) if self._metric is None else AROUND
-            # All steps in one pass, as so many more rows.
-            a = torch.cat([self._storable(first * share, k) for share in shares])
-            W = self._rest[k].repeat(len(shares), 1)
-            where = None if support is None else support.repeat(len(shares), 1)
+            W, support, run = self._rest[k], self._supports[k], run_of(plan)
+            weights = torch.ones_like(W[0]) if self._H is None else self._H.diagonal()
+            a, runs = steps_of_width(W, weights, plan.width, run)
+            a = self._storable(a, k, run)
             if self._metric is None:
-                q = rounded(W, a, 0.0, plan.width, shifts)
-                q = q if where is None else q * where
+                q = rounded(W, a, 0.0, plan.width, runs)
+                q = q if support is None else q * support
             else:
-                q = code(W, self._metric, a, where, 0.0, plan.width, shifts.repeat(len(shares), 1))
-            a = self._storable(fit_rows(W, q, self._columns, self._H, a, torch.float32).clamp_min(FINEST_FACTOR), k)
-            E = W - a[:, None] * self._columns * q
-            errors = (E * (E if self._H is None else E @ self._H)).sum(1).view(len(shares), m)
-            best = errors.argmin(0) * m + torch.arange(m, device=a.device)
-            found[k] = self._made(k, q[best], a[best].to(self._dtypes[k]), None)
+                q = code(W, self._metric, a, support, 0.0, plan.width, runs)
+            rows = fit_rows(W, q, self._columns, self._H, a, torch.float32).clamp_min(FINEST_FACTOR)
+            found[k] = self._made(k, q, self._storable(rows, k, run).to(self._dtypes[k]), None, runs)
         return found
 
-    def _storable(self, a: Tensor, k: int) -> Tensor:
-        """Row factors that layer k can store, and of a fixed width 16-bit floats of any kind."""
-        a = a.to(self._dtypes[k]).float()
-        return a.half().float() if self.plans[k].width and self._dtypes[k] == torch.float32 else a
+    def _storable(self, a: Tensor, k: int, run: int) -> Tensor:
+        """Row factors that layer k can store, and other engines' formats can as well."""
+        return short(a) if run else a.to(self._dtypes[k]).half().float()
 
     @property
     def _columns(self) -> Tensor:
@@ -161,8 +155,9 @@ class Coder:
         }
         rest = {k: self._rest[k] for k in log_steps}
         if self._metric is None:
+            allowed = self._supports
             codes = {k: rounded(W, factors[k]) for k, W in rest.items()}
-            codes = {k: q if self._supports[k] is None else q * self._supports[k] for k, q in codes.items()}
+            codes = {k: q if (where := allowed[k]) is None else q * where for k, q in codes.items()}
         else:
             together = code(
                 torch.cat(list(rest.values())), self._metric, torch.cat(list(factors.values())), self._support(rest)
@@ -174,10 +169,12 @@ class Coder:
             for k, q in codes.items()
         }
 
-    def _made(self, k: int, q: Tensor, rows: Tensor, log_step: float | None) -> Decomposition:
+    def _made(
+        self, k: int, q: Tensor, rows: Tensor, log_step: float | None, runs: Tensor | None = None
+    ) -> Decomposition:
         """Layer k as these codes and row factors make it."""
         W, (U, V) = self._weights[k], self._low_rank[k]
-        made = LowRankCodes(U, V, rows, self._columns, q)
+        made = LowRankCodes(U, V, rows, self._columns, q, runs)
         E = W - made.dense()
         weight, residual = squared_norm(W), squared_norm(E)
         output: tuple[float, ...] = ()
@@ -186,29 +183,9 @@ class Coder:
         return Decomposition(made, (relative_error(residual, weight),), weight, residual, output, log_step=log_step)
 
 
-def _columns_allowed(plans: Sequence[LayerPlan]) -> tuple[Tensor, float, Tensor | None]:
-    """What `column_metric` is to make of columns: factors that can be stored, the damping, and which are tied.
-
-    Other formats have no factors of columns, so with a fixed width they have to be such as what feeds the layers takes.
-    """
-    if not any(plan.width for plan in plans):
-        return COLUMN_FACTORS, DAMPING, None
-    feeds = {plan.layer.feed for plan in plans}
-    feed = next(iter(feeds)) if len(feeds) == 1 else None
-    if feed is None:
-        return torch.ones(1), DAMPING, None
-    return WHOLE_OCTAVES, DAMPING, channels(*feed, plans[0].layer.shape[1])
-
-
 def run_of(plan: LayerPlan) -> int:
-    """Columns that share a step in a row: of 4 bits those of a block of Q4_0, where the layer is made of such blocks."""
+    """Columns that share a step in a row: of 4 bits those of a block of Q4_0, if the layer is made of such blocks."""
     return RUN if plan.width == 4 and plan.layer.shape[1] % RUN == 0 else 0
-
-
-def channels(repeats: int, width: int, n: int) -> Tensor:
-    """(n,): the channel of what feeds a layer that each of its n columns reads, where each run of `width` of them is
-    read so many times in a row."""
-    return torch.arange(n // repeats).view(-1, 1, width).expand(-1, repeats, -1).reshape(-1)
 
 
 def support_of(X: Tensor, plan: LayerPlan) -> Tensor:

@@ -10,7 +10,6 @@ from ..checkpoint.source import Checkpoint
 from ..errors import CheckpointError, UsageError
 from ..models.embeddings import Rows, find_rows
 from ..models.experts import refuse_surplus_experts
-from ..models.feeds import find_feeds
 from ..models.names import NameMap
 from ..models.skeleton import Skeleton, kinds_of
 
@@ -25,7 +24,6 @@ def find_layers(source: Checkpoint, skeleton: Skeleton, recipe: Recipe) -> tuple
         require_match(target, kinds, skeleton.linears, "layers:")
     names = NameMap(skeleton.model, source.entries)
     refuse_surplus_experts(skeleton.model, names.disk, source.folder)
-    feeds = find_feeds(skeleton.model)
     layers = []
     for linear in (skeleton.linears[name] for name in chosen):
         parameter = f"{linear.name}.weight"
@@ -56,18 +54,8 @@ def find_layers(source: Checkpoint, skeleton: Skeleton, recipe: Recipe) -> tuple
             skipped[linear.name] = "transformers would rename its factors at load"
             continue
         itemsize = BITS[entry.dtype] // 8
-        feed = feeds.get(linear.name)
         layers.append(
-            Layer(
-                linear.name,
-                entry.name,
-                disk_module,
-                linear.shape,
-                itemsize,
-                linear.transposed,
-                kinds[linear.name],
-                feed=feed and (feed.repeats, feed.width),
-            )
+            Layer(linear.name, entry.name, disk_module, linear.shape, itemsize, linear.transposed, kinds[linear.name])
         )
     for one in rows:
         found = _rows_on_disk(one, source, names, kinds[one.name])

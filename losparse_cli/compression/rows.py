@@ -58,7 +58,7 @@ class RowCoder:
             W = self._rows(begin)
             part = slice(begin, begin + len(W))
             if self.plans[0].width:
-                a[part] = steps_of_width(W, self.plans[0].width)[0].to(dtype).float()
+                a[part] = steps_of_width(W, columns, self.plans[0].width)[0].to(dtype).float()
                 q = rounded(W, a[part], 0.0, self.plans[0].width)
             else:
                 q = rounded(W, a[part])

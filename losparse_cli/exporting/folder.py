@@ -19,7 +19,7 @@ from ..errors import write_errors
 from ..progress import Progress
 from ..shim.loader import is_loader
 
-TensorPart = tuple[str, str, tuple[int, ...], Iterable[bytes]]
+TensorPart = tuple[str, str, Sequence[int], Iterable[Any]]
 """Name, dtype, shape and bytes, as `ShardWriter.append` takes them."""
 
 

@@ -1,14 +1,13 @@
 """A compressed checkpoint as one GGUF file for llama.cpp, and what U V hold beside it as a LoRA adapter.
 
-Layers in whole numbers of a fixed width (`--grid`) arrive as they are: their codes are blocks of Q4_0 or Q8_0, and
-their column factors move to what feeds them (`folding`). Others are U V + S in floats, or rounded again if that is
-asked for.
+Layers in whole numbers of a fixed width (`--grid`) arrive as they are: their codes are blocks of Q4_0 or Q8_0. Others
+are U V + S in floats, or rounded again if that is asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,9 @@ from ..checkpoint.reader import TORCH_DTYPES, TensorEntry
 from ..checkpoint.source import Checkpoint
 from ..errors import CheckpointError, MissingExtraError, UsageError, write_errors
 from ..linalg.factors import LowRankCodes, LowRankSparse
-from ..models.feeds import find_feeds
 from ..models.names import NameMap
 from ..models.skeleton import empty_model
 from ..progress import Progress
-from .folding import fold
 from .gguf_blocks import BLOCK, narrowest, packed
 from .gguf_metadata import architecture_of, rope_factors, rotary_order, write_metadata
 from .gguf_vocabulary import write_vocabulary
@@ -56,7 +53,7 @@ class GgufFile:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor of the file. shape: as torch has it. kind: of `gguf.GGMLQuantizationType`. make: its bytes or floats."""
+    """One tensor of the file. shape: as torch has it. kind: of `gguf.GGMLQuantizationType`. make: what is stored."""
 
     name: str
     shape: tuple[int, ...]
@@ -89,7 +86,6 @@ class GgufWriter:
         self._names = NameMap(self._model, checkpoint.entries)
         self._files = {file.path: file for file in checkpoint.files}
         self._parts = {name: layer_tensors(checkpoint, name, spec) for name, spec in self._specs.items()}
-        self._folding = fold(self._specs, find_feeds(self._model), self._scale)
         self._as_they_are, self._floats = kind == "auto", self._float_kind() if kind == "auto" else kind.upper()
         blocks = self._config.num_hidden_layers
         self._map = self._gguf.get_tensor_name_map(self._gguf.MODEL_ARCH[self._architecture.name], blocks)
@@ -110,9 +106,8 @@ class GgufWriter:
         if any(kind in kinds for kind in ("Q4_0", "Q8_0")):
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         rounded = 0 if self._floats not in ("Q4_0", "Q8_0") else len(layers) - exact
-        writer.add_string(
-            "losparse.layers", f"{exact} exact, {rounded} requantized, {len(layers) - exact - rounded} in floats"
-        )
+        floats = len(layers) - exact - rounded
+        writer.add_string("losparse.layers", f"{exact} exact, {rounded} requantized, {floats} in floats")
         embeddings = next(t for t in self._tensors if t.name == "token_embd.weight")
         write_metadata(writer, self._config, embeddings.shape[0])
         doubt = write_vocabulary(writer, self.checkpoint.folder, embeddings.shape[0])
@@ -129,7 +124,7 @@ class GgufWriter:
             adapter if self._adapter else None,
             exact,
             rounded,
-            len(layers) - exact - rounded,
+            floats,
             self._floats.lower(),
             (f"{doubt[0].upper()}{doubt[1:]}: compare some tokens.",) if doubt else (),
         )
@@ -209,9 +204,9 @@ class GgufWriter:
             return _Tensor(gguf_name, spec.shape, kind, make)
 
         def blocks() -> np.ndarray:
-            factors = self._bare(name)
-            order = self._moved(name, torch.arange(spec.shape[0])[:, None], only_order=True)[:, 0]
-            return packed(factors.rows[order], factors.codes[order], kind or "")
+            factors, order = self._codes(name), self._moved(name, torch.arange(spec.shape[0]))
+            runs = None if factors.runs is None else factors.runs[order]
+            return packed(factors.rows[order], factors.codes[order], runs, kind or "")
 
         if spec.rank:
             self._adapt(name, gguf_name)
@@ -223,12 +218,10 @@ class GgufWriter:
         rank = self._specs[name].rank
 
         def down() -> np.ndarray:
-            V = self._read(name).V.float()
-            c = self._folding.columns.get(name)
-            return (V if c is None else V / c).numpy()
+            return self._read(name).V.float().numpy()
 
         def up() -> np.ndarray:
-            return self._moved(name, self._read(name).U.float(), rows_alone=True).contiguous().numpy()
+            return self._moved(name, self._read(name).U.float()).contiguous().numpy()
 
         self._adapter.append(_Tensor(f"{gguf_name}.lora_a", (rank, n), "F32", down))
         self._adapter.append(_Tensor(f"{gguf_name}.lora_b", (m, rank), "F32", up))
@@ -238,40 +231,24 @@ class GgufWriter:
     def _read(self, name: str) -> LowRankSparse | LowRankCodes:
         return read_layer(self.checkpoint, name, self._specs[name], self._parts[name])
 
-    def _scale(self, name: str) -> Tensor:
-        entry = self._parts[name]["S_scale"]
-        return self._files[entry.path].read(entry)
-
-    def _exact_kind(self, name: str) -> str | None:
-        spec = self._specs[name]
-        if not self._as_they_are or spec.layout != "codes" or name in self._folding.kept:
-            return None
-        factors = self._bare(name)
-        return narrowest(factors.rows, factors.codes)
-
-    def _bare(self, name: str) -> LowRankCodes:
-        """Codes and row factors alone, the latter with what other layers' columns asked of them."""
+    def _codes(self, name: str) -> LowRankCodes:
         factors = self._read(name)
         assert isinstance(factors, LowRankCodes)
-        moved = self._folding.rows.get(name)
-        rows = factors.rows.float()
-        return replace(factors, rows=rows if moved is None else rows * moved)
+        return factors
 
-    def _moved(self, module: str, W: Tensor, *, only_order: bool = False, rows_alone: bool = False) -> Tensor:
-        """A norm, bias or weight of `module` with the factors that came to it, its rows as llama.cpp has them.
+    def _exact_kind(self, name: str) -> str | None:
+        """The type of block that holds the layer's whole numbers, None if none does: none knows factors of columns."""
+        if not self._as_they_are or self._specs[name].layout != "codes":
+            return None
+        factors = self._codes(name)
+        return narrowest(factors.rows, factors.codes, factors.runs) if bool((factors.columns == 1).all()) else None
 
-        rows_alone: of a matrix whose columns are no inputs.
-        """
-        if not only_order:
-            rows, columns = self._folding.rows.get(module), self._folding.columns.get(module)
-            if rows is not None:
-                W = W * (rows if W.dim() == 1 else rows[:, None])
-            if columns is not None and W.dim() == 2 and not rows_alone:
-                W = W / columns
-        if self._architecture.permuted and module.endswith((".q_proj", ".k_proj")):
-            heads = self._config.num_attention_heads if module.endswith("q_proj") else self._config.num_key_value_heads
-            W = rotary_order(W, heads)
-        return W
+    def _moved(self, module: str, W: Tensor) -> Tensor:
+        """A weight or bias of `module` with its rows in the order of llama.cpp."""
+        if not self._architecture.permuted or not module.endswith((".q_proj", ".k_proj")):
+            return W
+        heads = self._config.num_attention_heads if module.endswith("q_proj") else self._config.num_key_value_heads
+        return rotary_order(W, heads)
 
     def _float_kind(self) -> str:
         kinds = {TORCH_DTYPES[parts["weight"].dtype] for parts in self._parts.values()}

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..linalg.integers import in_runs, limits
+from ..linalg.integers import limits
+from ..shim.layouts import over_runs
 
 BLOCK = 32
 WIDTHS = {"Q4_0": 4, "Q8_0": 8}
@@ -16,22 +17,25 @@ WIDTHS = {"Q4_0": 4, "Q8_0": 8}
 ENTRIES = 1 << 22  # that are looked at together
 
 
-def narrowest(rows: Tensor, codes: Tensor) -> str | None:
-    """The narrowest of WIDTHS that holds rows (out,) times codes (out, in) exactly, None if none does."""
-    if codes.shape[1] % BLOCK:
+def narrowest(rows: Tensor, codes: Tensor, runs: Tensor | None = None) -> str | None:
+    """The narrowest of WIDTHS that holds rows (out,) times codes (out, in) exactly, None if none does.
+
+    runs: (out, in / 32), whole numbers that codes are multiples of, which then go to the factors of blocks.
+    """
+    if codes.shape[1] % BLOCK or (runs is not None and runs.shape[1] * BLOCK != codes.shape[1]):
         return None
     needed = 0
-    for factors, numbers in _blocks(rows, codes):
+    for factors, numbers in _blocks(rows, codes, runs):
         if not torch.equal(factors.half().float(), factors):
             return None
         needed = max(needed, -int(numbers.amin()), int(numbers.amax()) + 1)
     return next((kind for kind, width in WIDTHS.items() if needed <= 1 << width - 1), None)
 
 
-def packed(rows: Tensor, codes: Tensor, kind: str) -> np.ndarray:
+def packed(rows: Tensor, codes: Tensor, runs: Tensor | None, kind: str) -> np.ndarray:
     """(out, bytes), uint8: a block's factor and then its numbers, for what `narrowest` says fits."""
     parts = []
-    for factors, numbers in _blocks(rows, codes):
+    for factors, numbers in _blocks(rows, codes, runs):
         least, most = limits(WIDTHS[kind])
         assert least <= int(numbers.amin()), kind
         assert int(numbers.amax()) <= most, kind
@@ -44,13 +48,13 @@ def packed(rows: Tensor, codes: Tensor, kind: str) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _blocks(rows: Tensor, codes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Factors (some, in / 32), float32, and numbers (some, in / 32, 32), int32, of some rows at a time.
-
-    Numbers of a block may all be multiples of a power of two, which its factor takes.
-    """
+def _blocks(rows: Tensor, codes: Tensor, runs: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Factors (some, in / 32), float32, and numbers (some, in / 32, 32), of some rows at a time."""
     n = codes.shape[1]
     step = max(1, ENTRIES // n)
     for begin in range(0, len(codes), step):
-        numbers, power = in_runs(codes[begin : begin + step], BLOCK)
-        yield rows[begin : begin + step].float()[:, None] * power, numbers
+        part = slice(begin, begin + step)
+        a, q = rows[part].float()[:, None].expand(-1, n // BLOCK), codes[part]
+        if runs is not None:
+            a, q = a * runs[part], over_runs(q, runs[part])
+        yield a.contiguous(), q.view(-1, n // BLOCK, BLOCK)

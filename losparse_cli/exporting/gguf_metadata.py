@@ -44,8 +44,8 @@ def architecture_of(config: Any, address: str) -> Architecture:
     if kind not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise UsageError(
-            f"{address} is a {kind}, and GGUF is written of {known} alone. Leave out --gguf for a dense checkpoint, which "
-            "llama.cpp's own converter may read."
+            f"{address} is a {kind}, and GGUF is written of {known} alone. Leave out --gguf for a dense checkpoint, "
+            "which llama.cpp's own converter may read."
         )
     found = ARCHITECTURES[kind]
     wrong = next(_differences(config, found), None)
@@ -122,7 +122,8 @@ def rope_factors(config: Any) -> Tensor | None:
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     wavelengths = 2 * math.pi * float(rope["rope_theta"]) ** exponents
     smooth = ((context / wavelengths - low) / (high - low)).clamp(0, 1)
-    return 1 / ((1 - smooth) / factor + smooth)
+    found: Tensor = 1 / ((1 - smooth) / factor + smooth)
+    return found
 
 
 def rotary_order(W: Tensor, heads: int) -> Tensor:

@@ -11,13 +11,17 @@ _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {"llama-bpe": _WORDS + r"\p{N}{1,3}" + _OTHERS, "qwen2": _WORDS + r"\p{N}" + _OTHERS}
 """What llama.cpp calls a way to split text into words -> the expression that describes it."""
-PROBE = "It's 2024, WE'LL pay 1,234.56 $ (or  not?)\n\n\tüber naïve  x=3;\r\nconst α = [1234567];  日本語 ... 'tis 🙂🙂 \u00a0end "
+PROBE = (
+    "It's 2024, WE'LL pay 1,234.56 $ (or  not?)\n\n\tüber naïve  x=3;\r\n"
+    "const α = [1234567];  日本語 ... 'tis 🙂🙂 \u00a0end "
+)
+"""A text in which they differ."""
 
 
 def write_vocabulary(writer: Any, folder: Path, rows: int) -> str:
-    """Tell `writer` of the tokenizer in `folder`, for embeddings of so many rows; what llama.cpp may do otherwise, or "".
+    """Tell `writer` of the tokenizer in `folder`, for embeddings of so many rows.
 
-    UsageError if there is none, or none of a kind that llama.cpp knows.
+    Returns what llama.cpp may do otherwise, or "". UsageError if there is none, or none of a kind that llama.cpp knows.
     """
     import gguf
     from transformers import AutoTokenizer
@@ -85,7 +89,7 @@ def _words(backend: Any) -> str | None:
 
     if backend.pre_tokenizer is None:
         return None
-    known = {
+    known: dict[str, Any] = {
         name: pre_tokenizers.Sequence(
             [pre_tokenizers.Split(Regex(split), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
         )

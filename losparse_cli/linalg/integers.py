@@ -24,13 +24,12 @@ CODE_WEIGHT = 0.05
 """How much of a step the threshold between two whole numbers moves for each bit that the larger one costs more."""
 LAST_THRESHOLD = 0.66
 BLOCK = 128  # columns whose errors are handed on together
-STEPS_AN_OCTAVE = 4
-NARROWEST_OCTAVES = {4: 1.5, 8: 0.5}
-"""Bits of a code -> octaves that the largest code may be below a row's largest entry."""
+SHARES = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.72, 0.64)
+"""Of the step at which the largest code is the largest entry, those that are tried: finer ones cut it off."""
+MOST_RUN = 15
+"""The largest multiple of a row's step that a run of its columns may have: such codes of 4 bits still fit into 8."""
 FINEST_FACTOR = 2.0**-14
 """Below which 16-bit floats lose digits, and rows have nothing to say."""
-MOST_SHIFT = 3
-"""Octaves between the finest and the coarsest step of a row, where runs of its columns have steps of their own."""
 LEAST_SENSITIVITY = 1e-3
 """Of its layer's mean, below which no row's sensitivity is believed."""
 
@@ -46,11 +45,10 @@ class Metric:
     scale: float
 
 
-def column_metric(H: Tensor, grid: Tensor, damping: float = DAMPING, tied: Tensor | None = None) -> Metric:
+def column_metric(H: Tensor, grid: Tensor, damping: float = DAMPING) -> Metric:
     """The metric of columns of a second moment H (n, n).
 
-    grid: rising, the column factors that can be stored. tied: (n,), equal numbers for columns that must have one factor
-    between them, None where each has its own. ValueError if H, damped, is singular still.
+    grid: rising, the column factors that can be stored. ValueError if H, damped, is singular still.
     """
     diagonal = H.diagonal().double()
     mean = float(diagonal.mean())
@@ -67,12 +65,7 @@ def column_metric(H: Tensor, grid: Tensor, damping: float = DAMPING, tied: Tenso
     c = R.diagonal()
     scale = float(c.log().mean().exp())
     columns = torch.empty_like(c)
-    columns[order] = c / scale
-    if tied is not None:
-        tied = tied.to(c.device)
-        logs = torch.zeros(int(tied.max()) + 1, device=c.device).index_add_(0, tied, columns.log())
-        columns = (logs / torch.bincount(tied))[tied].exp()
-    columns = nearest(columns, grid)
+    columns[order] = nearest(c / scale, grid)
     return Metric(order, R, columns, scale)
 
 
@@ -95,13 +88,13 @@ def code(
     support: Tensor | None = None,
     weight: float = CODE_WEIGHT,
     width: int = 0,
-    shifts: Tensor | None = None,
+    runs: Tensor | None = None,
 ) -> Tensor:
     """q, (m, n), int32: W (m, n, float32) rounded to multiples of a_i c_j, each column's error handed on to later ones.
 
-    support: (m, n), bool: where q may be other than zero, None for everywhere. width: bits that hold every q, as a two's
-    complement; 0 for any. shifts: (m, runs), the powers of two that codes of runs of columns are multiples of, each of
-    which then has that width beside it.
+    support: (m, n), bool: where q may be other than zero, None for everywhere. width: bits that hold every q, as a
+    two's complement; 0 for any. runs: (m, n / run), the whole numbers that codes of runs of columns are multiples of,
+    which then have that width beside them.
     """
     m, n = W.shape
     order, R = metric.order, metric.R
@@ -110,7 +103,7 @@ def code(
     slope = _slope((left / steps[:, None]).pow_(2).mean(0) / a.square(), weight)
     allowed = None if support is None else support.T[order]
     codes = torch.empty(n, m, dtype=torch.int32, device=W.device)
-    scale = torch.ones(1, m, device=W.device) if shifts is None else shifts.T.float().exp2()
+    scale = torch.ones(1, m, device=W.device) if runs is None else runs.T.float().contiguous()
     run = (torch.arange(n, device=W.device) * len(scale) // n)[order].tolist()
     inverse = 1 / (a * scale)
     diagonal = R.diagonal().tolist()
@@ -135,11 +128,11 @@ def code(
     return q.T.contiguous()
 
 
-def rounded(W: Tensor, a: Tensor, weight: float = CODE_WEIGHT, width: int = 0, shifts: Tensor | None = None) -> Tensor:
-    """q, (m, n), int32: W rounded to multiples of a_i, each entry alone; width, shifts: as of `code`."""
+def rounded(W: Tensor, a: Tensor, weight: float = CODE_WEIGHT, width: int = 0, runs: Tensor | None = None) -> Tensor:
+    """q, (m, n), int32: W rounded to multiples of a_i, each entry alone; width, runs: as of `code`."""
     X = W / a[:, None]
-    if shifts is not None:
-        scale = shifts.float().exp2().repeat_interleave(W.shape[1] // shifts.shape[1], 1)
+    if runs is not None:
+        scale = runs.float().repeat_interleave(W.shape[1] // runs.shape[1], 1)
         return (X / scale).round_().clamp_(*limits(width)).mul_(scale).int()
     q = _rounded(X.T, _slope(X.pow(2).mean(1), weight)).T
     return (q.clamp_(*limits(width)) if width else q).int()
@@ -150,51 +143,41 @@ def limits(width: int) -> tuple[int, int]:
     return -(1 << width - 1), (1 << width - 1) - 1
 
 
-def in_runs(codes: Tensor, run: int = 0) -> tuple[Tensor, Tensor]:
-    """Numbers (m, runs, run), int32, and powers of two (m, runs), whose products are codes (m, n): as small as can be.
+def steps_of_width(W: Tensor, weights: Tensor, width: int, run: int = 0) -> tuple[Tensor, Tensor | None]:
+    """Steps at which whole numbers of `width` bits come nearest to W (m, n): a, (m,), and runs, (m, n / run), int8.
 
-    run: columns that share a power; 0 for whole rows, whose power is 1.
+    weights: (n,), what a squared error in each column counts. run: columns whose step is a whole number times that of
+    their row, negative where that puts their largest entry where there is one number more; 0 for a step a row, and
+    runs are None then. Steps are 16-bit floats of any kind, also times those whole numbers.
     """
-    m, n = codes.shape
-    numbers = codes.int().view(m, -1, run or n)
-    if not run:
-        return numbers, torch.ones(m, 1, dtype=torch.int32, device=codes.device)
-    bits = numbers.abs()
-    while bits.shape[2] > 1:  # those that any number of the run has; a run is a power of two long
-        half = bits.shape[2] // 2
-        bits = bits[..., :half] | bits[..., half:]
-    any_of = bits[..., 0]
-    power = torch.where(any_of > 0, any_of & -any_of, 1)
-    return numbers // power[..., None], power
+    m, n = W.shape
+    least, most = limits(width)
+    parts = W.view(m, -1, run or n)
+    each = weights.view(1, -1, run or n)
+    largest = parts.gather(2, parts.abs().argmax(2, keepdim=True))[..., 0] / least
+    finest = FINEST_FACTOR * (MOST_RUN if run else 1)
+    largest = torch.where(largest.abs() < finest, finest, largest)
+    a = short(largest.abs().amax(1) / (MOST_RUN if run else 1))
+    best, error = torch.zeros_like(largest), torch.full_like(largest, math.inf)
+    for share in SHARES:
+        step = largest * share
+        if run:
+            multiple = (step / a[:, None]).round_().clamp_(-MOST_RUN, MOST_RUN)
+            multiple = torch.where(multiple == 0, step.sign(), multiple)
+            step = multiple * a[:, None]
+        else:
+            multiple = step = step.abs()
+        q = (parts / step[..., None]).round_().clamp_(least, most)
+        found = q.mul_(step[..., None]).sub_(parts).square_().mul_(each).sum(2)
+        best = torch.where(found < error, multiple, best)
+        error = torch.minimum(found, error)
+    return (a, best.to(torch.int8)) if run else (best[:, 0], None)
 
 
-def steps_of_width(X: Tensor, width: int, run: int = 0) -> tuple[Tensor, Tensor]:
-    """a, (m,), and shifts, (m, runs), int32: steps a_i 2^shift at which whole numbers of `width` bits come nearest to X.
-
-    X: (m, n). run: columns that have a shift of their own, 0 for none but zero. The largest entries may be cut off where
-    that makes the others finer.
-    """
-    m, n = X.shape
-    whole = (X.abs().amax(1) / limits(width)[1]).clamp_min(FINEST_FACTOR * 2.0 ** (MOST_SHIFT + 1))
-    runs, octaves = (-(-n // run), MOST_SHIFT + 1) if run else (1, NARROWEST_OCTAVES[width])
-    padded = torch.nn.functional.pad(X, (0, runs * (run or n) - n)).view(m, runs, -1)
-    steps = [whole * 2.0 ** (-k / STEPS_AN_OCTAVE) for k in range(int(octaves * STEPS_AN_OCTAVE) + 1)]
-    errors = torch.empty(len(steps), m, runs, device=X.device)
-    for k, step in enumerate(steps):
-        a = step[:, None, None]
-        errors[k] = (padded / a).round_().clamp_(*limits(width)).mul_(a).sub_(padded).square_().sum(2)
-    # For a base, the steps are those that are octaves above it.
-    least, best = torch.full((m,), math.inf, device=X.device), torch.zeros(m, dtype=torch.long, device=X.device)
-    shifts = torch.zeros(m, runs, dtype=torch.int32, device=X.device)
-    for base in range(len(steps)):
-        above = errors[base % STEPS_AN_OCTAVE : base + 1 : STEPS_AN_OCTAVE] if run else errors[base : base + 1]
-        found, which = above.min(0)
-        total = found.sum(1)
-        better = total < least
-        least = torch.where(better, total, least)
-        best = torch.where(better, base, best)
-        shifts = torch.where(better[:, None], (len(above) - 1 - which).int(), shifts)
-    return torch.stack(steps)[best, torch.arange(m, device=X.device)], shifts
+def short(a: Tensor) -> Tensor:
+    """The nearest numbers of four binary digits, which times another of four are 16-bit floats of any kind."""
+    mantissa, exponent = torch.frexp(a)
+    return torch.ldexp((mantissa * 16).round() / 16, exponent)
 
 
 def _slope(mean_square: Tensor, weight: float) -> Tensor:

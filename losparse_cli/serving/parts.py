@@ -79,7 +79,7 @@ def share(factors: Factors, rows: Ranges | None, columns: tuple[int, int] | None
     U, V = _rows(factors.U, rows), _columns(factors.V, columns)
     if isinstance(factors, LowRankCodes):
         c = factors.columns if columns is None else factors.columns[slice(*columns)]
-        codes = _columns(_rows(factors.codes, rows), columns)
+        codes = _columns(_rows(factors.codes, rows), columns)  # what runs they lie in only matters on disk
         return LowRankCodes(U, V, _rows(factors.rows, rows), c, codes)
     if rows is None and columns is None:
         return factors
@@ -114,11 +114,9 @@ def _stacked(above: Factors | Tensor, below: Factors | Tensor) -> Factors | Tens
     """One matrix of two that read the same input; None where they are of unlike kinds."""
     if isinstance(above, Tensor) and isinstance(below, Tensor):
         return torch.cat((above, below))
-    if (
-        isinstance(above, LowRankCodes)
-        and isinstance(below, LowRankCodes)
-        and torch.equal(above.columns, below.columns)
-    ):
+    if isinstance(above, LowRankCodes) and isinstance(below, LowRankCodes):
+        if not torch.equal(above.columns, below.columns):
+            return None
         wide = torch.promote_types(above.codes.dtype, below.codes.dtype)
         codes = torch.cat((above.codes.to(wide), below.codes.to(wide)))
         return replace(_both(above, below), rows=torch.cat((above.rows, below.rows)), codes=codes)
@@ -130,8 +128,8 @@ def _stacked(above: Factors | Tensor, below: Factors | Tensor) -> Factors | Tens
 
 def _both(above: Kind, below: Kind) -> Kind:
     """`above` with V of both and U of each in columns of its own."""
-    U = torch.block_diag(above.U, below.U) if above.rank + below.rank else torch.cat((above.U, below.U))
-    return replace(above, U=U, V=torch.cat((above.V, below.V)))
+    left, right = F.pad(above.U, (0, below.rank)), F.pad(below.U, (above.rank, 0))
+    return replace(above, U=torch.cat((left, right)), V=torch.cat((above.V, below.V)))
 
 
 def _layer(factors: Factors | Tensor, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -140,9 +138,10 @@ def _layer(factors: Factors | Tensor, dtype: torch.dtype, device: torch.device) 
         dense.weight = nn.Parameter(factors.to(device, dtype), requires_grad=False)
         return dense
     m, n = factors.U.shape[0], factors.V.shape[1]
+    index: dict[str, Tensor] = {}
     if isinstance(factors, LowRankCodes):
         spec = LayerSpec((m, n), factors.rank, factors.nnz, "unstructured", "codes", index_bytes=1)
-        values, index = factors.rows, {}
+        values = factors.rows
     else:
         spec, index = smallest(factors.support, factors.rank, "unstructured")
         values = factors.values
@@ -162,5 +161,5 @@ def _layer(factors: Factors | Tensor, dtype: torch.dtype, device: torch.device) 
 
 def product(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
     """x (..., in) -> (..., out) of all the layers, one below the other."""
-    y = [layer(x) if isinstance(layer, LowRankSparseLinear) else F.linear(x, layer.weight) for layer in layers]
+    y = [F.linear(x, layer.weight) if type(layer) is nn.Linear else layer(x) for layer in layers]
     return y[0] if len(y) == 1 else torch.cat(y, -1)

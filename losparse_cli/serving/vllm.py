@@ -99,11 +99,11 @@ class LosparseConfig(QuantizationConfig):  # type: ignore[misc]
         head, _, last = prefix.rpartition(".")
         fused = self.packed_modules_mapping.get(last, [last])
         names = [prefix] if prefix in self.specs else [f"{head}.{name}" if head else name for name in fused]
-        specs = [self.specs.get(name) for name in names]
-        return LosparseLinear(names, specs) if any(specs) else UnquantizedLinearMethod()
+        found = [self.specs.get(name) for name in names]
+        return LosparseLinear(names, found) if any(found) else UnquantizedLinearMethod()
 
     def _embedding_of(self, shape: tuple[int, int]) -> str:
-        """The embedding of this shape, as models of vLLM often do not tell it its name; "" if there is none, or more."""
+        """The embedding of this shape, as models of vLLM often do not tell it its name; "" if there is not one."""
         found = [name for name, spec in self.specs.items() if spec.kind == "embedding" and tuple(spec.shape) == shape]
         return found[0] if len(found) == 1 else ""
 
@@ -143,7 +143,7 @@ class LosparseLinear(LinearMethodBase):  # type: ignore[misc]
         elif len(self.names) == 1:
             rows = rows[:1]
         parts = [Part(n, spec, r, columns) for n, spec, r in zip(self.names, self.specs, rows, strict=True)]
-        layer.losparse_parts = parts
+        held.losparse_parts = parts
 
         def load(param: Any, tensor: Tensor, shard_id: Any = None) -> None:
             number = SHARDS.get(shard_id, shard_id) or 0
@@ -242,7 +242,7 @@ class LosparseEmbedding(UnquantizedEmbeddingMethod):  # type: ignore[misc]
         held: Any = layer
         own = held.shard_indices
         part = Part(self.name, self.spec, [(own.org_vocab_start_index, own.org_vocab_end_index)])
-        layer.losparse_parts = [part]
+        held.losparse_parts = [part]
         _placeholders(layer, [self.spec], params_dtype, lambda param, tensor: part.take(param.losparse_suffix, tensor))
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
@@ -252,7 +252,8 @@ class LosparseEmbedding(UnquantizedEmbeddingMethod):  # type: ignore[misc]
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         (rows,) = layer.losparse_layers
         index, starts = rows._index_and_starts()
-        return _looked_up(input_, rows.weight, index, starts, *rows.spec.shape, rows.form)
+        found: Tensor = _looked_up(input_, rows.weight, index, starts, *rows.spec.shape, rows.form)
+        return found
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y = product(layer.losparse_layers, x)
@@ -383,7 +384,7 @@ class LosparseExperts(FusedMoEMethodBase):  # type: ignore[misc]
     ) -> Tensor:
         activation = _activation(self.moe.activation)
         y = torch.zeros_like(x)
-        for expert in topk_ids.unique().tolist():
+        for expert in torch.unique(topk_ids).tolist():
             if not 0 <= expert < layer.losparse_count:
                 continue
             tokens, ranks = torch.where(topk_ids == expert)
@@ -395,7 +396,7 @@ class LosparseExperts(FusedMoEMethodBase):  # type: ignore[misc]
 
 
 def _activation(kind: Any) -> Callable[[Tensor], Tensor]:
-    known = {
+    known: dict[Any, Callable[[Tensor], Tensor]] = {
         MoEActivation.SILU: F.silu,
         MoEActivation.GELU: F.gelu,
         MoEActivation.GELU_TANH: partial(F.gelu, approximate="tanh"),
