@@ -19,6 +19,9 @@ from losparse_cli.export import export, export_packed
 from losparse_cli.exporting.packed import pack
 from losparse_cli.load import load
 
+WHOLE_RUNS = {"hidden_size": 64, "intermediate_size": 96}
+"""Widths that are made of runs of 32 columns."""
+
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_words_are_those_of_the_library(bits: int) -> None:
@@ -36,7 +39,7 @@ def test_transformers_computes_the_same(
     grid: str, dtype: torch.dtype, toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Without us: the difference is that of embeddings, which are rounded once to 16 bits."""
-    out = compress(toy("llama", dtype=dtype), tmp_path / "out", Recipe(grid=grid)).output
+    out = compress(toy("llama", dtype=dtype, **WHOLE_RUNS), tmp_path / "out", Recipe(grid=grid)).output
     made = export_packed(out, tmp_path / "packed")
     assert made.adapter is None
     assert json.loads((made.output / "config.json").read_text())["quantization_config"]["format"] == "pack-quantized"
@@ -51,7 +54,7 @@ def test_transformers_computes_the_same(
 def test_u_and_v_are_an_adapter(toy: Callable[..., Path], tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     recipe = Recipe(grid="int4", rank=4, overrides=(("*.k_proj", (("rank", 2),)),))
-    out = compress(toy("llama"), tmp_path / "out", recipe).output
+    out = compress(toy("llama", **WHOLE_RUNS), tmp_path / "out", recipe).output
     made = export_packed(out, tmp_path / "packed")
     assert made.adapter is not None
     base = transformers.AutoModelForCausalLM.from_pretrained(
@@ -69,7 +72,7 @@ def test_u_and_v_are_an_adapter(toy: Callable[..., Path], tmp_path: Path) -> Non
 
 def test_layers_of_two_widths(toy: Callable[..., Path], tmp_path: Path) -> None:
     recipe = Recipe(grid="int4", overrides=(("*.down_proj", (("grid", "int8"),)),), ignore=("*.0.*.q_proj",))
-    out = compress(toy("llama"), tmp_path / "out", recipe).output
+    out = compress(toy("llama", **WHOLE_RUNS), tmp_path / "out", recipe).output
     made = export_packed(out, tmp_path / "packed")
     said = json.loads((made.output / "config.json").read_text())["quantization_config"]
     assert [group["weights"]["num_bits"] for group in said["config_groups"].values()] == [4, 8]
@@ -92,7 +95,7 @@ class TestBadInput:
     def test_what_the_format_cannot_hold(
         self, options: tuple[str, ...], said: str, toy: Callable[..., Path], tmp_path: Path
     ) -> None:
-        done("compress", toy("llama"), "-o", tmp_path / "out", *options)
+        done("compress", toy("llama", **WHOLE_RUNS), "-o", tmp_path / "out", *options)
         complaint = losparse("export", tmp_path / "out", "--compressed-tensors", "-o", tmp_path / "packed").complaint
         assert said in complaint
         assert not (tmp_path / "packed").exists()
@@ -103,7 +106,7 @@ class TestBadInput:
 
 
 def test_the_terminal_says_what_was_written(toy: Callable[..., Path], tmp_path: Path) -> None:
-    done("compress", toy("llama"), "-o", tmp_path / "out", "--grid", "int8", "--rank", "2")
+    done("compress", toy("llama", **WHOLE_RUNS), "-o", tmp_path / "out", "--grid", "int8", "--rank", "2")
     said = done("export", tmp_path / "out", "--compressed-tensors", "-o", tmp_path / "packed").out
     assert "as pack-quantized" in said
     assert "packed-lora" in said
