@@ -34,6 +34,8 @@ _HOMES = {
     "TaskRequest": ".tasks.request",
     "evaluate": ".evaluate",
     "export": ".export",
+    "export_gguf": ".export",
+    "export_packed": ".export",
     "generate": ".generate",
     "inspect": ".inspection",
     "load": ".load",
@@ -59,6 +61,8 @@ __all__ = [
     "decode",
     "evaluate",
     "export",
+    "export_gguf",
+    "export_packed",
     "finetune",
     "forecast",
     "generate",
@@ -79,7 +83,7 @@ if TYPE_CHECKING:
     from .compression.request import ModelRefinement, Refinement
     from .errors import LosparseError
     from .evaluate import evaluate
-    from .export import export
+    from .export import export, export_gguf, export_packed
     from .finetune import finetune
     from .finetuning.pruner import Pruning
     from .finetuning.request import Finetuning
