@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from .checkpoint.config import dense_config
+from .checkpoint.config import dense_config, layer_specs
 from .checkpoint.output import check_output, output_path, whole_file
 from .checkpoint.source import open_checkpoint
 from .checkpoint.writer import write_json
@@ -70,6 +70,7 @@ def export_gguf(
     if output.suffix != ".gguf":
         raise UsageError(f"--output {output} is to be a file whose name ends in .gguf.")
     adapter = output.with_name(f"{output.stem}-lora.gguf")
+    layer_specs(checkpoint)  # a dense model is llama.cpp's own converter's to read
     writer = GgufWriter(checkpoint, kind)
     reads = [checkpoint.folder]
     with (

@@ -72,14 +72,14 @@ def require_gguf() -> Any:
 
 
 class GgufWriter:
-    """One checkpoint on its way into one file."""
+    """One checkpoint, compressed or dense, on its way into one file."""
 
     def __init__(self, checkpoint: Checkpoint, kind: str) -> None:
         self._gguf = require_gguf()
         if kind not in TYPES:
             raise UsageError(f"--gguf-type is {', '.join(TYPES[:-1])} or {TYPES[-1]}, not {kind!r}.")
         self.checkpoint = checkpoint
-        self._specs = layer_specs(checkpoint)
+        self._specs = layer_specs(checkpoint) if checkpoint.is_compressed else {}
         self._model = empty_model(checkpoint.folder, checkpoint.config)
         self._config = self._model.config
         self._architecture = architecture_of(self._config, checkpoint.address)
