@@ -38,13 +38,15 @@ FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}
 
 @dataclass(frozen=True)
 class GgufFile:
-    """path: of the model. adapter: of U V as a LoRA, None without any. exact: layers whose whole numbers it holds as
-    they are. rounded: layers that were rounded again, floats: those stored in 16 or 32 bits. kind: of the latter two.
-    doubts: what llama.cpp may do otherwise, a sentence each."""
+    """path: of the model. adapter: of U V as a LoRA, None without any. exact: matrices that it holds as they are.
+    nearly: those whose whole numbers it holds, with factors rounded to 16 bits. rounded: those that were rounded again,
+    floats: those stored in 16 or 32 bits. kind: of the latter two. doubts: what llama.cpp may do otherwise, a sentence
+    each."""
 
     path: Path
     adapter: Path | None
     exact: int
+    nearly: int
     rounded: int
     floats: int
     kind: str
@@ -53,13 +55,14 @@ class GgufFile:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor of the file. shape: as torch has it. kind: of `gguf.GGMLQuantizationType`. make: what is stored."""
+    """One tensor of the file. shape: as torch has it. kind: of `gguf.GGMLQuantizationType`. make: what is stored.
+    kept: of whole numbers `exact`, or `nearly` where factors are rounded."""
 
     name: str
     shape: tuple[int, ...]
     kind: str
     make: Callable[[], np.ndarray]
-    exact: bool = False
+    kept: str = ""
 
 
 def require_gguf() -> Any:
@@ -100,14 +103,15 @@ class GgufWriter:
         writer.add_name(self.checkpoint.name.rpartition("/")[2])
         writer.add_quantized_by(f"losparse {__version__}")
         layers = [t for t in self._tensors if len(t.shape) == 2]
-        exact = sum(t.exact for t in layers)
+        exact, nearly = (sum(t.kept == how for t in layers) for how in ("exact", "nearly"))
         kinds = [t.kind for t in layers]
         writer.add_file_type(FILE_TYPES[max(sorted(set(kinds)), key=kinds.count)])
         if any(kind in kinds for kind in ("Q4_0", "Q8_0")):
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        rounded = 0 if self._floats not in ("Q4_0", "Q8_0") else len(layers) - exact
-        floats = len(layers) - exact - rounded
-        writer.add_string("losparse.layers", f"{exact} exact, {rounded} requantized, {floats} in floats")
+        rounded = sum(not t.kept and t.kind in ("Q4_0", "Q8_0") for t in layers)
+        floats = len(layers) - exact - nearly - rounded
+        said = f"{exact} exact, {nearly} with factors rounded, {rounded} requantized, {floats} in floats"
+        writer.add_string("losparse.layers", said)
         embeddings = next(t for t in self._tensors if t.name == "token_embd.weight")
         write_metadata(writer, self._config, embeddings.shape[0])
         doubt = write_vocabulary(writer, self.checkpoint.folder, embeddings.shape[0])
@@ -123,6 +127,7 @@ class GgufWriter:
             path,
             adapter if self._adapter else None,
             exact,
+            nearly,
             rounded,
             floats,
             self._floats.lower(),
@@ -194,23 +199,25 @@ class GgufWriter:
     def _layer(self, name: str) -> _Tensor:
         """A compressed layer, as blocks where they hold it exactly, and its U V in the adapter."""
         spec, gguf_name = self._specs[name], self._name(f"{name}.weight")
-        kind = self._exact_kind(name)
-        if kind is None:
+        found = self._kept(name)
+        if found is None:
             kind = self._fitting(spec.shape[1])
 
             def make() -> np.ndarray:
-                return self._stored(self._moved(name, self._read(name).dense()), kind or "")
+                return self._stored(self._moved(name, self._read(name).dense()), kind)
 
             return _Tensor(gguf_name, spec.shape, kind, make)
+
+        blocks_of, exact = found
 
         def blocks() -> np.ndarray:
             factors, order = self._codes(name), self._moved(name, torch.arange(spec.shape[0]))
             runs = None if factors.runs is None else factors.runs[order]
-            return packed(factors.rows[order], factors.codes[order], runs, kind or "")
+            return packed(factors.rows[order], factors.codes[order], runs, blocks_of)
 
         if spec.rank:
             self._adapt(name, gguf_name)
-        return _Tensor(gguf_name, spec.shape, kind, blocks, exact=True)
+        return _Tensor(gguf_name, spec.shape, blocks_of, blocks, "exact" if exact else "nearly")
 
     def _adapt(self, name: str, gguf_name: str) -> None:
         """U V of the layer as lora_b and lora_a."""
@@ -236,8 +243,9 @@ class GgufWriter:
         assert isinstance(factors, LowRankCodes)
         return factors
 
-    def _exact_kind(self, name: str) -> str | None:
-        """The type of block that holds the layer's whole numbers, None if none does: none knows factors of columns."""
+    def _kept(self, name: str) -> tuple[str, bool] | None:
+        """The type of block that holds the layer's whole numbers, and whether exactly; None if none does: none knows
+        factors of columns."""
         if not self._as_they_are or self._specs[name].layout != "codes":
             return None
         factors = self._codes(name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..linalg.integers import limits
@@ -14,22 +13,28 @@ from ..shim.layouts import over_runs
 BLOCK = 32
 WIDTHS = {"Q4_0": 4, "Q8_0": 8}
 """Format -> bits of a number, as a two's complement."""
+ROUNDING = 2.0**-11
+"""Of a number, by which a 16-bit float is off at most where it has all its digits."""
 ENTRIES = 1 << 22  # that are looked at together
 
 
-def narrowest(rows: Tensor, codes: Tensor, runs: Tensor | None = None) -> str | None:
-    """The narrowest of WIDTHS that holds rows (out,) times codes (out, in) exactly, None if none does.
+def narrowest(rows: Tensor, codes: Tensor, runs: Tensor | None = None) -> tuple[str, bool] | None:
+    """The narrowest of WIDTHS that holds rows (out,) times codes (out, in), and whether it does so exactly.
+
+    Else some factor, as training leaves it, is rounded to 16 bits. None if no format holds them.
 
     runs: (out, in / 32), whole numbers that codes are multiples of, which then go to the factors of blocks.
     """
     if codes.shape[1] % BLOCK or (runs is not None and runs.shape[1] * BLOCK != codes.shape[1]):
         return None
-    needed = 0
+    needed, exact = 0, True
     for factors, numbers in _blocks(rows, codes, runs):
-        if not torch.equal(factors.half().float(), factors):
+        moved = (factors.half().float() - factors).abs()
+        if not bool((moved <= factors.abs() * ROUNDING).all()):
             return None
+        exact = exact and not bool(moved.any())
         needed = max(needed, -int(numbers.amin()), int(numbers.amax()) + 1)
-    return next((kind for kind, width in WIDTHS.items() if needed <= 1 << width - 1), None)
+    return next(((kind, exact) for kind, width in WIDTHS.items() if needed <= 1 << width - 1), None)
 
 
 def packed(rows: Tensor, codes: Tensor, runs: Tensor | None, kind: str) -> np.ndarray:

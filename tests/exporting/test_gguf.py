@@ -11,6 +11,7 @@ import torch
 import toys
 import transformers
 from llama_cpp import AVAILABLE, LlamaCpp
+from safetensors.torch import load_file, save_file
 from terminal import done, losparse
 from torch import Tensor
 
@@ -121,7 +122,7 @@ def test_every_tensor_is_the_layers_own(grid: str, rank: int, dense: Any, tmp_pa
     """Of a Qwen2, whose rows stay where they are."""
     out = on_grid(dense("qwen2"), tmp_path / "out", grid, rank=rank)
     made = export_gguf(out, tmp_path / "model.gguf")
-    assert (made.exact, made.rounded, made.floats) == (7 * 7, 0, 2)
+    assert (made.exact, made.nearly, made.rounded, made.floats) == (7 * 7, 0, 0, 2)
     assert (made.adapter is not None) == (rank > 0)
     model, _ = load(out, dtype=torch.float32)
     found = tensors_in(made.path)
@@ -199,7 +200,7 @@ def test_every_matrix_may_be_rounded_again(dense: Any, tmp_path: Path) -> None:
     assert (made.exact, made.rounded, made.floats) == (0, 7 * 7 + 2, 0)
     said = gguf.GGUFReader(made.path).get_field("losparse.layers")
     assert said is not None
-    assert said.contents() == "0 exact, 51 requantized, 0 in floats"
+    assert said.contents() == "0 exact, 0 with factors rounded, 51 requantized, 0 in floats"
 
 
 @pytest.mark.parametrize(("kind", "most"), [("Q4_0", 8), ("Q8_0", 128)])
@@ -212,7 +213,7 @@ def test_blocks_are_what_gguf_reads(kind: str, most: int) -> None:
     runs = torch.randint(1, 16, (5, 3), generator=generator) * torch.tensor([1, -1, 1])
     codes = (numbers.view(5, 3, 32) * runs[..., None]).view(5, 96).short()
     rows = short(torch.rand(5, generator=generator) + 0.01)
-    assert narrowest(rows, codes, runs) == kind
+    assert narrowest(rows, codes, runs) == (kind, True)
     read = gguf.quants.dequantize(packed(rows, codes, runs, kind), gguf.GGMLQuantizationType[kind])
     assert torch.equal(torch.from_numpy(read), rows[:, None] * codes)
 
@@ -223,7 +224,22 @@ def test_what_no_block_holds() -> None:
     assert narrowest(rows, torch.full((2, 64), 4), torch.full((2, 1), 4)) is None  # runs of other blocks
     assert narrowest(rows, torch.full((2, 32), 128).short()) is None
     assert narrowest(torch.full((2,), 1e-9), torch.ones(2, 32)) is None  # a factor that 16 bits do not hold
-    assert narrowest(rows, torch.zeros(2, 32)) == "Q4_0"
+    assert narrowest(rows, torch.zeros(2, 32)) == ("Q4_0", True)
+    assert narrowest(rows + 2**-12, torch.ones(2, 32)) == ("Q4_0", False)
+
+
+def test_training_leaves_factors_that_are_rounded(dense: Any, tmp_path: Path) -> None:
+    out = compress(dense("qwen2"), tmp_path / "out", Recipe(grid="int4")).output
+    tensors = load_file(out / "model.safetensors")
+    for name in list(tensors):
+        if name.endswith("o_proj.weight"):
+            tensors[name] = tensors[name] * 1.01
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    made = export_gguf(out, tmp_path / "model.gguf")
+    assert (made.exact, made.nearly) == (6 * 7, 7)
+    found = tensors_in(made.path)["blk.3.attn_output.weight"]
+    ours = load(out, dtype=torch.float32)[0].model.layers[3].self_attn.o_proj.sparse()
+    torch.testing.assert_close(found, ours, rtol=2**-11, atol=0)
 
 
 class TestBadInput:

@@ -99,16 +99,18 @@ def _show_gguf(out: Console, made: GgufFile) -> None:
         out.warn(doubt)
     out.data(
         {"output": str(made.path), "adapter": made.adapter and str(made.adapter), "exact": made.exact,
-         "requantized": made.rounded, "floats": made.floats, "type": made.kind, "doubts": list(made.doubts)}
+         "nearly": made.nearly, "requantized": made.rounded, "floats": made.floats, "type": made.kind,
+         "doubts": list(made.doubts)}
     )  # fmt: skip
     layers = [f"{made.exact} exactly as they are"] if made.exact else []
+    layers += [f"{made.nearly} with factors rounded to 16 bits"] if made.nearly else []
     layers += [f"{made.rounded} rounded again, to {made.kind}"] if made.rounded else []
     layers += [f"{made.floats} as {made.kind}"] if made.floats else []
     out.show(
         f"[bold green]Done.[/] {c.short(made.path)} ({c.size(made.path.stat().st_size)}) is for llama.cpp; of its "
         f"matrices {', '.join(layers)}."
     )
-    if made.floats and not made.exact:
+    if made.floats and not (made.exact or made.nearly):
         out.show("What compress makes with --grid int4 or int8 goes into such a file in 4 or 8 bits as it is.")
     beside = "" if made.adapter is None else f" --lora {c.short(made.adapter)}"
     out.show(f"Run it: llama-server -m {c.short(made.path)}{beside}", whole=True)
