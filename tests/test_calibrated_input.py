@@ -99,7 +99,8 @@ def test_dry_run_tells_time_memory_and_text_and_writes_nothing(
 
 def test_a_result_says_what_it_was_calibrated_on(toy: Callable[..., Path], text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run = done("compress", toy("llama", tokenizer=True), "--calibration", text, *FLAGS, "--keep", "0.7", "-o", out)
+    sizes = ("--values", "float", "--keep", "0.7")
+    run = done("compress", toy("llama", tokenizer=True), "--calibration", text, *FLAGS, *sizes, "-o", out)
     assert run.code == 0, run.err
     assert "without any data" not in run.err
     report = json.loads((out / "losparse_report.json").read_text())

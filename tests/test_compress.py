@@ -285,7 +285,7 @@ def real_ish(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("keep", [0.2, 0.5, 0.75, 0.9])
-@pytest.mark.parametrize("more", [(), ("--rank", "16"), ("--rank-ratio", "0.3")])
+@pytest.mark.parametrize("more", [("--values", "float"), ("--rank", "16"), ("--rank-ratio", "0.3")])
 def test_keep_is_kept_within_one_per_cent(keep: float, more: tuple[str, ...], real_ish: Path, tmp_path: Path) -> None:
     totals = report_of(compress(real_ish, tmp_path, "--keep", str(keep), *more, "--iterations", "1"))["totals"]
     assert totals["bytes_after"] == pytest.approx(keep * totals["bytes_before"], rel=0.01)

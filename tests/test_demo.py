@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from losparse_cli import demo
+from losparse_cli.cli.comparison import show_comparison
 from losparse_cli.cli.console import invoked
-from losparse_cli.cli.tables import show_comparison
+from losparse_cli.generate import generate
 from losparse_cli.tasks.paired import Estimate
 from losparse_cli.verify import verify
 from tests.printed import printed
@@ -34,6 +35,10 @@ def test_two_sizes_beside_dense_and_rounding(toy: Any, tmp_path: Path, monkeypat
         assert row.perplexity.error is not None
     for row in rows[2:]:
         assert verify(row.folder).sound
+    for name in (demo.CALIBRATION_TEXT, demo.HELD_OUT_TEXT):  # to go on with
+        assert "bottles of beer" in (tmp_path / name).read_text(encoding="utf-8")
+    again = generate(rows[-1].folder, demo.PROMPT, raw=True, temperature=0, new_tokens=demo.NEW_TOKENS).text
+    assert rows[-1].sentence == " ".join(f"{demo.PROMPT}{again}".split())
     gaps = [row.gap.value for row in rows if row.gap is not None]
     assert abs(gaps[1]) < abs(gaps[0])  # a toy knows nothing, and may as well be better
     assert rows[2].layer_bytes < rows[1].layer_bytes
@@ -46,11 +51,12 @@ def test_two_sizes_beside_dense_and_rounding(toy: Any, tmp_path: Path, monkeypat
 
 
 def test_the_comparison_fits_a_terminal() -> None:
-    half = (118_900_000, 175_500_000)
+    half, place = (118_900_000, 175_500_000), Path("demo").absolute()
+    whole = Path("/models/dense")
     rows = [
-        demo.Measured("dense", Path("model"), 212_336_640, 269_030_016, Estimate(22.149, 3.21), None, "Water.", 0.0),
-        demo.Measured("magnitude", Path("m"), *half, Estimate(3.2e5, 1e4), Estimate(9.5, 0.1), "…", 9.9),
-        demo.Measured("losparse", Path("l"), *half, Estimate(31.9, 4.9), Estimate(0.365, 0.0213), "Ice.", 801.0),
+        demo.Measured("dense", whole, 212_336_640, 269_030_016, Estimate(22.149, 3.21), None, "Water.", 0.0),
+        demo.Measured("magnitude", place / "m", *half, Estimate(3.2e5, 1e4), Estimate(9.5, 0.1), "…", 9.9),
+        demo.Measured("losparse", place / "l", *half, Estimate(31.9, 4.9), Estimate(0.365, 0.0213), "Ice.", 801.0),
     ]
     shown = printed(lambda out: show_comparison(out, rows), 80)
     assert "22.1 ± 3.2" in shown
@@ -58,6 +64,14 @@ def test_the_comparison_fits_a_terminal() -> None:
     assert "0.365 ± 0.021" in shown
     assert "801 s" in shown
     assert "first 8 of README's 32" in shown
-    assert f"{invoked()} inspect l --layers" in shown
-    assert all(len(line.rstrip()) <= 80 for line in shown.splitlines())
+    assert all(len(line.rstrip()) <= 80 for line in shown.splitlines() if invoked() not in line)
+    assert "Bytes of 4-bit rounding are nominal" in " ".join(shown.split())
+    for line in (
+        "Dense model: /models/dense", "Calibrated on: demo/calibration.txt", "Measured on: demo/held-out.txt",
+        f"Go on with: {invoked()} inspect demo/l --layers",
+        f"or measure: {invoked()} eval demo/l --against /models/dense --text demo/held-out.txt",
+        f"or train it on: {invoked()} refine demo/l --against /models/dense --calibration demo/calibration.txt",
+    ):  # fmt: skip
+        assert line in shown.splitlines()
+    assert f"generate FOLDER '{demo.PROMPT}' --raw --temperature 0 --new-tokens {demo.NEW_TOKENS}" in shown
     assert "…" not in shown.partition("dense says")[0]  # nothing is cut

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -253,6 +254,16 @@ def test_what_is_taken_along(recipe: dict[str, Any], expected: dict[str, float],
     assert planned(dense("llama"), tmp_path, recipe=recipe) == expected
 
 
+def test_bits_of_the_layers_are_told_apart_from_those_of_embeddings_and_head(coded: Any) -> None:
+    report = losparse_cli.inspect(coded("llama"))
+    assert [(layer.name, layer.head) for layer in report.layers if layer.aside] == [
+        ("model.embed_tokens", False), ("lm_head", True)
+    ]  # fmt: skip
+    assert 5.9 < report.bits <= 6
+    assert 6.4 < report.embedding_bits <= 6.5
+    assert losparse_cli.inspect(coded("llama-tied")).embedding_bits is not None
+
+
 @pytest.mark.parametrize("bits", [0, -1, 9, "all", True])
 def test_bits_that_mean_nothing_are_refused(bits: Any) -> None:
     with pytest.raises(UsageError, match="--embedding-bits"):
@@ -358,3 +369,21 @@ def test_blocks_are_calibrated_with_the_dense_embeddings(dense: Any, text: Path,
     without = compress(dense("gemma3"), tmp_path / "without", embedding_bits="none", **options).report
     inside = [layer for layer in with_rows.layers if layer.name != "model.embed_tokens"]
     assert inside == list(without.layers)
+
+
+def test_a_head_is_one_after_training_too(coded: Any, dense: Any, text: Path, tmp_path: Path) -> None:
+    """Fine-tuned, and refined from a checkpoint without a report, as transformers saves it."""
+    bare = shutil.copytree(coded("llama"), tmp_path / "bare", ignore=shutil.ignore_patterns("losparse_report.json"))
+    asked = {"source": str(text), "tokens": 256, "length": 32}
+    how: dict[str, Any] = {"mode": "model", "steps": 1, "tokens": 64}
+    refined = losparse_cli.refine(
+        bare, tmp_path / "refined", against=dense("llama"), calibration=asked, refinement=how
+    ).report
+    tuned = losparse_cli.finetune(
+        coded("llama"), tmp_path / "tuned", device="cpu",
+        task=losparse_cli.TaskRequest("causal-lm", train_file=str(text), max_length=32),
+        how=losparse_cli.Finetuning(max_steps=1, precision="float32"),
+    ).report  # fmt: skip
+    for report in (refined, tuned):
+        assert [layer.name for layer in report.layers if layer.head] == ["lm_head"]
+        assert 5.9 < report.bits < 6.1

@@ -198,7 +198,11 @@ def test_the_paired_error_is_less_than_those_of_the_two(
     toy: Callable[..., Path], compressed: Callable[..., Path]
 ) -> None:
     found = evaluate(
-        compressed("llama", tokenizer=True, keep=0.9), TEXT, against=toy("llama", tokenizer=True), windows=0, **OPTIONS
+        compressed("llama", tokenizer=True, keep=0.9, values="float"),
+        TEXT,
+        against=toy("llama", tokenizer=True),
+        windows=0,
+        **OPTIONS,
     )
     assert found.protocol.units == len(TEXT) // 23
     assert found.log_difference is not None

@@ -27,7 +27,7 @@ def strong(tmp_path_factory: pytest.TempPathFactory) -> Result:
 @pytest.fixture(scope="module")
 def useful(tmp_path_factory: pytest.TempPathFactory) -> Result:
     """SmolLM2 at 85 % of the targeted bytes."""
-    return compress(smollm2(), tmp_path_factory.mktemp("useful") / "out", Recipe(keep=0.85))
+    return compress(smollm2(), tmp_path_factory.mktemp("useful") / "out", Recipe(keep=0.85, values="float"))
 
 
 def test_smollm2_is_small_on_disk(strong: Result) -> None:

@@ -12,17 +12,18 @@ import pytest
 import torch
 from conftest import answer
 from safetensors.torch import load_file
-from terminal import done
+from terminal import done, losparse
 from toys import digests
 
 from losparse_cli.budget.recipe import Recipe
 from losparse_cli.checkpoint.config import layer_specs
 from losparse_cli.checkpoint.source import open_checkpoint
 from losparse_cli.compress import compress, plan
+from losparse_cli.compression.estimate import estimate
 from losparse_cli.compression.request import ModelRefinement, Refinement
 from losparse_cli.errors import CheckpointError, LosparseError, ResumeError, UsageError
 from losparse_cli.load import load
-from losparse_cli.refine import refine
+from losparse_cli.refine import prepare_refinement, refine
 from losparse_cli.text.request import Calibration
 from losparse_cli.verify import verify
 
@@ -168,6 +169,80 @@ def test_command(toy: Callable[..., Path], small: Path, text: Calibration, tmp_p
     )  # fmt: skip
     assert json.loads(run.out)["output"] == str(tmp_path / "out")
     assert verify(tmp_path / "out").sound
+
+
+@pytest.mark.parametrize("objective", ["blocks", "model"])
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(
+    toy: Callable[..., Path], small: Path, text: Calibration, tmp_path: Path, objective: str
+) -> None:
+    dense, out = toy("llama", tokenizer=True), tmp_path / "out"
+    command = (
+        "refine", small, "--against", dense, "--calibration", text.source, "--calibration-tokens", "256",
+        "--calibration-length", "32", "--objective", objective, "--refine-steps", "5", "-o", out, "--dry-run",
+    )  # fmt: skip
+    run = done(*command)
+    said = " ".join(run.out.split())
+    for words in ("14 layers, to ", "5 steps", "Disk about ", "Memory about ", "Time ", "256 tokens in 8 windows"):
+        assert words in said
+    assert said.endswith("Nothing was written.")
+    assert "warning: 256 tokens are few to calibrate with" in " ".join(run.err.split())
+    shown = json.loads(done(*command, "--json").out)
+    assert (shown["objective"], shown["settings"]["steps"], len(shown["layers"])) == (objective, 5, 14)
+    assert 0 < shown["least_seconds"] <= shown["seconds"] <= shown["most_seconds"]
+    assert shown["peak_memory_bytes"] > 0
+    assert shown["calibration"]["tokens_used"] == 256
+    assert not out.exists()
+    assert not out.with_name("out.partial").exists()
+    (out / "mine").mkdir(parents=True)
+    assert "exists already" in losparse(*command).complaint
+
+
+def test_a_dry_run_checks_what_training_could_move(toy: Callable[..., Path], text: Calibration, tmp_path: Path) -> None:
+    dense = toy("llama", tokenizer=True)
+    flat = compress(dense, tmp_path / "flat", bits=4.0).output
+    asked = ("refine", flat, "--against", dense, "--calibration", text.source, "--calibration-length", "32")
+    run = losparse(*asked, "--train", "lowrank", "--dry-run")
+    assert run.code == 2
+    assert "has no U and V that --train lowrank could move" in run.complaint
+
+
+def test_time_of_what_is_forecast(toy: Callable[..., Path], small: Path, text: Calibration, tmp_path: Path) -> None:
+    """Layers are there, so that only text passes; steps take as long as they are many, and minutes bound them."""
+    dense, place = toy("llama", tokenizer=True), tmp_path / "out"
+    seconds, rates = {}, [1e9] * 7
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("losparse_cli.compression.estimate._speeds", lambda device: rates)
+        for steps, minutes in ((1, None), (1001, None), (10**9, 2)):
+            how = ModelRefinement(minutes=minutes, steps=steps)
+            job = prepare_refinement(small, place, calibration=text, against=dense, refinement=how)
+            seconds[steps] = estimate(job, job.windows).seconds
+            assert estimate(job, job.windows).peak_bytes > 4 * job.parameters
+        compressing = plan(dense, place, calibration=text, values="float")
+        written = estimate(compressing, compressing.windows).seconds
+        # A text that is not downloaded yet is none that the model writes.
+        assert estimate(compressing, None).seconds == pytest.approx(written, rel=0.1)
+    parameters, per_step = job.parameters, 1000 * job.towards.tokens if job.towards else 0
+    assert 4e-9 * parameters * per_step < seconds[1001] - seconds[1] < 12e-9 * parameters * per_step
+    assert 120 <= seconds[10**9] < 120 + written
+    assert seconds[1] < written
+
+
+@pytest.mark.parametrize("objective", ["blocks", "model"])
+def test_shards_are_no_larger_than_asked(
+    toy: Callable[..., Path], small: Path, text: Calibration, tmp_path: Path, objective: str
+) -> None:
+    how = Refinement(steps=1) if objective == "blocks" else ModelRefinement(steps=1, tokens=64)
+    out = refine(
+        small, tmp_path / "out", calibration=text, against=toy("llama", tokenizer=True), refinement=how,
+        max_shard_size="50kB",
+    ).output  # fmt: skip
+    shards = sorted(out.glob("*.safetensors"))
+    assert len(shards) > 1
+    assert all(path.stat().st_size < 60_000 for path in shards)
+    assert verify(out).sound
+    held = [name for path in shards for name in load_file(path)]
+    assert sorted(held) == sorted(load_file(small / "model.safetensors"))
+    load(out)
 
 
 # --- compressed and trained in one go -------------------------------------------------------------

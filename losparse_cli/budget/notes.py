@@ -38,9 +38,9 @@ class Notes:
         for keep, plans in self._less.items():
             bits = 8 * plans[0].layer.itemsize
             said.append(
-                f"keep {keep:g} is {bits * keep:.3g} bits a weight, and whole numbers take {MOST_BITS:g} at most: "
-                f"{_and_more(plans[0].layer, len(plans))} at {MOST_BITS / bits:.0%} of the bytes. For more, say "
-                "--values float."
+                f"keep {keep:g} is {bits * keep:.3g} bits a weight, and whole numbers take {MOST_BITS:g} at most, "
+                f"in which they lose less than floats in all of it: {_and_more(plans[0].layer, len(plans))} at "
+                f"{MOST_BITS / bits:.0%} of the bytes. For floats all the same, say --values float."
             )
         for plans in self._unused.values():
             asked, each = plans[0].bits, plans[0].value_bits

@@ -10,7 +10,7 @@ from functools import lru_cache
 from ..errors import UnfitError, UsageError
 from ..shim.layouts import LayerSpec, bound_index_bytes, candidates, expected_index_bytes, n_of_m
 from .notes import Notes
-from .recipe import MOST_BITS, MOST_CODE_BITS, Recipe
+from .recipe import GRIDS, MOST_BITS, MOST_CODE_BITS, Recipe
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class LayerPlan:
     assumes an even spread of S.
 
     bits: a weight, where S is whole numbers; 0 for floats. expected_bytes is then the layer's share of the bytes that
-    all layers of the same pool take together, and one of them may take more if others take less.
+    all layers of the same pool take together, and one of them may take more if others take less. width: bits that hold
+    every code as a two's complement, 0 where any may occur; `bits` are then the most that a weight takes.
     """
 
     layer: Layer
@@ -61,6 +62,7 @@ class LayerPlan:
     expected_bytes: int
     bits: float = 0.0
     pool: str = ""
+    width: int = 0
 
     @property
     def sparse(self) -> bool:
@@ -230,6 +232,8 @@ def _plan_codes(layer: Layer, recipe: Recipe) -> LayerPlan:
         bits, pool = (recipe.value_bits * nnz + mask + 8 * beside) / (m * n), f"{recipe.value_bits:g} a value"
     elif recipe.bits is not None:
         bits, pool = recipe.bits, f"{recipe.bits!r}"
+    elif recipe.grid is not None:
+        bits, pool = (GRIDS[recipe.grid] * nnz + mask + 8 * beside) / (m * n), recipe.grid
     else:
         bits = min(MOST_BITS, 8 * layer.itemsize * (recipe.keep or 0.0))
         pool = f"{bits!r}"
@@ -245,7 +249,8 @@ def _plan_codes(layer: Layer, recipe: Recipe) -> LayerPlan:
     expected = int(min(bits * m * n / 8, useful))
     # What a layer takes depends on how much the loss minds it, and on the others: this is what no real one came near.
     bound = expected if layer.rows else 2 * m * n + 2 * beside + 4096
-    return LayerPlan(layer, rank, nnz, recipe.pattern, scope, 1, bound, expected, bits, pool)
+    width = GRIDS[recipe.grid] if recipe.grid is not None else 0
+    return LayerPlan(layer, rank, nnz, recipe.pattern, scope, 1, bound, expected, bits, pool, width)
 
 
 def code_overhead(layer: Layer, rank: int) -> int:

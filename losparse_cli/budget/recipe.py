@@ -23,10 +23,12 @@ EMBEDDING_BITS = 7.0
 """Bits a weight of embeddings and output heads, where S is codes."""
 MOST_BITS = 8.0
 """The most that may be asked for a weight."""
+GRIDS = {"int4": 4, "int8": 8}
+"""Whole numbers of a fixed width, as other engines' formats have them -> bits of a number."""
+ROWS_GRID = "int8"
+"""Of embeddings and output heads."""
 MOST_CODE_BITS = 15
 """Of a code without its sign: finer steps serve no purpose."""
-CODED_KEEP = 0.5
-"""Share of the bytes up to which `keep` is spent on codes."""
 DEFAULT_KEEP, CALIBRATED_KEEP = 0.85, 0.6
 """Share of the bytes kept of floats, without and with calibration text."""
 CALIBRATED_RANK_RATIO = 0.2
@@ -43,9 +45,10 @@ class Recipe:
 
     At most one of rank (columns of U) and rank_ratio (share of the kept parameters in U and V), and at
     most one of size (of the whole result, in bytes or as 90MB), keep (stored bytes over dense bytes), keep_parameters
-    ((r(m+n) + nnz) / mn), bits (stored, a weight) and value_bits (of each value that sparsity leaves). sparsity: share
-    of S that is zero; of floats in place of those, of codes beside bits or value_bits. values: of S, codes (whole
-    numbers) or float.
+    ((r(m+n) + nnz) / mn), bits (stored, a weight), value_bits (of each value that sparsity leaves) and grid (int4 or
+    int8: whole numbers that other engines' formats hold, and no more bytes than theirs). sparsity: share of S that is
+    zero; of floats in place of those, of codes beside bits, value_bits or grid. values: of S, codes (whole numbers) or
+    float.
     embedding_bits: where S is codes, of embeddings and output heads, which are in no other budget; "none" leaves them
     dense. sensitivity: on or off, whether codes follow the loss. What is None depends on whether there is calibration
     text: see `settled`. UsageError on contradictions and values out of range.
@@ -59,6 +62,7 @@ class Recipe:
     keep_parameters: float | None = None
     bits: float | None = None
     value_bits: float | None = None
+    grid: str | None = None
     values: str | None = None
     embedding_bits: float | str | None = None
     pattern: str = "unstructured"
@@ -86,7 +90,19 @@ class Recipe:
                     f"{flag(name)} is how many bits a {of} takes, above 0 and at most {MOST_BITS:g}, not {bits!r}; "
                     f"{CALIBRATED_BITS:g} is a usual choice."
                 )
+        if self.grid not in (None, *GRIDS):
+            raise UsageError(f"--grid is {' or '.join(GRIDS)}, not {self.grid!r}.")
+        if self.grid is not None and self.sensitivity == "on":
+            raise UsageError(
+                f"--sensitivity on makes codes of some rows finer than of others, and --grid {self.grid} gives all "
+                "rows the same width: leave out one of them."
+            )
         given = self.embedding_bits
+        if self.grid is not None and given not in (None, "none", GRIDS[ROWS_GRID]):
+            raise UsageError(
+                f"--embedding-bits {given} is for codes of any width, and --grid {self.grid} keeps embeddings on "
+                f"{ROWS_GRID}: leave out one of them, or say --embedding-bits none."
+            )
         if given not in (None, "none") and (not is_number(given) or not 0 < given <= MOST_BITS):  # type: ignore[operator]
             raise UsageError(
                 f"--embedding-bits is how many bits a weight of an embedding takes, above 0 and at most {MOST_BITS:g}, "
@@ -147,7 +163,8 @@ class Recipe:
     def for_rows(self, name: str, kinds: tuple[str, ...] = ()) -> Recipe:
         """As `for_layer`, for an embedding or an output head: bits of its own, no U and V, and no pattern."""
         bits = EMBEDDING_BITS if self.embedding_bits in (None, "none") else self.embedding_bits
-        recipe = override(override(self, {"bits": bits}).for_layer(name, kinds), {"rank": 0})
+        own = {"bits": bits} if self.grid is None else {"grid": ROWS_GRID}
+        recipe = override(override(self, own).for_layer(name, kinds), {"rank": 0})
         changes: dict[str, Any] = {"sparsity": None, "pattern": Recipe.pattern, "threshold_scope": None}
         if recipe.value_bits is not None:
             changes |= {"value_bits": None, "bits": bits}
@@ -161,9 +178,9 @@ class Recipe:
     def settled(self, *, calibrated: bool = False, refined: bool = False) -> Recipe:
         """This recipe with every choice made that was left open; without calibration text unless told otherwise.
 
-        S is whole numbers, unless something asks for what only floats can do, or for more bytes than whole numbers can
-        use. refined: whether blocks are to be matched, which needs floats. Of floats all of the budget is best spent on
-        S without data; with it, a fifth on U and V (docs/performance.md).
+        S is whole numbers, unless something asks for what only floats can do: however many bytes there are, floats of
+        as many lose more. refined: whether blocks are to be matched, which needs floats. Of floats all of the budget is
+        best spent on S without data; with it, a fifth on U and V (docs/performance.md).
         """
         coded, why = self._decided(refined)
         for target, fields in self.overrides:
@@ -174,6 +191,7 @@ class Recipe:
         if coded:
             _check_zeros(self)
             bits = CALIBRATED_BITS if calibrated else DEFAULT_BITS
+            own = EMBEDDING_BITS if self.grid is None else GRIDS[ROWS_GRID]
             return replace(
                 self,
                 values="codes",
@@ -181,9 +199,9 @@ class Recipe:
                 value_bits=self.value_bits if sized or not self.sparse else bits,
                 rank=self.rank or 0,
                 solver=self.solver or ("feedback" if calibrated else "rounding"),
-                sensitivity=self.sensitivity or ("on" if calibrated else "off"),
+                sensitivity=self.sensitivity or ("on" if calibrated and self.grid is None else "off"),
                 # Layers that --targets names are all that is meant, unless something is said of embeddings, too.
-                embedding_bits=self.embedding_bits or (None if self.targets else EMBEDDING_BITS),
+                embedding_bits=self.embedding_bits or (None if self.targets else own),
                 iterations=1,
                 threshold_scope=self.threshold_scope or "matrix",
             )
@@ -224,8 +242,6 @@ class Recipe:
             return coded, why
         if refined:
             return False, "--refine blocks"
-        if self.keep is not None and self.keep > CODED_KEEP:
-            return False, f"--keep {self.keep:g}"
         alone = [(target, override(Recipe(), dict(fields))) for target, fields in self.overrides]
         asked = [
             (target, coded, of(one)) for target, one in alone for of, coded in ((_of_codes, True), (_of_floats, False))
@@ -336,6 +352,7 @@ def _of_codes(recipe: Recipe) -> list[str]:
     given = {
         "--bits": recipe.bits,
         "--value-bits": recipe.value_bits,
+        "--grid": recipe.grid,
         "--embedding-bits": None if recipe.embedding_bits == "none" else recipe.embedding_bits,
         f"--sensitivity {recipe.sensitivity}": recipe.sensitivity,
         f"--solver {recipe.solver}": recipe.solver if recipe.solver in CODE_SOLVERS else None,

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import RecipeError, UsageError, flag
 
 RANK_CHOICES = ("rank", "rank_ratio")
-BUDGETS = ("size", "keep", "keep_parameters", "bits", "value_bits")
+BUDGETS = ("size", "keep", "keep_parameters", "bits", "value_bits", "grid")
 SIZE_CHOICES = ("sparsity", *BUDGETS)
 EXCLUSIVE = (RANK_CHOICES, ("sparsity", "size", "keep", "keep_parameters"), BUDGETS)
 """Settings of which one may be given at most. Whole numbers may be sparse, and have a budget, too."""

@@ -14,7 +14,7 @@ from ..linalg.factors import LowRankCodes, LowRankSparse
 from ..shim.codec import decode, smallest
 from ..shim.kept import decode as decode_codes
 from ..shim.kept import encode as encode_codes
-from ..shim.layouts import COLUMN_FACTORS, LayerSpec, column_factors
+from ..shim.layouts import COLUMN_FACTORS, LayerSpec, column_factors, over_runs, times_runs
 from .kept import smallest_stream
 from .reader import TensorEntry
 from .source import Checkpoint
@@ -25,11 +25,21 @@ def encode_layer(plan: LayerPlan, factors: LowRankSparse | LowRankCodes) -> tupl
     kernels.install()
     layer, rank = plan.layer, factors.rank
     if isinstance(factors, LowRankCodes):
-        stream = encode_codes(factors.codes, smallest_stream(factors.codes, plan.pattern))
-        kind = "embedding" if layer.rows == "embedding" else ""
-        spec = LayerSpec(layer.shape, rank, factors.nnz, plan.pattern, "codes", index_bytes=stream.numel(), kind=kind)
+        runs = factors.runs
+        codes = factors.codes if runs is None else over_runs(factors.codes, runs)
+        stream = encode_codes(codes, smallest_stream(codes, plan.pattern))
+        spec = LayerSpec(
+            layer.shape,
+            rank,
+            factors.nnz,
+            plan.pattern,
+            "codes",
+            index_bytes=stream.numel(),
+            kind="embedding" if layer.rows == "embedding" else "",
+            run=0 if runs is None else layer.shape[1] // runs.shape[1],
+        )
         scale = torch.searchsorted(COLUMN_FACTORS, factors.columns.cpu()).to(torch.uint8)
-        tensors = {"S_codes": stream, "S_scale": scale}
+        tensors = {"S_codes": stream, "S_scale": scale} | ({} if runs is None else {"S_runs": runs})
     else:
         spec, tensors = smallest(factors.support, rank, plan.pattern)
     disk = layer.disk_module if layer.disk_module != layer.name else ""
@@ -64,6 +74,16 @@ def not_finite(factors: LowRankSparse | LowRankCodes, entries: dict[str, TensorE
     ]
 
 
+def read_finite_layer(
+    checkpoint: Checkpoint, name: str, spec: LayerSpec, entries: dict[str, TensorEntry]
+) -> LowRankSparse | LowRankCodes:
+    """`read_layer`, and CheckpointError if a tensor holds what is no number."""
+    factors = read_layer(checkpoint, name, spec, entries)
+    for problem in not_finite(factors, entries):
+        raise CheckpointError(problem)
+    return factors
+
+
 def unpack_layer(spec: LayerSpec, tensors: dict[str, Tensor]) -> LowRankSparse | LowRankCodes:
     """The factors from the stored tensors by suffix; ValueError if an index leaves its range."""
     m, n = spec.shape
@@ -72,8 +92,10 @@ def unpack_layer(spec: LayerSpec, tensors: dict[str, Tensor]) -> LowRankSparse |
     V = tensors.get("V", values.new_zeros(0, n))
     if spec.layout == "codes":
         codes, _ = decode_codes(tensors["S_codes"], spec.shape)
+        runs = tensors.get("S_runs")
+        codes = codes if runs is None else times_runs(codes, runs)
         if int(torch.count_nonzero(codes)) != spec.nnz:
             raise ValueError(f"S_codes does not hold {spec.nnz} entries other than zero")
-        return LowRankCodes(U, V, values, column_factors(tensors["S_scale"]), codes.to(values.device))
+        return LowRankCodes(U, V, values, column_factors(tensors["S_scale"]), codes.to(values.device), runs)
     support = decode(spec, {k: t for k, t in tensors.items() if k.startswith("S_")})
     return LowRankSparse(U, V, values, support)

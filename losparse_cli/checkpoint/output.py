@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import OutputError, UsageError, write_errors
@@ -56,6 +57,29 @@ def check_output(output: Path, *, overwrite: bool, reads: Iterable[Path] = ()) -
                 raise UsageError(
                     f"{output} holds no checkpoint, so --overwrite leaves it alone. Choose another --output."
                 )
+
+
+@contextmanager
+def whole_file(output: Path, *, overwrite: bool, reads: Iterable[Path] = ()) -> Iterator[Path]:
+    """Where to write one file, which becomes `output` when all of it is there, and goes where that fails.
+
+    UsageError and OutputError as `check_output`.
+    """
+    with write_errors(output):
+        if output.is_dir():
+            raise UsageError(f"{output} is a folder. Name a file in it with --output.")
+        if output.exists() and not overwrite:
+            raise UsageError(f"{output} exists already. Add --overwrite to replace it, or choose another --output.")
+        check_output(output.with_name(f"{output.name}.partial"), overwrite=False, reads=reads)
+        output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f"{output.name}.partial")
+    try:
+        yield partial
+        if partial.exists():
+            with write_errors(output):
+                os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def free_bytes(place: Path) -> int:

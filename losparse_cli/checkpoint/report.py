@@ -20,7 +20,8 @@ class LayerReport:
     errors: relative Frobenius error after each iteration. output_errors: relative error of the layer's output on
     the text that it was solved with, after each stage of the solver; () without one. held_out_error: the same on text
     that was held out, as stored; None without any. log_step: of codes, log2 of the step that they were made with.
-    tokens: that it was solved with, of an expert those that were sent to it; None without text.
+    tokens: that it was solved with, of an expert those that were sent to it; None without text. head: whether it is an
+    output head, which as embeddings do has bits of its own.
     """
 
     name: str
@@ -34,6 +35,12 @@ class LayerReport:
     held_out_error: float | None = None
     log_step: float | None = None
     tokens: int | None = None
+    head: bool = False
+
+    @property
+    def aside(self) -> bool:
+        """Whether it is an embedding or an output head, which `--bits` is not of."""
+        return self.head or self.spec.kind == "embedding"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -140,17 +147,24 @@ class Report:
 
     @property
     def bits(self) -> float:
-        """Stored, a weight of the compressed layers, all counted; embeddings, which have bits of their own, are not."""
-        return 8 * sum(one.bytes_after for one in self._linear) / max(1, sum(one.parameters for one in self._linear))
+        """Stored, a weight of the compressed layers, all counted; embeddings and heads have bits of their own."""
+        return _bits(self.inner)
+
+    @property
+    def embedding_bits(self) -> float | None:
+        """The same of embeddings and heads; None where there are none, or nothing else."""
+        aside = [layer for layer in self.layers if layer.aside]
+        return _bits(aside) if 0 < len(aside) < len(self.layers) else None
 
     @property
     def zeros(self) -> float:
         """Share of the entries of S that are zero, of the same layers."""
-        return 1 - sum(one.spec.nnz for one in self._linear) / max(1, sum(one.parameters for one in self._linear))
+        return 1 - sum(one.spec.nnz for one in self.inner) / max(1, sum(one.parameters for one in self.inner))
 
     @property
-    def _linear(self) -> Sequence[LayerReport]:
-        return [layer for layer in self.layers if layer.spec.kind != "embedding"] or self.layers
+    def inner(self) -> Sequence[LayerReport]:
+        """Layers without embeddings and output heads, unless there are no others."""
+        return [layer for layer in self.layers if not layer.aside] or self.layers
 
     @property
     def coded(self) -> bool:
@@ -180,7 +194,7 @@ class Report:
     def totals(self) -> dict[str, Any]:
         """The sums above under their names, for JSON."""
         names = ["bytes_before", "bytes_after", "model_bytes_before", "model_bytes_after", "parameters"]
-        names += ["targeted_parameters", "targeted_share", "kept_parameters", "bits", "zeros"]
+        names += ["targeted_parameters", "targeted_share", "kept_parameters", "bits", "embedding_bits", "zeros"]
         names += ["relative_error", "held_out_error"]
         return {name: getattr(self, name) for name in names}
 
@@ -202,6 +216,10 @@ class Report:
             return cls(**known)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{where} is incomplete ({error!r}). Compress the model again.") from error
+
+
+def _bits(layers: Collection[LayerReport]) -> float:
+    return 8 * sum(layer.bytes_after for layer in layers) / max(1, sum(layer.parameters for layer in layers))
 
 
 def text_used(calibration: Mapping[str, Any]) -> str:

@@ -14,21 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.progress import Progress as Bars
+from rich.progress import TaskID
 from rich.table import Table
-from rich.text import Text
 
 from ..checkpoint.report import telling_error
 from ..errors import Interrupted
 from ..progress import Progress
+from .bars import bars
 
 if TYPE_CHECKING:
     from ..checkpoint.report import LayerReport
@@ -93,7 +86,7 @@ class Console:
     @contextmanager
     def status(self, message: str) -> Iterator[Any]:
         if self.err.is_terminal and not self.quiet:
-            with self.err.status(escape(message)) as status:
+            with self.err.status(escape(clean(message, self.err.width - 4))) as status:
                 yield status
         else:
             yield _NoStatus()
@@ -116,13 +109,15 @@ class _NoStatus:
 
 
 class LayerProgress(Progress):
-    """Two bars, layers and bytes, and the time left; a plain line every tenth where there is no terminal."""
+    """Two bars, layers and bytes, and the time left; where there is no terminal plain lines, one for what is done
+    before the first layer, and one for each tenth of the layers."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bars: Bars | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._done = self._total = self._said = 0
+        self._done = self._total = 0
+        self._stage = ""  # what goes on before the first layer, of which only the beginning is told
 
     def start(self, unit: str, total: int, done: int = 0) -> None:
         if unit == "layers":
@@ -141,7 +136,10 @@ class LayerProgress(Progress):
     def phase(self, text: str) -> None:
         """What goes on between two layers, or before the first."""
         if self._bars is not None:
-            self._bars.update(self._tasks["layers"], note=escape(text))
+            self._bars.update(self._tasks["layers"], note=text)
+        elif not self._total and (stage := text.partition(":")[0]) != self._stage:
+            self._stage = stage
+            self._console.say(escape(text))
 
     def tell(self, sentence: str) -> None:
         self._console.say(escape(sentence))
@@ -154,17 +152,13 @@ class LayerProgress(Progress):
         error = getattr(report, telling_error([report]))
         note = report.name if error is None else f"{report.name}  error {error:.3f}"
         if self._bars is not None:
-            self._bars.update(self._tasks["layers"], advance=1, note=escape(note))
-        elif self._done * 10 // max(1, self._total) > self._said or self._done == self._total:
-            self._said = self._done * 10 // max(1, self._total)
+            self._bars.update(self._tasks["layers"], advance=1, note=note)
+        elif is_told(self._done, self._total):
             self._console.say(f"layer {self._done}/{self._total}  {escape(note)}")
 
     def __enter__(self) -> LayerProgress:
         if self._console.err.is_terminal and not self._console.quiet:
-            self._bars = Bars(
-                TextColumn("{task.description:<8}"), BarColumn(), _Amount(), TimeLeft(),
-                TextColumn("{task.fields[note]}", style="dim"), console=self._console.err,
-            )  # fmt: skip
+            self._bars = bars(self._console.err)
             self._bars.start()
             self._tasks["layers"] = self._bars.add_task("Layers", total=None, note="", unit="layers")
         return self
@@ -174,39 +168,23 @@ class LayerProgress(Progress):
             self._bars.stop()
 
 
-class TimeLeft(TimeRemainingColumn):
-    """`3:10 left`, once: of bytes, which go along with layers, it would only be another guess."""
-
-    def __init__(self) -> None:
-        super().__init__(compact=True)
-
-    def render(self, task: Any) -> Text:
-        return Text() if task.fields.get("unit") == "bytes" else super().render(task).append(" left")
-
-
-class _Amount(DownloadColumn):
-    """`12/210` for layers, `105.1/269.0 MB` for bytes, `49/100` for anything else."""
-
-    def render(self, task: Any) -> Any:
-        return MofNCompleteColumn().render(task) if task.fields["unit"] != "bytes" else super().render(task)
+def is_told(done: int, total: int) -> bool:
+    """Whether the line of a unit is one of about ten, evenly spaced, that are shown where there is no terminal."""
+    return done % max(1, -(-total // 10)) == 0 or done == total
 
 
 class CountProgress(Progress):
     """One bar over units that are named as they are finished."""
 
     def __init__(self, console: Console, verb: str) -> None:
-        self._bars = Bars(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeLeft(),
-            TextColumn("{task.fields[note]}", style="dim"), console=console.err, transient=True,
-            disable=console.quiet or not console.err.is_terminal,
-        )  # fmt: skip
-        self._task = self._bars.add_task(escape(verb), total=None, note="")
+        self._bars = bars(console.err, transient=True, disable=console.quiet or not console.err.is_terminal)
+        self._task = self._bars.add_task(verb, total=None, note="")
 
     def start(self, unit: str, total: int, done: int = 0) -> None:
         self._bars.update(self._task, total=total, completed=done)
 
     def advance(self, unit: str, count: int = 1, name: str = "") -> None:
-        self._bars.update(self._task, advance=count, note=escape(name))
+        self._bars.update(self._task, advance=count, note=name)
 
     def __enter__(self) -> CountProgress:
         self._bars.start()

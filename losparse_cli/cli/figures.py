@@ -29,10 +29,11 @@ OTHER = "#999999"
 # Beyond the colours, kinds are dashed and hatched; beyond that, eyes no longer tell them apart.
 MOST_KINDS = 2 * len(COLOURS)
 ERRORS = {
-    "held_out_error": "output, held out",
-    "output_error": "output, in-sample",
+    "held_out_error": "held-out output",
+    "output_error": "in-sample output",
     "relative_error": "weight",
 }
+CUT = 1.5  # times the highest block, beyond which bars outside blocks are cut
 TITLE_WIDTH = 105  # letters that the narrowest picture holds in a line
 
 
@@ -76,13 +77,22 @@ def headline(report: Report | DenseReport) -> tuple[str, str]:
         span = error_range(report.layers, telling_error(report.layers))
         return clean(report.name or made_from or "compressed model"), (
             (f"Made from {made_from}. " if report.name and made_from else "")
-            + f"Compressed layers: {share:.1%} of their bytes are left; they hold {report.targeted_share:.1%} of all "
-            f"parameters. Whole model: {whole:.1%} of {size(report.model_bytes_before)}."
-            + (f" {caption.capitalize()} of single layers: {span[0]:.3f} to {span[1]:.3f}." if span else "")
+            + f"Compressed layers: {share:.1%} of their bytes are left{_bits(report)}; they hold "
+            f"{report.targeted_share:.1%} of all parameters. Whole model: {whole:.1%} of "
+            f"{size(report.model_bytes_before)}."
+            + (f" Single layers have a {caption} of {span[0]:.3f} to {span[1]:.3f}." if span else "")
         )
     count = sum(layer.reason is None for layer in report.layers)
     share = report.targeted_parameters / max(1, report.parameters)
     return clean(report.name), f"Dense: {count} layers would be compressed, {share:.1%} of all parameters."
+
+
+def _bits(report: Report) -> str:
+    """Bits a weight, where S is whole numbers."""
+    if not report.coded:
+        return ""
+    aside = "" if report.embedding_bits is None else f" and {report.embedding_bits:.2f} of embeddings and heads"
+    return f", {report.bits:.2f} bits a weight{aside}"
 
 
 def layer_errors(layers: Sequence[LayerReport]) -> tuple[str, list[float | None]]:
@@ -167,6 +177,7 @@ def _compressed_figure(report: Report, titled: bool) -> Figure:
     below.set_ylabel("bytes in all layers of a block")
     below.yaxis.set_major_formatter(lambda value, _: size(value) if value >= 0 else "")
     below.set_xlabel("block")
+    _cut_outside(below, columns, floor)
     _label_blocks(above, below, columns)
     # The words are set afterwards: a legend leaves out those that begin with an underscore.
     legend = figure.legend(
@@ -177,6 +188,26 @@ def _compressed_figure(report: Report, titled: bool) -> Figure:
         text.set_text(label)
     _finish(figure, (above, below), _title(report) if titled else [])
     return figure
+
+
+def _cut_outside(
+    axes: Axes, columns: Mapping[tuple[str, int | None], float], heights: Mapping[tuple[float, int], float]
+) -> None:
+    """Blocks fill the panel: bars outside them, of embeddings mostly, may be many times as high, and are cut then.
+
+    heights: (x, 0 of the dense model or 1) -> bytes.
+    """
+    inside = [heights.get((x, 0), 0.0) for (_, block), x in columns.items() if block is not None]
+    top = CUT * max(inside, default=0.0)
+    cut = {x for (_, block), x in columns.items() if block is None and heights.get((x, 0), 0.0) > top}
+    if not top or not cut:
+        return
+    axes.set_ylim(0, top)
+    before, after = (size(sum(heights.get((x, side), 0.0) for x in cut)) for side in (0, 1))
+    axes.text(
+        min(cut) - 0.6, 0.97 * top, f"cut: {before} dense,\n{after} compressed", ha="right", va="top", fontsize=9,
+        color="#555555",
+    )  # fmt: skip
 
 
 def _columns(where: Sequence[Place]) -> dict[tuple[str, int | None], float]:

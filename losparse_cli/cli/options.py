@@ -28,6 +28,9 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the model's own Python code.", rich_help_panel=HUB)
 ]
 MaxShardSize = Annotated[str, typer.Option(help="Largest weight file to write.", rich_help_panel=RUN)]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show the plan and what it needs; write nothing.", rich_help_panel=RUN)
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.", rich_help_panel=RUN)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.", rich_help_panel=SHOW)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.", rich_help_panel=SHOW)]

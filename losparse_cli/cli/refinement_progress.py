@@ -8,7 +8,8 @@ from rich import progress as rich
 from rich.markup import escape
 
 from ..progress import Progress
-from .console import Console, TimeLeft
+from .bars import bars
+from .console import Console
 
 
 class RefinementProgress(Progress):
@@ -19,14 +20,11 @@ class RefinementProgress(Progress):
         self._bar: rich.Progress | None = None
         self._task = rich.TaskID(0)
         if console.err.is_terminal and not console.quiet:
-            self._bar = rich.Progress(
-                rich.TextColumn("{task.description}"), rich.BarColumn(), rich.TaskProgressColumn(), TimeLeft(),
-                rich.TextColumn("{task.fields[note]}", style="dim"), console=console.err,
-            )  # fmt: skip
+            self._bar = bars(console.err)
 
     def start(self, unit: str, total: int, done: int = 0) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, description="Training", total=total, completed=done)
+            self._bar.update(self._task, description="Training", total=total, completed=done, unit=unit)
 
     def advance(self, unit: str, count: int = 1, name: str = "") -> None:
         if self._bar is not None:
@@ -34,7 +32,7 @@ class RefinementProgress(Progress):
 
     def phase(self, text: str) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, note=escape(text))
+            self._bar.update(self._task, note=text)
 
     def tell(self, sentence: str) -> None:
         self._console.say(escape(sentence))

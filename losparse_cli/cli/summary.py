@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ..budget.quality import doubt_of_bits, doubt_of_share
 from .columns import Column, show_columns
-from .console import Console, short, size
+from .console import Console, clean, short, size
 from .places import places
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..compression.estimate import Estimate, Forecast
     from ..compression.plan import Job
     from ..finetune import Finetuned
+    from ..refinement.forecast import RefinementForecast
     from ..refinement.run import RefinedModel
 
 
@@ -64,10 +65,7 @@ def show_plan(out: Console, found: Forecast) -> None:
         out.show(f"Download {size(job.source.nbytes)} from the Hub, kept in its cache")
     if job.calibration is not None:
         out.show(f"Text     {_text(job)}")
-    held = f", {size(need.activation_bytes)} of it activations, which can lie in files" if need.activation_bytes else ""
-    out.show(f"Memory   about {size(need.peak_bytes)} at the peak{held}")
-    busy = "; other work runs on it now, so this is uncertain" if need.busy else ""
-    out.show(f"Time     {_time(need)} on this machine{busy}")
+    _show_need(out, need)
     if job.recipe.allocate == "error":
         out.show("Sizes    --allocate error measures them at the start of the run; the table shows the uniform plan")
     if found.finished:
@@ -77,14 +75,53 @@ def show_plan(out: Console, found: Forecast) -> None:
         out.warn(sentence)
 
 
+def show_refinement_plan(out: Console, found: RefinementForecast) -> None:
+    """What a refinement would do and need (--dry-run)."""
+    out.data(found.to_dict())
+    out.flush()
+    job, how = found.job, found.job.towards
+    assert job.start is not None
+    layers = sum(not p.layer.rows for p in job.plan.layers)
+    what = f"each of {len(job.blocks)} blocks, {layers} layers" if how is None else f"the whole model, {layers} layers"
+    out.show(f"Matches  {what}, to {escape(clean(job.source.address, 200))}")
+    if how is not None:
+        bounds = [f"{how.steps:,} steps"] if how.steps is not None else []
+        bounds += [f"{minutes(how.seconds)} at most" if bounds else minutes(how.seconds)] if how.seconds else []
+        out.show(f"Trains   {', '.join(how.train)}, for {', '.join(bounds)}")
+    elif job.refinement is not None:
+        out.show(f"Trains   layers and norms, {job.refinement.steps:,} steps for each block")
+    out.show(f"Disk     about {size(found.disk_bytes)} in {short(job.output)}; {size(found.free_bytes)} free")
+    if not job.source.files:
+        out.show(f"Download {size(job.source.nbytes)} from the Hub, kept in its cache")
+    out.show(f"Text     {_text(job)}")
+    _show_need(out, found.need)
+    if found.finished:
+        out.show("This very run has finished before: there is nothing to do.")
+    out.show("Nothing was written.")
+    for sentence in found.warnings:
+        out.warn(sentence)
+
+
+def _show_need(out: Console, need: Estimate) -> None:
+    """Memory and time."""
+    streamed = need.activation_bytes and need.peak_bytes == need.fixed_bytes + need.activation_bytes
+    held = f", {size(need.activation_bytes)} of it activations, which can lie in files" if streamed else ""
+    out.show(f"Memory   about {size(need.peak_bytes)} at the peak{held}")
+    busy = "; other work runs on it now, so this is uncertain" if need.busy else ""
+    out.show(f"Time     {_time(need)} on this machine{busy}")
+
+
 def _text(job: Job) -> str:
     """What a calibrated job reads, in words."""
     from ..checkpoint.report import text_used
+    from ..text.documents import SELF
     from ..text.sample import account
 
     assert job.calibration is not None
     if job.windows is None:
-        return f"about {job.calibration.tokens:,} tokens that the model writes itself"
+        own = job.calibration.source == SELF
+        whose = "that the model writes itself" if own else f"of {escape(clean(job.calibration.source, 200))}"
+        return f"about {job.calibration.tokens:,} tokens {whose}"
     return escape(text_used(account(job.calibration, job.windows)))
 
 
@@ -95,7 +132,9 @@ def _time(need: Estimate) -> str:
 
 
 def minutes(seconds: float) -> str:
-    """30 s, 12 min, 2.5 h."""
+    """0.4 s, 30 s, 12 min, 2.5 h."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
@@ -112,10 +151,8 @@ def show_result(out: Console, result: Result) -> None:
         | report.totals()
     )
     _show_sizes(out, report, "before", "after")
-    out.show(
-        f"{len(report.layers)} layers, {report.targeted_share:.1%} of all parameters{_error(report)}, "
-        f"{result.seconds:.1f} s"
-    )
+    took = f", {result.seconds:.1f} s" if result.seconds else ""  # else it was found finished
+    out.show(f"{len(report.layers)} layers, {report.targeted_share:.1%} of all parameters{_error(report)}{took}")
     if result.took.predicted is not None and not result.resumed:
         need = result.took.predicted
         out.show(
@@ -191,7 +228,8 @@ def show_finetuned(out: Console, result: Finetuned) -> None:
             scores.add_row(name, f"{value:.4f}")
         out.table(scores)
     where = short(result.output)
-    out.show(f"[bold green]Done[/] in {minutes(result.seconds)}. The result is in {where}. To load it:")
+    took = f" in {minutes(result.seconds)}" if result.seconds else ""
+    out.show(f"[bold green]Done[/]{took}. The result is in {where}. To load it:")
     _show_loading(out, where)
 
 
@@ -203,9 +241,9 @@ def show_refined(out: Console, result: RefinedModel) -> None:
     _show_sizes(out, result.report, "dense", "refined")
     _show_refinement(out, result.report)
     where = short(result.output)
-    done = f"in {minutes(result.seconds)}, {result.steps} step{'s' if result.steps != 1 else ''} of "
-    done += f"{result.tokens // max(1, result.steps):,} tokens"
-    out.show(f"[bold green]Done[/] {done}. The result is in {where}. To load it:")
+    done = [f"in {minutes(result.seconds)}"] if result.seconds else []
+    done.append(f"{result.steps} step{'s' * (result.steps != 1)} of {result.tokens // max(1, result.steps):,} tokens")
+    out.show(f"[bold green]Done[/] {', '.join(done)}. The result is in {where}. To load it:")
     _show_loading(out, where)
     if not result.seconds:
         out.say("This very run had finished before: nothing was left to do.")
@@ -240,7 +278,9 @@ def _show_sizes(out: Console, report: Report, before: str, after: str) -> None:
                   f"{report.model_bytes_after / max(1, report.model_bytes_before):.1%}")  # fmt: skip
     if report.coded:
         dense = 8 * report.bytes_before / max(1, report.targeted_parameters)
-        table.add_row("bits a weight of layers", f"{dense:g}", f"{report.bits:.3f}", f"{report.bits / dense:.1%}")
+        for what, bits in (("layers", report.bits), ("embeddings, heads", report.embedding_bits)):
+            if bits is not None:
+                table.add_row(f"bits a weight of {what}", f"{dense:g}", f"{bits:.3f}", f"{bits / dense:.1%}")
         table.add_row("zeros in S of layers", "", f"{report.zeros:.1%}", "")
     else:
         table.add_row("parameters kept", f"{report.targeted_parameters:,}", f"{sum(x.kept for x in report.layers):,}",

@@ -13,13 +13,11 @@ from rich.markup import escape
 
 from ..errors import UsageError
 from .columns import Column, show_columns
-from .console import Console, clean, invoked, short, size
+from .console import Console, clean, size
 
 if TYPE_CHECKING:
     from ..checkpoint.report import LayerReport, Report
-    from ..demo import Measured
     from ..inspection import DenseLayer, DenseReport
-    from ..tasks.paired import Estimate
 
 BLOCKS = " ▏▎▍▌▋▊▉█"
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -66,9 +64,13 @@ def check_sort(sort: str) -> None:
 
 
 def show_report(
-    out: Console, report: Report | DenseReport, *, every_layer: bool, sort: str, as_csv: bool, as_json: bool
-) -> None:
-    """Print a report in the form asked for; UsageError for an order that it does not have."""
+    out: Console, report: Report | DenseReport, *, every_layer: bool, sort: str, as_csv: bool, as_json: bool,
+    spectra: bool = True,
+) -> None:  # fmt: skip
+    """Print a report in the form asked for; UsageError for an order that it does not have.
+
+    spectra: whether a table shows those of a dense model, which takes a line for every layer.
+    """
     from ..checkpoint.report import Report as Compressed
     from ..checkpoint.report import telling_error
 
@@ -95,7 +97,7 @@ def show_report(
     elif as_csv:
         _write_dense_csv(layers)
     else:
-        _show_dense(out, report, every_layer, sort)
+        _show_dense(out, report, every_layer, sort, spectra)
 
 
 def _show_compressed(out: Console, report: Report, every_layer: bool, sort: str, measure: str) -> None:
@@ -104,7 +106,15 @@ def _show_compressed(out: Console, report: Report, every_layer: bool, sort: str,
     def group(name: str, layers: Sequence[LayerReport]) -> Group:
         return Group(name, layers, measure)
 
-    whole = group("all", report.layers)
+    whole = [group("all", report.inner)]
+    aside = [x for x in report.layers if x.aside]
+    if report.embedding_bits is not None:  # which have bits of their own, and would blur those that were asked for
+        whole.append(group("aside", aside))
+    footer = f"{len(whole[0].layers)} layers" + (f"\n{_aside(aside)}" if len(whole) > 1 else "")
+
+    def total(of: Callable[[Group], str]) -> str:
+        return "\n".join(of(g) for g in whole)
+
     blocks = [group(name, layers) for name, layers in _by_block(report.layers).items()]
     groups = [group(x.name, [x]) for x in report.layers] if every_layer else blocks
     groups = sorted(groups, key=SORTS[sort])
@@ -112,19 +122,24 @@ def _show_compressed(out: Console, report: Report, every_layer: bool, sort: str,
     columns = [
         Column("shape", [_one(f"{x.shape[0]} x {x.shape[1]}" for x in g.layers) for g in groups], goes=7),
         Column("rank", [_range([x.spec.rank for x in g.layers]) for g in groups], goes=6),
-        Column("nnz", [f"{g.nnz:,}" for g in groups], f"{whole.nnz:,}", goes=1),
-        Column("density", [f"{g.density:.3f}" for g in groups], f"{whole.density:.3f}", goes=4),
+        Column("nnz", [f"{g.nnz:,}" for g in groups], total(lambda g: f"{g.nnz:,}"), goes=1),
+        Column("density", [f"{g.density:.3f}" for g in groups], total(lambda g: f"{g.density:.3f}"), goes=4),
         Column("pattern", [_one(x.spec.pattern for x in g.layers) for g in groups], left=True, goes=5),
         Column("layout", [_one(x.spec.layout for x in g.layers) for g in groups], left=True, goes=3),
-        Column("bits", [f"{g.bits:.2f}" for g in groups], f"{whole.bits:.2f}", goes=8),
-        Column("before", [size(g.before) for g in groups], size(whole.before), goes=2),
-        Column("after", [size(g.after) for g in groups], size(whole.after)),
-        Column("share", [f"{g.share:5.1%} [cyan]{_bar(g.share)}[/]" for g in groups], f"{whole.share:5.1%}", left=True),
+        Column("bits", [f"{g.bits:.2f}" for g in groups], total(lambda g: f"{g.bits:.2f}"), goes=8),
+        Column("before", [size(g.before) for g in groups], total(lambda g: size(g.before)), goes=2),
+        Column("after", [size(g.after) for g in groups], total(lambda g: size(g.after))),
+        Column(
+            "share",
+            [f"{g.share:5.1%} [cyan]{_bar(g.share)}[/]" for g in groups],
+            total(lambda g: f"{g.share:5.1%}"),
+            left=True,
+        ),
     ]
     if any(g.error is not None for g in groups):
         errors = ["-" if g.error is None else f"{g.error:.3f} [red]{_bar(g.error / largest)}[/]" for g in groups]
-        footer = "-" if whole.error is None else f"{whole.error:.3f}"
-        columns.append(Column(HEADS[measure], errors, footer, left=True))
+        of_all = total(lambda g: "-" if g.error is None else f"{g.error:.3f}")
+        columns.append(Column(HEADS[measure], errors, of_all, left=True))
     if not every_layer:
         columns = columns[1:]
     # What is the same in every line is said once, above the table, so that the rest fits a terminal.
@@ -138,10 +153,11 @@ def _show_compressed(out: Console, report: Report, every_layer: bool, sort: str,
         out.show("   ".join(f"{column.head} {column.cells[0]}" for column in same), style="dim")
     shown = [replace(x, goes=0) if x.head == SORTED_BY.get(sort, sort) else x for x in columns if x not in same]
     head = "layer" if every_layer else "block"
-    show_columns(out, head, [g.name for g in groups], shown, footer=f"{len(report.layers)} layers")
+    show_columns(out, head, [g.name for g in groups], shown, footer=footer)
     span = error_range(report.layers, measure)
     if span is not None and len(report.layers) > 1:
-        line = f"{_sparkline([block.error or 0.0 for block in blocks])}  " if len(blocks) > 1 else ""
+        known = [block.error for block in blocks if block.error is not None]  # of embeddings it may not be
+        line = f"{_sparkline(known)}  " if len(known) > 1 else ""
         out.show(f"error by depth  {line}single layers {span[0]:.3f} to {span[1]:.3f}")
     out.show(
         f"whole model     {size(report.model_bytes_before)} -> {size(report.model_bytes_after)}  "
@@ -157,6 +173,13 @@ def _show_compressed(out: Console, report: Report, every_layer: bool, sort: str,
         out.show(f"left dense      {escape(_reasons(report.skipped))}")
 
 
+def _aside(layers: Sequence[LayerReport]) -> str:
+    """Embeddings and heads, counted."""
+    heads = sum(x.head for x in layers)
+    counts = ((len(layers) - heads, "embedding"), (heads, "head"))
+    return ", ".join(f"{count} {name}{'s' * (count > 1)}" for count, name in counts if count)
+
+
 def _print_title(out: Console, name: str, source: object) -> None:
     """The checkpoint, and below it what it was made from."""
     made_from = clean(source or "")
@@ -165,8 +188,8 @@ def _print_title(out: Console, name: str, source: object) -> None:
         out.show(f"made from {escape(made_from)}", style="dim")
 
 
-def _show_dense(out: Console, report: DenseReport, every_layer: bool, sort: str) -> None:
-    ranks = sorted({r for x in report.layers for r in x.energy if r >= 8})
+def _show_dense(out: Console, report: DenseReport, every_layer: bool, sort: str, spectra: bool) -> None:
+    ranks = sorted({r for x in report.layers for r in x.energy if r >= 8}) if spectra else []
     members: dict[Any, list[DenseLayer]] = {}
     for x in report.layers:
         kind = re.sub(r"\.\d+(?=\.)", ".*", x.name), x.shape, x.reason
@@ -202,37 +225,6 @@ def _whether(layer: DenseLayer) -> str:
     if layer.reason is not None:
         return f"[dim]no: {escape(layer.reason)}[/]"
     return "[green]yes[/]" + (", in whole numbers" if layer.rows else "")
-
-
-def show_comparison(out: Console, rows: Sequence[Measured]) -> None:
-    """Dense beside compressed: bytes, perplexity and its distance from dense's, time, and what the model says."""
-    from ..demo import WINDOWS
-
-    dense, ours = rows[0], rows[-1]
-    perplexities = [_with_error(row.perplexity, ".1f" if row.perplexity.value < 1e4 else ".2g") for row in rows]
-    columns = [
-        Column("layers", [f"{size(row.layer_bytes)} {row.layer_bytes / dense.layer_bytes:4.0%}" for row in rows]),
-        Column("model", [size(row.model_bytes) for row in rows]),
-        Column("perplexity", perplexities),
-        Column("log gap", [_with_error(row.gap, ".3f") if row.gap is not None else "" for row in rows]),
-        Column("took", [f"{row.seconds:.0f} s" if row.seconds else "" for row in rows], goes=1),
-    ]
-    show_columns(out, "", [row.name for row in rows], columns, bold=ours.name)
-    for row in rows:
-        out.show(f"[bold]{row.name}[/] says: {escape(row.sentence)}")
-    out.show(
-        f"\nOn the first {WINDOWS} of README's 32 windows, in float32; with its longer calibration losparse comes "
-        "closer. Log gap: log-perplexity above that of dense; ± one standard error."
-    )
-    command, folder = invoked(), short(ours.folder)
-    out.show(f"\nGo on with: {command} inspect {folder} --layers", whole=True)
-    out.show(f"or a picture: {command} inspect {folder} --plot losparse.html", whole=True)
-    out.show(f"or ask: {command} generate {folder} 'Why is ice light?'", whole=True)
-
-
-def _with_error(estimate: Estimate, shape: str) -> str:
-    error = "" if estimate.error is None else f" ± {estimate.error:{shape}}"
-    return f"{estimate.value:{shape}}{error}"
 
 
 def _write_csv(layers: Sequence[LayerReport]) -> None:

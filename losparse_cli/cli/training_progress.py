@@ -9,7 +9,8 @@ from rich import progress as rich
 from rich.markup import escape
 
 from ..progress import Progress
-from .console import Console, TimeLeft
+from .bars import bars
+from .console import Console, is_told
 
 if TYPE_CHECKING:
     from ..finetuning.prepare import Training
@@ -23,14 +24,10 @@ class TrainingProgress(Progress):
         self._console = console
         self._bars: rich.Progress | None = None
         self._task = rich.TaskID(0)
-        self._main, self._said, self._smooth = "", -1, 0.0
+        self._main, self._smooth = "", 0.0
         self._rows = self._scored = 0
         if console.err.is_terminal and not console.quiet:
-            self._bars = rich.Progress(
-                rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn(),
-                TimeLeft(), rich.TextColumn("{task.fields[note]}", style="dim"),
-                console=console.err,
-            )  # fmt: skip
+            self._bars = bars(console.err)
 
     def introduce(self, training: Training) -> None:
         """What is going to happen, in a few lines."""
@@ -54,7 +51,7 @@ class TrainingProgress(Progress):
 
     def phase(self, text: str) -> None:
         if self._bars is not None and self._bars.live.is_started:
-            self._bars.update(self._task, note=escape(text))
+            self._bars.update(self._task, note=text)
         else:
             self._console.say(f"[dim]{escape(text)}[/]")
 
@@ -62,7 +59,7 @@ class TrainingProgress(Progress):
         self._console.warn(sentence)
 
     def step(self, step: Step) -> None:
-        self._smooth = step.loss if self._said < 0 and not self._smooth else 0.9 * self._smooth + 0.1 * step.loss
+        self._smooth = step.loss if not self._smooth else 0.9 * self._smooth + 0.1 * step.loss
         score = step.scores.get(self._main)
         note = f"loss {self._smooth:.3f}  S {step.remaining:.1%}" + (
             "" if score is None else f"  {self._main} {score:.4g}"
@@ -72,8 +69,7 @@ class TrainingProgress(Progress):
                 self._bars.start()
                 self._task = self._bars.add_task("Training", total=step.total, completed=step.step, note=note)
             self._bars.update(self._task, completed=step.step, note=note)
-        elif step.step * 10 // step.total > self._said:
-            self._said = step.step * 10 // step.total
+        elif is_told(step.step, step.total):
             self._console.say(f"step {step.step}/{step.total}  {note}")
 
     def start(self, unit: str, total: int, done: int = 0) -> None:

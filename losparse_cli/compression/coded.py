@@ -16,7 +16,7 @@ from ..checkpoint.report import LayerReport
 from ..errors import CheckpointError
 from ..linalg.error import output_squared, relative_error, squared_norm
 from ..linalg.factors import Decomposition, LowRankCodes
-from ..linalg.integers import code, column_metric, fit_rows, rounded, row_steps
+from ..linalg.integers import FINEST_FACTOR, code, column_metric, fit_rows, rounded, row_steps, short, steps_of_width
 from ..linalg.patterns import parse_pattern, select
 from ..linalg.rates import Curve, curve, step_within
 from ..linalg.svd import balanced_factors, output_factors, seed_of, truncated_svd
@@ -24,6 +24,8 @@ from ..shim.layouts import COLUMN_FACTORS
 from .solve import as_matrix, encode
 
 TRIES = 12
+RUN = 32
+"""Columns that share a step in other engines' formats of 4 bits."""
 MOST_CARRIED = 0.05  # of a layer's share, more or less than it
 NEAR = 0.998
 """Share of the bytes allowed that is spent at least, before no other step is tried."""
@@ -49,7 +51,9 @@ class Coder:
         weights = [as_matrix(W, plan.layer, device) for plan, W in zip(plans, stored, strict=True)]
         self._weights = weights
         try:
-            self._metric = None if self._H is None else column_metric(self._H, COLUMN_FACTORS)
+            # Other engines' formats, for which a width is fixed, know no factors of columns.
+            allowed = torch.ones(1) if any(plan.width for plan in plans) else COLUMN_FACTORS
+            self._metric = None if self._H is None else column_metric(self._H, allowed)
         except ValueError as error:
             raise CheckpointError(
                 f"The inputs of {plans[0].layer.name} are so alike that codes cannot be solved for. Give more text, or "
@@ -68,6 +72,7 @@ class Coder:
             for W, one in zip(weights, g, strict=True)
         ]
         self._supports = [support_of(self._scaled(k), plan) if plan.sparse else None for k, plan in enumerate(plans)]
+        self._of_width: dict[int, Decomposition] | None = None
 
     def _scaled(self, k: int) -> Tensor:
         """What is to be coded of layer k, in units that one step serves."""
@@ -94,42 +99,93 @@ class Coder:
         found = enumerate(zip(self.plans, self._supports, strict=True))
         return [curve_of(self._scaled(k), plan, support) for k, (plan, support) in found]
 
-    def _support(self) -> Tensor | None:
-        """Of all layers together."""
-        if all(support is None for support in self._supports):
+    def _support(self, rest: dict[int, Tensor]) -> Tensor | None:
+        """Of these layers together."""
+        found = [(W, self._supports[k]) for k, W in rest.items()]
+        if all(support is None for _, support in found):
             return None
-        found = zip(self._rest, self._supports, strict=True)
         return torch.cat([torch.ones_like(W, dtype=torch.bool) if one is None else one for W, one in found])
 
     def at(self, log_steps: Sequence[float]) -> list[Decomposition]:
-        """The layers coded with a step of 2 ** log_step each."""
-        found: list[Decomposition] = []
-        # fp16 holds no factor below 6e-8.
-        factors = [
-            (a * 2.0**step).to(dtype).float().clamp_min(torch.finfo(dtype).tiny)
-            for a, step, dtype in zip(self._units, log_steps, self._dtypes, strict=True)
-        ]
-        if self._metric is None:
-            codes = [rounded(W, a) for W, a in zip(self._rest, factors, strict=True)]
-            codes = [q if where is None else q * where for q, where in zip(codes, self._supports, strict=True)]
-            columns = torch.ones(self._weights[0].shape[1], device=self._weights[0].device)
-        else:
-            together = code(torch.cat(self._rest), self._metric, torch.cat(factors), self._support())
-            codes = list(torch.split(together, [len(W) for W in self._weights]))
-            columns = self._metric.columns
-        for W, rest, (U, V), q, a, dtype, step in zip(
-            self._weights, self._rest, self._low_rank, codes, factors, self._dtypes, log_steps, strict=True
-        ):
-            rows = fit_rows(rest, q, columns, self._H, a, dtype)
-            made = LowRankCodes(U, V, rows, columns, q)
-            E = W - made.dense()
-            weight, residual = squared_norm(W), squared_norm(E)
-            output: tuple[float, ...] = ()
-            if self._H is not None:
-                output = (relative_error(output_squared(E, self._H), output_squared(W, self._H)),)
-            error = (relative_error(residual, weight),)
-            found.append(Decomposition(made, error, weight, residual, output, log_step=step))
+        """The layers coded with a step of 2 ** log_step each; those of a fixed width with steps of their own."""
+        if self._of_width is None:
+            self._of_width = self._in_widths()
+        free = [k for k, plan in enumerate(self.plans) if not plan.width]
+        found = self._of_width | (self._at({k: log_steps[k] for k in free}) if free else {})
+        return [found[k] for k in range(len(self.plans))]
+
+    def _in_widths(self) -> dict[int, Decomposition]:
+        """Layers of a fixed width: each row at that of some steps at which its output, or the row, errs least.
+
+        Where the steps of runs are chosen, errors in a column count by how large it is (as in llama.cpp's importance
+        matrices): that costs a little of the layer's own error, and spares the loss much of it (docs/performance.md).
+        """
+        found = {}
+        for k, plan in enumerate(self.plans):
+            if not plan.width:
+                continue
+            W, support, run = self._rest[k], self._supports[k], run_of(plan)
+            weights = torch.ones_like(W[0]) if self._H is None else self._H.diagonal()
+            a, runs = steps_of_width(W, weights, plan.width, run)
+            a = self._storable(a, k, run)
+            if self._metric is None:
+                q = rounded(W, a, 0.0, plan.width, runs)
+                q = q if support is None else q * support
+            else:
+                q = code(W, self._metric, a, support, 0.0, plan.width, runs)
+            rows = fit_rows(W, q, self._columns, self._H, a, torch.float32).clamp_min(FINEST_FACTOR)
+            found[k] = self._made(k, q, self._storable(rows, k, run).to(self._dtypes[k]), None, runs)
         return found
+
+    def _storable(self, a: Tensor, k: int, run: int) -> Tensor:
+        """Row factors that layer k can store, and other engines' formats can as well."""
+        return short(a) if run else a.to(self._dtypes[k]).half().float()
+
+    @property
+    def _columns(self) -> Tensor:
+        W = self._weights[0]
+        return torch.ones(W.shape[1], device=W.device) if self._metric is None else self._metric.columns
+
+    def _at(self, log_steps: dict[int, float]) -> dict[int, Decomposition]:
+        """These layers at these steps."""
+        # fp16 holds no factor below 6e-8.
+        factors = {
+            k: (self._units[k] * 2.0**step).to(self._dtypes[k]).float().clamp_min(torch.finfo(self._dtypes[k]).tiny)
+            for k, step in log_steps.items()
+        }
+        rest = {k: self._rest[k] for k in log_steps}
+        if self._metric is None:
+            allowed = self._supports
+            codes = {k: rounded(W, factors[k]) for k, W in rest.items()}
+            codes = {k: q if (where := allowed[k]) is None else q * where for k, q in codes.items()}
+        else:
+            together = code(
+                torch.cat(list(rest.values())), self._metric, torch.cat(list(factors.values())), self._support(rest)
+            )
+            parts = torch.split(together, [len(W) for W in rest.values()])
+            codes = dict(zip(rest, parts, strict=True))
+        return {
+            k: self._made(k, q, fit_rows(rest[k], q, self._columns, self._H, factors[k], self._dtypes[k]), log_steps[k])
+            for k, q in codes.items()
+        }
+
+    def _made(
+        self, k: int, q: Tensor, rows: Tensor, log_step: float | None, runs: Tensor | None = None
+    ) -> Decomposition:
+        """Layer k as these codes and row factors make it."""
+        W, (U, V) = self._weights[k], self._low_rank[k]
+        made = LowRankCodes(U, V, rows, self._columns, q, runs)
+        E = W - made.dense()
+        weight, residual = squared_norm(W), squared_norm(E)
+        output: tuple[float, ...] = ()
+        if self._H is not None:
+            output = (relative_error(output_squared(E, self._H), output_squared(W, self._H)),)
+        return Decomposition(made, (relative_error(residual, weight),), weight, residual, output, log_step=log_step)
+
+
+def run_of(plan: LayerPlan) -> int:
+    """Columns that share a step in a row: of 4 bits those of a block of Q4_0, if the layer is made of such blocks."""
+    return RUN if plan.width == 4 and plan.layer.shape[1] % RUN == 0 else 0
 
 
 def support_of(X: Tensor, plan: LayerPlan) -> Tensor:
@@ -248,6 +304,11 @@ class Pot:
         self.next_step = max(self.finest, step + math.copysign(max(2 * abs(move), 0.02), move))
 
 
+def own_pot(k: int, plan: LayerPlan) -> Pot:
+    """Of layer k alone, that is; codes of a fixed width take what they take."""
+    return Pot([k], math.inf if plan.width else plan.expected_bytes)
+
+
 def own_steps(coder: AnyCoder) -> list[float]:
     """Of each layer log2 of the step at which it should take the bits that its plan asks for."""
     return [
@@ -258,7 +319,7 @@ def own_steps(coder: AnyCoder) -> list[float]:
 
 def code_alone(coder: AnyCoder) -> list[Coded]:
     """Each layer in the bits that its plan asks for."""
-    pots = [Pot([k], plan.expected_bytes) for k, plan in enumerate(coder.plans)]
+    pots = [own_pot(k, plan) for k, plan in enumerate(coder.plans)]
     return coded_within(coder, pots, own_steps(coder))
 
 
@@ -275,6 +336,8 @@ class Ledger:
     def code(self, coder: AnyCoder) -> Coded:
         """The one layer of `coder`, whose bytes are then spent."""
         [plan] = coder.plans
+        if plan.width:
+            return code_alone(coder)[0]
         waiting, left = self._waiting[plan.pool], self._left[plan.pool]
         share, beside = waiting[plan.layer.name], code_overhead(plan.layer, plan.rank)
         allowed = share + max(-MOST_CARRIED * share, min(MOST_CARRIED * share, left - sum(waiting.values())))

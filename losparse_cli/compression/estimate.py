@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
@@ -18,12 +19,14 @@ from ..checkpoint.config import layer_specs
 from ..checkpoint.output import check_space, free_bytes
 from ..checkpoint.workfolder import WorkFolder
 from ..linalg.precision import fast_float32
+from ..text.documents import SELF
 from ..text.sample import account, doubts, hold_out
 from ..text.windows import Windows
 from .fingerprint import fingerprint
 from .footprint import footprint
 from .pace import seconds_alone
 from .plan import RESIDENT_BASE, Job
+from .request import TOGETHER
 from .rounds import moment_bytes, rounds
 from .schedule import Schedule, schedule
 from .steps import SENSITIVITY_TOKENS
@@ -38,6 +41,7 @@ FEEDBACK_OVERHEAD = 6  # column by column, which no product is as slow as
 BACKWARD_COPIES = 60  # of what flows into a block, that one batch takes inside it with gradients
 LOSS_COPIES = 6  # of the logits that are computed at a time
 STATE_BYTES = 16  # of each number that is trained: itself, the best so far and Adam's two moments
+BLOCK_WIDTHS = 30  # of what flows through a block, that it leaves behind for the way back
 BURSTS, BURST_SECONDS = 7, 0.01
 UNSTEADY = 1.25  # of the second fastest burst's speed and the second slowest's; alone on a machine it is below 1.1
 TRAINING_COPIES = 8  # of the block: U V + S, S, its mask, gradients, Adam's two moments, and the weights put aside
@@ -46,6 +50,7 @@ TRAINING_COPIES = 8  # of the block: U V + S, S, its mask, gradients, Adam's two
 @dataclass(frozen=True)
 class Estimate:
     """fixed_bytes: all but activations. activation_bytes: what flows between blocks. seconds: on this device.
+    training_bytes: while the whole model is trained, when nothing of the above is held; 0 where it is not.
 
     least_seconds, most_seconds: at the fastest and the slowest that the device was while it was measured. busy: whether
     other work runs on it, so that `seconds` may be far off.
@@ -57,10 +62,11 @@ class Estimate:
     least_seconds: float
     most_seconds: float
     busy: bool
+    training_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
-        return self.fixed_bytes + self.activation_bytes
+        return max(self.fixed_bytes + self.activation_bytes, self.training_bytes)
 
 
 @dataclass(frozen=True)
@@ -195,7 +201,7 @@ def _is_busy(device: torch.device) -> bool:
 
 
 def estimate(job: Job, windows: Windows | None) -> Estimate:
-    """Peak resident bytes and seconds of a calibrated job; windows: its text, None if the model is to write it."""
+    """Peak resident bytes and seconds of a calibrated job; windows: its text, None if it is not there yet."""
     assert job.calibration is not None
     assert job.calibration.length is not None
     hidden = job.hidden_size
@@ -205,7 +211,8 @@ def estimate(job: Job, windows: Windows | None) -> Estimate:
     inside = set(job.unreached).union(*(set(numbers) for numbers in job.blocks.values()))
     outside = sum(e.elements for k, e in enumerate(job.entries) if k not in inside)
     widest = max(sum(job.entries[k].elements for k in numbers) for numbers in job.blocks.values())
-    felt = min(tokens, SENSITIVITY_TOKENS) if job.recipe.sensitivity == "on" else 0
+    solves = job.start is None  # else layers are those of a compressed checkpoint
+    felt = min(tokens, SENSITIVITY_TOKENS) if solves and job.recipe.sensitivity == "on" else 0
     held_out = windows is None or len(hold_out(windows)[1].ids) > 0
     moments = solver = 0
     work = 0.0  # flops, weighted with their overhead
@@ -214,11 +221,12 @@ def estimate(job: Job, windows: Windows | None) -> Estimate:
         plans = [plan for k in numbers if (plan := units[k][1]) is not None]
         # Of what it is solved with, and of what is held out.
         here = {plan.layer.name: plan for plan in plans}
-        made = rounds(here, room, 1 + held_out)
+        made = rounds(here, room, 1 + held_out) if solves else [list(here)]
         held_moments = (sum(moment_bytes(here[layer]) for layer in layers) for layers in made)
-        moments = max(moments, (1 + held_out) * max(held_moments, default=0))
+        if solves or job.refinement is not None:
+            moments = max(moments, (solves + held_out) * max(held_moments, default=0))
         block = sum(job.entries[k].elements for k in numbers)
-        for plan in plans:
+        for plan in plans if solves else ():
             m, n = plan.layer.shape
             # Two matrices are often solved side by side: gate and up, or k and v.
             solver = max(solver, 4 * (2 * SOLVER_COPIES * m * n + 4 * n * n))
@@ -228,7 +236,9 @@ def estimate(job: Job, windows: Windows | None) -> Estimate:
                 steps = plan.iterations
                 work += SOLVER_OVERHEAD * (2 * m * n * n * (steps + POLISH) + 2 * n**3 * steps / 5)
             work += FORWARD_OVERHEAD * 2 * n * n * tokens
-        passes = 1 + len(made) if plans else 1 if name in solved else 0
+        passes = int(job.towards is not None)  # what the dense model says is asked of all blocks
+        if solves or job.refinement is not None:
+            passes += len(made) * bool(plans) + (name in solved)
         work += FORWARD_OVERHEAD * 2 * passes * block * tokens
         # Forwards, and backwards, for which it runs forwards again.
         work += FORWARD_OVERHEAD * 2 * 4 * block * felt
@@ -238,10 +248,10 @@ def estimate(job: Job, windows: Windows | None) -> Estimate:
     passing = 4 * batch * 16 * hidden  # what one batch leaves behind inside a block
     fixed = RESIDENT_BASE + 4 * (outside + widest) + moments + max(solver, training + passing)
     if felt:
-        losing = LOSS_COPIES * min(LOGITS, 4 * batch * (job.source.vocabulary or LOGITS))
-        fixed = max(fixed, RESIDENT_BASE + 4 * (outside + widest) + BACKWARD_COPIES * 4 * batch * hidden + losing)
+        backward = BACKWARD_COPIES * 4 * batch * hidden + _loss_bytes(job, batch)
+        fixed = max(fixed, RESIDENT_BASE + 4 * (outside + widest) + backward)
         work += FORWARD_OVERHEAD * 2 * 3 * outside * felt
-    if windows is None:  # all of the model in memory, with keys and values, before the rest
+    if windows is None and job.calibration.source == SELF:  # before the rest all of the model, with keys and values
         fixed = max(fixed, RESIDENT_BASE + job.source.nbytes + GENERATION_BYTES)
         work += FORWARD_OVERHEAD * GENERATION_OVERHEAD * 2 * job.parameters * tokens
     held = 3 if job.refinement is not None else 2
@@ -253,9 +263,35 @@ def estimate(job: Job, windows: Windows | None) -> Estimate:
     speeds = _speeds(job.device)
     slow, middle, fast = speeds[1], statistics.median(speeds), speeds[-2]
     busy = _is_busy(job.device) or fast > UNSTEADY * slow
-    # Training towards the whole model ends when it is told to; where it counts steps nobody knows how long they take.
-    then = (job.towards.seconds or 0.0) if job.towards is not None else 0.0
-    return Estimate(fixed, carried, work / middle + then, work / fast + then, work / slow + then, busy)
+    about, least, most = (work / speed + _training_seconds(job, speed) for speed in (middle, fast, slow))
+    return Estimate(fixed, carried, about, least, most, busy, _training_bytes(job, tokens))
+
+
+def _training_seconds(job: Job, speed: float) -> float:
+    """Of training the whole model: until its time or its steps are up."""
+    how = job.towards
+    if how is None:
+        return 0.0
+    # Codes stand still, so that backwards takes no more products than forwards.
+    step = TRAINING_OVERHEAD * 4 * job.parameters * how.tokens / speed
+    return min(how.seconds or math.inf, math.inf if how.steps is None else how.steps * step)
+
+
+def _training_bytes(job: Job, tokens: int) -> int:
+    """Of memory, while the whole model is trained: its weights as floats, what it leaves for the way back, and what the
+    dense one said."""
+    if job.towards is None:
+        return 0
+    weights = 4 * job.parameters
+    if weights > job.memory // 2:  # then each layer is unfolded when it computes
+        weights = job.source.nbytes
+    left = BLOCK_WIDTHS * 4 * TOGETHER * job.hidden_size * len(job.blocks)
+    return RESIDENT_BASE + weights + left + _loss_bytes(job, TOGETHER) + 4 * tokens * job.hidden_size
+
+
+def _loss_bytes(job: Job, tokens: int) -> int:
+    """Of memory, for the loss of so many tokens at once."""
+    return LOSS_COPIES * min(LOGITS, 4 * tokens * (job.source.vocabulary or LOGITS))
 
 
 def _speeds(device: torch.device) -> list[float]:

@@ -34,7 +34,7 @@ def fingerprint(job: Job) -> dict[str, Any]:
         "safetensors": safetensors.__version__,
         "companions": digest(companion_states(job.source)),
         "source": job.source.commit or file_states(job.source),
-        "start": job.start and file_states(job.start),
+        "start": job.start and (job.start.commit or file_states(job.start)),
         "config": digest(job.source.config),
         "recipe": job.recipe.to_dict(),
         "calibration": job.calibration and asdict(job.calibration),

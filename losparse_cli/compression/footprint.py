@@ -13,7 +13,7 @@ from ..shim.loader import loader_bytes
 from .schedule import Schedule, tensor_names
 
 FRAME_BYTES = 1 << 14  # of report, card, timing and index, without what is counted below
-LAYER_BYTES = 960  # of a layer's lines in config.json, report and timing, without its names; one error of each kind
+LAYER_BYTES = 990  # of a layer's lines in config.json, report and timing, without its names; one error of each kind
 ERROR_BYTES = 36  # of each further error in the report
 FILE_BYTES = 170  # of a file's lines in the report, without its name
 LINE_BYTES = 40  # of a line with a name and a word or number

@@ -9,7 +9,7 @@ from ..checkpoint.reader import BITS, FLOATING
 from ..checkpoint.source import Checkpoint
 from ..errors import CheckpointError, UsageError
 from ..models.embeddings import Rows, find_rows
-from ..models.experts import surplus_experts
+from ..models.experts import refuse_surplus_experts
 from ..models.names import NameMap
 from ..models.skeleton import Skeleton, kinds_of
 
@@ -23,11 +23,7 @@ def find_layers(source: Checkpoint, skeleton: Skeleton, recipe: Recipe) -> tuple
     for target, _ in recipe.overrides:
         require_match(target, kinds, skeleton.linears, "layers:")
     names = NameMap(skeleton.model, source.entries)
-    for tensor, count in surplus_experts(skeleton.model, names.disk):
-        raise CheckpointError(
-            f"{source.folder} holds {tensor}, but config.json asks for {count} experts. config.json and the weights do "
-            "not belong together."
-        )
+    refuse_surplus_experts(skeleton.model, names.disk, source.folder)
     layers = []
     for linear in (skeleton.linears[name] for name in chosen):
         parameter = f"{linear.name}.weight"

@@ -35,6 +35,8 @@ class Refinement:
 PARTS = ("scales", "norms", "lowrank")
 MINUTES = 20.0
 """How long training goes on where nothing else is said."""
+TOGETHER = 1024
+"""Tokens whose windows pass through a whole model at once."""
 
 
 def _parts(given: Any) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from ..budget.plan import LayerPlan
 from ..budget.recipe import MOST_CODE_BITS
 from ..linalg.error import relative_error, squared_norm
 from ..linalg.factors import Decomposition, LowRankCodes
-from ..linalg.integers import fit_rows, rounded
+from ..linalg.integers import FINEST_FACTOR, fit_rows, rounded, steps_of_width
 from ..linalg.rates import SAMPLE, Curve, curve
 from ..shim.streams import WIDTHS, width_of
 from .coded import Coded, code_alone
@@ -57,8 +57,14 @@ class RowCoder:
         for begin in range(0, m, self._step):
             W = self._rows(begin)
             part = slice(begin, begin + len(W))
-            q = rounded(W, a[part])
+            if self.plans[0].width:
+                a[part] = steps_of_width(W, columns, self.plans[0].width)[0].to(dtype).float()
+                q = rounded(W, a[part], 0.0, self.plans[0].width)
+            else:
+                q = rounded(W, a[part])
             factors[part] = fit_rows(W, q, columns, None, a[part], dtype)
+            if self.plans[0].width:
+                factors[part].clamp_(min=FINEST_FACTOR)
             if width_of(q) > codes.itemsize:
                 codes = codes.to(WIDTHS[width_of(q)])
             codes[part] = q

@@ -45,4 +45,5 @@ def tensor_names(entry: TensorEntry, plan: LayerPlan | None) -> tuple[str, ...]:
         return (entry.name,)
     layouts = ("codes",) if plan.bits else candidates(plan.pattern, plan.layer.shape, plan.nnz)
     index = max((INDEX_TENSORS[layout] for layout in layouts), key=lambda names: sum(map(len, names)))
-    return tuple(f"{plan.layer.disk_module}.{suffix}" for suffix in ("U", "V", "weight", *index))
+    runs = ("S_runs",) if plan.width else ()
+    return tuple(f"{plan.layer.disk_module}.{suffix}" for suffix in ("U", "V", "weight", *index, *runs))

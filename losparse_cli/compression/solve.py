@@ -96,6 +96,7 @@ def encode(plan: LayerPlan, solved: Decomposition, dtype: torch.dtype) -> tuple[
         solved.output_errors,
         solved.held_out_error,
         solved.log_step,
+        head=plan.layer.rows == "head",
     )
     return report, tensors
 

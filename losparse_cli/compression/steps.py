@@ -24,7 +24,7 @@ from ..progress import Progress
 from ..shim.layouts import COLUMN_FACTORS
 from ..text.sample import hold_out
 from ..text.windows import Windows
-from .coded import Pot, curve_of, support_of
+from .coded import Pot, curve_of, own_pot, support_of
 from .plan import Job
 from .sensitivity import measure_sensitivity
 from .solve import as_matrix
@@ -91,7 +91,7 @@ class Steps:
             if plan.layer.name in self._plans:
                 shared.setdefault(plan.pool, []).append(k)
             else:
-                pots.append(Pot([k], plan.expected_bytes))
+                pots.append(own_pot(k, plan))
         for pool, members in shared.items():
             last = set(self._waiting[pool]) <= {plans[k].layer.name for k in members}
             pots.append(Pot(members, self._left[pool] if last else math.inf))
@@ -116,7 +116,7 @@ def foreseen_steps(job: Job, plan: Plan, windows: Windows, work: WorkFolder, tol
 
     What was measured is kept for a run that goes on with this one; see `WorkFolder.decided`.
     """
-    coded = [p for p in plan.layers if p.bits and not p.layer.rows]
+    coded = [p for p in plan.layers if p.bits and not p.layer.rows and not p.width]
     if job.recipe.sensitivity != "on":
         return Steps(coded, {})
 
@@ -152,7 +152,7 @@ def _measured(
     def backward(block: str, sensitivities: dict[str, Sensitivity]) -> None:
         for layer, one in sensitivities.items():
             name = _full(block, layer)
-            if name not in metrics or not bool(one.g.any()):
+            if name not in metrics or name not in by_name or not bool(one.g.any()):
                 continue  # nothing that it puts out matters for the loss: it gets bytes of its own
             plan = by_name[name]
             entry = job.source.entries[plan.layer.tensor]

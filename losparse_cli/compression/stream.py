@@ -22,7 +22,8 @@ from .solve import encode, solve_layer
 def compress_stream(job: Job, made: Schedule, writer: ShardWriter, told: Progress) -> None:
     """Write every unit of `made` that `writer` does not hold yet: solved alone, or copied."""
     files = {file.path: file for file in job.source.files}
-    ledger = Ledger(plan for _, plan in made.units if plan is not None and plan.bits and not plan.layer.rows)
+    free = (plan for _, plan in made.units if plan is not None and plan.bits and not plan.width)
+    ledger = Ledger(plan for plan in free if not plan.layer.rows)
     for number, (_, plan) in enumerate(made.units[: writer.done]):
         if plan is not None:
             ledger.spend(plan, writer.stats(number)["bytes_after"])

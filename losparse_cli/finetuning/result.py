@@ -18,6 +18,7 @@ from ..checkpoint.output import UNDER_WAY
 from ..checkpoint.report import LayerReport, Report
 from ..checkpoint.source import read_json
 from ..linalg.factors import LowRankSparse
+from ..models.reading import output_embeddings
 from ..progress import Progress
 from ..shim.layouts import LayerSpec
 from .conversion import coded_modules, finish, trained_layers
@@ -53,7 +54,8 @@ def write_result(training: Training, model: Any, work: Path, seconds: float, tol
         before -= sum(p.numel() for p in parts.values() if p.is_floating_point())
         m, n = module.spec.shape
         stored = sum(p.numel() * p.itemsize for p in parts.values())
-        reports.append(LayerReport(name, module.spec, m * n * training.dtype.itemsize, stored))
+        dense, head = m * n * training.dtype.itemsize, module is output_embeddings(model)
+        reports.append(LayerReport(name, module.spec, dense, stored, head=head))
         specs[name] = module.spec
     model.to(training.device)  # where FSDP had it in parts, it is whole on the CPU, and may only fit now
     scores = training.score(model, told)

@@ -17,7 +17,8 @@ class _Factors:
     V: Tensor
 
     def to(self, device: torch.device) -> Self:
-        return replace(self, **{name: value.to(device) for name, value in vars(self).items()})
+        held = {name: value for name, value in vars(self).items() if value is not None}
+        return replace(self, **{name: value.to(device) for name, value in held.items()})
 
     @property
     def rank(self) -> int:
@@ -74,12 +75,14 @@ class LowRankCodes(_Factors):
     """W ≈ U V + S of one weight, with S_ij = a_i c_j q_ij in whole numbers q.
 
     U: (out_features, rank), V: (rank, in_features) and rows, a: (out_features,), in the stored dtype. columns, c:
-    (in_features,), float32. codes, q: (out_features, in_features), whole numbers.
+    (in_features,), float32. codes, q: (out_features, in_features), whole numbers. runs: (out_features, in_features /
+    run), int8, what the codes of each row and run of columns are multiples of; None where of 1.
     """
 
     rows: Tensor
     columns: Tensor
     codes: Tensor
+    runs: Tensor | None = None
 
     @property
     def stored(self) -> Tensor:

@@ -24,6 +24,12 @@ CODE_WEIGHT = 0.05
 """How much of a step the threshold between two whole numbers moves for each bit that the larger one costs more."""
 LAST_THRESHOLD = 0.66
 BLOCK = 128  # columns whose errors are handed on together
+SHARES = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.72, 0.64)
+"""Of the step at which the largest code is the largest entry, those that are tried: finer ones cut it off."""
+MOST_RUN = 15
+"""The largest multiple of a row's step that a run of its columns may have: such codes of 4 bits still fit into 8."""
+FINEST_FACTOR = 2.0**-14
+"""Below which 16-bit floats lose digits, and rows have nothing to say."""
 LEAST_SENSITIVITY = 1e-3
 """Of its layer's mean, below which no row's sensitivity is believed."""
 
@@ -75,10 +81,20 @@ def row_steps(g: Tensor) -> Tensor:
     return torch.ones_like(g) if mean <= 0 else g.clamp_min(mean * LEAST_SENSITIVITY).rsqrt()
 
 
-def code(W: Tensor, metric: Metric, a: Tensor, support: Tensor | None = None, weight: float = CODE_WEIGHT) -> Tensor:
+def code(
+    W: Tensor,
+    metric: Metric,
+    a: Tensor,
+    support: Tensor | None = None,
+    weight: float = CODE_WEIGHT,
+    width: int = 0,
+    runs: Tensor | None = None,
+) -> Tensor:
     """q, (m, n), int32: W (m, n, float32) rounded to multiples of a_i c_j, each column's error handed on to later ones.
 
-    support: (m, n), bool: where q may be other than zero, None for everywhere.
+    support: (m, n), bool: where q may be other than zero, None for everywhere. width: bits that hold every q, as a
+    two's complement; 0 for any. runs: (m, n / run), the whole numbers that codes of runs of columns are multiples of,
+    which then have that width beside them.
     """
     m, n = W.shape
     order, R = metric.order, metric.R
@@ -87,14 +103,18 @@ def code(W: Tensor, metric: Metric, a: Tensor, support: Tensor | None = None, we
     slope = _slope((left / steps[:, None]).pow_(2).mean(0) / a.square(), weight)
     allowed = None if support is None else support.T[order]
     codes = torch.empty(n, m, dtype=torch.int32, device=W.device)
-    inverse = 1 / a
+    scale = torch.ones(1, m, device=W.device) if runs is None else runs.T.float().contiguous()
+    run = (torch.arange(n, device=W.device) * len(scale) // n)[order].tolist()
+    inverse = 1 / (a * scale)
     diagonal = R.diagonal().tolist()
     for begin in range(0, n, BLOCK):
         end = min(n, begin + BLOCK)
         errors = torch.empty(end - begin, m, device=W.device)
         for j in range(begin, end):
             step = float(steps[j])
-            q = _rounded(left[j] * (inverse / step), slope)
+            q = _rounded(left[j] * (inverse[run[j]] / step), slope)
+            if width:
+                q.clamp_(*limits(width)).mul_(scale[run[j]])
             if allowed is not None:
                 q *= allowed[j]
             codes[j] = q
@@ -108,10 +128,56 @@ def code(W: Tensor, metric: Metric, a: Tensor, support: Tensor | None = None, we
     return q.T.contiguous()
 
 
-def rounded(W: Tensor, a: Tensor, weight: float = CODE_WEIGHT) -> Tensor:
-    """q, (m, n), int32: W rounded to multiples of a_i, each entry alone."""
+def rounded(W: Tensor, a: Tensor, weight: float = CODE_WEIGHT, width: int = 0, runs: Tensor | None = None) -> Tensor:
+    """q, (m, n), int32: W rounded to multiples of a_i, each entry alone; width, runs: as of `code`."""
     X = W / a[:, None]
-    return _rounded(X.T, _slope(X.pow(2).mean(1), weight)).T.int()
+    if runs is not None:
+        scale = runs.float().repeat_interleave(W.shape[1] // runs.shape[1], 1)
+        return (X / scale).round_().clamp_(*limits(width)).mul_(scale).int()
+    q = _rounded(X.T, _slope(X.pow(2).mean(1), weight)).T
+    return (q.clamp_(*limits(width)) if width else q).int()
+
+
+def limits(width: int) -> tuple[int, int]:
+    """The least and the largest whole number of so many bits, as a two's complement."""
+    return -(1 << width - 1), (1 << width - 1) - 1
+
+
+def steps_of_width(W: Tensor, weights: Tensor, width: int, run: int = 0) -> tuple[Tensor, Tensor | None]:
+    """Steps at which whole numbers of `width` bits come nearest to W (m, n): a, (m,), and runs, (m, n / run), int8.
+
+    weights: (n,), what a squared error in each column counts. run: columns whose step is a whole number times that of
+    their row, negative where that puts their largest entry where there is one number more; 0 for a step a row, and
+    runs are None then. Steps are 16-bit floats of any kind, also times those whole numbers.
+    """
+    m, n = W.shape
+    least, most = limits(width)
+    parts = W.view(m, -1, run or n)
+    each = weights.view(1, -1, run or n)
+    largest = parts.gather(2, parts.abs().argmax(2, keepdim=True))[..., 0] / least
+    finest = FINEST_FACTOR * (MOST_RUN if run else 1)
+    largest = torch.where(largest.abs() < finest, finest, largest)
+    a = short(largest.abs().amax(1) / (MOST_RUN if run else 1))
+    best, error = torch.zeros_like(largest), torch.full_like(largest, math.inf)
+    for share in SHARES:
+        step = largest * share
+        if run:
+            multiple = (step / a[:, None]).round_().clamp_(-MOST_RUN, MOST_RUN)
+            multiple = torch.where(multiple == 0, step.sign(), multiple)
+            step = multiple * a[:, None]
+        else:
+            multiple = step = step.abs()
+        q = (parts / step[..., None]).round_().clamp_(least, most)
+        found = q.mul_(step[..., None]).sub_(parts).square_().mul_(each).sum(2)
+        best = torch.where(found < error, multiple, best)
+        error = torch.minimum(found, error)
+    return (a, best.to(torch.int8)) if run else (best[:, 0], None)
+
+
+def short(a: Tensor) -> Tensor:
+    """The nearest numbers of four binary digits, which times another of four are 16-bit floats of any kind."""
+    mantissa, exponent = torch.frexp(a)
+    return torch.ldexp((mantissa * 16).round() / 16, exponent)
 
 
 def _slope(mean_square: Tensor, weight: float) -> Tensor:

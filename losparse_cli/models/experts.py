@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
+from ..errors import CheckpointError
 from ..shim.experts import SplitExperts
+
+APART = "config.json and the weights do not belong together."
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,32 @@ def expert_layers(block: nn.Module, layers: Collection[str]) -> list[ExpertLayer
     return found
 
 
-def surplus_experts(model: nn.Module, disk: Mapping[str, Collection[str]]) -> Iterator[tuple[str, int]]:
-    """Tensors on disk of experts that the model does not have, and how many it has; disk: parameter -> its tensors."""
-    split = {name: module.count for name, module in model.named_modules() if isinstance(module, SplitExperts)}
+def refuse_surplus_experts(model: nn.Module, disk: Mapping[str, Collection[str]], folder: Path) -> None:
+    """CheckpointError if the files in `folder` hold an expert that the model does not have.
+
+    disk: parameter -> tensors that it is read from.
+    """
+    counts = _counts(model)
     for parameter, tensors in disk.items():
         module, _, matrix = parameter.removesuffix(".weight").rpartition(".")
         owner, _, number = module.rpartition(".")
-        if owner in split and matrix and number.isdigit() and int(number) >= split[owner]:
-            yield from ((tensor, split[owner]) for tensor in tensors)
+        if owner in counts and matrix and number.isdigit() and int(number) >= counts[owner] and tensors:
+            raise CheckpointError(
+                f"{folder} holds {next(iter(tensors))}, but config.json asks for {counts[owner]} experts. {APART}"
+            )
+
+
+def refuse_missing_experts(model: nn.Module, disk: Mapping[str, Collection[str]], folder: Path) -> None:
+    """CheckpointError if the model has an expert of which the files in `folder` hold nothing; disk: as above."""
+    held = {parameter.removesuffix(".weight").rpartition(".")[0] for parameter in disk}
+    for owner, count in _counts(model).items():
+        missing = next((number for number in range(count) if f"{owner}.{number}" not in held), None)
+        if missing is not None:
+            raise CheckpointError(
+                f"{folder} holds no {owner}.{missing}, but config.json asks for {count} experts. {APART}"
+            )
+
+
+def _counts(model: nn.Module) -> dict[str, int]:
+    """Module of experts that lie one by one on disk -> how many the model has of them."""
+    return {name: module.count for name, module in model.named_modules() if isinstance(module, SplitExperts)}

@@ -77,6 +77,7 @@ class NameMap:
         """
         suffixes = (
             "U", "V", "weight", "S_mask", "S_gaps", "S_offsets", "S_rows", "S_columns", "S_index", "S_codes", "S_scale",
+            "S_runs",
         )  # fmt: skip
         state = self._state | {f"{module}.{suffix}": True for suffix in suffixes}
         for candidate in (tensor.removesuffix(".weight"), module):

@@ -1,11 +1,9 @@
-"""The refined checkpoint: the files of the one it began with, byte for byte but for the values that were trained."""
+"""The refined checkpoint: the tensors of the one it began with, byte for byte but for the values that were trained."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -13,28 +11,26 @@ from torch import Tensor
 from ..checkpoint.companions import copy_companions
 from ..checkpoint.config import dense_config, layer_specs, write_config
 from ..checkpoint.finish import close, read_report, versions
-from ..checkpoint.reader import SafetensorsFile
 from ..checkpoint.report import LayerReport, Report
-from ..checkpoint.source import INDEX, Checkpoint
-from ..checkpoint.writer import tensor_part
+from ..checkpoint.workfolder import WorkFolder
+from ..checkpoint.writer import ShardWriter, Slot, plan_shards, tensor_part
 from ..compression.plan import Job
-from ..errors import CheckpointError
 
 
-def write_refined(job: Job, values: Mapping[str, Tensor], how: dict[str, Any], work: Path, mark: str) -> Report:
+def write_refined(job: Job, values: Mapping[str, Tensor], how: dict[str, Any], work: WorkFolder, mark: str) -> Report:
     """values: tensor on disk -> its new value, of the same shape and dtype. how: for the report. mark: fingerprint."""
     start = job.start
     assert start is not None
-    _copy_weights(start, values, work)
+    _write_weights(job, values, work)
     before = read_report(start.folder) or _report_of(job)
-    copy_companions(start.folder, work)
-    write_config(work, dense_config(start.config), layer_specs(start), before.skipped)
+    copy_companions(start.folder, work.path)
+    write_config(work.path, dense_config(start.config), layer_specs(start), before.skipped)
     changed = {name.removesuffix(".weight") for name in values}
     layers = tuple(_unmeasured(layer) if layer.name in changed else layer for layer in before.layers)
     report = replace(
         before, layers=layers, versions=versions(), fingerprint=mark, refinement=how, blocks=(), files={}, name=""
     )
-    return close(work, report, job.source.folder, job.output.name)
+    return close(work.path, report, job.source.folder, job.output.name)
 
 
 def _report_of(job: Job) -> Report:
@@ -45,9 +41,12 @@ def _report_of(job: Job) -> Report:
         module, _, part = name.rpartition(".")
         sizes[module] = sizes.get(module, 0) + (0 if part == "bias" else entry.nbytes)
     layers = tuple(
-        LayerReport(p.layer.name, layer_specs(job.start)[p.layer.name], p.layer.dense_bytes, sizes[p.layer.disk_module])
+        LayerReport(
+            p.layer.name, layer_specs(job.start)[p.layer.name], p.layer.dense_bytes, sizes[p.layer.disk_module],
+            head=p.layer.rows == "head",
+        )
         for p in job.plan.layers
-    )
+    )  # fmt: skip
     source = {
         "name": job.source.name,
         "commit": job.source.commit,
@@ -63,18 +62,18 @@ def _unmeasured(layer: LayerReport) -> LayerReport:
     return replace(layer, residual_squared=None, errors=(), output_errors=(), held_out_error=None)
 
 
-def _copy_weights(start: Checkpoint, values: Mapping[str, Tensor], work: Path) -> None:
-    if (start.folder / INDEX).is_file():
-        shutil.copyfile(start.folder / INDEX, work / INDEX)
-    for file in start.files:
-        if not isinstance(file, SafetensorsFile):
-            raise CheckpointError(f"{file.path} is no safetensors file. Compress the model again.")
-        target = work / file.path.name
-        shutil.copyfile(file.path, target)
-        with open(target, "r+b") as out:
-            for name, entry in file.entries.items():
-                if name in values:
-                    raw = tensor_part(name, values[name])[3][0]
-                    assert len(raw) == entry.nbytes, f"{name} keeps its size"
-                    out.seek(file.data_start + entry.offset)
-                    out.write(raw)
+def _write_weights(job: Job, values: Mapping[str, Tensor], work: WorkFolder) -> None:
+    start = job.start
+    assert start is not None
+    work.journal.keep(0)  # of a run that was killed while it wrote: what it trained may have been another state
+    slots = [Slot((name,), entry.nbytes) for name, entry in start.entries.items()]
+    writer = ShardWriter(work.path, plan_shards(slots, job.max_shard_bytes), work.journal)
+    files = {file.path: file for file in start.files}
+    for name, entry in start.entries.items():
+        if name in values:
+            part = tensor_part(name, values[name])
+            assert sum(map(len, part[3])) == entry.nbytes, f"{name} keeps its size"
+            writer.append([part])
+        else:
+            writer.append([(name, entry.dtype, entry.shape, files[entry.path].chunks(entry))])
+    writer.finish()

@@ -20,7 +20,7 @@ from ..compression.assembly import keeps_no_cache
 from ..compression.estimate import estimate, space_needed
 from ..compression.fingerprint import fingerprint
 from ..compression.plan import Job
-from ..compression.request import ModelRefinement
+from ..compression.request import TOGETHER, ModelRefinement
 from ..errors import UsageError
 from ..finetuning.states import disk_errors
 from ..linalg.precision import fast_float32
@@ -35,9 +35,6 @@ from .result import write_refined
 from .teacher import FILE as TEACHER
 from .teacher import find_teacher
 from .training import Look, Moving, Refined, Training
-
-TOGETHER = 1024
-"""Tokens whose windows pass through the model at once."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +83,8 @@ def train_into(work: WorkFolder, job: Job, mark: str, told: Progress) -> Report:
     assert job.start is not None
     assert how is not None
     assert windows is not None, "a request that is to train has text"
-    names, specs = _disk_names(job), layer_specs(job.start)
-    if set(how.train) == {"lowrank"} and not any(spec.rank for spec in specs.values()):
-        raise UsageError(f"{job.start.address} has no U and V that --train lowrank could move.")
+    names = _disk_names(job)
+    check_moving(job)
     if not (work.path / TEACHER).is_file():  # else a part of it is written
         check_space(work.path, space_needed(job))
     (work.path / TRAINING).mkdir(exist_ok=True)
@@ -107,7 +103,16 @@ def train_into(work: WorkFolder, job: Job, mark: str, told: Progress) -> Report:
         told.phase("Writing the result")
         values = {names[name]: value.cpu().contiguous() for name, value in found.values.items()}
         text = account(job.calibration, windows) if job.calibration is not None else {}
-        return write_refined(job, values, _account(how, found, len(unseen)) | {"text": text}, work.path, mark)
+        return write_refined(job, values, _account(how, found, len(unseen)) | {"text": text}, work, mark)
+
+
+def check_moving(job: Job) -> None:
+    """UsageError if U and V alone are to be trained, and there are none."""
+    assert job.start is not None
+    assert job.towards is not None
+    ranks = [spec.rank for spec in layer_specs(job.start).values()]
+    if set(job.towards.train) == {"lowrank"} and not any(ranks):
+        raise UsageError(f"{job.start.address} has no U and V that --train lowrank could move.")
 
 
 def _student(job: Job) -> Any:

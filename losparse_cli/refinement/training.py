@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..compression.request import ModelRefinement
 from ..errors import CheckpointError, UsageError
 from ..models.head import Head
-from ..progress import Progress
+from ..progress import Progress, listener
 from ..text.windows import Windows
 from .divergence import divergence
 from .teacher import Teacher
@@ -93,7 +93,7 @@ class Training:
         told: Progress | None = None,
     ) -> None:
         self.model, self.teacher, self.windows, self.moving, self.how = model, teacher, windows, moving, how
-        self._device, self._batch, self._told = device, batch, told or Progress()
+        self._device, self._batch, self._told = device, batch, listener(told)
         self._unseen = list(held_out)
         self._seen = [k for k in range(len(windows.ids)) if k not in set(held_out)]
         self._head = Head(model, self._inputs(self._seen[:1]))

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-FORMAT_VERSION = 2
-"""The newest. A checkpoint without `codes` is written in version 1, which older readers know, too."""
+FORMAT_VERSION = 3
+"""The newest. A checkpoint is written in the oldest version that can hold it (`format_version`)."""
 
 INDEX_TENSORS = {
     "bitmask": ("S_mask",),
@@ -43,7 +43,8 @@ class LayerSpec:
     shape: (out_features, in_features). index_bytes: bytes of `S_gaps` or `S_codes`, for the layouts that have them.
     group_rows: rows of S between two offsets of a gap layout. transposed: the dense tensor lies on disk
     as (in, out), as in GPT-2's Conv1D. tensor: module name on disk, where it differs from that in memory. kind:
-    `embedding` for the rows of an embedding, empty for a linear layer.
+    `embedding` for the rows of an embedding, empty for a linear layer. run: columns of `codes` that have a whole number
+    of their own in each row, `S_runs`, which their codes are multiplied by; 0 without.
     """
 
     shape: tuple[int, int]
@@ -56,10 +57,11 @@ class LayerSpec:
     transposed: bool = False
     tensor: str = ""
     kind: str = ""
+    run: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, without the fields that keep their default."""
-        defaults = {"group_rows": 0, "index_bytes": 0, "transposed": False, "tensor": "", "kind": ""}
+        defaults = {"group_rows": 0, "index_bytes": 0, "transposed": False, "tensor": "", "kind": "", "run": 0}
         fields = {k: v for k, v in asdict(self).items() if k not in defaults or v != defaults[k]}
         return fields | {"shape": list(self.shape)}
 
@@ -72,7 +74,7 @@ class LayerSpec:
             spec = cls(**known | {"shape": (m, n)})
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"incomplete layer entry {fields!r} ({error!r})") from error
-        whole = (m, n, spec.rank, spec.nnz, spec.group_rows, spec.index_bytes)
+        whole = (m, n, spec.rank, spec.nnz, spec.group_rows, spec.index_bytes, spec.run)
         text = (spec.pattern, spec.layout, spec.tensor, spec.kind)
         types = [*(type(x) is int for x in whole), *(type(x) is str for x in text), type(spec.transposed) is bool]
         if not all(types):
@@ -90,6 +92,8 @@ class LayerSpec:
         if not (m > 0 and n > 0 and 0 <= self.rank <= min(m, n) and 0 <= self.nnz <= m * n and self.index_bytes >= 0):
             return False
         if self.kind == "embedding" and (self.layout != "codes" or self.rank or self.transposed):
+            return False
+        if self.run < 0 or (self.run and (self.layout != "codes" or self.kind or n % self.run)):
             return False
         if self.layout == "n:m":
             keep, group = n_of_m(self.pattern)
@@ -122,6 +126,8 @@ class LayerSpec:
         elif self.layout == "codes":
             tensors["S_codes"] = ((self.index_bytes,), torch.uint8)
             tensors["S_scale"] = ((n,), torch.uint8)
+            if self.run:
+                tensors["S_runs"] = ((m, n // self.run), torch.int8)
         else:
             keep, group = n_of_m(self.pattern)
             bits = m * (n // group) * keep * position_bits(group)
@@ -139,9 +145,23 @@ def column_factors(indices: torch.Tensor) -> torch.Tensor:
     return COLUMN_FACTORS.to(indices.device)[indices.long()]
 
 
+def times_runs(codes: torch.Tensor, runs: torch.Tensor) -> torch.Tensor:
+    """Codes (m, n), each times the number of its row and run in `runs` (m, n / run), in the narrowest dtype."""
+    m, n = codes.shape
+    product = (codes.short().view(m, runs.shape[1], -1) * runs[..., None].short()).view(m, n)
+    largest = int(product.abs().amax()) if product.numel() else 0
+    return product.to(torch.int8) if largest < 128 else product
+
+
+def over_runs(codes: torch.Tensor, runs: torch.Tensor) -> torch.Tensor:
+    """What `times_runs` made these codes from, int8."""
+    m, n = codes.shape
+    return (codes.short().view(m, runs.shape[1], -1) // runs[..., None].short()).to(torch.int8).view(m, n)
+
+
 def format_version(specs: Iterable[LayerSpec]) -> int:
     """The oldest version of the format that can hold these layers."""
-    return 2 if any(spec.layout == "codes" for spec in specs) else 1
+    return max((3 if spec.run else 2 if spec.layout == "codes" else 1 for spec in specs), default=1)
 
 
 def column_dtype(in_features: int) -> torch.dtype:

@@ -79,6 +79,7 @@ class LosparseQuantizer(HfQuantizer):  # type: ignore[misc]
     """Swaps the recorded layers in, before transformers loads the weights."""
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        self._loading = model
         specs = self.quantization_config.specs()
         split_if_compressed(model, specs)
         installed = install_layers(model, specs)
@@ -93,6 +94,7 @@ class LosparseQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         vars(model).pop("initialize_weights", None)
+        del self._loading
         for name in self.quantization_config.modules:
             _require_loaded(name, model.get_submodule(name))
         _cast_as_asked(model, self._dtypes)
@@ -115,8 +117,9 @@ class LosparseQuantizer(HfQuantizer):  # type: ignore[misc]
             model.resize_token_embeddings = partial(refuse_to_resize, model)
         return model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        return without_merging(weight_conversions, model)
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        # Before 5.23 transformers does not say of which model; it asks between the two steps above alone.
+        return without_merging(weight_conversions, vars(self).get("_loading", model))
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .codec import decode, encode, pack_bits
 from .kept import decode as decode_codes
 from .kept import encode as encode_codes
-from .layouts import LayerSpec
+from .layouts import LayerSpec, over_runs, times_runs
 from .operator import FORMS, codes_of, held, kernels, sparse, support
 
 AS_STORED = {"bitmask": "S_mask", "rows": "S_rows", "columns": "S_columns"}
@@ -30,6 +30,7 @@ class StoredIndex(nn.Module):
     U: Tensor | None
     V: Tensor | None
     S_codes: Tensor
+    S_runs: Tensor
     _index: Tensor | None
     _starts: Tensor | None
 
@@ -105,12 +106,23 @@ class StoredIndex(nn.Module):
                 on_read(self.S_codes)
             if kept is None:
                 for suffix in self._stored():
-                    delattr(self, suffix)
+                    if suffix != "S_runs":  # by which the stream is made again
+                        delattr(self, suffix)
             if self._form == "codes":  # with the stream gone, or there would be three at once
                 index, self._form = held(index)
         if kept is None:
             self._index = index
         self._starts = starts
+        self._checked = True
+
+    def settle_with(self, codes: Tensor, scale: Tensor) -> None:
+        """Compute with these codes (out, in) and what `S_scale` holds, of which nothing is stored: they are part of
+        another layer's, or those of several."""
+        with torch.inference_mode(False):
+            for suffix in self._stored():
+                delattr(self, suffix)
+            self._index, self._form = held(codes)
+            self._starts = scale
         self._checked = True
 
     def _index_and_starts(self) -> tuple[Tensor, Tensor | None]:
@@ -143,7 +155,8 @@ class StoredIndex(nn.Module):
         stored = self._stored()
         if self.form == "codes":
             codes, self._contexts = decode_codes(stored["S_codes"], self.spec.shape)
-            return codes, stored["S_scale"]
+            runs = stored.get("S_runs")
+            return codes if runs is None else times_runs(codes, runs), stored["S_scale"]
         if self.form == "bits":
             found = kernels().bits(self.spec, stored)
             if found is not None:
@@ -191,6 +204,8 @@ class StoredIndex(nn.Module):
         assert self._index is not None
         assert self._starts is not None
         codes = codes_of(self._index, self.spec.shape, self.form)
+        if self.spec.run:
+            codes = over_runs(codes, self.S_runs)
         return {"S_codes": encode_codes(codes, self._contexts), "S_scale": self._starts}
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:

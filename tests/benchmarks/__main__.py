@@ -10,7 +10,21 @@ from pathlib import Path
 
 import torch
 
-from . import bits, calibrated, codes, experts, kernels, kernels_gpu, models, quality, sizes, speed, streaming, training
+from . import (
+    bits,
+    calibrated,
+    codes,
+    engines,
+    experts,
+    kernels,
+    kernels_gpu,
+    models,
+    quality,
+    sizes,
+    speed,
+    streaming,
+    training,
+)
 from .results import Options
 
 BENCHMARKS = {
@@ -33,6 +47,7 @@ BENCHMARKS = {
 }
 LONG = {
     "experts": experts.experts,
+    "gguf": engines.gguf,
     "layer-errors": calibrated.layer_errors,
     "bits": bits.bits,
     "bits-picture": bits.bits_picture,

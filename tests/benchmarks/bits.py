@@ -32,7 +32,9 @@ WITHOUT_TEXT = tuple(f"without-text@{bits}" for bits in (5.25, 4.25))
 TRAINED = ("trained@3.25", "trained@2.5", "trained@1.8")
 """Compressed like OURS, and then for MINUTES towards the whole dense model, at no byte more. In no run unless named."""
 MINUTES = 60
-GGML = ("Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XXS")
+GRIDS = ("grid@int4", "grid@int8")
+"""What `losparse export --gguf` hands to llama.cpp as Q4_0 and Q8_0, at so many bits there. In no run unless named."""
+GGML = ("Q4_0", "Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XXS")
 """Of llama.cpp, each with an importance matrix. Rows are padded to a block's 256 entries, and that is not counted."""
 ROWS = ("dense", *OURS, *WITHOUT_TEXT, "rounding@4", *GGML)
 
@@ -53,10 +55,11 @@ def _row(options: Options, row: str, dense: Path) -> dict[str, Any] | None:
     if row == "dense":
         return {"texts": measured(options, dense, None)}
     method, _, size = row.partition("@")
-    if method in ("losparse", "without-text", "trained"):
+    if method in ("losparse", "without-text", "trained", "grid"):
         output = options.folder / f"out-{row}"
         text = None if method == "without-text" else options.calibration()
-        recipe = Recipe(bits=float(size), **options.targets())
+        budget: dict[str, Any] = {"grid": size} if method == "grid" else {"bits": float(size)}
+        recipe = Recipe(**budget, **options.targets())
         how = ModelRefinement(minutes=MINUTES) if method == "trained" else None
         made = compress(dense, output, recipe, calibration=text, refinement=how, resume="never", overwrite=True)
         texts = measured(options, output, dense)

@@ -37,8 +37,9 @@ def quality() -> None:
     print("SmolLM2-135M-Instruct, 300 news articles, 8 windows of 512 tokens, no token added\n")
     print(HEAD)
     _row("dense", None)
+    _row("--bits 8", Recipe(bits=8, embedding_bits="none"))
     for keep in (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6):
-        _row(f"--keep {keep}", Recipe(keep=keep))
+        _row(f"--keep {keep}", Recipe(keep=keep, values="float"))
     _row("--keep 0.85 --threshold-scope row", Recipe(keep=0.85, threshold_scope="row"))
     _row("--keep 0.75 --threshold-scope row", Recipe(keep=0.75, threshold_scope="row"))
     for ratio in (0.02, 0.05, 0.2):

@@ -58,7 +58,9 @@ def test_no_support_takes_more_than_its_bound(
 
 
 @pytest.mark.parametrize("keep", [0.1, 0.3, 0.5, 0.75, 0.9])
-@pytest.mark.parametrize("more", [{}, {"rank": 8}, {"rank_ratio": 0.4}, {"pattern": "rows"}, {"pattern": "columns"}])
+@pytest.mark.parametrize(
+    "more", [{"values": "float"}, {"rank": 8}, {"rank_ratio": 0.4}, {"pattern": "rows"}, {"pattern": "columns"}]
+)
 def test_keep_is_what_is_expected_to_be_stored(keep: float, more: dict[str, Any]) -> None:
     plan = plan_layer(layer(512, 768), Recipe(keep=keep, **more).settled())
     assert plan.expected_bytes <= keep * plan.layer.dense_bytes + 1

@@ -84,9 +84,9 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "dense": ({}, UsageError, "here is no losparse checkpoint.*losparse compress here"),
     "another method": ({"quant_method": "gptq"}, UsageError, "no losparse checkpoint"),
     "newer": (
-        {"quant_method": "losparse", "format_version": 3},
+        {"quant_method": "losparse", "format_version": 4},
         FormatVersionError,
-        "version 3.*pip install --upgrade",
+        "version 4.*pip install --upgrade",
     ),
     "no version": ({"quant_method": "losparse"}, FormatVersionError, "version None"),
     "no modules": ({"quant_method": "losparse", "format_version": 1}, CheckpointError, "lists no compressed modules"),

@@ -121,6 +121,29 @@ def test_heights_are_the_figures() -> None:
     assert steps[0] < 0  # upwards
 
 
+def test_what_lies_outside_blocks_leaves_them_their_room() -> None:
+    """Embeddings take many times the bytes of a block, whose bars would be too low to tell apart."""
+    blocks = report_of(*(f"h.{k}.fc" for k in range(4)))
+    embedding = replace(
+        blocks.layers[0], name="embed", spec=replace(blocks.layers[0].spec, kind="embedding", layout="codes"),
+        bytes_before=20_000, bytes_after=9_000,
+    )  # fmt: skip
+    for share, cut in ((1, True), (0.05, False)):
+        one = replace(embedding, bytes_before=int(20_000 * share), bytes_after=int(9_000 * share))
+        svg = render(replace(blocks, layers=(*blocks.layers, one)), "svg")
+        bars = [height(node) for node in marked(svg, "bytes-before-0-").values()]
+        assert min(bars) > 90  # points, of about 210 that the panel has
+        assert any("cut: 20.0 kB dense," in text for text in texts(svg)) == cut
+
+
+def test_bits_head_a_picture_of_whole_numbers() -> None:
+    spec = LayerSpec((20, 25), 0, 500, "unstructured", "codes", index_bytes=100)
+    layers = [LayerReport(f"h.{k}.fc", spec, 1000, 200, 1.0, 1e-4) for k in range(2)]
+    layers.append(LayerReport("embed", replace(spec, kind="embedding"), 1000, 500, 1.0, 1e-4))
+    found = " ".join(texts(render(Report(tuple(layers), {}, 3000, 900, 1500), "svg")))
+    assert "3.20 bits a weight and 8.00 of embeddings and heads" in found
+
+
 def test_layers_of_one_kind_in_a_block_make_one_mark() -> None:
     report = report_of(*(f"layers.{k}.experts.{e}.w1" for k in range(3) for e in range(4)))
     svg = render(report, "svg")
@@ -134,7 +157,7 @@ def test_the_checkpoint_and_what_it_was_made_from_head_a_picture_with_the_range_
     assert "small" in said
     totals = " ".join(said[said.index("small") :])
     assert totals.startswith("small Made from some model. Compressed layers: 60.0%")
-    assert "Relative error of weight of single layers: 0.010 to 0.030." in totals
+    assert "Single layers have a relative error of weight of 0.010 to 0.030." in totals
     save_plot(report, tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "0.010 to 0.030" in text
@@ -151,13 +174,13 @@ def test_errors_of_outputs_are_drawn_if_all_are_known() -> None:
         return replace(report, layers=layers)
 
     both = render(measured(0.5, 0.25), "svg")
-    assert "relative error of output, in-sample" in texts(both)
+    assert "relative error of in-sample output" in texts(both)
     (_, first), (_, second) = corners(marked(both, "error-")["error-0"])
     assert second > first  # lower on the page
     assert "relative error of weight" in texts(render(measured(0.5, None), "svg"))
     layers = tuple(replace(layer, held_out_error=0.6) for layer in measured(0.5, 0.25).layers)
     unseen = replace(report, layers=layers)
-    assert "relative error of output, held out" in texts(render(unseen, "svg"))
+    assert "relative error of held-out output" in texts(render(unseen, "svg"))
 
 
 def test_unknown_errors_are_said_to_be_unknown(tmp_path: Path) -> None:

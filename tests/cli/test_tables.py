@@ -97,11 +97,44 @@ def test_every_layer_of_a_dense_model_has_its_whole_name_and_reason(stack: str, 
         assert "rank 8" in text
 
 
+def test_spectra_for_a_picture_alone_leave_the_table_short() -> None:
+    report = dense(STACKS["llama"], spectra=True)
+    text = shown(report, 80, spectra=False)
+    assert "rank 8" not in text
+    assert text == shown(dense(STACKS["llama"], spectra=False), 80)
+    short = shown(report, 80, spectra=False, every_layer=False)
+    assert [word for word in unfolded(short) if "self_attn" in word] == [f"model.layers.*.{name}" for name in LLAMA[:3]]
+
+
 def test_blocks_are_titled_by_the_checkpoint_with_its_source_below() -> None:
     text = shown(compressed(STACKS["llama"], name="small"), 80, every_layer=False)
     assert text.startswith("small\nmade from dense/model\n")
     assert [word for word in unfolded(text) if word.startswith("model.")] == [f"model.layers.{k}" for k in range(12)]
     assert shown(compressed(["a"]), 80).startswith("dense/model\n")  # as it comes from a run
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_total_tells_layers_from_embeddings_and_heads(width: int) -> None:
+    """Who asked for 3.25 bits finds them, whatever embeddings take."""
+
+    def layer(name: str, nbytes: int, kind: str = "", *, head: bool = False) -> LayerReport:
+        spec = LayerSpec((1000, 64), 0, 64000, "unstructured", "codes", index_bytes=nbytes, kind=kind)
+        return LayerReport(name, spec, 128_000, nbytes, 1.0, 1e-4, head=head)
+
+    layers = [layer(name, 26_000) for name in STACKS["llama"]]
+    report = Report((layer("embed", 64_000, "embedding"), *layers, layer("lm_head", 48_000, head=True)), {}, 1, 1, 1)
+    lines = [line.strip() for line in shown(report, width, every_layer=False).splitlines()]
+    [at] = [k for k, line in enumerate(lines) if line.startswith("60 layers")]
+    assert "3.25" in lines[at].split()
+    assert lines[at + 1].startswith("1 embedding, 1 head")
+    assert "7.00" in lines[at + 1].split()
+    assert (report.totals()["bits"], report.totals()["embedding_bits"]) == (3.25, 7.0)
+    text = shown(replace(report, layers=tuple(layers)), width, every_layer=False)
+    assert "60 layers" in text
+    unknown = replace(report.layers[0], residual_squared=None)
+    [depth] = re.findall("error by depth  (\\S+)", shown(replace(report, layers=(*layers, unknown)), width))
+    assert len(depth) == 12  # of which no error is known has no place there
+    assert "embedding" not in text
 
 
 def test_the_range_is_that_of_single_layers() -> None:

@@ -409,6 +409,7 @@ def test_the_command(small: Path, dense: Path, text: Calibration, tmp_path: Path
     data = json.loads(done(*command, "--json").out)
     assert data["divergence_after"] < data["divergence_before"]
     assert data["seconds"] == 0  # this very run had finished
+    assert " 0 s" not in done(*command).out
     assert "nats a token from its predictions before" in (out / "README.md").read_text(encoding="utf-8")
 
 

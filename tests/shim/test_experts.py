@@ -81,7 +81,7 @@ def test_no_token_is_lost_and_none_is_needed() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_compressed_whole_and_loaded_in_every_way(kind: str, tmp_path: Path) -> None:
     model_of(kind).save_pretrained(tmp_path / "dense")
-    made = losparse_cli.compress(tmp_path / "dense", tmp_path / "small", keep=0.6)
+    made = losparse_cli.compress(tmp_path / "dense", tmp_path / "small", keep=0.6, values="float")
     assert sum(".experts." in layer.name for layer in made.report.layers) >= 8
     plain = losparse_cli.export(tmp_path / "small", tmp_path / "plain")
     assert load_file(plain / "model.safetensors").keys() == load_file(tmp_path / "dense" / "model.safetensors").keys()
@@ -98,7 +98,9 @@ def test_compressed_whole_and_loaded_in_every_way(kind: str, tmp_path: Path) -> 
 
 def test_some_of_them_alone(tmp_path: Path) -> None:
     model_of("Olmoe").save_pretrained(tmp_path / "dense")
-    losparse_cli.compress(tmp_path / "dense", tmp_path / "small", Recipe(keep=0.6, targets=("*.1.mlp.experts.2.*",)))
+    losparse_cli.compress(
+        tmp_path / "dense", tmp_path / "small", Recipe(keep=0.6, values="float", targets=("*.1.mlp.experts.2.*",))
+    )
     model, _ = losparse_cli.load(tmp_path / "small")
     ours = [name for name, module in model.named_modules() if isinstance(module, LowRankSparseLinear)]
     assert ours == [f"model.layers.1.mlp.experts.2.{matrix}_proj" for matrix in ("gate", "up", "down")]
@@ -111,7 +113,9 @@ def test_some_of_them_alone(tmp_path: Path) -> None:
 def test_dense_experts_stay_as_they_are(tmp_path: Path) -> None:
     """Where none of them is compressed transformers' own fused ones are faster."""
     model_of("Olmoe").save_pretrained(tmp_path / "dense")
-    losparse_cli.compress(tmp_path / "dense", tmp_path / "small", Recipe(keep=0.6, ignore=("*.experts.*",)))
+    losparse_cli.compress(
+        tmp_path / "dense", tmp_path / "small", Recipe(keep=0.6, values="float", ignore=("*.experts.*",))
+    )
     model, _ = losparse_cli.load(tmp_path / "small")
     assert not any(isinstance(module, SplitExperts) for module in model.modules())
     assert torch.isfinite(answer(model)).all()
@@ -137,3 +141,20 @@ def test_a_configuration_with_other_experts_than_the_files(tmp_path: Path) -> No
         (tmp_path / "dense" / "config.json").write_text(json.dumps(config | {"num_experts": count}))
         with pytest.raises(CheckpointError, match=said):
             losparse_cli.compress(tmp_path / "dense", tmp_path / "out", keep=0.6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_export_of_a_configuration_with_other_experts_than_the_files(kind: str, tmp_path: Path) -> None:
+    import json
+
+    model_of(kind).save_pretrained(tmp_path / "dense")
+    losparse_cli.compress(tmp_path / "dense", tmp_path / "small")
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    [key] = [key for key in ("num_local_experts", "num_experts", "n_routed_experts") if key in config]
+    for more, said in ((1, "holds no "), (-1, "holds ")):
+        changed = config | {key: config[key] + more}
+        (tmp_path / "small" / "config.json").write_text(json.dumps(changed))
+        number = config[key] + min(more, 0)
+        with pytest.raises(CheckpointError, match=rf"{said}.*\.experts\.{number}.* asks for {changed[key]} experts"):
+            losparse_cli.export(tmp_path / "small", tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ...budget.recipe import EMBEDDING_BITS, Recipe
+from ...budget.recipe import EMBEDDING_BITS, MOST_BITS, Recipe
 from .. import options as o
 
 
@@ -47,7 +47,7 @@ def compress(
         float | None,
         typer.Option(
             help="Stored bytes of the compressed layers, embeddings and heads aside, over their dense bytes, every "
-            "index counted.",
+            f"index counted; whole numbers use {MOST_BITS:g} bits a weight of it at most.",
             rich_help_panel=o.SIZE,
             show_default=o.by_calibration("keep"),
         ),
@@ -70,6 +70,15 @@ def compress(
             help="Bits of each value that --sparsity or N:M leaves, in place of --bits.",
             rich_help_panel=o.SIZE,
             show_default="as --bits",
+        ),
+    ] = None,
+    grid: Annotated[
+        str | None,
+        typer.Option(
+            help="int4 or int8: whole numbers of that width, which losparse export --gguf and --compressed-tensors "
+            "hand to other engines as they are.",
+            rich_help_panel=o.SIZE,
+            show_default=False,
         ),
     ] = None,
     values: Annotated[
@@ -170,9 +179,7 @@ def compress(
     memory_limit: o.MemoryLimit = None,
     resume: o.Resume = "auto",
     overwrite: o.Overwrite = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan and what it needs; write nothing.", rich_help_panel=o.RUN)
-    ] = False,
+    dry_run: o.DryRun = False,
     revision: o.Revision = None,
     cache_dir: o.CacheDir = None,
     trust_remote_code: o.TrustRemoteCode = False,
@@ -205,6 +212,7 @@ def compress(
         "keep_parameters": keep_parameters,
         "bits": bits,
         "value_bits": value_bits,
+        "grid": grid,
         "values": values,
         "embedding_bits": o.number_or_word(embedding_bits),
         "pattern": pattern,

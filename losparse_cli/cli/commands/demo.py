@@ -18,6 +18,7 @@ def demo(
     from ...demo import demo as show
     from .. import console as c
     from .. import tables
+    from ..comparison import show_comparison
     from ..summary import minutes
 
     out = c.Console()
@@ -34,4 +35,4 @@ def demo(
             out, report, every_layer=False, sort="name", as_csv=False, as_json=False
         ),
     )
-    tables.show_comparison(out, rows)
+    show_comparison(out, rows)

@@ -55,7 +55,8 @@ def inspect(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    tables.show_report(out, report, every_layer=layers, sort=sort, as_csv=csv, as_json=json)
+    # Spectra that only the picture needs leave the table as short as it is without one.
+    tables.show_report(out, report, every_layer=layers, sort=sort, as_csv=csv, as_json=json, spectra=spectrum)
     out.flush()
     if plot is not None:
         save_plot(report, plot)

@@ -44,6 +44,7 @@ def refine(
     memory_limit: o.MemoryLimit = None,
     resume: o.Resume = "auto",
     overwrite: o.Overwrite = False,
+    dry_run: o.DryRun = False,
     revision: o.Revision = None,
     cache_dir: o.CacheDir = None,
     trust_remote_code: o.TrustRemoteCode = False,
@@ -92,7 +93,13 @@ def refine(
             trust_remote_code=trust_remote_code,
             max_shard_size=max_shard_size,
             memory_limit=memory_limit,
+            plan_only=dry_run,
         )
+    if dry_run:
+        from ...refinement.forecast import forecast_refinement
+
+        s.show_refinement_plan(out, forecast_refinement(job, resume=resume, overwrite=overwrite))
+        return
     if job.towards is None:
         with c.interruptible(), c.LayerProgress(out) as layers:
             result = run(job, resume=resume, overwrite=overwrite, progress=layers)

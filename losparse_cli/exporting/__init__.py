@@ -1,0 +1,1 @@
+"""Rooms of `export`: other engines' files, made from a compressed checkpoint."""
