@@ -103,6 +103,8 @@ def test_progress_that_is_none_is_refused_before_anything_is_written(
         ),
         lambda progress: losparse_cli.finetune(dense, tmp_path / "out", task=ROWS, progress=progress),
         lambda progress: losparse_cli.export(small, tmp_path / "out", progress=progress),
+        lambda progress: losparse_cli.export_gguf(small, tmp_path / "out.gguf", progress=progress),
+        lambda progress: losparse_cli.export_packed(small, tmp_path / "out", progress=progress),
         lambda progress: losparse_cli.verify(small, progress=progress),
         lambda progress: losparse_cli.inspect(small, progress=progress),
         lambda progress: losparse_cli.evaluate(small, text, progress=progress),

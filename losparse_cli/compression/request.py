@@ -176,7 +176,7 @@ def make_request(
         layers = recipe_of(file, wanted)
     else:
         raise UsageError(
-            "recipe is a Recipe, a mapping such as {'keep': 0.6}, or the path of a YAML file, not "
+            "recipe is a Recipe, a mapping such as {'bits': 3.25}, or the path of a YAML file, not "
             f"{type(recipe).__name__}."
         )
     run, beside = file.run, {"device": device, "memory_limit": memory_limit, "max_shard_size": max_shard_size}

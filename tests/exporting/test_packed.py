@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from terminal import done, losparse
 
 from losparse_cli.budget.recipe import Recipe
 from losparse_cli.compress import compress
-from losparse_cli.export import export, export_packed
+from losparse_cli.errors import CheckpointError
+from losparse_cli.export import export, export_gguf, export_packed
 from losparse_cli.exporting.packed import pack
 from losparse_cli.load import load
 
@@ -99,6 +100,17 @@ class TestBadInput:
         complaint = losparse("export", tmp_path / "out", "--compressed-tensors", "-o", tmp_path / "packed").complaint
         assert said in complaint
         assert not (tmp_path / "packed").exists()
+
+    @pytest.mark.parametrize("suffix", ["U", "weight"])
+    def test_values_that_are_not_finite(self, suffix: str, toy: Callable[..., Path], tmp_path: Path) -> None:
+        out = compress(toy("llama", **WHOLE_RUNS), tmp_path / "out", Recipe(grid="int4", rank=2)).output
+        tensors, name = load_file(out / "model.safetensors"), f"model.layers.0.self_attn.q_proj.{suffix}"
+        tensors[name].view(-1)[1] = float("nan")
+        save_file(tensors, out / "model.safetensors", {"format": "pt"})
+        for call, place in ((export, "dense"), (export_packed, "packed"), (export_gguf, "model.gguf")):
+            with pytest.raises(CheckpointError, match=f"{name} holds NaN or infinity"):
+                call(out, tmp_path / place)  # type: ignore[operator]
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
     def test_two_forms_at_once(self, tmp_path: Path) -> None:
         said = losparse("export", tmp_path, "--gguf", "--compressed-tensors", "-o", tmp_path / "x").complaint
