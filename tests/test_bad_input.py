@@ -19,6 +19,8 @@ import toys
 from safetensors.torch import load_file, save_file
 from terminal import Ended, bare_environment, done, losparse
 
+from losparse_cli.shim.layouts import FORMAT_VERSION
+
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 SMALL = ("--rank", "4", "--sparsity", "0.8")
 
@@ -675,7 +677,10 @@ def test_a_dense_model_is_no_losparse_checkpoint(command: str, model: Path, tmp_
 
 
 WRONG_BLOCKS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "newer format": ({"format_version": 3}, ("format version 3", "pip install --upgrade losparse")),
+    "newer format": (
+        {"format_version": FORMAT_VERSION + 1},
+        (f"format version {FORMAT_VERSION + 1}", "pip install --upgrade losparse"),
+    ),
     "no modules": ({"modules": None}, ("lists no compressed modules",)),
     "rank not there": ({"rank": None}, ("layer model.layers.0.self_attn.q_proj", "Compress it again")),
     "rank impossible": ({"rank": 1000}, ("layer model.layers.0.self_attn.q_proj", "impossible")),

@@ -474,10 +474,10 @@ def test_every_field_is_documented() -> None:
 # --- the rest -------------------------------------------------------------------------------------
 
 
-def test_benchmarks_in_performance_exist() -> None:
+def test_benchmarks_in_the_documentation_exist() -> None:
     source = (ROOT / "tests" / "benchmarks" / "__main__.py").read_text(encoding="utf-8")
     known = set(re.findall(r'^    "([\w-]+)":', source, flags=re.MULTILINE))
-    named = re.findall(r"-m tests\.benchmarks ([\w -]+)`", read("performance.md"))
+    named = re.findall(r"-m tests\.benchmarks ([\w -]+)`", read("performance.md") + read("serving.md"))
     assert {name for line in named for name in line.split()} == known
 
 

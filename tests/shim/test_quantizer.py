@@ -182,7 +182,8 @@ Q = "model.layers.0.self_attn.q_proj"
 
 WRONG = "mismatch|belong together"
 REFUSED = [
-    ("newer", lambda c: c["quantization_config"].update(format_version=3), None, "format version 3"),
+    ("newer", lambda c: c["quantization_config"].update(format_version=FORMAT_VERSION + 1), None,
+     f"format version {FORMAT_VERSION + 1}"),
     ("rank", lambda c: c["quantization_config"]["modules"][Q].update(rank=-1), None, f"{Q}.*impossible"),
     ("shape", lambda c: c["quantization_config"]["modules"][Q].update(shape=[68, 60]), None, "do not belong together"),
     ("other-rank", lambda c: c["quantization_config"]["modules"][Q].update(rank=5), None, WRONG),

@@ -240,7 +240,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     place = tmp_path_factory.mktemp("undisturbed")
     ended = done("compress", model, "-o", "out", *SELF, cwd=place)
-    warned, *lines = ended.err.splitlines()[:10]
+    stage, warned, *lines = ended.err.splitlines()[:9]
+    assert stage.startswith("generating text: "), ended.err
     assert warned.startswith("warning: 256 tokens are few"), ended.err
     assert all(line.startswith("layer") for line in lines), ended.err
     return toys.digests(place / "out")
