@@ -8,10 +8,10 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from .checkpoint.config import dense_config, layer_specs
-from .checkpoint.output import check_output, output_path, whole_file
+from .checkpoint.output import output_path, whole_file
 from .checkpoint.source import open_checkpoint
 from .checkpoint.writer import write_json
-from .errors import UsageError, write_errors
+from .errors import UsageError
 from .exporting.dense import dense_units
 from .exporting.folder import write_folder
 from .exporting.gguf import GgufFile, GgufWriter
@@ -76,22 +76,29 @@ def export_gguf(
     layer_specs(checkpoint)  # a dense model is llama.cpp's own converter's to read
     writer = GgufWriter(checkpoint, kind)
     reads = [checkpoint.folder]
-    with (
-        whole_file(output, overwrite=overwrite, reads=reads) as model,
-        whole_file(adapter, overwrite=overwrite, reads=reads) as beside,
-    ):
-        made = writer.write(model, beside, told)
-    return replace(made, path=output, adapter=made.adapter and adapter)
+    with whole_file(output, overwrite=overwrite, reads=reads) as model:
+        if writer.has_adapter:
+            with whole_file(adapter, overwrite=overwrite, reads=reads) as beside:
+                made = writer.write(model, beside, told)
+        else:
+            made = writer.write(model, None, told)
+            if overwrite:  # one of what was there before is none of this model
+                adapter.unlink(missing_ok=True)
+    return replace(made, path=output, adapter=adapter if writer.has_adapter else None)
+
+
+ADAPTER = "adapter"
 
 
 @dataclass(frozen=True)
 class PackedFolder:
     """output: of the model. adapter: the folder of U V as PEFT's LoRA, None without any. layers: how many keep their
-    whole numbers."""
+    whole numbers. doubts: what engines may stumble over, a sentence each."""
 
     output: Path
     adapter: Path | None
     layers: int
+    doubts: tuple[str, ...] = ()
 
 
 def export_packed(
@@ -105,7 +112,7 @@ def export_packed(
     progress: Progress | None = None,
 ) -> PackedFolder:
     """Write a checkpoint of `--grid` as `pack-quantized` of compressed-tensors, which vLLM, SGLang and transformers
-    read; and U V beside it, where there are some, as an adapter of PEFT in `output`-lora.
+    read; and U V, where there are some, as an adapter of PEFT in its folder `adapter`.
 
     UsageError that names a layer which the format cannot hold; CheckpointError if one holds what is no number.
     """
@@ -113,9 +120,13 @@ def export_packed(
     checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
     output = output_path(output)
     made = packed_checkpoint(checkpoint)
-    adapter = output.with_name(f"{output.name}-lora") if made.adapter else None
-    if adapter is not None:
-        check_output(adapter, overwrite=overwrite, reads=[checkpoint.folder])
+
+    def write_adapter(folder: Path) -> None:
+        if made.adapter:
+            (folder / ADAPTER).mkdir(exist_ok=True)
+            save_file(made.adapter, folder / ADAPTER / "adapter_model.safetensors", {"format": "pt"})
+            write_json(folder / ADAPTER / "adapter_config.json", made.adapter_config)
+
     write_folder(
         checkpoint,
         made.units,
@@ -125,10 +136,6 @@ def export_packed(
         max_shard_size=max_shard_size,
         overwrite=overwrite,
         told=told,
+        beside=write_adapter,
     )
-    if adapter is not None:
-        with write_errors(adapter):
-            adapter.mkdir(exist_ok=True)
-            save_file(made.adapter, adapter / "adapter_model.safetensors", {"format": "pt"})
-            write_json(adapter / "adapter_config.json", made.adapter_config | {"base_model_name_or_path": str(output)})
-    return PackedFolder(output, adapter, made.layers)
+    return PackedFolder(output, output / ADAPTER if made.adapter else None, made.layers, made.doubts)

@@ -10,7 +10,7 @@ from functools import lru_cache
 from ..errors import UnfitError, UsageError
 from ..shim.layouts import LayerSpec, bound_index_bytes, candidates, expected_index_bytes, n_of_m
 from .notes import Notes
-from .recipe import GRIDS, MOST_BITS, MOST_CODE_BITS, Recipe
+from .recipe import GRIDS, MOST_BITS, MOST_CODE_BITS, RUN, Recipe
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,11 @@ class LayerPlan:
     bits: float = 0.0
     pool: str = ""
     width: int = 0
+
+    @property
+    def run(self) -> int:
+        """Columns that share a step in a row, as other engines' formats of 4 bits have them; 0 for all of a row."""
+        return RUN if self.width == 4 and self.layer.shape[1] % RUN == 0 else 0
 
     @property
     def sparse(self) -> bool:
@@ -233,6 +238,7 @@ def _plan_codes(layer: Layer, recipe: Recipe) -> LayerPlan:
     elif recipe.bits is not None:
         bits, pool = recipe.bits, f"{recipe.bits!r}"
     elif recipe.grid is not None:
+        beside += m * (n // RUN) if GRIDS[recipe.grid] == 4 and n % RUN == 0 else 0
         bits, pool = (GRIDS[recipe.grid] * nnz + mask + 8 * beside) / (m * n), recipe.grid
     else:
         bits = min(MOST_BITS, 8 * layer.itemsize * (recipe.keep or 0.0))

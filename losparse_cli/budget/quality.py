@@ -12,9 +12,10 @@ NOTICED, RUINED, CALIBRATED_RUINED = 0.75, 0.6, 0.4
 perplexity goes from 33 to 61 at 0.69 and to 247 at 0.54."""
 
 
-def doubt_of_bits(bits: float, *, calibrated: bool) -> str:
-    """A sentence on so many bits a weight of whole numbers; "" where little is lost."""
-    remedy = "raise --bits" if calibrated else "raise --bits, or give text: --calibration FILE"
+def doubt_of_bits(bits: float, *, calibrated: bool, grid: str | None = None) -> str:
+    """A sentence on so many bits a weight of whole numbers; "" where little is lost. grid: their width, if fixed."""
+    more = "raise --bits" if grid is None else "take --grid int8"
+    remedy = more if calibrated else f"{more}, or give text: --calibration FILE"
     few, too_few = (CALIBRATED_FEW_BITS, CALIBRATED_TOO_FEW_BITS) if calibrated else (FEW_BITS, TOO_FEW_BITS)
     known = " (with text SmolLM2-135M loses 0.36 in log-perplexity at 2.5 bits, and 1.0 at 1.8)"
     if bits < too_few:

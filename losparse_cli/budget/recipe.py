@@ -25,6 +25,8 @@ MOST_BITS = 8.0
 """The most that may be asked for a weight."""
 GRIDS = {"int4": 4, "int8": 8}
 """Whole numbers of a fixed width, as other engines' formats have them -> bits of a number."""
+RUN = 32
+"""Columns that share a step in a row, of 4 bits, if a layer is made of such runs."""
 ROWS_GRID = "int8"
 """Of embeddings and output heads."""
 MOST_CODE_BITS = 15
@@ -317,6 +319,8 @@ def override(recipe: Recipe, fields: Mapping[str, Any]) -> Recipe:
     for group in EXCLUSIVE:
         if any(name in fields for name in group):
             changes |= {name: fields.get(name) for name in group}
+    if fields.get("grid") is not None:  # of which these say nothing
+        changes = {"sensitivity": None, "embedding_bits": None} | changes
     if ":" in str(fields.get("pattern", "")):
         if "sparsity" not in fields:
             changes["sparsity"] = None  # N:M fixes the density by itself

@@ -187,7 +187,7 @@ def show_result(out: Console, result: Result) -> None:
         )
     calibrated = bool(report.calibration)
     doubt = (
-        doubt_of_bits(report.bits, calibrated=calibrated)
+        doubt_of_bits(report.bits, calibrated=calibrated, grid=report.recipe.get("grid"))
         if report.coded
         else doubt_of_share(report.kept_parameters, calibrated=calibrated)
     )

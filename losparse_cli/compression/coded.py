@@ -16,7 +16,7 @@ from ..checkpoint.report import LayerReport
 from ..errors import CheckpointError
 from ..linalg.error import output_squared, relative_error, squared_norm
 from ..linalg.factors import Decomposition, LowRankCodes
-from ..linalg.integers import FINEST_FACTOR, code, column_metric, fit_rows, rounded, row_steps, short, steps_of_width
+from ..linalg.integers import code, column_metric, finest_factor, fit_rows, rounded, row_steps, short, steps_of_width
 from ..linalg.patterns import parse_pattern, select
 from ..linalg.rates import Curve, curve, step_within
 from ..linalg.svd import balanced_factors, output_factors, seed_of, truncated_svd
@@ -24,8 +24,6 @@ from ..shim.layouts import COLUMN_FACTORS
 from .solve import as_matrix, encode
 
 TRIES = 12
-RUN = 32
-"""Columns that share a step in other engines' formats of 4 bits."""
 MOST_CARRIED = 0.05  # of a layer's share, more or less than it
 NEAR = 0.998
 """Share of the bytes allowed that is spent at least, before no other step is tried."""
@@ -124,7 +122,7 @@ class Coder:
         for k, plan in enumerate(self.plans):
             if not plan.width:
                 continue
-            W, support, run = self._rest[k], self._supports[k], run_of(plan)
+            W, support, run = self._rest[k], self._supports[k], plan.run
             weights = torch.ones_like(W[0]) if self._H is None else self._H.diagonal()
             a, runs = steps_of_width(W, weights, plan.width, run)
             a = self._storable(a, k, run)
@@ -133,7 +131,7 @@ class Coder:
                 q = q if support is None else q * support
             else:
                 q = code(W, self._metric, a, support, 0.0, plan.width, runs)
-            rows = fit_rows(W, q, self._columns, self._H, a, torch.float32).clamp_min(FINEST_FACTOR)
+            rows = fit_rows(W, q, self._columns, self._H, a, torch.float32).clamp_min(finest_factor(run))
             found[k] = self._made(k, q, self._storable(rows, k, run).to(self._dtypes[k]), None, runs)
         return found
 
@@ -181,11 +179,6 @@ class Coder:
         if self._H is not None:
             output = (relative_error(output_squared(E, self._H), output_squared(W, self._H)),)
         return Decomposition(made, (relative_error(residual, weight),), weight, residual, output, log_step=log_step)
-
-
-def run_of(plan: LayerPlan) -> int:
-    """Columns that share a step in a row: of 4 bits those of a block of Q4_0, if the layer is made of such blocks."""
-    return RUN if plan.width == 4 and plan.layer.shape[1] % RUN == 0 else 0
 
 
 def support_of(X: Tensor, plan: LayerPlan) -> Tensor:

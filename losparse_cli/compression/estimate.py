@@ -105,7 +105,7 @@ class Forecast:
         if job.calibration is not None:
             found += (*doubts(job.calibration, job.windows), *job.route.notes)
         if job.recipe.coded:
-            cost = doubt_of_bits(plan.bits, calibrated=calibrated)
+            cost = doubt_of_bits(plan.bits, calibrated=calibrated, grid=job.recipe.grid)
         else:
             cost = doubt_of_share(plan.kept_parameters, calibrated=calibrated)
         return (*found, cost) if cost else tuple(found)

@@ -12,7 +12,7 @@ from ..budget.plan import LayerPlan
 from ..budget.recipe import MOST_CODE_BITS
 from ..linalg.error import relative_error, squared_norm
 from ..linalg.factors import Decomposition, LowRankCodes
-from ..linalg.integers import FINEST_FACTOR, fit_rows, rounded, steps_of_width
+from ..linalg.integers import finest_factor, fit_rows, rounded, steps_of_width
 from ..linalg.rates import SAMPLE, Curve, curve
 from ..shim.streams import WIDTHS, width_of
 from .coded import Coded, code_alone
@@ -64,7 +64,7 @@ class RowCoder:
                 q = rounded(W, a[part])
             factors[part] = fit_rows(W, q, columns, None, a[part], dtype)
             if self.plans[0].width:
-                factors[part].clamp_(min=FINEST_FACTOR)
+                factors[part].clamp_(min=finest_factor(0))
             if width_of(q) > codes.itemsize:
                 codes = codes.to(WIDTHS[width_of(q)])
             codes[part] = q

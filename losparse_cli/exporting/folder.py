@@ -48,10 +48,12 @@ def write_folder(
     max_shard_size: str,
     overwrite: bool,
     told: Progress,
+    beside: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write `units` to `output` with this config.json, and the checkpoint's files that are no weights and not ours.
 
-    form: what is written, by which one run is told from another's. A killed one goes on where it was.
+    form: what is written, by which one run is told from another's. A killed one goes on where it was. beside: writes
+    what else belongs into the folder.
     """
     companion_files(checkpoint.folder)  # what may not be copied is reported before the work, not after it
     shards = plan_shards([Slot(unit.names, unit.nbytes) for unit in units], parse_size(max_shard_size))
@@ -71,6 +73,7 @@ def write_folder(
                 if is_loader(path.name):
                     path.unlink()
             write_json(work.path / "config.json", config)
+            beside(work.path)
             write_dense_card(work.path, base_metadata(checkpoint.folder), checkpoint.name)
         work.publish()
 

@@ -6,6 +6,7 @@ are U V + S in floats, or rounded again if that is asked for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,11 @@ class GgufWriter:
         self._model = empty_model(checkpoint.folder, checkpoint.config)
         self._config = self._model.config
         self._architecture = architecture_of(self._config, checkpoint.address)
+        if self._model.get_output_embeddings() is None:
+            raise UsageError(
+                f"{checkpoint.address} is a {type(self._model).__name__}, which has no output head, and llama.cpp "
+                "would make one of the embeddings. Leave out --gguf."
+            )
         self._names = NameMap(self._model, checkpoint.entries)
         self._files = {file.path: file for file in checkpoint.files}
         self._parts = {name: layer_tensors(checkpoint, name, spec) for name, spec in self._specs.items()}
@@ -95,8 +101,13 @@ class GgufWriter:
         self._adapter: list[_Tensor] = []
         self._tensors = self._planned()
 
-    def write(self, path: Path, adapter: Path, told: Progress) -> GgufFile:
-        """Write the file, and the adapter if there are U V that no sum was made of."""
+    @property
+    def has_adapter(self) -> bool:
+        """Whether there are U V that no sum was made of."""
+        return bool(self._adapter)
+
+    def write(self, path: Path, adapter: Path | None, told: Progress) -> GgufFile:
+        """Write the file, and the adapter if there is one to be."""
         gguf, architecture = self._gguf, self._gguf.MODEL_ARCH_NAMES[self._gguf.MODEL_ARCH[self._architecture.name]]
         writer = gguf.GGUFWriter(None, architecture)
         writer.add_type(gguf.GGUFType.MODEL)
@@ -117,7 +128,7 @@ class GgufWriter:
         doubt = write_vocabulary(writer, self.checkpoint.folder, embeddings.shape[0])
         told.start("tensors", len(self._tensors) + len(self._adapter), 0)
         self._write(writer, self._tensors, path, told)
-        if self._adapter:
+        if adapter is not None:
             beside = gguf.GGUFWriter(None, architecture)
             beside.add_type(gguf.GGUFType.ADAPTER)
             beside.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -125,7 +136,7 @@ class GgufWriter:
             self._write(beside, self._adapter, adapter, told)
         return GgufFile(
             path,
-            adapter if self._adapter else None,
+            adapter,
             exact,
             nearly,
             rounded,
@@ -186,7 +197,7 @@ class GgufWriter:
     def _dense(self, name: str, entry: TensorEntry) -> _Tensor:
         """A tensor that was copied into the checkpoint."""
         module, _, suffix = name.rpartition(".")
-        kind = "F32" if len(entry.shape) == 1 else self._fitting(entry.shape[-1])
+        kind = "F32" if len(entry.shape) == 1 else self._fitting(self._name(name), entry.shape[-1])
 
         def make() -> np.ndarray:
             W = self._files[entry.path].read(entry).float()
@@ -201,7 +212,7 @@ class GgufWriter:
         spec, gguf_name = self._specs[name], self._name(f"{name}.weight")
         found = self._kept(name)
         if found is None:
-            kind = self._fitting(spec.shape[1])
+            kind = self._fitting(gguf_name, spec.shape[1])
 
             def make() -> np.ndarray:
                 return self._stored(self._moved(name, self._read(name).dense()), kind)
@@ -262,17 +273,24 @@ class GgufWriter:
         kinds = {TORCH_DTYPES[parts["weight"].dtype] for parts in self._parts.values()}
         return "BF16" if kinds == {torch.bfloat16} else "F16"
 
-    def _fitting(self, width: int) -> str:
-        """The type asked for, or 16-bit floats where rows are not made of whole blocks."""
-        return "F16" if self._floats in ("Q4_0", "Q8_0") and width % BLOCK else self._floats
+    def _fitting(self, name: str, width: int) -> str:
+        """The type asked for, or 16-bit floats where rows are not made of whole blocks.
+
+        Embeddings and heads have 8 bits where others have 4, as llama.cpp's own quantizer gives them more.
+        """
+        if self._floats in ("Q4_0", "Q8_0") and width % BLOCK:
+            return "F16"
+        return "Q8_0" if self._floats == "Q4_0" and name in ("token_embd.weight", "output.weight") else self._floats
 
     def _stored(self, W: Tensor, kind: str) -> np.ndarray:
         if kind == "F32":
             return np.ascontiguousarray(W.float().numpy())
+        largest = float(W.abs().max()) / {"F16": 1, "Q4_0": 8, "Q8_0": 127}.get(kind, math.inf)
+        if largest > torch.finfo(torch.float16).max:
+            raise CheckpointError(
+                f"A weight of {float(W.abs().max()):.3g} is beyond what {kind.lower()} holds. Say --gguf-type bf16."
+            )
         if kind == "F16":
-            largest = float(W.abs().max())
-            if largest > torch.finfo(torch.float16).max:
-                raise CheckpointError(f"A weight of {largest:.3g} is beyond float16. Say --gguf-type bf16 or f32.")
             return np.ascontiguousarray(W.half().numpy())
         if kind == "BF16":
             return np.ascontiguousarray(W.bfloat16().contiguous().view(torch.uint16).numpy())

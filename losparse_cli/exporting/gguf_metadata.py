@@ -19,12 +19,14 @@ from ..errors import UsageError
 @dataclass(frozen=True)
 class Architecture:
     """name: that of `gguf.MODEL_ARCH`. permuted: rows of q and k lie in the other order of rotary pairs. norm_offset:
-    added to norms. pattern: every so many-eth block attends to everything, 0 where all do, or as the config says."""
+    added to norms. pattern: every so many-eth block attends to everything, 0 where all do, or as the config says.
+    activation: the only one that it computes."""
 
     name: str
     permuted: bool = False
     norm_offset: float = 0.0
     pattern: int = 0
+    activation: str = "silu"
 
 
 ARCHITECTURES = {
@@ -32,8 +34,8 @@ ARCHITECTURES = {
     "mistral": Architecture("LLAMA", permuted=True),
     "qwen2": Architecture("QWEN2"),
     "qwen3": Architecture("QWEN3"),
-    "gemma2": Architecture("GEMMA2", norm_offset=1.0, pattern=2),
-    "gemma3_text": Architecture("GEMMA3", norm_offset=1.0, pattern=6),
+    "gemma2": Architecture("GEMMA2", norm_offset=1.0, pattern=2, activation="gelu_pytorch_tanh"),
+    "gemma3_text": Architecture("GEMMA3", norm_offset=1.0, pattern=6, activation="gelu_pytorch_tanh"),
 }
 """model_type -> what llama.cpp calls it, for those of which every value is known to arrive."""
 
@@ -59,6 +61,16 @@ def _differences(config: Any, architecture: Architecture) -> Any:
     rope = _rope(config)
     if rope.get("rope_type", "default") not in ("default", "linear", "llama3"):
         yield f"rotary positions of kind {rope['rope_type']!r}"
+    if rope.get("rope_type") == "llama3" and not architecture.permuted:
+        yield "rotary positions of kind 'llama3'"
+    local = (getattr(config, "rope_parameters", None) or {}).get("sliding_attention") or {}
+    if local.get("rope_type", "default") != "default":
+        yield f"rotary positions of kind {local['rope_type']!r} in sliding windows"
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation != architecture.activation:
+        yield f"the activation {activation}"
+    if architecture.name not in ("LLAMA", "QWEN2") and getattr(config, "attention_bias", False):
+        yield "attention_bias"
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         yield "rotary positions in a part of a head"
     if config.model_type in ("llama", "mistral") and getattr(config, "mlp_bias", False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,15 @@ def write_vocabulary(writer: Any, folder: Path, rows: int) -> str:
     doubt = ""
     pieces = bool(backend.model.byte_fallback)  # as SentencePiece makes them: spaces are a letter, bytes are tokens
     if pieces:
+        if not _rising(backend, tokenizer):
+            doubt = "llama.cpp may join pieces in another order than this tokenizer does"
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_add_space_prefix(tokenizer.convert_ids_to_tokens(tokenizer("a").input_ids)[-1].startswith("\u2581"))
     else:
         writer.add_tokenizer_model("gpt2")
         words = _words(backend)
-        if words is None:
+        if words is None or backend.normalizer is not None:
             doubt = "llama.cpp may split text into words otherwise than this tokenizer does"
         writer.add_tokenizer_pre(words or "default")
     tokens, kinds = _tokens(tokenizer, rows, pieces)
@@ -55,6 +58,14 @@ def write_vocabulary(writer: Any, folder: Path, rows: int) -> str:
         writer.add_token_scores([-float(k) for k in range(rows)])
     gguf.SpecialVocab(folder, load_merges=not pieces, n_vocab=rows).add_to_gguf(writer, quiet=True)
     return doubt
+
+
+def _rising(backend: Any, tokenizer: Any) -> bool:
+    """Whether pieces that are joined sooner have lower numbers, by which alone llama.cpp knows them."""
+    merges = json.loads(backend.to_str())["model"].get("merges") or []
+    pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in merges]
+    numbers = [tokenizer.convert_tokens_to_ids("".join(pair)) for pair in pairs]
+    return numbers == sorted(numbers)
 
 
 def _tokens(tokenizer: Any, rows: int, pieces: bool) -> tuple[list[str], list[int]]:

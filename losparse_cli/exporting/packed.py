@@ -46,6 +46,7 @@ class PackedCheckpoint:
     adapter: dict[str, Tensor]
     adapter_config: dict[str, Any]
     layers: int
+    doubts: tuple[str, ...] = ()
 
 
 def packed_checkpoint(checkpoint: Checkpoint) -> PackedCheckpoint:
@@ -62,12 +63,35 @@ def packed_checkpoint(checkpoint: Checkpoint) -> PackedCheckpoint:
         raise UsageError(f"{checkpoint.address} has no compressed layer but embeddings. Export it with --dense.")
     parts = {name: layer_tensors(checkpoint, name, spec) for name, spec in specs.items()}
     schemes = {name: _scheme(checkpoint, name, spec, parts[name]) for name, spec in specs.items()}
+    if any(
+        scheme == Scheme(8, 0) for scheme in schemes.values()
+    ):  # then whole rows of few bits are so, too: less to mix
+        schemes = {name: scheme if scheme.run else Scheme(8, 0) for name, scheme in schemes.items()}
     made = {own["weight"].name: _unit(checkpoint, name, specs[name], own, schemes[name]) for name, own in parts.items()}
     units = [made.get(unit.names[0], unit) for unit in dense_units(checkpoint)]
     config = {**dense_config(checkpoint.config), "quantization_config": _quantization(schemes, linears)}
     ranks = {name: spec.rank for name, spec in specs.items() if spec.rank}
     adapter = _adapter(checkpoint, {name: (specs[name], parts[name]) for name in ranks})
-    return PackedCheckpoint(units, config, adapter, _adapter_config(ranks) if ranks else {}, len(schemes))
+    return PackedCheckpoint(
+        units, config, adapter, _adapter_config(ranks) if ranks else {}, len(schemes), _doubts(schemes, linears)
+    )
+
+
+def _doubts(schemes: dict[str, Scheme], linears: Iterable[str]) -> tuple[str, ...]:
+    """What engines may stumble over."""
+    found = []
+    if len(set(schemes.values())) > 1:
+        found.append(
+            "Layers have different widths: load them in transformers without run_compressed=False, which takes one "
+            "width for all."
+        )
+    siblings = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+    every = {name: schemes.get(name) for name in linears}
+    for group in siblings:
+        heads = {name.removesuffix(last) for last in group for name in every if name.endswith(f".{last}")}
+        if any(len({every.get(head + last) for last in group if head + last in every}) > 1 for head in heads):
+            found.append(f"vLLM merges {' and '.join(group)}, which have different widths here, and refuses them.")
+    return tuple(found)
 
 
 def _codes(checkpoint: Checkpoint, name: str, spec: LayerSpec, parts: dict[str, TensorEntry]) -> LowRankCodes:

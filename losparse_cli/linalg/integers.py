@@ -28,8 +28,6 @@ SHARES = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.72, 0.64)
 """Of the step at which the largest code is the largest entry, those that are tried: finer ones cut it off."""
 MOST_RUN = 15
 """The largest multiple of a row's step that a run of its columns may have: such codes of 4 bits still fit into 8."""
-FINEST_FACTOR = 2.0**-14
-"""Below which 16-bit floats lose digits, and rows have nothing to say."""
 LEAST_SENSITIVITY = 1e-3
 """Of its layer's mean, below which no row's sensitivity is believed."""
 
@@ -155,23 +153,26 @@ def steps_of_width(W: Tensor, weights: Tensor, width: int, run: int = 0) -> tupl
     parts = W.view(m, -1, run or n)
     each = weights.view(1, -1, run or n)
     largest = parts.gather(2, parts.abs().argmax(2, keepdim=True))[..., 0] / least
-    finest = FINEST_FACTOR * (MOST_RUN if run else 1)
-    largest = torch.where(largest.abs() < finest, finest, largest)
-    a = short(largest.abs().amax(1) / (MOST_RUN if run else 1))
-    best, error = torch.zeros_like(largest), torch.full_like(largest, math.inf)
+    sign = torch.where(largest < 0, -1.0, 1.0)
+    a = short(largest.abs().amax(1) / MOST_RUN).clamp_min(finest_factor(run))
+    best, error = torch.ones_like(largest), torch.full_like(largest, math.inf)
     for share in SHARES:
-        step = largest * share
+        step = largest.abs() * share
         if run:
-            multiple = (step / a[:, None]).round_().clamp_(-MOST_RUN, MOST_RUN)
-            multiple = torch.where(multiple == 0, step.sign(), multiple)
+            multiple = sign * (step / a[:, None]).round_().clamp_(1, MOST_RUN)
             step = multiple * a[:, None]
         else:
-            multiple = step = step.abs()
+            multiple = step = step.clamp_min(finest_factor(run))
         q = (parts / step[..., None]).round_().clamp_(least, most)
         found = q.mul_(step[..., None]).sub_(parts).square_().mul_(each).sum(2)
         best = torch.where(found < error, multiple, best)
         error = torch.minimum(found, error)
     return (a, best.to(torch.int8)) if run else (best[:, 0], None)
+
+
+def finest_factor(run: int) -> float:
+    """The least factor of a row that is exact in 16-bit floats: of four binary digits with runs, else of eight."""
+    return 2.0**-20 if run else 2.0**-16
 
 
 def short(a: Tensor) -> Tensor:

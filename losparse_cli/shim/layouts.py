@@ -146,7 +146,12 @@ def column_factors(indices: torch.Tensor) -> torch.Tensor:
 
 
 def times_runs(codes: torch.Tensor, runs: torch.Tensor) -> torch.Tensor:
-    """Codes (m, n), each times the number of its row and run in `runs` (m, n / run), in the narrowest dtype."""
+    """Codes (m, n), each times the number of its row and run in `runs` (m, n / run), in the narrowest dtype.
+
+    ValueError if one of these is zero, of which nothing could be made again.
+    """
+    if not bool(runs.all()):
+        raise ValueError("S_runs holds a zero")
     m, n = codes.shape
     product = (codes.short().view(m, runs.shape[1], -1) * runs[..., None].short()).view(m, n)
     largest = int(product.abs().amax()) if product.numel() else 0

@@ -202,7 +202,8 @@ def _require_loaded(name: str, layer: StoredIndex) -> None:
             )
         # The mark that transformers leaves on what it read; what is offloaded is never missing, and not marked.
         read = tensor.is_meta or getattr(tensor, "_is_hf_initialized", False)
-        if dtype.is_floating_point and not read:  # a missing index betrays itself when it is checked
+        # Other missing indices betray themselves when they are checked.
+        if (dtype.is_floating_point or suffix in ("S_scale", "S_runs")) and not read:
             raise ValueError(f"The weights hold no {name}.{suffix}. Download or compress the checkpoint again.")
 
 

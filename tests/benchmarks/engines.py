@@ -45,7 +45,7 @@ def _row(options: Options, row: str, dense: Path, folder: Path) -> list[str]:
     grid, _, more = row.partition(", ")
     path = folder / f"{row}.gguf"
     if row.startswith("Q"):
-        GgufWriter(open_checkpoint(dense), row.lower()).write(path, path, Progress())
+        GgufWriter(open_checkpoint(dense), row.lower()).write(path, None, Progress())
         ours = dense
     else:
         ours = folder / grid

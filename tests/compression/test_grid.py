@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from terminal import losparse
 
 from losparse_cli.budget.recipe import Recipe
@@ -17,7 +17,7 @@ from losparse_cli.checkpoint.config import layer_specs, layer_tensors
 from losparse_cli.checkpoint.layers import read_layer
 from losparse_cli.checkpoint.source import open_checkpoint
 from losparse_cli.compress import compress
-from losparse_cli.errors import UsageError
+from losparse_cli.errors import LosparseError, UsageError
 from losparse_cli.linalg.factors import LowRankCodes
 from losparse_cli.linalg.integers import code, column_metric, limits, rounded, short, steps_of_width
 from losparse_cli.load import load
@@ -153,3 +153,37 @@ def test_a_plan_says_what_a_weight_takes_at_most(toy: Callable[..., Path], tmp_p
     made = compress(model, tmp_path / "out", grid="int4")
     assert made.report.bytes_after <= forecast["expected_bytes"]
     assert {4 < layer["bits"] < 7 for layer in forecast["layers"]} == {True}
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+@pytest.mark.parametrize("width", [4, 8])
+def test_small_weights_lose_no_more(width: int, size: float) -> None:
+    W = torch.randn(16, 96, generator=torch.Generator().manual_seed(0)) * size
+    a, runs = steps_of_width(W, torch.ones(96), width, 32 if width == 4 else 0)
+    E = W - a[:, None] * rounded(W, a, 0.0, width, runs)
+    assert float(E.norm() / W.norm()) < (0.11 if width == 4 else 0.01)
+
+
+def test_runs_that_are_zero_or_missing_are_told(toy: Callable[..., Path], tmp_path: Path) -> None:
+    out = compress(toy("llama", **WHOLE_RUNS), tmp_path / "out", Recipe(grid="int4")).output
+    tensors = load_file(out / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.S_runs"
+    save_file(tensors | {name: torch.zeros_like(tensors[name])}, out / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LosparseError, match="S_runs holds a zero"):
+        load(out)
+    assert not verify(out).sound
+    del tensors[name]
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LosparseError, match="S_runs"):
+        load(out)
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_some_layers_on_a_grid(text: bool, toy: Callable[..., Path], tmp_path: Path) -> None:
+    words = tmp_path / "text.txt"
+    words.write_text("the quick brown fox jumps over the lazy dog, and again " * 60)
+    given = {"source": str(words), "tokens": 512, "length": 32} if text else None
+    recipe = {"bits": 6.0, "layers": {"*.k_proj": {"grid": "int4"}}}
+    out = compress(toy("llama", tokenizer=True, **WHOLE_RUNS), tmp_path / "out", recipe, calibration=given).output
+    runs = {name.rpartition(".")[2] for name, (factors, _) in codes_of(out).items() if factors.runs is not None}
+    assert runs == {"k_proj"}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from losparse_cli.budget.recipe import Recipe
 from losparse_cli.compress import compress
-from losparse_cli.errors import UsageError
+from losparse_cli.errors import CheckpointError, UsageError
 from losparse_cli.export import export, export_gguf
 from losparse_cli.exporting.gguf_blocks import narrowest, packed
 from losparse_cli.exporting.gguf_vocabulary import PROBE
@@ -273,6 +273,32 @@ class TestBadInput:
         toys.change_json(out / "config.json", query_pre_attn_scalar=64)
         with pytest.raises(UsageError, match=r"query_pre_attn_scalar 64 and heads of 16"):
             export_gguf(out, tmp_path / "m.gguf")
+        toys.change_json(out / "config.json", query_pre_attn_scalar=16, hidden_activation="silu")
+        with pytest.raises(UsageError, match=r"the activation silu"):
+            export_gguf(out, tmp_path / "m.gguf")
+
+    def test_a_model_without_a_head(self, dense: Any, tmp_path: Path) -> None:
+        out = compress(dense("qwen2"), tmp_path / "out", Recipe(grid="int8")).output
+        toys.change_json(out / "config.json", architectures=["Qwen2Model"])
+        with pytest.raises(UsageError, match=r"is a Qwen2Model, which has no output head"):
+            export_gguf(out, tmp_path / "m.gguf")
+
+    def test_what_a_type_cannot_hold(self, dense: Any, tmp_path: Path) -> None:
+        out = compress(dense("qwen2"), tmp_path / "out", Recipe(grid="int8", ignore=("*.0.*.o_proj",))).output
+        tensors = load_file(out / "model.safetensors")
+        tensors["model.layers.0.self_attn.o_proj.weight"][0, 0] = 1e6
+        save_file(tensors, out / "model.safetensors", {"format": "pt"})
+        for kind in ("f16", "q4_0"):
+            with pytest.raises(CheckpointError, match=rf"9.99e\+05 is beyond what {kind} holds"):
+                export_gguf(out, tmp_path / "m.gguf", kind=kind)
+            assert not list(tmp_path.glob("m.gguf*"))
+
+
+def test_an_adapter_of_before_goes(dense: Any, tmp_path: Path) -> None:
+    for rank in (2, 0):
+        out = compress(dense("qwen2"), tmp_path / f"out{rank}", Recipe(grid="int8", rank=rank)).output
+        made = export_gguf(out, tmp_path / "m.gguf", overwrite=True)
+        assert (made.adapter is not None) == (tmp_path / "m-lora.gguf").exists() == (rank > 0)
 
 
 def test_the_terminal_says_what_the_file_holds(dense: Any, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from terminal import done, losparse
 
 from losparse_cli.budget.recipe import Recipe
 from losparse_cli.compress import compress
-from losparse_cli.errors import CheckpointError
+from losparse_cli.errors import CheckpointError, UsageError
 from losparse_cli.export import export, export_gguf, export_packed
 from losparse_cli.exporting.packed import pack
 from losparse_cli.load import load
@@ -67,8 +67,9 @@ def test_u_and_v_are_an_adapter(toy: Callable[..., Path], tmp_path: Path) -> Non
     with torch.no_grad():
         theirs, ours = read(ids).logits, load(out, dtype=torch.float32)[0](ids).logits
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
-    with pytest.raises(Exception, match="exists already"):
+    with pytest.raises(UsageError, match="exists already"):
         export_packed(out, tmp_path / "packed")
+    assert export_packed(out, tmp_path / "packed", overwrite=True).adapter == made.adapter
 
 
 def test_layers_of_two_widths(toy: Callable[..., Path], tmp_path: Path) -> None:
@@ -77,6 +78,7 @@ def test_layers_of_two_widths(toy: Callable[..., Path], tmp_path: Path) -> None:
     made = export_packed(out, tmp_path / "packed")
     said = json.loads((made.output / "config.json").read_text())["quantization_config"]
     assert [group["weights"]["num_bits"] for group in said["config_groups"].values()] == [4, 8]
+    assert len(made.doubts) == 2  # two widths, and q_proj dense beside k_proj and v_proj
     assert "model.layers.0.self_attn.q_proj" in said["ignore"]
     read = transformers.AutoModelForCausalLM.from_pretrained(made.output, dtype=torch.float32)
     ids = torch.arange(5, 35)[None]
@@ -121,7 +123,7 @@ def test_the_terminal_says_what_was_written(toy: Callable[..., Path], tmp_path: 
     done("compress", toy("llama", **WHOLE_RUNS), "-o", tmp_path / "out", "--grid", "int8", "--rank", "2")
     said = done("export", tmp_path / "out", "--compressed-tensors", "-o", tmp_path / "packed").out
     assert "as pack-quantized" in said
-    assert "packed-lora" in said
+    assert "packed/adapter" in said
     tensors: dict[str, Any] = load_file(tmp_path / "packed" / "model.safetensors")
     assert sum(name.endswith(".weight_packed") for name in tensors) > 0
     export(tmp_path / "out", tmp_path / "dense")

@@ -79,7 +79,12 @@ def _show_packed(out: Console, made: PackedFolder) -> None:
     """What the folder holds, and how U V are loaded beside it."""
     from .. import console as c
 
-    out.data({"output": str(made.output), "adapter": made.adapter and str(made.adapter), "layers": made.layers})
+    for doubt in made.doubts:
+        out.warn(doubt)
+    out.data(
+        {"output": str(made.output), "adapter": made.adapter and str(made.adapter), "layers": made.layers,
+         "doubts": list(made.doubts)}
+    )  # fmt: skip
     folder = c.short(made.output)
     out.show(
         f"[bold green]Done.[/] {folder} holds {made.layers} layers as pack-quantized. Serve it: vllm serve {folder}"
