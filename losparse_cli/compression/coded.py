@@ -113,9 +113,9 @@ class Coder:
         return [found[k] for k in range(len(self.plans))]
 
     def _in_widths(self) -> dict[int, Decomposition]:
-        """Layers of a fixed width: each row at that of some steps at which its output, or the row, errs least.
+        """Layers of a fixed width, each row, or run of its columns, at the step that suits it best.
 
-        Where the steps of runs are chosen, errors in a column count by how large it is (as in llama.cpp's importance
+        Where steps are chosen, errors in a column count by how large it is (as in llama.cpp's importance
         matrices): that costs a little of the layer's own error, and spares the loss much of it (docs/performance.md).
         """
         found = {}
