@@ -81,10 +81,20 @@ def place_section(folder: Path, title: str, body: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def write_dense_card(destination: Path, metadata: dict[str, Any], source: str) -> None:
-    """README.md of a dense export: where it comes from, under the licence it had.
+FORM_CARDS = {
+    "dense": "The dense form of {}, which losparse compressed: every compressed weight is U V + S, rounded once "
+    "to the stored dtype. Any tool that reads safetensors loads it; it is as large as the original model.",
+    "pack-quantized": "The whole numbers of {}, which losparse compressed, as pack-quantized of compressed-tensors: "
+    "vLLM, SGLang and transformers with that library load it. Where there is a folder `adapter`, it holds the low-rank "
+    "part, to be loaded on top.",
+}
+"""Form of an export -> what its card says, of the checkpoint it was made from."""
 
-    metadata: that of the compressed checkpoint's card.
+
+def write_form_card(destination: Path, metadata: dict[str, Any], source: str, form: str) -> None:
+    """README.md of an export: where it comes from, under the licence it had.
+
+    metadata: that of the compressed checkpoint's card. form: of FORM_CARDS.
     """
     from huggingface_hub import ModelCardData
 
@@ -93,8 +103,7 @@ def write_dense_card(destination: Path, metadata: dict[str, Any], source: str) -
     data = ModelCardData(library_name="transformers", tags=tags or None, **carried)
     text = (
         f"---\n{data.to_yaml()}\n---\n\n# {destination.name.removesuffix('.partial')}\n\n"
-        f"The dense form of {source}, which losparse compressed: every compressed weight is U V + S, rounded once "
-        "to the stored dtype. Any tool that reads safetensors loads it; it is as large as the original model.\n"
+        f"{FORM_CARDS[form].format(source)}\n"
     )
     (destination / "README.md").write_text(text, encoding="utf-8", errors="replace")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import __version__
 from ..budget.units import parse_size
-from ..checkpoint.card import base_metadata, write_dense_card
+from ..checkpoint.card import base_metadata, write_form_card
 from ..checkpoint.companions import companion_files, copy_companions
 from ..checkpoint.reader import TensorEntry
 from ..checkpoint.source import Checkpoint
@@ -74,7 +74,7 @@ def write_folder(
                     path.unlink()
             write_json(work.path / "config.json", config)
             beside(work.path)
-            write_dense_card(work.path, base_metadata(checkpoint.folder), checkpoint.name)
+            write_form_card(work.path, base_metadata(checkpoint.folder), checkpoint.name, form)
         work.publish()
 
 

@@ -58,7 +58,9 @@ def best_bits(shape: tuple[int, int], counts: list[int], width: int) -> int:
     for bits in range(FEWEST, MOST + 1):
         rest = unfit(counts, bits)
         size = packed_bytes(shape, bits, rest)
-        if rest <= MOST_REST * m * n and size < fewest:
+        # A layer as it is would cost its model the decoder that runs a token in one call: then more may be beside.
+        most = MOST_REST * (1 if bits < MOST else 5)
+        if rest <= most * m * n and size < fewest:
             best, fewest = bits, size
     return best
 

@@ -15,7 +15,7 @@ from losparse_cli.checkpoint.card import (
     address_card,
     base_metadata,
     write_card,
-    write_dense_card,
+    write_form_card,
 )
 from losparse_cli.checkpoint.report import LayerReport, Report
 from losparse_cli.shim.layouts import LayerSpec
@@ -177,7 +177,7 @@ def test_the_card_of_an_export(tmp_path: Path) -> None:
         "tags": ["losparse", "sparse", "x"],
         5: 6,
     }
-    write_dense_card(tmp_path, base, "user/small")
+    write_form_card(tmp_path, base, "user/small", "dense")
     found = metadata_of(tmp_path)
     assert found == {
         "license": "mit",
