@@ -144,7 +144,7 @@ def folder_bytes(folder: Path) -> int:
     ("size", "how"),
     [
         ("250kB", {}),
-        (256_000, {"max_shard_size": "30kB"}),
+        (262_000, {"max_shard_size": "30kB"}),
         ("250kB", {"recipe": {"layers": {"*.mlp.*": {"bits": 6}}}}),
         ("330kB", {"values": "float"}),
     ],
