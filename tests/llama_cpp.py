@@ -35,12 +35,17 @@ class _Batch(ctypes.Structure):
     ]
 
 
-@cache
-def _library() -> Any:
+def shared_library() -> Any:
+    """llama.cpp and ggml, as the wheel has them."""
     spec = importlib.util.find_spec("xllamacpp")
     assert spec is not None
     assert spec.origin is not None
-    library = ctypes.CDLL(str(next(Path(spec.origin).parent.glob("xllamacpp*.so"))))
+    return ctypes.CDLL(str(next(Path(spec.origin).parent.glob("xllamacpp*.so"))))
+
+
+@cache
+def _library() -> Any:
+    library = shared_library()
     pointer, text, whole = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32
     types = {
         "llama_model_default_params": (_Parameters, []),

@@ -67,7 +67,7 @@ class LayerPlan:
     @property
     def run(self) -> int:
         """Columns that share a step in a row, as other engines' formats of 4 bits have them; 0 for all of a row."""
-        return RUN if self.width == 4 and self.layer.shape[1] % RUN == 0 else 0
+        return run_of(self.width, self.layer.shape[1])
 
     @property
     def sparse(self) -> bool:
@@ -233,13 +233,15 @@ def _plan_codes(layer: Layer, recipe: Recipe) -> LayerPlan:
         )
     beside = code_overhead(layer, rank)
     mask = mask_bits(layer.shape, nnz, recipe.pattern, scope)
+    width = GRIDS[recipe.grid] if recipe.grid is not None else 0
     if recipe.value_bits is not None:
         bits, pool = (recipe.value_bits * nnz + mask + 8 * beside) / (m * n), f"{recipe.value_bits:g} a value"
     elif recipe.bits is not None:
         bits, pool = recipe.bits, f"{recipe.bits!r}"
     elif recipe.grid is not None:
-        beside += m * (n // RUN) if GRIDS[recipe.grid] == 4 and n % RUN == 0 else 0
-        bits, pool = (GRIDS[recipe.grid] * nnz + mask + 8 * beside) / (m * n), recipe.grid
+        run = run_of(width, n)
+        beside += m * (n // run) if run else 0
+        bits, pool = (width * nnz + mask + 8 * beside) / (m * n), recipe.grid
     else:
         bits = min(MOST_BITS, 8 * layer.itemsize * (recipe.keep or 0.0))
         pool = f"{bits!r}"
@@ -255,8 +257,12 @@ def _plan_codes(layer: Layer, recipe: Recipe) -> LayerPlan:
     expected = int(min(bits * m * n / 8, useful))
     # What a layer takes depends on how much the loss minds it, and on the others: this is what no real one came near.
     bound = expected if layer.rows else 2 * m * n + 2 * beside + 4096
-    width = GRIDS[recipe.grid] if recipe.grid is not None else 0
     return LayerPlan(layer, rank, nnz, recipe.pattern, scope, 1, bound, expected, bits, pool, width)
+
+
+def run_of(width: int, in_features: int) -> int:
+    """Columns that share a step in a row of codes of `width` bits; 0 for all of a row."""
+    return RUN if width == 4 and in_features % RUN == 0 else 0
 
 
 def code_overhead(layer: Layer, rank: int) -> int:

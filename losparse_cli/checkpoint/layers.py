@@ -25,8 +25,7 @@ def encode_layer(plan: LayerPlan, factors: LowRankSparse | LowRankCodes) -> tupl
     kernels.install()
     layer, rank = plan.layer, factors.rank
     if isinstance(factors, LowRankCodes):
-        runs = factors.runs
-        codes = factors.codes if runs is None else over_runs(factors.codes, runs)
+        runs, codes = factors.runs, numbers_of(factors)
         stream = encode_codes(codes, smallest_stream(codes, plan.pattern))
         spec = LayerSpec(
             layer.shape,
@@ -46,6 +45,11 @@ def encode_layer(plan: LayerPlan, factors: LowRankSparse | LowRankCodes) -> tupl
     spec = replace(spec, transposed=layer.transposed, tensor=disk)
     tensors = ({"U": factors.U, "V": factors.V} if rank else {}) | {"weight": factors.stored, **tensors}
     return spec, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def numbers_of(factors: LowRankCodes) -> Tensor:
+    """The codes (out, in) as they are stored: without what runs multiply them by."""
+    return factors.codes if factors.runs is None else over_runs(factors.codes, factors.runs)
 
 
 def read_layer(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.config import dense_config, layer_specs, layer_tensors
-from ..checkpoint.layers import read_finite_layer
+from ..checkpoint.layers import numbers_of, read_finite_layer
 from ..checkpoint.reader import TensorEntry
 from ..checkpoint.source import Checkpoint
 from ..checkpoint.writer import tensor_part
@@ -23,7 +23,7 @@ from ..errors import CheckpointError, UsageError
 from ..linalg.factors import LowRankCodes
 from ..linalg.integers import limits
 from ..models.skeleton import empty_model
-from ..shim.layouts import LayerSpec, over_runs
+from ..shim.layouts import LayerSpec
 from .dense import dense_units
 from .folder import TensorPart, Unit
 
@@ -63,9 +63,7 @@ def packed_checkpoint(checkpoint: Checkpoint) -> PackedCheckpoint:
         raise UsageError(f"{checkpoint.address} has no compressed layer but embeddings. Export it with --dense.")
     parts = {name: layer_tensors(checkpoint, name, spec) for name, spec in specs.items()}
     schemes = {name: _scheme(checkpoint, name, spec, parts[name]) for name, spec in specs.items()}
-    if any(
-        scheme == Scheme(8, 0) for scheme in schemes.values()
-    ):  # then whole rows of few bits are so, too: less to mix
+    if Scheme(8, 0) in schemes.values():  # then whole rows of few bits are so, too: less to mix
         schemes = {name: scheme if scheme.run else Scheme(8, 0) for name, scheme in schemes.items()}
     made = {own["weight"].name: _unit(checkpoint, name, specs[name], own, schemes[name]) for name, own in parts.items()}
     units = [made.get(unit.names[0], unit) for unit in dense_units(checkpoint)]
@@ -100,10 +98,6 @@ def _codes(checkpoint: Checkpoint, name: str, spec: LayerSpec, parts: dict[str, 
     return factors
 
 
-def _numbers(factors: LowRankCodes) -> Tensor:
-    return factors.codes if factors.runs is None else over_runs(factors.codes, factors.runs)
-
-
 def _scheme(checkpoint: Checkpoint, name: str, spec: LayerSpec, parts: dict[str, TensorEntry]) -> Scheme:
     where = f"{checkpoint.address}: {name}"
     remedy = "Compress the dense model with --grid int4 or --grid int8, or export it with --dense."
@@ -116,7 +110,7 @@ def _scheme(checkpoint: Checkpoint, name: str, spec: LayerSpec, parts: dict[str,
     factors = _codes(checkpoint, name, spec, parts)
     if not bool((factors.columns == 1).all()):
         raise UsageError(f"{where} has factors of its columns, which compressed-tensors cannot hold. {remedy}")
-    numbers = _numbers(factors)
+    numbers = numbers_of(factors)
     for bits in (4, 8):
         least, most = limits(bits)
         if int(numbers.amin()) >= least and int(numbers.amax()) <= most:
@@ -146,7 +140,7 @@ def _packed(
     if not bool(torch.isfinite(scale).all()):
         raise CheckpointError(f"{checkpoint.address}: factors of {name} overflow. Export it with --dense.")
     shape = torch.tensor(spec.shape, dtype=torch.int64)
-    stored = (pack(_numbers(factors), scheme.bits), scale.contiguous(), shape)
+    stored = (pack(numbers_of(factors), scheme.bits), scale.contiguous(), shape)
     return [tensor_part(full, tensor) for full, tensor in zip(names, stored, strict=True)]
 
 

@@ -24,6 +24,7 @@ from losparse_cli.demo import smollm2
 from losparse_cli.linalg.groups import round_groups
 from losparse_cli.load import load
 from losparse_cli.text.windows import read_windows, settle
+from tests.llama_cpp import shared_library
 
 from .results import LENGTH, Options, add_result, measured, results_of
 
@@ -125,10 +126,7 @@ def _mean_squares(options: Options, dense: Path, model: Any, layers: Sequence[st
 @cache
 def _library() -> Any:
     """llama.cpp's quantizers, from the wheel `xllamacpp`."""
-    spec = importlib.util.find_spec("xllamacpp")
-    assert spec is not None
-    assert spec.origin is not None
-    library = ctypes.CDLL(str(next(Path(spec.origin).parent.glob("xllamacpp*.so"))))
+    library = shared_library()
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     return library
 

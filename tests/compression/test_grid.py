@@ -14,7 +14,7 @@ from terminal import losparse
 
 from losparse_cli.budget.recipe import Recipe
 from losparse_cli.checkpoint.config import layer_specs, layer_tensors
-from losparse_cli.checkpoint.layers import read_layer
+from losparse_cli.checkpoint.layers import numbers_of, read_layer
 from losparse_cli.checkpoint.source import open_checkpoint
 from losparse_cli.compress import compress
 from losparse_cli.errors import LosparseError, UsageError
@@ -35,8 +35,7 @@ def codes_of(folder: Path) -> dict[str, tuple[LowRankCodes, torch.Tensor]]:
     for name, spec in layer_specs(checkpoint).items():
         factors = read_layer(checkpoint, name, spec, layer_tensors(checkpoint, name, spec))
         assert isinstance(factors, LowRankCodes)
-        numbers = factors.codes if factors.runs is None else over_runs(factors.codes, factors.runs)
-        found[name] = factors, numbers
+        found[name] = factors, numbers_of(factors)
     return found
 
 
