@@ -184,9 +184,14 @@ def _build(layer: Any) -> None:
     device, dtype = layer.weight.device, layer.weight.dtype
     layer.losparse_layers = layers(layer.losparse_parts, dtype, device)
     del layer.losparse_parts
-    for suffix in [name for name, p in layer.named_parameters(recurse=False) if hasattr(p, "losparse_suffix")]:
-        if suffix != "weight":
-            delattr(layer, suffix)
+    _clear(layer)
+
+
+def _clear(layer: nn.Module) -> None:
+    """Without the placeholders but `weight`, or an expert's, which are asked for their device."""
+    for name in [name for name, p in layer.named_parameters(recurse=False) if hasattr(p, "losparse_suffix")]:
+        if not name.endswith("weight"):
+            delattr(layer, name)
 
 
 # --- embeddings and heads -----------------------------------------------------------------------------
@@ -369,9 +374,7 @@ class LosparseExperts(FusedMoEMethodBase):  # type: ignore[misc]
         ]
         layer.losparse_layers = nn.ModuleList(made)
         del layer.losparse_experts
-        for name in [name for name, p in layer.named_parameters(recurse=False) if hasattr(p, "losparse_suffix")]:
-            if not name.endswith("_weight"):
-                delattr(layer, name)
+        _clear(layer)
 
     def apply(
         self,
