@@ -190,13 +190,18 @@ def packaged_gguf() -> Path:
 def smollm2(on_step: Callable[[str], None] = lambda message: None) -> Path:
     """Folder of SmolLM2-135M-Instruct in bfloat16, made from the packaged GGUF at first use and cached."""
     folder = cache_folder() / "SmolLM2-135M-Instruct"
-    if (folder / "config.json").is_file():
-        return folder
-    gguf = packaged_gguf()
+    if not (folder / "config.json").is_file():
+        gguf = packaged_gguf()
+        on_step("Preparing SmolLM2-135M-Instruct (the first time only)")
+        unpack_gguf(gguf, folder)
+    return folder
+
+
+def unpack_gguf(gguf: Path, folder: Path) -> None:
+    """Write what a GGUF file holds of a language model to `folder` in bfloat16, with its tokenizer."""
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, "demo", "Reading the packaged model")
-    on_step("Preparing SmolLM2-135M-Instruct (the first time only)")
     import transformers
 
     options = {"gguf_file": gguf.name}
@@ -215,7 +220,6 @@ def smollm2(on_step: Callable[[str], None] = lambda message: None) -> Path:
         work.rename(folder)
     except OSError:  # another process was faster
         shutil.rmtree(work)
-    return folder
 
 
 def minilm() -> Path:

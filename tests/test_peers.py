@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from benchmarks.peers import PEERS, peer
+from benchmarks.peers import PEERS, gptq, peer
 from torch import Tensor
 
 from losparse_cli.demo import encyclopedia_text
@@ -94,3 +94,25 @@ def test_encyclopedia_text_is_prose() -> None:
     assert calibration.startswith("Anarchism is a political philosophy")
     shared = set(calibration.split("\n\n")) & set(held_out.split("\n\n"))
     assert not shared
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 12), (3, 18)])
+def test_gptq_rounds_to_the_grid_of_each_group_and_makes_up_for_it(
+    problem: tuple[Tensor, Tensor], bits: int, group: int
+) -> None:
+    W, H = problem
+    made = gptq(W, H, bits, group)
+    for begin in range(0, N - group + 1, group):
+        assert max(len(row.unique()) for row in made[:, begin : begin + group]) <= 2**bits
+
+    def lost(rounded: Tensor) -> float:
+        return float((((W - rounded) @ H) * (W - rounded)).sum())
+
+    alone = gptq(W, torch.eye(N), bits, group)  # nothing to make up for: each group at its best range
+    assert lost(made) < 0.7 * lost(alone)
+    X = W.view(M, -1, group)
+    low, high = X.amin(2, keepdim=True).clamp_max(0), X.amax(2, keepdim=True).clamp_min(0)
+    scale = ((high - low) / (2**bits - 1)).half().float()
+    zero = (-low / scale).round()
+    plain = (((X / scale + zero).round().clamp(0, 2**bits - 1) - zero) * scale).view(M, N)
+    assert float((W - alone).square().sum()) <= float((W - plain).square().sum())

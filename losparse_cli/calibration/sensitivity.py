@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..models.reading import output_embeddings
 from .activations import Activations, trim
 from .likelihood import categorical, drawn_loss, logits_of, next_token_loss, shown, uniform
 from .moments import Moments, gather_moments
+from .standing import Standing
 
 LOGITS = 64 << 20
 """Bytes of logits over a vocabulary that are computed at a time."""
@@ -59,6 +61,7 @@ class SensitivityRun:
     on_backward: Callable[[str, dict[str, Sensitivity]], None] = lambda block, found: None
     on_text: Callable[[float, int], None] = lambda nats, tokens: None
     say: Callable[[str], None] = lambda text: None
+    state: Path | None = None
 
     def __post_init__(self) -> None:
         self._several = getattr(self.model.config, "problem_type", None) == "multi_label_classification"
@@ -66,6 +69,7 @@ class SensitivityRun:
         self._predicts = writes is not None and writes() and not self.model.config.is_encoder_decoder
         self._kept: dict[str, list[Call]] = {}
         self._found: dict[str, Sensitivity] = {}
+        self._standing = Standing()
 
     def run(self) -> dict[str, Sensitivity]:
         """By the layers' names in the model; one that is never called, or on whose outputs the loss does not depend, is
@@ -76,12 +80,14 @@ class SensitivityRun:
         if list(self.layers) == [""]:
             self._whole()
         else:
-            self._forward()
+            earlier = None if self.state is None else Standing.read(self.state)
+            self._forward(earlier)
             self._backward()
         return self._found
 
-    def _forward(self) -> None:
-        """All blocks in turn, then each batch on its own to the loss, and back to what the last block returned."""
+    def _forward(self, earlier: Standing | None) -> None:
+        """All blocks in turn, then each batch on its own to the loss, and back to what the last block returned; or, if
+        an earlier pass came further, to where that stood."""
         head = output_embeddings(self.model)
         with GradientRelay(self.model, list(self.layers), self.batches, head) as relay:
             for number, (name, calls) in enumerate(relay):
@@ -90,11 +96,26 @@ class SensitivityRun:
                 self.on_forward(name, self._moments(name, calls))
                 self.drop(name)
                 trim()
-            for number in range(len(self.batches)):
+            for number in range(len(self.batches) if earlier is None else 0):
                 self.say(f"sensitivity: the loss of batch {number + 1} of {len(self.batches)}")
                 self._end(relay, number, head)
                 self.activations.release()
             self._kept = relay.kept
+        if earlier is not None:
+            self._go_on(earlier)
+
+    def _go_on(self, earlier: Standing) -> None:
+        for block in earlier.done:
+            del self._kept[block]
+            names = [layer for layer in self.layers[block] if f"{block}.{layer}" in earlier.g]
+            known = {layer: f"{block}.{layer}" for layer in names}
+            self._tell(
+                block, {name: Sensitivity(earlier.g[full], earlier.tokens[full]) for name, full in known.items()}
+            )
+        for text in earlier.texts:
+            self.on_text(*text)
+        earlier.restore(self._kept, self.activations.keep)
+        self._standing = earlier
 
     def _moments(self, name: str, calls: Sequence[Call]) -> list[Moments]:
         current: list[Rerun] = []
@@ -134,7 +155,9 @@ class SensitivityRun:
             return
         if part.stop is not None:
             part = slice(part.start, part.stop + 1)  # and what its last token is to predict
-        self.on_text(*next_token_loss(logits, ids[:, part], None if mask is None else mask[:, part]))
+        lost = next_token_loss(logits, ids[:, part], None if mask is None else mask[:, part])
+        self._standing.texts.append(lost)
+        self.on_text(*lost)
 
     def _in_chunks(self, relay: GradientRelay, number: int, head: nn.Module, call: Call) -> bool:
         """The loss of a batch whose logits are large, some tokens at a time; False, and nothing done, if they cannot
@@ -176,7 +199,7 @@ class SensitivityRun:
         """From the last block to the first that has layers, each run once more with gradients."""
         names = list(self.layers)
         first = next(number for number, name in enumerate(names) if self.layers[name])
-        for number, name in reversed(list(enumerate(names))[first:]):
+        for number, name in reversed(list(enumerate(names))[first : len(self._kept)]):
             self.say(f"sensitivity: block {number + 1} of {len(names)}, backwards")
             self.load(name)
             block = self.model.get_submodule(name)
@@ -192,6 +215,17 @@ class SensitivityRun:
             self._report(name, watch)
             self.drop(name)
             trim()
+            self._note(name)
+
+    def _note(self, block: str) -> None:
+        """The block is done."""
+        if self.state is None:
+            return
+        found = {full: self._found[full] for layer in self.layers[block] if (full := f"{block}.{layer}") in self._found}
+        self._standing.done.append(block)
+        self._standing.g |= {name: one.g.cpu() for name, one in found.items()}
+        self._standing.tokens |= {name: one.tokens for name, one in found.items()}
+        self._standing.write(self.state, self._kept)
 
     def _whole(self) -> None:
         """The model as one block: each batch forwards for the moments, then forwards and backwards."""
@@ -208,7 +242,9 @@ class SensitivityRun:
         self.drop("")
 
     def _report(self, name: str, watch: _Watch) -> None:
-        found = watch.found()
+        self._tell(name, watch.found())
+
+    def _tell(self, name: str, found: dict[str, Sensitivity]) -> None:
         for layer, one in found.items():
             full = f"{name}.{layer}" if name else layer
             if not bool(torch.isfinite(one.g).all()):

@@ -13,8 +13,9 @@ from ..errors import OutputError, UsageError, write_errors
 ALLOCATION = "losparse_allocation.json"  # what --allocate error decided
 GENERATED = "losparse_generated.safetensors"  # text that the model wrote for its own calibration
 SENSITIVITY = "losparse_sensitivity.safetensors"  # what the loss minds, and bits by the step
+BACKWARD = "losparse_backward.safetensors"  # how far the pass is that finds what the loss minds
 TRAINING = "training"  # folder of what training needs to go on: states, teacher, the compressed start
-UNDER_WAY = (ALLOCATION, GENERATED, SENSITIVITY, TRAINING)
+UNDER_WAY = (ALLOCATION, GENERATED, SENSITIVITY, BACKWARD, TRAINING)
 """What is of a run under way, and no part of its result."""
 
 

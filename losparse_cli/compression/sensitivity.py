@@ -26,12 +26,13 @@ def measure_sensitivity(
     on_forward: Callable[[str, list[Moments]], None] = lambda block, moments: None,
     on_backward: Callable[[str, dict[str, Sensitivity]], None] = lambda block, found: None,
     on_text: Callable[[float, int], None] = lambda nats, tokens: None,
+    state: Path | None = None,
 ) -> dict[str, Sensitivity]:
     """Layer -> Fisher information of its outputs on `windows`, of the layers that the job is to compress.
 
     folder: for files of activations that do not fit in memory. fixed_bytes: of memory that is needed beside them.
-    on_forward, on_backward, on_text: hear a block's second moments, what was found, and the loss of the text; see
-    `SensitivityRun`.
+    on_forward, on_backward, on_text: hear a block's second moments, what was found, and the loss of the text. state:
+    file that says how far the backward pass is; see `SensitivityRun`.
     """
     assert job.calibration is not None
     assembly = calibration_model(job)
@@ -56,4 +57,5 @@ def measure_sensitivity(
             on_backward=on_backward,
             on_text=on_text,
             say=told.phase,
+            state=state,
         ).run()

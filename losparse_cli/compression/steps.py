@@ -15,7 +15,7 @@ from torch import Tensor
 from ..budget.plan import LayerPlan, Plan, code_overhead
 from ..calibration.moments import Moments
 from ..calibration.sensitivity import Sensitivity
-from ..checkpoint.output import SENSITIVITY
+from ..checkpoint.output import BACKWARD, SENSITIVITY
 from ..checkpoint.report import LayerReport
 from ..checkpoint.workfolder import WorkFolder
 from ..linalg.integers import column_metric, row_steps
@@ -114,7 +114,8 @@ class Steps:
 def foreseen_steps(job: Job, plan: Plan, windows: Windows, work: WorkFolder, told: Progress, fixed_bytes: int) -> Steps:
     """The steps of a job whose codes follow the loss; fixed_bytes: of memory beside activations.
 
-    What was measured is kept for a run that goes on with this one; see `WorkFolder.decided`.
+    What was measured is kept for a run that goes on with this one; see `WorkFolder.decided`. One that is ended while it
+    measures goes on after the last block that was run backwards.
     """
     coded = [p for p in plan.layers if p.bits and not p.layer.rows and not p.width]
     if job.recipe.sensitivity != "on":
@@ -124,6 +125,7 @@ def foreseen_steps(job: Job, plan: Plan, windows: Windows, work: WorkFolder, tol
         return _measured(job, coded, windows, work.path, told, fixed_bytes)
 
     found = work.decided(SENSITIVITY, _read, measure, lambda found, path: save_file(_tensors(found), path))
+    (work.path / BACKWARD).unlink(missing_ok=True)
     return Steps(coded, found.layers, found.nats)
 
 
@@ -165,8 +167,9 @@ def _measured(
         losses.append((nats, tokens))
 
     measure_sensitivity(
-        job, seen, told, folder=folder, fixed_bytes=fixed_bytes, on_forward=forward, on_backward=backward, on_text=text
-    )
+        job, seen, told, folder=folder, fixed_bytes=fixed_bytes, on_forward=forward, on_backward=backward, on_text=text,
+        state=folder / BACKWARD,
+    )  # fmt: skip
     predicted = sum(tokens for _, tokens in losses)
     return _Measured(found, sum(nats for nats, _ in losses) / predicted if predicted else None)
 

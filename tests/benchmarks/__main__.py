@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="two blocks and a few windows, to see that it works")
     parser.add_argument("--every", type=int, default=1, help="layer-errors: every n-th block")
     parser.add_argument("--results", type=Path, help="file that results are appended to, and tables are made from")
-    parser.add_argument("--model", type=Path, help="bits: another dense folder than the permuted SmolLM2, as it stands")
+    parser.add_argument("--model", type=Path, help="bits, gguf: gemma3, or a dense folder as it stands, not smollm2")
     given = parser.parse_intermixed_args()
     options = Options(given.small, given.every, given.results, given.model)
     chosen: list[tuple[str, list[str]]] = []

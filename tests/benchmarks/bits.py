@@ -1,7 +1,6 @@
 """Bits a weight against what they cost a language model: whole numbers in S beside rounding and llama.cpp's formats.
 
-The packaged SmolLM2 was stored in 4 bits in groups of 32 along the inputs, a grid on which quantizers with the same
-groups lose too little. So its dimensions are permuted first: the function stays, and a group mixes values of 32 grids.
+The models are permuted first (permuted.py).
 """
 
 from __future__ import annotations
@@ -20,12 +19,13 @@ from torch import Tensor
 from losparse_cli.budget.recipe import Recipe
 from losparse_cli.compress import compress, plan
 from losparse_cli.compression.request import ModelRefinement
-from losparse_cli.demo import smollm2
 from losparse_cli.linalg.groups import round_groups
 from losparse_cli.load import load
 from losparse_cli.text.windows import read_windows, settle
 from tests.llama_cpp import shared_library
 
+from .peers import gptq_solver, solved_by
+from .permuted import dense_model
 from .results import LENGTH, Options, add_result, measured, results_of
 
 OURS = tuple(f"losparse@{bits}" for bits in (4.25, 3.25, 2.5, 1.8))
@@ -37,27 +37,30 @@ GRIDS = ("grid@int4", "grid@int8")
 """What `losparse export --gguf` hands to llama.cpp as Q4_0 and Q8_0, at so many bits there. In no run unless named."""
 GGML = ("Q4_0", "Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XXS")
 """Of llama.cpp, each with an importance matrix. Rows are padded to a block's 256 entries, and that is not counted."""
-ROWS = ("dense", *OURS, *WITHOUT_TEXT, "rounding@4", *GGML)
+GPTQ = ("gptq@4", "gptq@3")
+"""Each with a scale and a zero point for GROUP entries of a row, which are counted, with the text that OURS have."""
+GROUP = 64
+ROWS = ("dense", *OURS, *WITHOUT_TEXT, "rounding@4", *GPTQ, *GGML)
 
 
 def bits(options: Options, rows: Sequence[str] = ()) -> None:
-    """The permuted SmolLM2 in every way of ROWS, or those named, measured on two texts against dense."""
-    dense = options.model or permuted(options.folder / "permuted")
-    for row in list(rows) or [row for row in ROWS if row not in results_of(options, "bits")]:
+    """A permuted model in every way of ROWS, or those named, measured on two texts against dense."""
+    dense = dense_model(options)
+    bench = "bits" if options.model is None else f"bits {dense.name}"
+    for row in list(rows) or [row for row in ROWS if row not in results_of(options, bench)]:
         found = _row(options, row, dense)
         if found is not None:
-            add_result(options, "bits", row, found)
+            add_result(options, bench, row, found)
             print(f"{row}: done", flush=True)
-    model = "SmolLM2-135M-Instruct, permuted" if options.model is None else options.model.name
-    _print_table(model, list(results_of(options, "bits").values()))
+    _print_table(dense.name, list(results_of(options, bench).values()))
 
 
 def _row(options: Options, row: str, dense: Path) -> dict[str, Any] | None:
     if row == "dense":
         return {"texts": measured(options, dense, None)}
     method, _, size = row.partition("@")
+    output = options.folder / f"out-{row}"
     if method in ("losparse", "without-text", "trained", "grid"):
-        output = options.folder / f"out-{row}"
         text = None if method == "without-text" else options.calibration()
         budget: dict[str, Any] = {"grid": size} if method == "grid" else {"bits": float(size)}
         recipe = Recipe(**budget, **options.targets())
@@ -67,6 +70,14 @@ def _row(options: Options, row: str, dense: Path) -> dict[str, Any] | None:
         shutil.rmtree(output)
         found = {"bits": made.report.bits, "seconds": made.seconds, "peak": made.took.peak_bytes, "texts": texts}
         return found | ({"refinement": made.report.refinement} if how is not None else {})
+    if method == "gptq":
+        wide = int(size)
+        with solved_by(gptq_solver(wide, GROUP), row):
+            recipe = Recipe(rank=0, sparsity=0.0, values="float", threshold_scope="row", **options.targets())
+            made = compress(dense, output, recipe, calibration=options.calibration(), resume="never", overwrite=True)
+        texts = measured(options, output, dense)
+        shutil.rmtree(output)
+        return {"bits": wide + (16 + wide) / GROUP, "seconds": made.seconds, "texts": texts}
     if method == "rounding":
         return _quantized(options, row, dense, lambda W, importance: round_groups(W, int(size)))
     missing = [name for name in ("xllamacpp", "gguf") if importlib.util.find_spec(name) is None]
@@ -148,49 +159,6 @@ def ggml(W: Tensor, importance: Tensor, kind: str) -> tuple[Tensor, float]:
     _library().ggml_quantize_chunk(ctypes.c_int(int(number)), pointers[0], pointers[1], *sizes, pointers[2])
     read = gguf.quants.dequantize(made.reshape(m, -1), number)[:, :n]
     return torch.from_numpy(np.ascontiguousarray(read)).float(), 8 * nbytes / block
-
-
-# --- off the grid ------------------------------------------------------------------------------------
-
-
-def permuted(folder: Path) -> Path:
-    """SmolLM2 with its hidden and intermediate dimensions and those of values inside each head in another order."""
-    if (folder / "config.json").is_file():
-        return folder
-    model, tokenizer = load(smollm2(), dtype=torch.bfloat16)
-    chance = torch.Generator().manual_seed(0)
-    config = model.config
-
-    def order(size: int) -> Tensor:
-        return torch.randperm(size, generator=chance)
-
-    def change(module: Any, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
-        weight = module.weight.data
-        weight = weight if rows is None else weight[rows]
-        module.weight.data = (weight if columns is None else weight[:, columns]).contiguous()
-
-    hidden, head = order(config.hidden_size), config.hidden_size // config.num_attention_heads
-    shared = config.num_attention_heads // config.num_key_value_heads
-    change(model.model.embed_tokens, columns=hidden)  # the head is tied to it
-    change(model.model.norm, hidden)
-    model.lm_head.weight = model.model.embed_tokens.weight
-    for block in model.model.layers:
-        change(block.input_layernorm, hidden)
-        change(block.post_attention_layernorm, hidden)
-        attention, mlp = block.self_attn, block.mlp
-        inside = order(config.intermediate_size)
-        for layer in (mlp.gate_proj, mlp.up_proj):
-            change(layer, inside, hidden)
-        change(mlp.down_proj, hidden, inside)
-        values = [order(head) for _ in range(config.num_key_value_heads)]
-        change(attention.q_proj, columns=hidden)
-        change(attention.k_proj, columns=hidden)
-        change(attention.v_proj, torch.cat([k * head + one for k, one in enumerate(values)]), hidden)
-        fed = torch.cat([q * head + values[q // shared] for q in range(config.num_attention_heads)])
-        change(attention.o_proj, hidden, fed)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 # --- what is shown -----------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from losparse_cli.load import load
 from losparse_cli.progress import Progress
 from tests.llama_cpp import LlamaCpp
 
-from .bits import permuted
+from .permuted import dense_model
 from .results import Options
 
 TOKENS, WINDOWS = 512, 8
@@ -30,7 +30,7 @@ ROWS = ("int4", "int8", "int4, float32 products", "Q4_0", "Q8_0")
 
 def gguf(options: Options, rows: Sequence[str] = ()) -> None:
     """Perplexity of each row in llama.cpp, and of its checkpoint in our loader, float32, on held-out text."""
-    dense = options.model or permuted(options.folder / "permuted")
+    dense = dense_model(options)
     print("| file | MB | perplexity, llama.cpp | our loader | ratio | top token equal | top two apart by 0.1 |")
     print("|---|---|---|---|---|---|---|")
     folder = Path(tempfile.mkdtemp(prefix="losparse-gguf-"))

@@ -23,7 +23,7 @@ LENGTH = 512  # tokens of a window, of calibration and of measuring
 class Options:
     """small: two blocks, few tokens and windows, to see that everything works. every: n-th block for layer errors.
 
-    results: file that every result is appended to. model: a dense folder for `bits`, in place of its own.
+    results: file that every result is appended to. model: of `permuted.MODELS`, or a dense folder as it stands.
     """
 
     small: bool = False

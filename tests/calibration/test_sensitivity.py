@@ -172,6 +172,55 @@ def test_block_by_block_it_is_what_it_is_in_memory(name: str, spilled: bool, tmp
     assert weights.most <= 1
 
 
+class Killed(BaseException):
+    """Nothing in between may catch it."""
+
+
+RESUMED = ["llama", "gpt2", "bert-mlm", "t5", "bart", "gemma3", "mixtral"]
+
+
+@pytest.mark.parametrize("make", [*RESUMED, peculiar.gemma3n], ids=lambda make: getattr(make, "__name__", make))
+def test_it_goes_on_after_the_last_block_that_was_run_backwards(make: Any, tmp_path: Path) -> None:
+    def fresh() -> Any:
+        torch.manual_seed(0)
+        return made(make) if isinstance(make, str) else prepared(make().eval())
+
+    batches = batches_of(fresh())
+    texts: list[tuple[float, int]] = []
+    whole, _, weights = out_of_core(fresh(), batches, tmp_path, on_text=lambda *text: texts.append(text))
+    state = tmp_path / "state"
+    blocks = [block for block, layers in layers_of(fresh()).items() if layers]
+    for last in blocks[:0:-1]:  # each run is killed one block further
+
+        def kill(block: str, found: Any, last: str = last) -> None:
+            if block == last:
+                raise Killed
+
+        with pytest.raises(Killed):
+            out_of_core(fresh(), batches, tmp_path, state=state, on_backward=kill)
+    heard: list[tuple[float, int]] = []
+    told: list[str] = []
+    found, _, again = out_of_core(
+        fresh(), batches, tmp_path, state=state, limit=0, on_text=lambda *text: heard.append(text),
+        on_backward=lambda block, found: told.append(block),
+    )  # fmt: skip
+    assert heard == texts
+    assert told == blocks[::-1]
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name].g, one.g) and found[name].tokens == one.tokens for name, one in whole.items())
+    assert len(again.loads) == len(weights.loads) - (len(blocks) - 2)
+
+
+def test_where_a_torn_state_says_nothing_all_is_run_backwards(tmp_path: Path) -> None:
+    batches = batches_of(made("llama"))
+    state = tmp_path / "state"
+    whole, _, weights = out_of_core(made("llama"), batches, tmp_path, state=state)
+    state.write_bytes(state.read_bytes()[:-9])
+    found, _, again = out_of_core(made("llama"), batches, tmp_path, state=state)
+    assert again.loads == weights.loads
+    assert all(torch.equal(found[name].g, one.g) for name, one in whole.items())
+
+
 @pytest.mark.parametrize("make", [peculiar.gemma3n, peculiar.gemma3, peculiar.t5gemma], ids=lambda make: make.__name__)
 def test_models_of_unusual_make(make: Any, tmp_path: Path) -> None:
     """Blocks of Gemma 3n find keys and values in a dict, where others of them have put them."""
