@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..shim.layouts import LayerSpec, n_of_m, position_bits
 from ..shim.packed import bits_of, form_of, packed_bytes, rest_of
 from ..shim.streams import Contexts, Parts
-from . import cpu, gpu, streams
+from . import cpu, gpu, gpu_codes, streams
 from .choice import DIGITS_ROWS, codes_way, cpu_way, forced, gpu_way
 from .choice import SPREAD_ROWS as MOST_FEW
 from .native import LEVELS, Layer, Library, library
@@ -47,7 +47,7 @@ class Kernels:
             return _shaped(cpu.block(flat, values, index, U, V, bias, out_features, form), x)
         if x.device.type == "cpu":
             return None
-        return _shaped(self._sparse_on_gpu(flat, values, index, starts, U, V, bias, out_features, form), x)
+        return _shaped(self._on_gpu(flat, values, index, starts, U, V, bias, out_features, form), x)
 
     def ready(
         self, values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None,
@@ -148,19 +148,23 @@ class Kernels:
             self._described[key] = layer
         return layer
 
-    def _sparse_on_gpu(
+    def _on_gpu(
         self, x: Tensor, values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None,
         bias: Tensor | None, m: int, form: str,
     ) -> Tensor | None:  # fmt: skip
-        if form != "bits" or starts is None or x.dtype not in gpu.DTYPES or not gpu.available(x.device):
+        bits, way, shape = bits_of(form), self.forced or gpu_way(x.shape[0]), (m, x.shape[1])
+        if starts is None or not (bits or form == "bits") or way not in ("triton", "tile"):
             return None
         stored = [t for t in (values, index, starts, U, V, bias) if t is not None]
-        if not all(_plain(t) and t.is_contiguous() and t.device == x.device for t in stored):
+        if not all(_for_triton(t, x.device) for t in stored) or x.dtype not in gpu.DTYPES:
             return None
-        way = self.forced or gpu_way(x.shape[0])
-        if way not in ("triton", "tile"):
+        if bits and not _belong_together(values, index, starts, U, V, bias, shape, form):
             return None
-        return gpu.product(way, x.contiguous(), values, index, starts, U, V, bias, m, x.shape[1])
+        is_few = way == "triton" and x.shape[0] <= gpu.SLOTS
+        operands = (x.contiguous(), values, index, starts, U, V, bias)
+        if bits:
+            return gpu.attempt(gpu_codes.few if is_few else gpu_codes.many, *operands, shape, bits)
+        return gpu.attempt(gpu.few if is_few else gpu.many, *operands, *shape)
 
     def spread(self, values: Tensor, index: Tensor, starts: Tensor, shape: tuple[int, int]) -> Tensor | None:
         code, form = library(), "bits" if starts.dim() == 1 else "gaps"
@@ -204,11 +208,14 @@ class Kernels:
 
     def code_bits(self, codes: Tensor) -> list[int] | None:
         code = library()
-        return None if code is None or not _on_cpu(codes) else cpu.code_bits(code, codes)
+        if code is None or not (_on_cpu(codes) or _for_triton(codes, codes.device)):
+            return None
+        return cpu.code_bits(code, codes.cpu())
 
     def packed(self, codes: Tensor, bits: int, rest: int) -> Tensor | None:
         code = library()
-        return None if code is None or not _on_cpu(codes) else cpu.packed(code, codes, bits, rest)
+        index = None if code is None else cpu.packed(code, codes.cpu(), bits, rest)
+        return None if index is None else index.to(codes.device)
 
     def unpacked(self, index: Tensor, shape: tuple[int, int], bits: int) -> Tensor | None:
         code = library()
@@ -218,6 +225,10 @@ class Kernels:
         self, rows: Tensor, values: Tensor, index: Tensor, starts: Tensor, shape: tuple[int, int], bits: int
     ) -> Tensor | None:
         code, dtype = library(), values.dtype
+        if dtype in gpu.DTYPES and all(_for_triton(t, values.device) for t in (values, index, starts)):
+            numbers = rows.to(torch.int64).flatten()
+            made = gpu.attempt(gpu_codes.rows_of, numbers, values, index, starts, shape, bits)
+            return None if made is None else made.view(*rows.shape, shape[1])
         if code is None or not (_on_cpu(rows) and rows.dtype == torch.int64):
             return None
         values = values if dtype in cpu.DTYPES else values.float()
@@ -235,6 +246,10 @@ def _plain(tensor: Tensor) -> bool:
         and tensor.layout == torch.strided
         and torch._C._get_tracing_state() is None
     )
+
+
+def _for_triton(tensor: Tensor, device: torch.device) -> bool:
+    return tensor.device == device and gpu.available(device) and _plain(tensor) and tensor.is_contiguous()
 
 
 def _on_cpu(tensor: Tensor) -> bool:

@@ -33,16 +33,7 @@ _failed = False
 
 def available(device: torch.device) -> bool:
     """Whether Triton can be used for tensors there, CUDA's or with its interpreter any, and has not failed yet."""
-    return not _failed and (INTERPRETED or device.type == "cuda") and _kernels() is not None
-
-
-def product(
-    way: str, x: Tensor, values: Tensor, index: Tensor, starts: Tensor, U: Tensor | None, V: Tensor | None,
-    bias: Tensor | None, m: int, n: int,
-) -> Tensor | None:  # fmt: skip
-    """`few` where `way` is triton and x has few rows, else `many`; None if Triton fails."""
-    work = few if way == "triton" and x.shape[0] <= SLOTS else many
-    return attempt(work, x, values, index, starts, U, V, bias, m, n)
+    return not _failed and (INTERPRETED or device.type == "cuda") and kernels() is not None
 
 
 def attempt(work: Callable[..., Tensor], *operands: Any) -> Tensor | None:
@@ -60,10 +51,10 @@ def attempt(work: Callable[..., Tensor], *operands: Any) -> Tensor | None:
 
 
 @cache
-def _kernels() -> Any:
-    """gpu_triton, imported when it is first needed; None without Triton."""
+def kernels(module: str = "gpu_triton") -> Any:
+    """The module of Triton kernels, imported when it is first needed; None without Triton."""
     try:
-        return importlib.import_module(".gpu_triton", __package__)
+        return importlib.import_module(f".{module}", __package__)
     except ImportError:
         return None
 
@@ -78,14 +69,14 @@ def few(
     t = x if V is None else F.linear(x, V)
     # What is absent is never read, but a kernel wants an address.
     operands = (x, values, index, starts, x if U is None else U, t, x if bias is None else bias, y, m, n, octets, rank)
-    with _on(x.device):
+    with on(x.device):
         if rows == 1:
-            _kernels().one[(-(-m // 4),)](
+            kernels().one[(-(-m // 4),)](
                 *operands, BIAS=bias is not None, RANK=64, RANKS=-(-rank // 64), R=4, **_steps(n, octets, 128)
             )
         else:
             exact = INTERPRETED or x.dtype == torch.float32  # the interpreter multiplies bfloat16 as whole numbers
-            _kernels().some[(-(-m // 16),)](
+            kernels().some[(-(-m // 16),)](
                 *operands, rows, BIAS=bias is not None, RANK=32, RANKS=-(-rank // 32), R=16, SLOTS=SLOTS, EXACT=exact,
                 **_steps(n, octets, 8 if x.dtype == torch.float32 else 64),
             )  # fmt: skip
@@ -98,8 +89,8 @@ def dense(
     """Rows of S from `begin` on, (rows, n): as many as `scratch` has, in its memory, or all of them."""
     S = values.new_empty(m - begin, n) if scratch is None else scratch[: m - begin]
     octets = index.shape[1]
-    with _on(values.device):
-        _kernels().expand[(-(-S.shape[0] // 4),)](
+    with on(values.device):
+        kernels().expand[(-(-S.shape[0] // 4),)](
             values, index, starts, S, begin, begin + S.shape[0], n, octets, R=4, **_steps(n, octets, 128)
         )
     return S
@@ -118,7 +109,7 @@ def many(
     return y
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Where Triton starts its kernels: on the current device, whatever tensors it is given."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 

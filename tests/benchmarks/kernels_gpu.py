@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from losparse_cli.kernels import gpu as triton_kernels
 from losparse_cli.kernels import install
 
-from .kernels import Case, layer
+from .kernels import RATES, Case, coded_layer, layer
 
 SHAPES = ((4096, 4096), (11008, 4096))
 ROWS = (1, 16, 256)
@@ -40,14 +40,16 @@ def gpu(rounds: int = 20) -> None:
         dense = nn.Linear(n, m, bias=False, dtype=torch.bfloat16, device=device).requires_grad_(False)
         xs = [torch.randn(rows, n, device=device).bfloat16() for rows in ROWS]
         theirs = [_microseconds(_copies(dense), x, rounds) for x in xs]
-        for case in CASES:
-            ours = layer(case, (m, n), torch.bfloat16).to(device).requires_grad_(False)
+        made = [(case.name, layer(case, (m, n), torch.bfloat16)) for case in CASES]
+        made += [(f"codes, {rate:g} bits", coded_layer(rate, (m, n), 0)) for rate, _, _ in RATES]
+        for name, one in made:
+            ours = one.to(device).requires_grad_(False)
             W, many = ours.dense(), _copies(ours)
             for x, slow in zip(xs, theirs, strict=True):
                 exact, fast = x.float() @ W.T, _microseconds(many, x, rounds)
                 error = float((ours(x).float() - exact).norm() / exact.norm())
                 print(
-                    f"| {m} x {n} | {case.name} | {x.shape[0]} | {slow:.1f} | {fast:.1f} | {slow / fast:.2f}x | "
+                    f"| {m} x {n} | {name} | {x.shape[0]} | {slow:.1f} | {fast:.1f} | {slow / fast:.2f}x | "
                     f"{error:.1e} |",
                     flush=True,
                 )
