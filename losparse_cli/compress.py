@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -11,50 +10,47 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-import torch
-
 from .budget.plan import plan_as_stored
 from .budget.recipe import Recipe
-from .checkpoint.companions import copy_companions
-from .checkpoint.config import layer_specs, write_config
+from .checkpoint.config import layer_specs
 from .checkpoint.fingerprint import digest
-from .checkpoint.finish import close, read_report, versions
+from .checkpoint.finish import read_report
 from .checkpoint.output import TRAINING, check_space
-from .checkpoint.report import LayerReport, Report
-from .checkpoint.source import TIMING, Checkpoint, open_checkpoint
+from .checkpoint.part import read_part
+from .checkpoint.report import Report
+from .checkpoint.source import open_checkpoint
 from .checkpoint.workfolder import WorkFolder
-from .checkpoint.writer import ShardWriter, sha256, write_json
+from .checkpoint.writer import ShardWriter
 from .compression.calibrated import CalibratedRun
+from .compression.closing import (
+    Took,
+    finish_part,
+    finish_whole,
+    hashed_here,
+    report_of_part,
+    source_hashes,
+    write_timing,
+)
 from .compression.decisions import allocated_plan, kept_text, own_text
-from .compression.estimate import Estimate, estimate, space_needed
+from .compression.estimate import estimate, space_needed
 from .compression.fingerprint import fingerprint
+from .compression.parts import Part
 from .compression.plan import Job, prepare
 from .compression.request import ModelRefinement, Refinement, make_request
-from .compression.schedule import Schedule, schedule
+from .compression.schedule import Schedule
 from .compression.steps import Steps, foreseen_steps
 from .compression.stream import compress_stream
-from .errors import write_errors
 from .models.device import peak_memory
 from .progress import Progress, listener
 from .refinement.run import train_into
-from .shim.layouts import LayerSpec
 from .text.request import Calibration
-from .text.sample import account, doubts, strangeness
-from .text.windows import Windows
-
-
-@dataclass(frozen=True)
-class Took:
-    """seconds of this run alone; peak_bytes: of the whole process, ever; predicted: for a calibrated run."""
-
-    seconds: float
-    peak_bytes: int
-    predicted: Estimate | None
+from .text.sample import doubts, strangeness
 
 
 @dataclass(frozen=True)
 class Result:
-    """output: the finished folder. took: time and memory. resumed: units found finished.
+    """output: the finished folder. report: of all of it, or of a part's layers alone. took: time and memory. resumed:
+    units found finished.
 
     needs_package: True if only a machine with losparse installed can load it (see `write_config`).
     """
@@ -92,6 +88,7 @@ def compress(
     device: str | None = None,
     memory_limit: str | None = None,
     max_shard_size: str | None = None,
+    part: str | Part | None = None,
     resume: str = "auto",
     overwrite: bool = False,
     revision: str | None = None,
@@ -126,6 +123,7 @@ def compress(
         device=device,
         memory_limit=memory_limit,
         max_shard_size=max_shard_size,
+        part=part,
         revision=revision,
         cache_dir=cache_dir,
         trust_remote_code=trust_remote_code,
@@ -155,6 +153,7 @@ def plan(
     device: str | None = None,
     memory_limit: str | None = None,
     max_shard_size: str | None = None,
+    part: str | Part | None = None,
     revision: str | None = None,
     cache_dir: Path | None = None,
     trust_remote_code: bool = False,
@@ -164,7 +163,8 @@ def plan(
 
     recipe: a Recipe, a mapping such as {"bits": 3.25}, or the path of a YAML file, which may describe the whole run;
     what is given beside it wins. calibration: or its source alone: a file, a Hub dataset, or "self". refinement: or
-    "blocks". plan_only: a Hub model is not downloaded, and the job cannot be run. Raises as `compression.plan.prepare`,
+    "blocks". part: such as "2/3", the second of three parts of a run without text, which `join` makes one. plan_only: a
+    Hub model is not downloaded, and the job cannot be run. Raises as `compression.plan.prepare`,
     and RecipeError for a recipe that is wrong.
     """
     sizes = {
@@ -189,6 +189,7 @@ def plan(
         device=device,
         memory_limit=memory_limit,
         max_shard_size=max_shard_size,
+        part=part,
     )
     return prepare(
         model,
@@ -216,7 +217,7 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
             windows = own_text(job, work, told)
         for sentence in doubts(job.calibration, windows) if job.calibration is not None else ():
             told.warn(sentence)
-        made = schedule(job.entries, allocated_plan(job, windows, work, told), job.max_shard_bytes)
+        made = job.scheduled(allocated_plan(job, windows, work, told))
         for sentence in made.plan.notes:
             told.warn(sentence)
         steps = Steps((), {})
@@ -231,15 +232,18 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
         stop = Event()
         with ThreadPoolExecutor(1, "hash") as hasher:
             try:
-                hashes = hasher.submit(_source_hashes, job.source, stop)
+                hashes = hasher.submit(source_hashes, job.source, hashed_here(job), stop)
                 if need is None or windows is None:
                     compress_stream(job, made, writer, told)
                 else:
                     CalibratedRun(job, windows, made, writer, told, need.fixed_bytes, steps).run()
                 writer.finish()
-                report = _finish(job, made, windows, work, hashes.result(), digest(mark), steps.nats)
+                if job.part is None:
+                    report = finish_whole(job, made, windows, work, hashes.result(), digest(mark), steps.nats)
+                else:
+                    report = finish_part(job, writer, work, hashes.result(), digest(mark))
                 took = Took(time.monotonic() - begun, peak_memory(), need)
-                _write_timing(work, made, took)
+                write_timing(work.path, work.journal.units, took)
             finally:
                 stop.set()  # an error is told at once, not after the rest of the source has been read
         work.publish()
@@ -247,9 +251,15 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
 
 
 def _found_finished(job: Job) -> Result:
-    report = read_report(job.output)
-    assert report is not None, "a result that is whole has one"
-    return Result(job.output, report, Took(0.0, 0, None), len(job.entries), _needs_package(job))
+    if job.part is not None:
+        part = read_part(job.output)
+        assert part is not None, "a part that is whole says so"
+        report, done = report_of_part(job, part.units), len(part.units)
+    else:
+        found = read_report(job.output)
+        assert found is not None, "a result that is whole has one"
+        report, done = found, len(job.entries)
+    return Result(job.output, report, Took(0.0, 0, None), done, _needs_package(job))
 
 
 def _needs_package(job: Job) -> bool:
@@ -281,72 +291,5 @@ def _start(job: Job, made: Schedule, resumed: int, told: Progress) -> None:
     if layers:
         told.tell(f"Going on after layer {layers} of {len(made.plan.layers)}.")
     told.start("layers", len(made.plan.layers), layers)
-    told.start("bytes", job.source.nbytes, sum(entry.nbytes for entry, _ in finished))
-
-
-# --- after ------------------------------------------------------------------------------------------
-
-
-def _source_hashes(source: Checkpoint, stop: Event) -> dict[str, dict[str, Any]]:
-    files = {}
-    for file in source.files:
-        if stop.is_set():
-            break
-        blob = file.path.resolve().name  # in the Hub's cache a file's target is named by its SHA-256
-        known = blob if file.path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob) else sha256(file.path, stop)
-        files[file.path.name] = {"size": file.path.stat().st_size, "sha256": known}
-    return files
-
-
-def _finish(
-    job: Job,
-    made: Schedule,
-    windows: Windows | None,
-    work: WorkFolder,
-    hashes: dict[str, Any],
-    mark: str,
-    nats: float | None,
-) -> Report:
-    """Config, shim, companions, card, report: all that stands beside the weights. nats: the text's, a token."""
-    order = {p.layer.name: k for k, p in enumerate(made.plan.layers)}  # the model's, not the files'
-    stats = [unit.stats for unit in work.journal.units if unit.stats is not None]
-    stats.sort(key=lambda line: order[line["name"]])
-    specs = {line["name"]: LayerSpec.from_dict(line["spec"]) for line in stats}
-    with write_errors(work.path):
-        copy_companions(job.source.folder, work.path)
-        write_config(work.path, job.source.config, specs, made.plan.skipped)
-        report = Report(
-            layers=tuple(LayerReport.from_dict(line, specs[line["name"]]) for line in stats),
-            skipped=made.plan.skipped,
-            model_bytes_before=job.source.nbytes,
-            model_bytes_after=sum(unit.end - unit.begin for unit in work.journal.units),
-            parameters=job.parameters,
-            source={
-                "name": job.source.name,
-                "commit": job.source.commit,
-                "architecture": (job.source.config.get("architectures") or [None])[0],
-                "files": hashes,
-            },
-            recipe=job.recipe.to_dict() if job.start is None else job.start.report().get("recipe", {}),
-            versions=versions(),
-            fingerprint=mark,
-            calibration=account(job.calibration, windows, nats) if job.calibration is not None else {},
-            blocks=tuple(line["block"] for line in stats if "block" in line),
-        )
-        return close(work.path, report, job.source.folder, job.output.name)
-
-
-def _write_timing(work: WorkFolder, made: Schedule, took: Took) -> None:
-    """losparse_timing.json, which alone differs between two equal runs."""
-    content: dict[str, Any] = {
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "threads": torch.get_num_threads(),
-        "run": {"seconds": took.seconds, "peak_memory_bytes": took.peak_bytes},
-    }
-    if took.predicted is not None:
-        content["predicted"] = {"seconds": took.predicted.seconds, "peak_memory_bytes": took.predicted.peak_bytes}
-    content["seconds"] = {
-        made.units[unit.number][0].name: unit.seconds for unit in work.journal.units if unit.stats is not None
-    }
-    with write_errors(work.path):
-        write_json(work.path / TIMING, content)
+    total = sum(entry.nbytes for entry, _ in made.units)
+    told.start("bytes", total, sum(entry.nbytes for entry, _ in finished))

@@ -17,6 +17,7 @@ from .finish import read_report
 from .journal import FILE as JOURNAL
 from .journal import Journal, fingerprint_in, require_ours, require_same
 from .output import UNDER_WAY, check_output, working_folder
+from .part import read_part
 
 T = TypeVar("T")
 
@@ -171,13 +172,18 @@ def _is_of(output: Path, fingerprint: dict[str, Any]) -> bool:
     if left is not None:  # published, and then killed: only clearing away was left
         return digest(left) == digest(fingerprint)
     try:
-        report = read_report(output)
-        whole = report is not None and all(
-            (output / name).stat().st_size == file["size"] for name, file in report.files.items()
-        )
+        part = read_part(output)
+        if part is not None:
+            mark, sizes = part.fingerprint, part.files
+        else:
+            report = read_report(output)
+            if report is None:
+                return False
+            mark, sizes = report.fingerprint, {name: file["size"] for name, file in report.files.items()}
+        whole = all((output / name).stat().st_size == size for name, size in sizes.items())
     except (LosparseError, OSError, KeyError):
         return False  # not ours, or damaged: then it is in the way, like any other folder
-    return whole and report is not None and report.fingerprint == digest(fingerprint)
+    return whole and mark == digest(fingerprint)
 
 
 def _is_of_the_input(error: BaseException) -> bool:

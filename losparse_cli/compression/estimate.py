@@ -28,7 +28,7 @@ from .pace import seconds_alone
 from .plan import RESIDENT_BASE, Job
 from .request import TOGETHER
 from .rounds import moment_bytes, rounds
-from .schedule import Schedule, schedule
+from .schedule import Schedule
 from .steps import SENSITIVITY_TOKENS
 
 # Measured on SmolLM2-135M, two cores: time of the whole over that of its products alone at full speed.
@@ -148,7 +148,7 @@ def forecast(job: Job, *, resume: str = "auto", overwrite: bool = False) -> Fore
     """
     work = WorkFolder(job.output, fingerprint(job), resume=resume, overwrite=overwrite, reads=job.reads)
     work.check()
-    made = schedule(job.entries, job.plan, job.max_shard_bytes)
+    made = job.scheduled()
     space, free = space_needed(job), free_bytes(job.output)
     if not work.finished and not work.path.is_dir():  # else a part of it is written
         check_space(work.path, space)
@@ -165,7 +165,7 @@ def space_needed(job: Job) -> int:
     if job.start is not None:
         result = job.start.nbytes
     else:
-        made = schedule(job.entries, job.plan, job.max_shard_bytes)
+        made = job.scheduled()
         result = made.plan.expected_bytes + made.copied_bytes
     if job.towards is None:
         return result
@@ -206,7 +206,7 @@ def estimate(job: Job, windows: Windows | None) -> Estimate:
     assert job.calibration.length is not None
     hidden = job.hidden_size
     tokens = windows.tokens if windows is not None else job.calibration.tokens
-    units = schedule(job.entries, job.plan, job.max_shard_bytes).units
+    units = job.scheduled().units
     batch = job.calibration.batch * job.calibration.length
     inside = set(job.unreached).union(*(set(numbers) for numbers in job.blocks.values()))
     outside = sum(e.elements for k, e in enumerate(job.entries) if k not in inside)

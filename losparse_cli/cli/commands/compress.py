@@ -177,6 +177,14 @@ def compress(
     device: o.RecipeDevice = None,
     max_shard_size: o.RecipeShardSize = None,
     memory_limit: o.MemoryLimit = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            help="K/N, such as 2/3: without text, the second of three parts, which losparse join makes one.",
+            rich_help_panel=o.RUN,
+            show_default="all",
+        ),
+    ] = None,
     resume: o.Resume = "auto",
     overwrite: o.Overwrite = False,
     dry_run: o.DryRun = False,
@@ -241,7 +249,10 @@ def compress(
         device=device,
         memory_limit=memory_limit,
         max_shard_size=max_shard_size,
+        part=part,
     )
+    if part is not None and push_to_hub:
+        raise UsageError("--push-to-hub uploads a whole result, and --part makes a part of one: join the parts first.")
     if push_to_hub:
         from ...push import check_repository
 
@@ -271,7 +282,10 @@ def compress(
         return
     with c.interruptible(), c.LayerProgress(out) as progress:
         result = run(job, resume=resume, overwrite=overwrite, progress=progress)
-    s.show_result(out, result)
+    if job.part is not None:
+        s.show_part(out, result, job.part)
+    else:
+        s.show_result(out, result)
     if push_to_hub:
         from .push import upload
 
