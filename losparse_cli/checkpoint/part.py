@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .companions import copy_companions
-from .fingerprint import digest
+from .fingerprint import digest, identity
 from .journal import Unit
 from .output import PART
 from .source import Checkpoint, read_json
@@ -55,10 +55,8 @@ class PartFile:
     @property
     def identity(self) -> dict[str, Any]:
         """What is equal in all parts of a run, whichever machines they were made on."""
-        source = self.run.get("source")
-        sizes = {file: state[0] for file, state in source.items()} if isinstance(source, dict) else source
-        kept = {key: value for key, value in self.run.items() if key not in ("companions", *OF_A_MACHINE)}
-        return kept | {"source": sizes, "contents": self.contents}
+        kept = {key: value for key, value in identity(self.run).items() if key not in OF_A_MACHINE}
+        return kept | {"contents": self.contents}
 
     @property
     def machine(self) -> dict[str, Any]:

@@ -87,14 +87,11 @@ class WorkFolder:
             )
         return self
 
-    def decided(
-        self, name: str, read: Callable[[Path], T], make: Callable[[], T], write: Callable[[T, Path], None]
-    ) -> T:
-        """What is decided before the first unit: as a run that was killed kept it in the file `name`, or made now, and
-        kept there, whole or not at all.
+    def recall(self, name: str, read: Callable[[Path], T]) -> T | None:
+        """What was decided before the first unit, as a run that was killed kept it in the file `name`; or None, to be
+        decided again. Then nothing that was done counts, for it was done by another decision.
 
-        read: an error of what is torn, or of what it holds, means that it is made again; then nothing that was done
-        counts, for it was done by another decision.
+        read: an error of what is torn, or of what it holds, means that it is none.
         """
         path = self.path / name
         if path.is_file():
@@ -104,12 +101,24 @@ class WorkFolder:
                 path.unlink()
         with write_errors(self.path):
             self.journal.keep(0)
-        made = make()
+        return None
+
+    def keep(self, name: str, write: Callable[[Path], object]) -> None:
+        """Keep what was decided in the file `name`, whole or not at all."""
         with write_errors(self.path):
-            part = path.with_name(path.name + ".part")
-            write(made, part)
-            part.replace(path)
-        return made
+            part = self.path / (name + ".part")
+            write(part)
+            part.replace(self.path / name)
+
+    def decided(
+        self, name: str, read: Callable[[Path], T], make: Callable[[], T], write: Callable[[T, Path], object]
+    ) -> T:
+        """What `recall` finds, or what is made now, and kept."""
+        found = self.recall(name, read)
+        if found is None:
+            found = made = make()
+            self.keep(name, lambda path: write(made, path))
+        return found
 
     def publish(self) -> None:
         """Move what was written to `output`; a folder that stood there is replaced whole.

@@ -32,6 +32,11 @@ class Schedule:
         """Of the tensors that stay as they are."""
         return sum(entry.nbytes for entry, layer in self.units if layer is None)
 
+    def cut(self, count: int) -> list[range]:
+        """Numbers of the sections in so many runs that cost about the same."""
+        units = (self.units[section.start : section.stop] for section in self.sections)
+        return cut([sum(plan.layer.weights for _, plan in inside if plan is not None) for inside in units], count)
+
     @property
     def weight_bytes(self) -> int:
         """Most bytes of all weight files, headers included."""
@@ -55,8 +60,7 @@ def units_of(made: Schedule, part: Part) -> range:
             f"--part {part}: {len(made.plan.layers)} layers make {len(made.sections)} parts at most. Give "
             f"{min(part.number, len(made.sections))}/{len(made.sections)}, or fewer parts."
         )
-    costs = [sum(layer.layer.weights for _, layer in made.units[s.start : s.stop] if layer) for s in made.sections]
-    found = cut(costs, part.count)[part.number - 1]
+    found = made.cut(part.count)[part.number - 1]
     return range(made.sections[found.start].start, made.sections[found.stop - 1].stop)
 
 

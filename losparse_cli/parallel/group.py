@@ -11,8 +11,9 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import LosparseError, RankError, UsageError
+from ..errors import CheckpointError, LosparseError, OutputError, RankError, ResourceError, SourceError, UsageError
 from .launch import is_first, launched, local_place, own_rank
 from .tree import TreeSum
 
@@ -32,6 +33,8 @@ T = TypeVar("T")
 MEETING = timedelta(minutes=10)  # in which all ranks have to begin
 RUN = timedelta(days=30)  # that a rank waits for another at work
 WATCH = 1.0  # seconds between two looks whether the others are there
+OF_INPUT: tuple[type[LosparseError], ...] = (UsageError, SourceError, CheckpointError, OutputError, ResourceError)
+"""Errors of one rank that others end with as their own."""
 LAST = 5.0  # seconds in which a rank whose connections broke is found to have ended
 
 
@@ -51,8 +54,8 @@ class Ranks(Protocol):
     def broadcast(self, source: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What rank `source` gives, by name, on every rank; what others give is ignored."""
 
-    def close(self) -> None:
-        """The ranks go apart, once all have come here; each may end from then on."""
+    def at_work(self) -> AbstractContextManager[None]:
+        """Within it no rank may end before the others; they leave it together."""
 
 
 class Alone:
@@ -69,8 +72,8 @@ class Alone:
     def broadcast(self, source: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(tensors)
 
-    def close(self) -> None:
-        """There is nobody to leave."""
+    def at_work(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 class Several:
@@ -105,7 +108,7 @@ class Several:
         self._dist, self._staged = dist, not own_gpus
         self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
         self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
-        self._left = threading.Event()
+        self._working = False
         self.ended: list[int] = []
         """Ranks that were found to have ended."""
         threading.Thread(target=self._talk, name="losparse-ranks", daemon=True).start()
@@ -156,11 +159,20 @@ class Several:
             found[name] = own[name] if mine else self._arrived(part, kind)
         return found
 
-    def close(self) -> None:
-        if not self._left.is_set():
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        self._working = True
+        try:
+            yield
             self.agree(None)
-            self._left.set()
-            self._together(self._dist.destroy_process_group)
+        except LosparseError as error:
+            if not isinstance(error, RankError):
+                kind = next((one.__name__ for one in OF_INPUT if isinstance(error, one)), RankError.__name__)
+                with suppress(RuntimeError):
+                    self._store.compare_set("losparse/why", "", json.dumps([self.rank, kind, str(error)]))
+            raise
+        finally:
+            self._working = False
 
     # --- how ----------------------------------------------------------------------------------------
 
@@ -197,8 +209,9 @@ class Several:
                 future.set_exception(error)
 
     def _watch(self) -> None:
-        while not self._left.wait(WATCH):
-            if self._gone():
+        while True:
+            sleep(WATCH)
+            if self._working and self._gone():
                 os.kill(os.getpid(), signal.SIGTERM)  # which interrupts whatever the main thread is at
                 return
 
@@ -208,15 +221,13 @@ class Several:
             mine = self._here[self.rank]["host"]
             found = [r for r, one in enumerate(self._here) if one["host"] == mine and not _is_running(int(one["pid"]))]
             if found:
-                try:
+                with suppress(RuntimeError, ValueError):  # what keeps it may have ended, too
                     found = json.loads(self._store.compare_set("losparse/ended", "", json.dumps(found)))
-                except (RuntimeError, ValueError):
-                    pass  # it ended with the rank that kept it
                 self.ended = found
         return self.ended
 
     def _told_to_end(self, number: int, frame: Any) -> None:
-        if self._left.is_set():
+        if not self._working:
             raise KeyboardInterrupt
         raise self._lost(LAST if self._gone() else 0.0)
 
@@ -227,6 +238,9 @@ class Several:
             sleep(0.05)
         if not self.ended and not patience:
             return KeyboardInterrupt()
+        error = self._why()
+        if error is not None:
+            return error
         plural = "s" if len(self.ended) > 1 else ""
         who = f"Rank{plural} {' and '.join(map(str, self.ended))} of {self.size}"
         error = RankError(
@@ -235,6 +249,17 @@ class Several:
         )
         error.told = self.rank != next(rank for rank in range(self.size) if rank not in self.ended)
         return error
+
+    def _why(self) -> LosparseError | None:
+        """What another rank said before it ended; None if it said nothing."""
+        with suppress(RuntimeError, ValueError):
+            if self._store.check(["losparse/why"]):
+                rank, kind, sentence = json.loads(self._store.get("losparse/why"))
+                known = {one.__name__: one for one in OF_INPUT}
+                error = known.get(kind, RankError)(f"Rank {rank} of {self.size}: {sentence}")
+                error.told = self.rank > 0
+                return error
+        return None
 
 
 def _is_running(pid: int) -> bool:
@@ -278,10 +303,20 @@ def _meet(store: Any, rank: int, size: int) -> list[dict[str, Any]]:
     return found
 
 
-@cache
 def ranks() -> Ranks:
     """Those of this run, as torchrun, accelerate or a cluster started them; raises as `Several`."""
-    return Several() if launched() > 1 else Alone()
+    return _several() if launched() > 1 else Alone()
+
+
+@cache
+def _several() -> Several:
+    return Several()
+
+
+def said_once(group: Ranks, error: LosparseError) -> LosparseError:
+    """An error that all ranks raise; the first one tells a person."""
+    error.told = group.rank > 0
+    return error
 
 
 def agreed(group: Ranks, work: Callable[[], T]) -> T:
@@ -298,10 +333,9 @@ def agreed(group: Ranks, work: Callable[[], T]) -> T:
     if failed is None or said[group.rank] != said[first]:
         failed = RankError(f"Rank {first} of {group.size}: {said[first][0]}")
         failed.exit_code = said[first][1]
-    failed.told = group.rank > 0
-    raise failed
+    raise said_once(group, failed)
 
 
 def must_tell(error: BaseException) -> bool:
     """Whether this process is to tell a person of an error: the first one, or one that the first knows nothing of."""
-    return is_first() or (ranks.cache_info().currsize > 0 and not getattr(error, "told", True))
+    return is_first() or (_several.cache_info().currsize > 0 and not getattr(error, "told", True))

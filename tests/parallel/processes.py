@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from terminal import Ended, Running, shared
 
-from losparse_cli.parallel.group import ranks
-
 
 def free_port() -> int:
     with socket.socket() as one:
@@ -43,7 +41,6 @@ def together(size: int, work: Callable[[int], Any]) -> list[Any]:
         if pid == 0:
             os.environ |= environment
             torch.set_num_threads(1)
-            ranks.cache_clear()  # which knows the parent, alone
             try:
                 said = json.dumps(work(rank))
             except BaseException as error:

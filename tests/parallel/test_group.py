@@ -12,7 +12,7 @@ import pytest
 import torch
 from processes import together
 
-from losparse_cli.errors import RankError, UsageError
+from losparse_cli.errors import CheckpointError, RankError, UsageError
 from losparse_cli.parallel.group import Alone, agreed, ranks
 from losparse_cli.parallel.shares import share
 from losparse_cli.parallel.tree import TreeSum
@@ -33,7 +33,6 @@ def summed(leaves: int, owner: int) -> list[float] | None:
         if leaf != 5:
             tree.add(leaf, values[leaf].clone())
     total = group.sum_to(owner, tree)
-    group.close()
     return None if total is None else total.tolist()
 
 
@@ -61,7 +60,6 @@ def heard(source: int) -> list[Any]:
     found = group.broadcast(source, TENSORS if group.rank == source else {"of nobody": torch.ones(1)})
     same = [torch.equal(found[name], one) and found[name].dtype == one.dtype for name, one in TENSORS.items()]
     said = group.agree({"rank": group.rank, "share": 0.1 + group.rank, "none": None})
-    group.close()
     return [list(found) == list(TENSORS), all(same), said]
 
 
@@ -102,6 +100,23 @@ def test_what_all_agree_on_goes_on() -> None:
         agreed(Alone(), lambda: (_ for _ in ()).throw(UsageError("so")))
 
 
+def refusing(rank: int) -> Any:
+    """Rank 1 finds something wrong while rank 0 is at work."""
+    try:
+        with ranks().at_work():
+            if rank == 1:
+                raise CheckpointError("The tensor x is missing.")
+            time.sleep(30)
+    except CheckpointError as error:
+        return [str(error), error.told]
+
+
+def test_what_one_rank_finds_wrong_is_said_by_the_first() -> None:
+    assert together(2, refusing) == [
+        ["Rank 1 of 2: The tensor x is missing.", False], ["The tensor x is missing.", False]
+    ]  # fmt: skip
+
+
 def threads(rank: int) -> None:
     torch.set_num_threads(1 + rank)
     ranks()
@@ -123,10 +138,11 @@ def left_behind(rank: int, waits: bool) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
     begun = time.monotonic()
     try:
-        if waits:
-            group.agree(None)
-        while time.monotonic() < begun + 30:
-            sum(range(1000))
+        with group.at_work():
+            if waits:
+                group.agree(None)
+            while time.monotonic() < begun + 30:
+                sum(range(1000))
     except RankError as error:
         return [str(error), time.monotonic() - begun < 15, error.told]
     return "nobody noticed"

@@ -259,21 +259,26 @@ def compress(
         check_repository(push_to_hub)
     from ...compress import run
     from ...compression.plan import prepare
+    from ...parallel.group import agreed, ranks
     from .. import console as c
     from .. import summary as s
 
-    out = c.Console(json=json, quiet=quiet)
+    group = ranks()
+    out = c.Console(json=json and group.rank == 0, quiet=quiet or group.rank > 0)
     if request.calibration is not None:
         c.calm_libraries()
     with out.status(f"Reading {model}"):
-        job = prepare(
-            model,
-            output,
-            request,
-            revision=revision,
-            cache_dir=cache_dir,
-            trust_remote_code=trust_remote_code,
-            plan_only=dry_run,
+        job = agreed(
+            group,
+            lambda: prepare(
+                model,
+                output,
+                request,
+                revision=revision,
+                cache_dir=cache_dir,
+                trust_remote_code=trust_remote_code,
+                plan_only=dry_run,
+            ),
         )
     if dry_run:
         from ...compression.estimate import forecast
@@ -286,7 +291,7 @@ def compress(
         s.show_part(out, result, job.part)
     else:
         s.show_result(out, result)
-    if push_to_hub:
+    if push_to_hub and group.rank == 0:
         from .push import upload
 
         upload(out, result.output, push_to_hub, private)
