@@ -38,6 +38,7 @@ _HOMES = {
     "export_packed": ".export",
     "generate": ".generate",
     "inspect": ".inspection",
+    "join": ".join",
     "load": ".load",
     "push": ".push",
     "register": ".load",
@@ -67,6 +68,7 @@ __all__ = [
     "forecast",
     "generate",
     "inspect",
+    "join",
     "load",
     "plan",
     "push",
@@ -90,6 +92,7 @@ if TYPE_CHECKING:
     from .generate import generate
     from .generation.loop import decode
     from .inspection import inspect
+    from .join import join
     from .load import load, register
     from .progress import Progress
     from .push import push

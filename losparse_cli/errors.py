@@ -10,6 +10,7 @@ LosparseError                      exit code 1
 ├── OutputError                    the place to write: exists, read-only, full
 │   └── ResumeError                a journal of another run, or none where one is required
 ├── ResourceError                  memory that is not there, and what to lower
+├── RankError                      one of several processes ended, or does not come
 ├── TrainingError                  a loss or a weight that is no number any more
 ├── MissingExtraError              an optional dependency is not installed
 └── Interrupted                    exit code 130: Ctrl-C, with what was finished kept
@@ -81,9 +82,13 @@ def from_fields(kind: type[T], given: Any, name: str) -> T:
 
 
 class LosparseError(Exception):
-    """Base of all deliberate errors. `str(error)` is one or two sentences: what, where, remedy."""
+    """Base of all deliberate errors. `str(error)` is one or two sentences: what, where, remedy.
+
+    told: whether another of several processes says it.
+    """
 
     exit_code = 1
+    told = False
 
 
 class UsageError(LosparseError):
@@ -130,6 +135,10 @@ class ResumeError(OutputError):
 
 class ResourceError(LosparseError):
     """Memory that is not there."""
+
+
+class RankError(LosparseError):
+    """Of several processes one ended, never came, or fails where the others do not."""
 
 
 class TrainingError(LosparseError):

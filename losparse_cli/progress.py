@@ -40,6 +40,25 @@ class Progress:
         """The optimizer took a step."""
 
 
+class Within(Progress):
+    """Hands on what is heard of a piece of the work, but for how much there is to do: that is said of the whole."""
+
+    def __init__(self, whole: Progress) -> None:
+        self._whole = whole
+
+    def advance(self, unit: str, count: int = 1, name: str = "") -> None:
+        self._whole.advance(unit, count, name)
+
+    def phase(self, text: str) -> None:
+        self._whole.phase(text)
+
+    def warn(self, sentence: str) -> None:
+        self._whole.warn(sentence)
+
+    def layer(self, report: LayerReport) -> None:
+        self._whole.layer(report)
+
+
 def listener(progress: Progress | None) -> Progress:
     """What hears how far a run is, for None one that shows nothing; UsageError for what is no Progress."""
     if progress is None:

@@ -110,7 +110,7 @@ def test_ten_kills_change_nothing(model: Path, whole: dict[str, str], tmp_path: 
 
 DIE = """
 import os, pathlib, signal, sys
-from losparse_cli.checkpoint import writer
+from losparse_cli.checkpoint import finish, writer
 compress = sys.modules["losparse_cli.compress"]
 rename = pathlib.Path.rename
 def die(*arguments, **options):
@@ -120,7 +120,7 @@ def die(*arguments, **options):
 
 WINDOWS = {
     "before the headers": "writer.ShardWriter.finish = die",
-    "before the card": "compress.close = die",
+    "before the card": "finish.close = die",
     "before publishing": "compress.WorkFolder.publish = die",
     "before the rename": "pathlib.Path.rename = die",
     "after the rename": "pathlib.Path.rename = lambda *paths: (rename(*paths), die())",

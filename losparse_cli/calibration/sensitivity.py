@@ -4,7 +4,7 @@ one backward pass, of which only one block is in memory."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from ..errors import CheckpointError, UsageError
 from ..models.backward import GradientRelay, Rerun, gradients_allowed
 from ..models.blocks import Call, run_block
 from ..models.reading import output_embeddings
+from ..parallel.group import Alone, Ranks
+from ..parallel.tree import TreeSum
 from .activations import Activations, trim
 from .likelihood import categorical, drawn_loss, logits_of, next_token_loss, shown, uniform
-from .moments import Moments, gather_moments
+from .moments import Fed, gather_fed
 from .standing import Standing
 
 LOGITS = 64 << 20
@@ -47,7 +49,9 @@ class SensitivityRun:
     need no gradients, and take them away; what lies in no block has its weights, the head too. activations: keeps what
     flows from block to block, forwards and backwards. on_forward: hears the second moments of what a block's layers are
     fed, as soon as it ran; layers go by their names inside it, as in on_backward. on_text: hears the loss of the text's
-    own next tokens, in nats, and how many they are, of a model that predicts such. say: hears what goes on.
+    own next tokens, in nats, and how many they are, of a model that predicts such. say: hears what goes on. group:
+    ranks that have batches of their own. first: number of the first batch here among those of all ranks. owners: as of
+    `gather_fed`.
     """
 
     model: Any
@@ -57,11 +61,14 @@ class SensitivityRun:
     drop: Callable[[str], None]
     activations: Activations
     seed: int = 0
-    on_forward: Callable[[str, list[Moments]], None] = lambda block, moments: None
+    on_forward: Callable[[str, list[Fed]], None] = lambda block, found: None
     on_backward: Callable[[str, dict[str, Sensitivity]], None] = lambda block, found: None
     on_text: Callable[[float, int], None] = lambda nats, tokens: None
     say: Callable[[str], None] = lambda text: None
     state: Path | None = None
+    group: Ranks = field(default_factory=Alone)
+    first: int = 0
+    owners: Callable[[Sequence[Fed]], Sequence[int]] = lambda found: [0] * len(found)
 
     def __post_init__(self) -> None:
         self._several = getattr(self.model.config, "problem_type", None) == "multi_label_classification"
@@ -117,7 +124,7 @@ class SensitivityRun:
         earlier.restore(self._kept, self.activations.keep)
         self._standing = earlier
 
-    def _moments(self, name: str, calls: Sequence[Call]) -> list[Moments]:
+    def _moments(self, name: str, calls: Sequence[Call]) -> list[Fed]:
         current: list[Rerun] = []
 
         def reruns() -> Iterator[Call]:
@@ -130,7 +137,10 @@ class SensitivityRun:
             self.activations.release()
 
         block = self.model.get_submodule(name)
-        return gather_moments(block, self.layers[name], reruns(), prefix=f"{name}.", on_output=returned)
+        return gather_fed(
+            block, self.layers[name], reruns(), prefix=f"{name}.", on_output=returned, group=self.group,
+            first=self.first, owners=self.owners,
+        )  # fmt: skip
 
     def _end(self, relay: GradientRelay, number: int, head: nn.Module | None) -> None:
         call = relay.head_call(number)
@@ -210,6 +220,7 @@ class SensitivityRun:
                     if again.reached:
                         watch.masks = self._masks(batch)
                         again.backward(block)
+                        watch.close(self.first + batch)
                     del again
                     self.activations.release()
             self._report(name, watch)
@@ -232,17 +243,20 @@ class SensitivityRun:
         self.load("")
         calls = [Call((), dict(batch)) for batch in self.batches]
         self.say("sensitivity: the whole model, forwards")
-        self.on_forward("", gather_moments(self.model, self.layers[""], calls))
+        layers = self.layers[""]
+        found = gather_fed(self.model, layers, calls, group=self.group, first=self.first, owners=self.owners)
+        self.on_forward("", found)
         with gradients_allowed(self.model, ""), _Watch(self.model, self.layers[""]) as watch, torch.enable_grad():
             for number, call in enumerate(calls):
                 self.say(f"sensitivity: the whole model, batch {number + 1} of {len(calls)}")
                 watch.masks = self._masks(number)
                 self._loss(run_block(self.model, call), number).backward()  # type: ignore[no-untyped-call]
+                watch.close(self.first + number)
         self._report("", watch)
         self.drop("")
 
     def _report(self, name: str, watch: _Watch) -> None:
-        self._tell(name, watch.found())
+        self._tell(name, watch.found(self.group, self.first))
 
     def _tell(self, name: str, found: dict[str, Sensitivity]) -> None:
         for layer, one in found.items():
@@ -260,7 +274,7 @@ class SensitivityRun:
         return {name: batch[name] for name in ("attention_mask", "decoder_attention_mask") if name in batch}
 
     def _generator(self, number: int) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed + number)
+        return torch.Generator().manual_seed(self.seed + self.first + number)
 
 
 class _Watch:
@@ -271,7 +285,8 @@ class _Watch:
 
     def __init__(self, block: nn.Module, layers: Sequence[str]) -> None:
         self._modules = {name: block.get_submodule(name) for name in layers}
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}  # of the batch that runs
+        self._leaves: list[tuple[int, dict[str, Tensor]]] = []
         self._tokens: dict[str, int] = {}
         self._hooks: list[Any] = []
         self.masks: Mapping[str, Tensor] = {}
@@ -302,10 +317,33 @@ class _Watch:
 
         return forward
 
-    def found(self) -> dict[str, Sensitivity]:
-        """Layer -> what was found, in the order in which they were named."""
+    def close(self, leaf: int) -> None:
+        """What comes from here on is of another batch."""
+        self._leaves.append((leaf, self._sums))
+        self._sums = {}
+
+    def found(self, group: Ranks, first: int) -> dict[str, Sensitivity]:
+        """Layer -> what was found on all ranks, in the order in which they were named. first: batch of this rank."""
+        mine = {name: len(squares) for _, sums in self._leaves for name, squares in sums.items()}
+        widths: dict[str, int] = {}
+        tokens: dict[str, int] = {}
+        for its_widths, its_tokens in group.agree([mine, self._tokens]):
+            widths |= its_widths
+            for name, count in its_tokens.items():
+                tokens[name] = tokens.get(name, 0) + count
+        names = [name for name in self._modules if name in widths]
+        if not names:
+            return {}
+        tree = TreeSum(first)
+        for leaf, sums in self._leaves:
+            device = next((one.device for one in sums.values()), torch.device("cpu"))
+            none = {n: torch.zeros(widths[n], dtype=torch.float64, device=device) for n in names if n not in sums}
+            tree.add(leaf, torch.cat([(none | sums)[name] for name in names]))
+        total = group.sum_to(0, tree)
+        total = group.broadcast(0, {} if total is None else {"g": total})["g"]
+        parts = torch.split(total, [widths[name] for name in names])
         return {
-            name: Sensitivity((self._sums[name] / self._tokens[name]).float(), self._tokens[name])
-            for name in self._modules
-            if name in self._sums and self._tokens[name]
+            name: Sensitivity((squares / tokens[name]).float(), tokens[name])
+            for name, squares in zip(names, parts, strict=True)
+            if tokens[name]
         }

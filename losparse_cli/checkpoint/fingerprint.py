@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from .companions import companion_files
@@ -20,6 +21,13 @@ def companion_states(checkpoint: Checkpoint) -> list[list[str | int]]:
     """File beside the weights, its size and time of its last change, in ns."""
     status = [(path, (checkpoint.folder / path).stat()) for path in companion_files(checkpoint.folder)]
     return [[str(path), found.st_size, found.st_mtime_ns] for path, found in status]
+
+
+def identity(mark: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's fingerprint without what a copy of its model elsewhere changes: times of files."""
+    source = mark.get("source")
+    sizes = {file: state[0] for file, state in source.items()} if isinstance(source, dict) else source
+    return {key: value for key, value in mark.items() if key != "companions"} | {"source": sizes}
 
 
 def digest(content: Any) -> str:

@@ -1,19 +1,73 @@
-"""The last files of a result: hashes, report and card."""
+"""The last files of a result: config, what goes along, hashes, report and card."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..errors import write_errors
+from ..shim.layouts import LayerSpec
 from .card import base_metadata, write_card
-from .config import specs_of
+from .companions import copy_companions
+from .config import specs_of, write_config
 from .journal import FILE as JOURNAL
+from .journal import Unit
 from .output import UNDER_WAY
-from .report import Report
+from .report import LayerReport, Report
 from .source import REPORT, TIMING, read_config, read_json
 from .writer import sha256, write_json
+
+
+@dataclass(frozen=True)
+class About:
+    """What a result says of itself, but for what its units say; JSON.
+
+    order: its layers by name, as the model has them. model_bytes, parameters: of the dense model. The rest is that of
+    Report; source without its files.
+    """
+
+    order: list[str]
+    skipped: dict[str, str]
+    model_bytes: int
+    parameters: int
+    source: dict[str, Any]
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+    calibration: dict[str, Any]
+
+
+def finish(
+    work: Path, base: Path, config: Mapping[str, Any], about: About, units: Sequence[Unit], hashes: dict[str, Any],
+    mark: str, place: str,
+) -> Report:  # fmt: skip
+    """Config, shim, companions, report and card: all that stands beside the weights in `work`; the report.
+
+    base: folder of the dense model, or of what goes along with it; config: its config.json. units: all that was
+    written. hashes: weight file of the dense model -> size and SHA-256. mark: of the run. place: as `close` takes it.
+    """
+    order = {name: k for k, name in enumerate(about.order)}
+    stats = sorted((unit.stats for unit in units if unit.stats is not None), key=lambda line: order[line["name"]])
+    specs = {line["name"]: LayerSpec.from_dict(line["spec"]) for line in stats}
+    with write_errors(work):
+        copy_companions(base, work)
+        write_config(work, config, specs, about.skipped)
+        report = Report(
+            layers=tuple(LayerReport.from_dict(line, specs[line["name"]]) for line in stats),
+            skipped=about.skipped,
+            model_bytes_before=about.model_bytes,
+            model_bytes_after=sum(unit.end - unit.begin for unit in units),
+            parameters=about.parameters,
+            source=about.source | {"files": hashes},
+            recipe=about.recipe,
+            versions=about.versions,
+            fingerprint=mark,
+            calibration=about.calibration,
+            blocks=tuple(line["block"] for line in stats if "block" in line),
+        )
+        return close(work, report, base, place)
 
 
 def close(work: Path, report: Report, base: Path, place: str) -> Report:

@@ -155,16 +155,21 @@ def require_ours(folder: Path) -> None:
 
 def require_same(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
     """ResumeError that names every setting in which the fingerprint `found` in `folder` is not `expected`."""
-    lines = _differences(found, json.loads(json.dumps(expected)))  # tuples are lists in a journal
-    options = OF_REFINE if expected.get("start") else {}
-    different = list(dict.fromkeys(_said(line, options) for line in lines))
-    # Sizes follow from what was asked for, and say nothing where that differs.
-    different = [line for line in different if line != "plan"] or different
+    different = differences(found, expected)
     if different:
         raise ResumeError(
             f"{folder} holds a partial result of a different run (different: {', '.join(different)}). Repeat the "
             "command that began it, delete that folder, or add --resume never."
         )
+
+
+def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """Settings in which two fingerprints differ, as a person gave them: such as `--bits 3, now 4`."""
+    lines = _differences(found, json.loads(json.dumps(expected)))  # tuples are lists in a journal
+    options = OF_REFINE if expected.get("start") else {}
+    different = list(dict.fromkeys(_said(line, options) for line in lines))
+    # Sizes follow from what was asked for, and say nothing where that differs.
+    return [line for line in different if line != "plan"] or different
 
 
 GROUPS = {
@@ -177,6 +182,7 @@ GROUPS = {
 }
 """Part of a fingerprint -> what the options of its settings begin with."""
 OPTIONS = {
+    "part": "--part",
     "calibration": "--calibration",
     "calibration.source": "--calibration",
     "calibration.batch": "calibration: batch",

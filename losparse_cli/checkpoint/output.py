@@ -15,7 +15,9 @@ GENERATED = "losparse_generated.safetensors"  # text that the model wrote for it
 SENSITIVITY = "losparse_sensitivity.safetensors"  # what the loss minds, and bits by the step
 BACKWARD = "losparse_backward.safetensors"  # how far the pass is that finds what the loss minds
 TRAINING = "training"  # folder of what training needs to go on: states, teacher, the compressed start
-UNDER_WAY = (ALLOCATION, GENERATED, SENSITIVITY, BACKWARD, TRAINING)
+PARTS = "parts"  # folder of what several processes have done, before it is joined
+PART = "losparse_part.json"  # what a part of a run says of itself
+UNDER_WAY = (ALLOCATION, GENERATED, SENSITIVITY, BACKWARD, TRAINING, PARTS)
 """What is of a run under way, and no part of its result."""
 
 
@@ -54,7 +56,8 @@ def check_output(output: Path, *, overwrite: bool, reads: Iterable[Path] = ()) -
         if output.is_dir() and any(output.iterdir()):
             if not overwrite:
                 raise UsageError(f"{output} exists already. Add --overwrite to replace it, or choose another --output.")
-            if not (output / "config.json").is_file() or (output / ".git").exists():
+            ours = (output / "config.json").is_file() or (output / PART).is_file()
+            if not ours or (output / ".git").exists():
                 raise UsageError(
                     f"{output} holds no checkpoint, so --overwrite leaves it alone. Choose another --output."
                 )

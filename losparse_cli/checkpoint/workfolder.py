@@ -17,6 +17,7 @@ from .finish import read_report
 from .journal import FILE as JOURNAL
 from .journal import Journal, fingerprint_in, require_ours, require_same
 from .output import UNDER_WAY, check_output, working_folder
+from .part import read_part
 
 T = TypeVar("T")
 
@@ -86,14 +87,11 @@ class WorkFolder:
             )
         return self
 
-    def decided(
-        self, name: str, read: Callable[[Path], T], make: Callable[[], T], write: Callable[[T, Path], None]
-    ) -> T:
-        """What is decided before the first unit: as a run that was killed kept it in the file `name`, or made now, and
-        kept there, whole or not at all.
+    def recall(self, name: str, read: Callable[[Path], T]) -> T | None:
+        """What was decided before the first unit, as a run that was killed kept it in the file `name`; or None, to be
+        decided again. Then nothing that was done counts, for it was done by another decision.
 
-        read: an error of what is torn, or of what it holds, means that it is made again; then nothing that was done
-        counts, for it was done by another decision.
+        read: an error of what is torn, or of what it holds, means that it is none.
         """
         path = self.path / name
         if path.is_file():
@@ -103,12 +101,24 @@ class WorkFolder:
                 path.unlink()
         with write_errors(self.path):
             self.journal.keep(0)
-        made = make()
+        return None
+
+    def keep(self, name: str, write: Callable[[Path], object]) -> None:
+        """Keep what was decided in the file `name`, whole or not at all."""
         with write_errors(self.path):
-            part = path.with_name(path.name + ".part")
-            write(made, part)
-            part.replace(path)
-        return made
+            part = self.path / (name + ".part")
+            write(part)
+            part.replace(self.path / name)
+
+    def decided(
+        self, name: str, read: Callable[[Path], T], make: Callable[[], T], write: Callable[[T, Path], object]
+    ) -> T:
+        """What `recall` finds, or what is made now, and kept."""
+        found = self.recall(name, read)
+        if found is None:
+            found = made = make()
+            self.keep(name, lambda path: write(made, path))
+        return found
 
     def publish(self) -> None:
         """Move what was written to `output`; a folder that stood there is replaced whole.
@@ -171,13 +181,18 @@ def _is_of(output: Path, fingerprint: dict[str, Any]) -> bool:
     if left is not None:  # published, and then killed: only clearing away was left
         return digest(left) == digest(fingerprint)
     try:
-        report = read_report(output)
-        whole = report is not None and all(
-            (output / name).stat().st_size == file["size"] for name, file in report.files.items()
-        )
+        part = read_part(output)
+        if part is not None:
+            mark, sizes = part.fingerprint, part.files
+        else:
+            report = read_report(output)
+            if report is None:
+                return False
+            mark, sizes = report.fingerprint, {name: file["size"] for name, file in report.files.items()}
+        whole = all((output / name).stat().st_size == size for name, size in sizes.items())
     except (LosparseError, OSError, KeyError):
         return False  # not ours, or damaged: then it is in the way, like any other folder
-    return whole and report is not None and report.fingerprint == digest(fingerprint)
+    return whole and mark == digest(fingerprint)
 
 
 def _is_of_the_input(error: BaseException) -> bool:

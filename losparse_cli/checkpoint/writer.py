@@ -97,6 +97,11 @@ class ShardWriter:
     def folder(self) -> Path:
         return self._folder
 
+    @property
+    def places(self) -> tuple[tuple[str, int], ...]:
+        """Shard -> its file, and where its data begins."""
+        return tuple((shard.file, self._start(k)) for k, shard in enumerate(self._shards))
+
     def _recover(self) -> None:
         with write_errors(self._folder):
             whole = 0

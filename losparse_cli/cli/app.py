@@ -6,12 +6,13 @@ import os
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from .. import __version__
 from ..errors import Interrupted, LosparseError
+from ..parallel.launch import is_first, launched
 from .commands import COMMANDS
 
 ABOUT = "Compress any Hugging Face transformer: W ≈ U V + S, with whole numbers or floats in a sparse S."
@@ -71,25 +72,27 @@ def main() -> None:
     except LosparseError as error:
         if "--debug" in sys.argv:
             raise
-        _complain(str(error))
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:  # before a command began, while what it needs is imported
-        _complain("Interrupted. Nothing was begun.")
-        sys.exit(Interrupted.exit_code)
+        _complain(str(error), error)
+        _end(error.exit_code)
+    except KeyboardInterrupt as error:  # before a command began, while what it needs is imported
+        _complain("Interrupted. Nothing was begun.", error)
+        _end(Interrupted.exit_code)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has left; there is nobody to tell
-        sys.exit(1)
+        _end(1)
     except OSError as error:
         if "--debug" in sys.argv:
             raise
-        _complain(f"{error.filename or 'A file'} cannot be used: {error.strerror or error}. Check it and repeat.")
-        sys.exit(1)
+        _complain(
+            f"{error.filename or 'A file'} cannot be used: {error.strerror or error}. Check it and repeat.", error
+        )
+        _end(1)
     except Exception as error:
         if "--debug" in sys.argv:
             raise
         kind = "out of memory" if isinstance(error, MemoryError) else type(error).__name__
-        _complain(f"Unexpected error ({kind}): {error} Repeat with --debug to see where, and please report it.")
-        sys.exit(1)
+        _complain(f"Unexpected error ({kind}): {error} Repeat with --debug to see where, and please report it.", error)
+        _end(1)
 
 
 def _hurries(arguments: list[str]) -> bool:
@@ -100,10 +103,26 @@ def _hurries(arguments: list[str]) -> bool:
     return next((word for word in arguments if not word.startswith("-")), None) in ("bench", "generate")
 
 
-def _complain(message: str) -> None:
+def _end(code: int) -> NoReturn:
+    """Exit; one of several processes at once, for what it has begun to say to others will never be said."""
+    if launched() > 1:
+        for stream in (sys.stdout, sys.stderr):
+            if not stream.closed:
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _complain(message: str, error: BaseException) -> None:
+    """Tell a person, if it is for this process to do so."""
     from rich.console import Console
     from rich.text import Text
 
+    if not is_first():
+        from ..parallel.group import must_tell
+
+        if not must_tell(error):
+            return
     Console(stderr=True, soft_wrap=not sys.stderr.isatty()).print(
         Text.assemble(("error: ", "bold red"), " ".join(message.split("\n")))
     )

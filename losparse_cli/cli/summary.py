@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from ..checkpoint.report import Report
     from ..compress import Result
     from ..compression.estimate import Estimate, Forecast
+    from ..compression.parts import Part
     from ..compression.plan import Job
     from ..finetune import Finetuned
+    from ..join import Joined
     from ..refinement.forecast import RefinementForecast
     from ..refinement.run import RefinedModel
 
@@ -195,6 +197,34 @@ def show_result(out: Console, result: Result) -> None:
         out.warn(doubt)
     if result.needs_package:
         out.warn("the model brings its own AutoConfig, so this checkpoint loads only where losparse is installed.")
+
+
+def show_part(out: Console, result: Result, part: Part) -> None:
+    """The summary after a part of a run."""
+    out.data(
+        {"output": str(result.output), "part": str(part), "seconds": result.seconds, "resumed_units": result.resumed}
+        | result.report.totals()
+    )
+    took = f", {result.seconds:.1f} s" if result.seconds else ""
+    report = result.report
+    out.show(f"{len(report.layers)} layers, {size(report.bytes_before)} to {size(report.bytes_after)}{took}")
+    where = short(result.output)
+    out.show(f"[bold green]Done.[/] Part {part} is in {where}. When all parts are there, wherever they were made:")
+    out.show("  losparse join FOLDER-OF-EACH-PART... -o RESULT", whole=True)
+    if not result.seconds:
+        out.say("This very part had finished before: nothing was left to do.")
+
+
+def show_joined(out: Console, result: Joined) -> None:
+    """The summary after a joining."""
+    out.data({"output": str(result.output), "parts": result.parts, "seconds": result.seconds} | result.report.totals())
+    _show_sizes(out, result.report, "before", "after")
+    where = short(result.output)
+    out.show(f"{result.parts} parts, {len(result.report.layers)} layers{_error(result.report)}")
+    out.show(f"[bold green]Done.[/] The result is in {where}. To load it:")
+    _show_loading(out, where)
+    if not result.seconds:
+        out.say("This very run had finished before: nothing was left to do.")
 
 
 def _error(report: Report) -> str:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..budget.plan import LayerPlan
-from ..calibration.moments import gather_moments
+from ..calibration.moments import Fed, gather_fed
 from ..checkpoint.config import layer_specs, layer_tensors
 from ..checkpoint.layers import read_layer, unpack_layer
 from ..checkpoint.reader import FLOATING, TORCH_DTYPES
@@ -21,16 +21,26 @@ from ..linalg.error import output_error, relative_error, squared_norm
 from ..linalg.factors import Decomposition, LowRankCodes, LowRankSparse
 from ..linalg.svd import seed_of
 from ..models.blocks import Call
+from ..parallel.group import Ranks
+from ..parallel.shares import deal
 from ..shim.layouts import LayerSpec
 from .assembly import Assembly
 from .coded import Coder, coded_within, own_steps
 from .matching import LOSSES, match_block
 from .plan import Job
-from .rounds import rounds
+from .rounds import copies_held, rounds
 from .rows import code_rows
 from .schedule import Schedule
-from .solve import as_matrix, encode, solve_layer, solve_layers
+from .solve import as_matrix, effort, encode, solve_layer, solve_layers
 from .steps import Steps
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Calls of a block that are this rank's. first: number of the first of them among those of all ranks."""
+
+    calls: Sequence[Call] = ()
+    first: int = 0
 
 
 class Block:
@@ -51,9 +61,10 @@ class Block:
         assembly: Assembly,
         say: Callable[[str], None],
         steps: Steps,
+        group: Ranks,
         numbers: range | None = None,
     ) -> None:
-        self.steps = steps
+        self.steps, self.group = steps, group
         self.name, self.job, self.assembly = name, job, assembly
         self.numbers = job.blocks[name] if numbers is None else numbers
         self._units = {number: made.units[number] for number in self.numbers}
@@ -71,6 +82,7 @@ class Block:
         self.solved: dict[str, Decomposition] = {}
         self._held_out: dict[str, Tensor] = {}  # layer -> second moment of what it is fed in windows that are held out
         self._tokens: dict[str, int] = {}  # layer -> how many it is solved with
+        self._asked: dict[str, float | None] = {}  # log2 of the step of each layer, as the block was begun
         self._encoded: dict[str, tuple[LayerReport, dict[str, Tensor]]] = {}
 
     def _say(self, text: str) -> None:
@@ -82,62 +94,134 @@ class Block:
 
     # --- the layers -----------------------------------------------------------------------------
 
-    def solve(self, calls: Sequence[Call], unseen: Sequence[Call], on_layer: Callable[[LayerReport], None]) -> None:
+    def solve(self, calls: Batches, unseen: Batches, on_layer: Callable[[LayerReport], None]) -> None:
         """Solve every layer for what it is fed in `calls`; without data those that the text never reaches.
 
-        Errors are measured on what the dense block's layers are fed in calls that are held out, `unseen`, too.
+        Errors are measured on what the dense block's layers are fed in calls that are held out, `unseen`, too. Each
+        group of layers that share their inputs is solved by one rank, and then known to all.
         """
-        for layer, plan in self.plans.items():
-            if plan.layer.rows:
-                self._code_rows(layer, plan, on_layer)
-        made = rounds({layer: self.plans[layer] for layer in self._fed}, self.job.memory // 2, 1 + bool(unseen))
+        self._asked = self.steps.log_steps(plan.layer.name for plan in self.plans.values())
+        self._share_out([(layer,) for layer, plan in self.plans.items() if plan.layer.rows], {}, on_layer)
+        copies = copies_held(len(calls.calls), len(unseen.calls))
+        copies = max(self.group.agree(copies))
+        made = rounds({layer: self.plans[layer] for layer in self._fed}, self.job.memory // 2, copies)
         for number, layers in enumerate(made):
             part = f", part {number + 1} of {len(made)}" if len(made) > 1 else ""
             self._say(f"gathering what its layers are fed{part}")
-            self._hold_out(layers, unseen)
-            self._solve(layers, calls, on_layer)
-        for layer, plan in self.plans.items():
-            if layer not in self.solved and plan.bits:
-                self._code((layer,), None, on_layer)
-            elif layer not in self.solved:
-                self.solved[layer] = solve_layer(plan, self._stored(layer), self.job.recipe, self.job.device)
-                on_layer(self.encode(layer)[0])
+            found = gather_fed(
+                self.module, layers, calls.calls, prefix=self.prefix, group=self.group, first=calls.first,
+                owners=self._owners,
+            )  # fmt: skip
+            self._hold_out(layers, unseen, {layer: fed.owner for fed in found for layer in fed.layers})
+            self._tokens |= {layer: fed.tokens for fed in found for layer in fed.layers}
+            self._share_out([fed.layers for fed in found], {fed.layers: fed for fed in found}, on_layer)
+            self._held_out.clear()
+        self._share_out([(layer,) for layer in self.plans if layer not in self.solved], {}, on_layer)
         self._install()
 
-    def _hold_out(self, layers: Sequence[str], calls: Sequence[Call]) -> None:
-        """What `_unseen_error` measures with, for these layers and no others: so many fit into memory."""
-        found = gather_moments(self.module, layers, calls, prefix=self.prefix, share=False)
-        self._held_out = {layer: group.H for group in found for layer in group.layers}
+    def _owners(self, found: Sequence[Fed]) -> list[int]:
+        """Which rank solves which group, by what that costs."""
+        costs = [sum(effort(self.plans[layer], self.job.recipe) for layer in fed.layers) for fed in found]
+        return deal(costs, self.group.size)
 
-    def _solve(self, layers: Sequence[str], calls: Sequence[Call], on_layer: Callable[[LayerReport], None]) -> None:
-        moments = gather_moments(self.module, layers, calls, prefix=self.prefix)
-        moments.reverse()
-        while moments:
-            group = moments.pop()  # each second moment is let go of as soon as it was used
-            self._say(f"solving {', '.join(layer.rpartition('.')[2] for layer in group.layers)}")
-            self._tokens |= dict.fromkeys(group.layers, group.tokens)
-            if self.job.recipe.coded:
-                self._code(group.layers, group.H, on_layer)
-                continue
-            plans = [self.plans[layer] for layer in group.layers]
-            stored = [self._stored(layer) for layer in group.layers]
-            found = solve_layers(plans, stored, group.H, self.job.recipe, self.job.device)
-            for layer, one in zip(group.layers, found, strict=True):
-                self.solved[layer] = replace(one, held_out_error=self._unseen_error(layer, one.factors))
-                on_layer(self.encode(layer)[0])
+    def _hold_out(self, layers: Sequence[str], unseen: Batches, owner: Mapping[str, int]) -> None:
+        """What `_unseen_error` measures with, at the rank that solves a layer; for these layers and no others: so many
+        fit into memory."""
+        found = gather_fed(
+            self.module, layers, unseen.calls, prefix=self.prefix, share=False, group=self.group, first=unseen.first,
+            owners=lambda found: [owner.get(fed.layers[0], 0) for fed in found],
+        )  # fmt: skip
+        self._held_out = {}
+        for fed in found:
+            H = fed.moments().H if fed.owner == self.group.rank else None
+            if len({owner.get(layer, 0) for layer in fed.layers}) > 1:  # some of them the other windows never reached
+                H = self.group.broadcast(fed.owner, {} if H is None else {"H": H})["H"]
+            if H is not None:
+                self._held_out |= dict.fromkeys(fed.layers, H)
 
-    def _code_rows(self, layer: str, plan: LayerPlan, on_layer: Callable[[LayerReport], None]) -> None:
-        coded = code_rows(plan, self._stored(layer), self.job.device)
-        self.solved[layer] = coded.solved
-        self._encoded[layer] = coded.report, coded.tensors
-        on_layer(coded.report)
+    def _share_out(
+        self,
+        groups: Sequence[tuple[str, ...]],
+        fed: Mapping[tuple[str, ...], Fed],
+        on_layer: Callable[[LayerReport], None],
+    ) -> None:
+        """Solve these groups of layers, each at the rank that holds what it was fed; without data at the first one.
+
+        First those whose step is known, then those that have to make the bytes of their pool come out.
+        """
+        names = [[self.plans[layer].layer.name for layer in layers] for layers in groups]
+        last = []
+        for k in range(len(groups)):
+            before = [name for other in names[:k] for name in other]
+            last.append(self.steps.are_last(names[k], before))
+        for late in (False, True):
+            chosen = [layers for layers, is_last in zip(groups, last, strict=True) if is_last == late]
+            # One process writes what it has as soon as it has it; the last of a pool follow one another.
+            for together in [[one] for one in chosen] if late or self.group.size == 1 else [chosen]:
+                for layers in together:
+                    known = fed.get(layers)
+                    if self.group.rank == (0 if known is None else known.owner):
+                        self._solve(layers, None if known is None else known.moments().H, late)
+                for layers in together:
+                    self._make_known(layers, 0 if layers not in fed else fed[layers].owner, on_layer)
+
+    def _solve(self, layers: Sequence[str], H: Tensor | None, late: bool) -> None:
+        """Layers that are fed the same inputs, of second moment H; without data where there is none."""
+        plans = [self.plans[layer] for layer in layers]
+        if plans[0].layer.rows:
+            coded = code_rows(plans[0], self._stored(layers[0]), self.job.device)
+            self.solved[layers[0]] = coded.solved
+            self._encoded[layers[0]] = coded.report, coded.tensors
+            return
+        self._say(f"solving {', '.join(layer.rpartition('.')[2] for layer in layers)}")
+        if self.job.recipe.coded:
+            self._code(layers, H, late)
+            return
+        stored = [self._stored(layer) for layer in layers]
+        recipe, device = self.job.recipe, self.job.device
+        if H is None:
+            found = [solve_layer(plan, W, recipe, device) for plan, W in zip(plans, stored, strict=True)]
+        else:
+            found = solve_layers(plans, stored, H, recipe, device)
+        for layer, one in zip(layers, found, strict=True):
+            unseen = None if H is None else self._unseen_error(layer, one.factors)
+            self.solved[layer] = replace(one, held_out_error=unseen)
+
+    def _make_known(self, layers: Sequence[str], owner: int, on_layer: Callable[[LayerReport], None]) -> None:
+        """What the owner found of these layers, on every rank."""
+        if self.group.size > 1:
+            mine = [self.encode(layer) for layer in layers] if self.group.rank == owner else []
+            said = self.group.agree([[report.spec.to_dict(), report.measured()] for report, _ in mine])[owner]
+            tensors = {f"{k}.{suffix}": t for k, (_, parts) in enumerate(mine) for suffix, t in parts.items()}
+            tensors = self.group.broadcast(owner, tensors)
+            for k, (layer, (spec, line)) in enumerate(zip(layers, said, strict=True)):
+                if self.group.rank == owner:
+                    continue
+                report = LayerReport.from_dict(line, LayerSpec.from_dict(spec))
+                parts = {key.partition(".")[2]: t for key, t in tensors.items() if key.partition(".")[0] == str(k)}
+                self._encoded[layer] = report, parts
+                self.solved[layer] = self._found_elsewhere(report, parts)
+        for layer in layers:
+            report = self.encode(layer)[0]
+            self.steps.spend(report)
+            on_layer(report)
+
+    def _found_elsewhere(self, report: LayerReport, parts: Mapping[str, Tensor]) -> Decomposition:
+        """What another rank found, from what it stores."""
+        factors = unpack_layer(report.spec, {suffix: t.to(self.job.device) for suffix, t in parts.items()})
+        assert report.weight_squared is not None
+        assert report.residual_squared is not None
+        return Decomposition(
+            factors, report.errors, report.weight_squared, report.residual_squared, report.output_errors,
+            report.held_out_error, report.log_step,
+        )  # fmt: skip
 
     @property
     def _fed(self) -> list[str]:
         """The layers that are solved for what they are fed: an embedding is fed tokens, and no head is calibrated."""
         return [layer for layer, plan in self.plans.items() if not plan.layer.rows]
 
-    def _code(self, layers: Sequence[str], H: Tensor | None, on_layer: Callable[[LayerReport], None]) -> None:
+    def _code(self, layers: Sequence[str], H: Tensor | None, late: bool) -> None:
         """Whole numbers for layers that are fed the same inputs, at the step that the rest of the model has, too."""
         plans = [self.plans[layer] for layer in layers]
         names = [plan.layer.name for plan in plans]
@@ -147,7 +231,8 @@ class Block:
             plans, stored, H if recipe.solver == "feedback" else None, [steps.g(name) for name in names], recipe.seed,
             self.job.device,
         )  # fmt: skip
-        asked = [steps.log_step(name) for name in names]
+        known = steps.log_steps(names) if late else self._asked
+        asked = [known[name] for name in names]
         if None in asked:
             asked = [own if step is None else step for own, step in zip(own_steps(coder), asked, strict=True)]
         coded = coded_within(coder, steps.pots(plans), [step for step in asked if step is not None])
@@ -156,12 +241,10 @@ class Block:
             self.solved[layer] = replace(one.solved, held_out_error=unseen)
             report = replace(one.report, held_out_error=unseen, tokens=self._tokens.get(layer))
             self._encoded[layer] = report, one.tensors
-            steps.spend(one.report)
-            on_layer(self._encoded[layer][0])
 
-    def start_from(self, start: Checkpoint, unseen: Sequence[Call], on_layer: Callable[[LayerReport], None]) -> None:
+    def start_from(self, start: Checkpoint, unseen: Batches, on_layer: Callable[[LayerReport], None]) -> None:
         """Take the layers, and the norms, that the compressed checkpoint `start` holds; `unseen` as for `solve`."""
-        self._hold_out(self._fed, unseen)
+        self._hold_out(self._fed, unseen, {})
         known = {line["name"]: line for line in start.report().get("layers", ())}
         files = {file.path: file for file in start.files}
         specs = layer_specs(start)

@@ -12,21 +12,24 @@ from ..checkpoint.writer import ShardWriter, tensor_part
 from ..linalg.precision import fast_float32
 from ..models.blocks import Call, Relay, hidden_states
 from ..models.device import memory_errors
+from ..parallel.shares import share
 from ..progress import Progress
 from ..shim.layouts import LayerSpec
 from ..text.sample import hold_out
 from ..text.windows import Windows
 from .assembly import activations_of, calibration_model, parameters_outside, run_calls
-from .block import Block
+from .block import Batches, Block
 from .plan import Job
 from .schedule import Schedule
 from .steps import Steps
+from .team import Team
 
 
 class CalibratedRun:
-    """The blocks of one job, solved and written in turn; those that `writer` holds already are only run.
+    """The blocks of one job, solved and written in turn; those that are there already are only run.
 
-    windows: the text. made: what is written. fixed_bytes: of memory that is needed beside activations. steps: of codes.
+    windows: the text, which ranks share out. made: what is written. writer: of the first rank. team: the ranks.
+    fixed_bytes: of memory that is needed beside activations. steps: of codes.
     """
 
     def __init__(
@@ -34,20 +37,29 @@ class CalibratedRun:
         job: Job,
         windows: Windows,
         made: Schedule,
-        writer: ShardWriter,
+        writer: ShardWriter | None,
+        team: Team,
         told: Progress,
         fixed_bytes: int,
         steps: Steps,
     ) -> None:
-        self.steps = steps
+        self.steps, self.group = steps, team.group
         self.job, self.made, self.writer, self.told = job, made, writer, told
         assert job.calibration is not None
-        seen, unseen = (part.batches(job.calibration.batch, job.device) for part in hold_out(windows))
-        self._batches, self._held_out = [*seen, *unseen], len(unseen)
+        size, device = job.calibration.batch, job.device
+        self._batches: list[dict[str, Tensor]] = []
+        self._first: list[int] = []  # number of the first batch here among all that are seen, and that are held out
+        for part in hold_out(windows):
+            every = part.batches(size, device)
+            mine = share(len(every), self.group.rank, self.group.size)
+            self._first.append(mine.start)
+            self._batches += every[mine.start : mine.stop]
+            self._held_out = len(mine)
+        self._done = int(team.said(0 if writer is None else writer.done))
         self.assembly = calibration_model(job)
         self.model = self.assembly.model
         self._copied = job.start or job.source
-        self._activations = activations_of(job, writer.folder, fixed_bytes)
+        self._activations = activations_of(job, team.folder, fixed_bytes)
 
     def run(self) -> None:
         job = self.job
@@ -60,7 +72,7 @@ class CalibratedRun:
         remedy = "Lower --calibration-tokens or --calibration-length, or set --memory-limit; what is finished is kept."
         with memory_errors(remedy), fast_float32(), Relay(self.model, blocks, batches * streams) as relay:
             for name, calls in relay:
-                block = Block(name, job, self.made, self.assembly, self.told.phase, self.steps)
+                block = self._block_named(name)
                 if block.plans:
                     self._block(block, calls[: len(batches)], calls[len(batches) :], last=name == blocks[-1])
                 else:
@@ -68,33 +80,41 @@ class CalibratedRun:
         for name in list(job.blocks)[len(blocks) :]:
             self._outside(job.blocks[name])
 
+    def _block_named(self, name: str, numbers: range | None = None) -> Block:
+        return Block(name, self.job, self.made, self.assembly, self.told.phase, self.steps, self.group, numbers)
+
     def _outside(self, numbers: range) -> None:
         """What text does not reach, or is not compressed: layers are solved without data, one at a time."""
         for number in numbers:
             if self.made.units[number][1] is None:
-                if number >= self.writer.done:
+                if number >= self._done:
                     self._copy(number)
                 continue
             begun = time.monotonic()
-            layer = Block(
-                "", self.job, self.made, self.assembly, self.told.phase, self.steps, range(number, number + 1)
-            )
-            if number < self.writer.done:
+            layer = self._block_named("", range(number, number + 1))
+            if number < self._done:
                 self._restore(layer)
                 continue
             if self.job.start is not None:
-                layer.start_from(self.job.start, (), self.told.layer)
+                layer.start_from(self.job.start, Batches(), self.told.layer)
             else:
-                layer.solve((), (), self.told.layer)
+                layer.solve(Batches(), Batches(), self.told.layer)
             self._write(layer, {}, time.monotonic() - begun)
 
     def _restore(self, block: Block) -> None:
-        specs = {n: self.writer.stats(n).get("spec") for n in block.numbers}
-        for stats in map(self.writer.stats, block.numbers):
-            if stats.get("log_step") is not None:
-                self.steps.spend(LayerReport.from_dict(stats, LayerSpec.from_dict(stats["spec"])))
-        tensors = {n: self.writer.read(n) for n in block.numbers}
-        block.restore(tensors, {n: LayerSpec.from_dict(spec) for n, spec in specs.items() if spec is not None})
+        """What an earlier run has written, which the first rank alone can read."""
+        written = [n for n in block.numbers if self.made.units[n][1] or self.made.units[n][0].name in block.norms]
+        stats = [] if self.writer is None else [self.writer.stats(n) for n in written]
+        stats = self.group.agree(stats)[0]
+        tensors: dict[int, dict[str, Tensor]] = {}
+        for number in written:
+            own = {} if self.writer is None else self.writer.read(number)
+            tensors[number] = self.group.broadcast(0, own)
+        specs = {n: LayerSpec.from_dict(line["spec"]) for n, line in zip(written, stats, strict=True) if "spec" in line}
+        for line in stats:
+            if line.get("log_step") is not None:
+                self.steps.spend(LayerReport.from_dict(line, LayerSpec.from_dict(line["spec"])))
+        block.restore(tensors, specs)
 
     def _pass(self, block: Block, calls: list[Call]) -> None:
         """A block of which nothing is compressed."""
@@ -110,12 +130,13 @@ class CalibratedRun:
         parameters = block.parameters()
         self.assembly.load(parameters)
         run_calls(block.module, dense, self._activations)
-        if self.writer.done < block.numbers.stop:
+        if self._done < block.numbers.stop:
             solved_with = len(calls) - self._held_out
+            unseen = Batches(calls[solved_with:], self._first[1])
             if self.job.start is not None:
-                block.start_from(self.job.start, calls[solved_with:], self.told.layer)
+                block.start_from(self.job.start, unseen, self.told.layer)
             else:
-                block.solve(calls[:solved_with], calls[solved_with:], self.told.layer)
+                block.solve(Batches(calls[:solved_with], self._first[0]), unseen, self.told.layer)
             summary = {}
             if self.job.refinement is not None:
                 summary = block.match(calls, [hidden_states(call.output) for call in dense], self._held_out)
@@ -127,6 +148,8 @@ class CalibratedRun:
         self.assembly.drop(parameters)
 
     def _write(self, block: Block, summary: dict[str, Any], seconds: float) -> None:
+        if self.writer is None:
+            return
         inside = {plan.layer.tensor: layer for layer, plan in block.plans.items()}
         for number in block.numbers:
             entry, plan = self.made.units[number]
@@ -142,11 +165,13 @@ class CalibratedRun:
                 stats = {"spec": report.spec.to_dict(), **report.measured()}
                 if summary:
                     stats["block"], summary = summary, {}  # once a block, with its first layer
-            share = seconds / len(block.plans) if plan is not None else 0.0
-            self.writer.append([tensor_part(name, tensor) for name, tensor in tensors.items()], stats, share)
+            each = seconds / len(block.plans) if plan is not None else 0.0
+            self.writer.append([tensor_part(name, tensor) for name, tensor in tensors.items()], stats, each)
             self.told.advance("bytes", entry.nbytes)
 
     def _copy(self, number: int) -> None:
+        if self.writer is None:
+            return
         name = self.made.units[number][0].name
         entry = self._copied.entries[name]
         self.writer.append([(name, entry.dtype, entry.shape, self.job.copied(self._copied, name))])

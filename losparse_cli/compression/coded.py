@@ -317,8 +317,8 @@ def code_alone(coder: AnyCoder) -> list[Coded]:
 
 
 class Ledger:
-    """Bytes of layers that are coded one after the other, each within a few hundredths of its share: what one leaves
-    the next one takes, and the last one makes all come out."""
+    """Bytes of the layers of a section, coded one after the other, each within a few hundredths of its share: what one
+    leaves the next one takes, and the last one makes all come out."""
 
     def __init__(self, plans: Iterable[LayerPlan]) -> None:
         self._waiting: dict[str, dict[str, int]] = {}  # pool -> layer -> its share

@@ -7,7 +7,6 @@ from pathlib import Path
 from ..budget.plan import Plan, make_plan
 from ..checkpoint.output import ALLOCATION, GENERATED
 from ..checkpoint.source import read_json
-from ..checkpoint.workfolder import WorkFolder
 from ..checkpoint.writer import write_json
 from ..errors import write_errors
 from ..load import load
@@ -18,25 +17,30 @@ from ..text.sample import hold_out
 from ..text.windows import Windows
 from .allocation import Allocation, allocate_by_error
 from .plan import Job
+from .team import Team
 
 
-def kept_text(job: Job, work: WorkFolder) -> Windows | None:
+def kept_text(job: Job, team: Team) -> Windows | None:
     """The text of the job, or what the model wrote for itself before this run was killed.
 
     None without calibration, or if the model has yet to write: then nothing that was done before counts.
     """
     if job.calibration is None or job.windows is not None:
         return job.windows
-    kept = kept_windows(job.calibration, work.path / GENERATED)
-    if kept is None:
-        with write_errors(work.path):
-            work.journal.keep(0)
-    return kept
+    kept = None
+    if team.work is not None:
+        kept = kept_windows(job.calibration, team.work.path / GENERATED)
+        if kept is None:
+            with write_errors(team.work.path):
+                team.work.journal.keep(0)
+    return _of_the_first(team, kept) if team.said(kept is not None) else None
 
 
-def own_text(job: Job, work: WorkFolder, told: Progress) -> Windows:
+def own_text(job: Job, team: Team, told: Progress) -> Windows:
     """Text that the model writes for itself, kept so that a run that goes on sees the same; see `generate_text`."""
     assert job.calibration is not None
+    if team.work is None:
+        return _of_the_first(team, None)
     options = {"trust_remote_code": True} if job.trust_remote_code else {}
     model, tokenizer = load(job.source.folder, dtype="auto", **options)
     windows = generate_text(
@@ -49,13 +53,20 @@ def own_text(job: Job, work: WorkFolder, told: Progress) -> Windows:
     )
     del model
     release(job.device)
-    with write_errors(work.path):
-        write_windows(windows, work.path / GENERATED)
-    return windows
+    with write_errors(team.work.path):
+        write_windows(windows, team.work.path / GENERATED)
+    return _of_the_first(team, windows)
 
 
-def allocated_plan(job: Job, windows: Windows | None, work: WorkFolder, told: Progress) -> Plan:
-    """The plan to carry out: the job's, or with --allocate error one with sizes by error.
+def _of_the_first(team: Team, windows: Windows | None) -> Windows:
+    """The windows that the first rank has, on all of them."""
+    fields = {} if windows is None else {"ids": windows.ids, "target_ids": windows.target_ids}
+    found = team.heard({name: ids for name, ids in fields.items() if ids is not None})
+    return Windows(found["ids"], found.get("target_ids"))
+
+
+def allocated_plan(job: Job, windows: Windows | None, team: Team, told: Progress) -> Plan:
+    """The plan to carry out: the job's, or with --allocate error one with sizes by error, which the first rank finds.
 
     What was decided is kept for a run that goes on with this one; see `WorkFolder.decided`.
     """
@@ -71,8 +82,10 @@ def allocated_plan(job: Job, windows: Windows | None, work: WorkFolder, told: Pr
         told.tell(_sentence(decided))
         return decided.layers
 
-    layers = work.decided(ALLOCATION, read, decide, lambda layers, path: write_json(path, {"layers": layers}))
-    recipe = job.recipe.with_overrides(layers)
+    layers = None
+    if team.work is not None:
+        layers = team.work.decided(ALLOCATION, read, decide, lambda found, path: write_json(path, {"layers": found}))
+    recipe = job.recipe.with_overrides(team.said(layers))
     return make_plan([p.layer for p in job.plan.layers], job.plan.skipped, recipe, calibrated=True)
 
 

@@ -20,24 +20,23 @@ from ..checkpoint.output import check_space, free_bytes
 from ..checkpoint.workfolder import WorkFolder
 from ..linalg.precision import fast_float32
 from ..text.documents import SELF
-from ..text.sample import account, doubts, hold_out
+from ..text.sample import HELD_OUT, account, doubts, hold_out
 from ..text.windows import Windows
 from .fingerprint import fingerprint
 from .footprint import footprint
 from .pace import seconds_alone
 from .plan import RESIDENT_BASE, Job
 from .request import TOGETHER
-from .rounds import moment_bytes, rounds
-from .schedule import Schedule, schedule
+from .rounds import copies_held, moment_bytes, rounds
+from .schedule import Schedule
+from .solve import effort
 from .steps import SENSITIVITY_TOKENS
 
 # Measured on SmolLM2-135M, two cores: time of the whole over that of its products alone at full speed.
-SOLVER_OVERHEAD, FORWARD_OVERHEAD, TRAINING_OVERHEAD = 2.2, 1.6, 1.6
+FORWARD_OVERHEAD, TRAINING_OVERHEAD = 1.6, 1.6
 GENERATION_OVERHEAD = 8  # a token at a time is bound by memory: measured against the same products for a whole window
 GENERATION_BYTES = 1 << 30  # keys and values of the windows that are written side by side
-POLISH = 45  # products with H besides those of the iterations
 SOLVER_COPIES = 9  # float32 matrices of the weight's shape that the solver holds at once
-FEEDBACK_OVERHEAD = 6  # column by column, which no product is as slow as
 BACKWARD_COPIES = 60  # of what flows into a block, that one batch takes inside it with gradients
 LOSS_COPIES = 6  # of the logits that are computed at a time
 STATE_BYTES = 16  # of each number that is trained: itself, the best so far and Adam's two moments
@@ -148,7 +147,7 @@ def forecast(job: Job, *, resume: str = "auto", overwrite: bool = False) -> Fore
     """
     work = WorkFolder(job.output, fingerprint(job), resume=resume, overwrite=overwrite, reads=job.reads)
     work.check()
-    made = schedule(job.entries, job.plan, job.max_shard_bytes)
+    made = job.scheduled()
     space, free = space_needed(job), free_bytes(job.output)
     if not work.finished and not work.path.is_dir():  # else a part of it is written
         check_space(work.path, space)
@@ -165,7 +164,7 @@ def space_needed(job: Job) -> int:
     if job.start is not None:
         result = job.start.nbytes
     else:
-        made = schedule(job.entries, job.plan, job.max_shard_bytes)
+        made = job.scheduled()
         result = made.plan.expected_bytes + made.copied_bytes
     if job.towards is None:
         return result
@@ -206,7 +205,7 @@ def estimate(job: Job, windows: Windows | None) -> Estimate:
     assert job.calibration.length is not None
     hidden = job.hidden_size
     tokens = windows.tokens if windows is not None else job.calibration.tokens
-    units = schedule(job.entries, job.plan, job.max_shard_bytes).units
+    units = job.scheduled().units
     batch = job.calibration.batch * job.calibration.length
     inside = set(job.unreached).union(*(set(numbers) for numbers in job.blocks.values()))
     outside = sum(e.elements for k, e in enumerate(job.entries) if k not in inside)
@@ -214,6 +213,8 @@ def estimate(job: Job, windows: Windows | None) -> Estimate:
     solves = job.start is None  # else layers are those of a compressed checkpoint
     felt = min(tokens, SENSITIVITY_TOKENS) if solves and job.recipe.sensitivity == "on" else 0
     held_out = windows is None or len(hold_out(windows)[1].ids) > 0
+    batches = -(-(len(windows.ids) if windows is not None else job.calibration.windows) // job.calibration.batch)
+    copies = copies_held(batches, -(-batches // HELD_OUT) if held_out else 0)
     moments = solver = 0
     work = 0.0  # flops, weighted with their overhead
     solved, room = job.solved_blocks, job.memory // 2
@@ -221,20 +222,16 @@ def estimate(job: Job, windows: Windows | None) -> Estimate:
         plans = [plan for k in numbers if (plan := units[k][1]) is not None]
         # Of what it is solved with, and of what is held out.
         here = {plan.layer.name: plan for plan in plans}
-        made = rounds(here, room, 1 + held_out) if solves else [list(here)]
+        made = rounds(here, room, copies) if solves else [list(here)]
         held_moments = (sum(moment_bytes(here[layer]) for layer in layers) for layers in made)
         if solves or job.refinement is not None:
-            moments = max(moments, (solves + held_out) * max(held_moments, default=0))
+            moments = max(moments, int((copies if solves else held_out) * max(held_moments, default=0)))
         block = sum(job.entries[k].elements for k in numbers)
         for plan in plans if solves else ():
             m, n = plan.layer.shape
             # Two matrices are often solved side by side: gate and up, or k and v.
             solver = max(solver, 4 * (2 * SOLVER_COPIES * m * n + 4 * n * n))
-            if plan.bits and job.recipe.solver == "feedback":
-                work += FEEDBACK_OVERHEAD * 2 * m * n * n
-            if job.recipe.solver == "admm":
-                steps = plan.iterations
-                work += SOLVER_OVERHEAD * (2 * m * n * n * (steps + POLISH) + 2 * n**3 * steps / 5)
+            work += effort(plan, job.recipe)
             work += FORWARD_OVERHEAD * 2 * n * n * tokens
         passes = int(job.towards is not None)  # what the dense model says is asked of all blocks
         if solves or job.refinement is not None:
@@ -255,7 +252,6 @@ def estimate(job: Job, windows: Windows | None) -> Estimate:
         fixed = max(fixed, RESIDENT_BASE + job.source.nbytes + GENERATION_BYTES)
         work += FORWARD_OVERHEAD * GENERATION_OVERHEAD * 2 * job.parameters * tokens
     held = 3 if job.refinement is not None else 2
-    batches = -(-(len(windows.ids) if windows is not None else job.calibration.windows) // job.calibration.batch)
     biases = 4 * job.bias_heads * job.calibration.length**2 * batches * (held - 1)
     carried = 4 * tokens * hidden * held + biases
     if felt:  # what every block returned waits for the way back

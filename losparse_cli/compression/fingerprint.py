@@ -11,7 +11,6 @@ import torch
 from .. import __version__
 from ..checkpoint.fingerprint import companion_states, digest, file_states
 from .plan import Job
-from .schedule import schedule
 
 
 def fingerprint(job: Job) -> dict[str, Any]:
@@ -19,12 +18,13 @@ def fingerprint(job: Job) -> dict[str, Any]:
     import safetensors
     import transformers
 
-    made = schedule(job.entries, job.plan, job.max_shard_bytes)
+    made = job.scheduled()
     plan = [
         [e.name, e.dtype, e.shape, p and [p.rank, p.nnz, p.pattern, p.scope, p.iterations, p.bits]]
         for e, p in made.units
     ]
-    return {
+    part = {} if job.part is None else {"part": str(job.part)}
+    return part | {
         "losparse": __version__,
         "torch": torch.__version__,
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",

@@ -25,8 +25,9 @@ ROUNDS = 3
 def seconds_alone(job: Job) -> tuple[float, float, float]:
     """Seconds that all layers of the job take without text: at least, about and at most, as paces go now."""
     found = [0.0] * ROUNDS
+    layers = job.scheduled().plan.layers
     for rows in (False, True):  # which are coded otherwise
-        plans = [plan for plan in job.plan.layers if bool(plan.layer.rows) == rows]
+        plans = [plan for plan in layers if bool(plan.layer.rows) == rows]
         if plans:
             found = [total + more for total, more in zip(found, _of_kind(job, plans), strict=True)]
     return found[0], found[ROUNDS // 2], found[-1]

@@ -26,8 +26,9 @@ from ..models.skeleton import Skeleton, build_skeleton
 from ..text.windows import Calibration, Windows, read_windows, settle
 from .footprint import footprint
 from .layers import find_layers, not_checked
+from .parts import Part
 from .request import ModelRefinement, Refinement, Request
-from .schedule import schedule
+from .schedule import Schedule, part_of, schedule
 
 OF_NO_MODEL = (
     "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "auto_map", "architectures",
@@ -49,7 +50,8 @@ class Job:
     never in memory together. memory_limit: bytes, None for three quarters of what is free. hidden_size: width of what
     flows between blocks. bias_heads: of the biases of positions that flow along. refinement: how blocks
     are matched. towards: how the whole model is trained when its layers are compressed. start: the compressed
-    checkpoint whose layers are refined, None if they are solved anew. unseen, masks: tensors that are copied whatever
+    checkpoint whose layers are refined, None if they are solved anew. part: that is to be done, None for all; the plan
+    is of the whole run, and `scheduled` says what is written. unseen, masks: tensors that are copied whatever
     they hold, and those that may hold infinities (`layers.not_checked`).
     """
 
@@ -72,8 +74,14 @@ class Job:
     towards: ModelRefinement | None = None
     memory_limit: int | None = None
     start: Checkpoint | None = None
+    part: Part | None = None
     unseen: frozenset[str] = frozenset()
     masks: frozenset[str] = frozenset()
+
+    def scheduled(self, plan: Plan | None = None) -> Schedule:
+        """What is written, by the job's plan or another."""
+        made = schedule(self.entries, plan or self.plan, self.max_shard_bytes)
+        return made if self.part is None else part_of(made, self.part, self.max_shard_bytes)
 
     def copied(self, checkpoint: Checkpoint, name: str) -> Iterator[bytes]:
         """A tensor of the source, or of what is refined, in pieces; CheckpointError if it holds what it may not."""
@@ -186,9 +194,10 @@ def prepare(
         request.towards,
         limit,
         start,
+        request.part,
         *not_checked(source, skeleton, recipe),
     )
-    schedule(entries, plan, shard_bytes)  # CheckpointError where two tensors would have one name
+    job.scheduled()  # CheckpointError where two tensors would have one name, UsageError for too many parts
     return job
 
 

@@ -13,6 +13,7 @@ from ..budget.recipe_file import LEADING, RecipeFile, asked, read_recipe
 from ..errors import UsageError, is_number, is_whole
 from ..text.documents import SELF
 from ..text.request import Calibration
+from .parts import Part, part_named
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ class ModelRefinement:
 class Request:
     """recipe: for the layers, not settled yet. calibration: None without text. refinement: None to train nothing.
     device: auto, cpu, cuda or cuda:N. memory_limit: such as 8GB, None for three quarters of what is free.
-    max_shard_size: of a weight file. file: that all this comes from, but for what was `given` beside it."""
+    max_shard_size: of a weight file. part: that is to be done, None for all. file: that all this comes from, but for
+    what was `given` beside it."""
 
     recipe: Recipe = field(default_factory=Recipe)
     calibration: Calibration | None = None
@@ -97,6 +99,7 @@ class Request:
     device: str = "auto"
     memory_limit: str | None = None
     max_shard_size: str = "5GB"
+    part: Part | None = None
     file: RecipeFile = field(default_factory=RecipeFile, compare=False)
     given: frozenset[str] = field(default=frozenset(), compare=False)
 
@@ -136,6 +139,11 @@ class Request:
                 raise UsageError(
                     f"{option} needs text to calibrate with: add --calibration FILE, or --calibration self."
                 )
+        if self.part is not None and self.calibration is not None:
+            raise UsageError(
+                "--part divides what is compressed without text: leave out --calibration, or start the whole run with "
+                "torchrun, whose processes share the text."
+            )
         if self.blocks is not None and recipe.coded:
             raise UsageError(
                 "--refine blocks matches floats, and S is to be whole numbers: take --refine model, or add "
@@ -158,12 +166,13 @@ def make_request(
     device: str | None = None,
     memory_limit: str | None = None,
     max_shard_size: str | None = None,
+    part: str | Part | None = None,
 ) -> Request:
     """The request of a recipe (a Recipe, a mapping, or the path of a YAML file) under what was given beside it.
 
     given: fields of Recipe; those that are None were not given, and so are the other settings that are None.
     calibration: or only its source. refinement: or `blocks`, `model` or `off`. A mapping holds their fields, and
-    completes what the recipe says. UsageError on contradictions, and for what is none of these.
+    completes what the recipe says. part: such as 2/3. UsageError on contradictions, and for what is none of these.
     """
     wanted = asked(given or {})
     file = RecipeFile()
@@ -201,6 +210,7 @@ def make_request(
         _first(device, run.get("device"), Request.device),
         _first(memory_limit, run.get("memory_limit")),
         _first(max_shard_size, run.get("max_shard_size"), Request.max_shard_size),
+        part_named(part),
         file,
         options,
     )

@@ -1,23 +1,21 @@
-"""One step for the codes of a whole model: how each layer's bits fall with it is measured once, and the step follows
-what the layers before took."""
+"""One step for the codes of a whole model: how each layer's bits fall with it is measured once, and the step of each
+block follows what the blocks before took."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..budget.plan import LayerPlan, Plan, code_overhead
-from ..calibration.moments import Moments
+from ..calibration.moments import Fed
 from ..calibration.sensitivity import Sensitivity
 from ..checkpoint.output import BACKWARD, SENSITIVITY
 from ..checkpoint.report import LayerReport
-from ..checkpoint.workfolder import WorkFolder
 from ..linalg.integers import column_metric, row_steps
 from ..linalg.rates import Curve, step_within
 from ..progress import Progress
@@ -28,6 +26,7 @@ from .coded import Pot, curve_of, own_pot, support_of
 from .plan import Job
 from .sensitivity import measure_sensitivity
 from .solve import as_matrix
+from .team import Team
 
 SENSITIVITY_TOKENS = 16_384
 NATS = "nats"  # in the file that keeps what was measured, beside names of layers
@@ -83,6 +82,22 @@ class Steps:
         curves = [(self._foreseen[other].curve, p.layer.weights) for other, p in waiting.items()]
         return step_within(curves, 8 * (self._left[pool] - beside), missed / codes if codes else 0.0)
 
+    def log_steps(self, names: Iterable[str]) -> dict[str, float | None]:
+        """The same of many layers, as it is now."""
+        of_pool: dict[str, float | None] = {}
+        found: dict[str, float | None] = {}
+        for name in names:
+            pool = self._plans[name].pool if name in self._plans else None
+            if pool is not None and pool not in of_pool:
+                of_pool[pool] = self.log_step(name)
+            found[name] = None if pool is None else of_pool[pool]
+        return found
+
+    def are_last(self, names: Collection[str], before: Collection[str]) -> bool:
+        """Whether these layers take all that some pool has left, once those `before` have taken theirs."""
+        pools = {self._plans[name].pool for name in names if name in self._plans}
+        return any(self._waiting[pool].keys() <= {*names, *before} for pool in pools)
+
     def pots(self, plans: Sequence[LayerPlan]) -> list[Pot]:
         """The bytes that bind these layers: their own, or for the last of many what is left; else there is no bound."""
         shared: dict[str, list[int]] = {}
@@ -111,44 +126,48 @@ class Steps:
         self._missed[plan.pool] = missed + 8 * nbytes - expected, before + codes
 
 
-def foreseen_steps(job: Job, plan: Plan, windows: Windows, work: WorkFolder, told: Progress, fixed_bytes: int) -> Steps:
+def foreseen_steps(job: Job, plan: Plan, windows: Windows, team: Team, told: Progress, fixed_bytes: int) -> Steps:
     """The steps of a job whose codes follow the loss; fixed_bytes: of memory beside activations.
 
-    What was measured is kept for a run that goes on with this one; see `WorkFolder.decided`. One that is ended while it
-    measures goes on after the last block that was run backwards.
+    What was measured is kept for a run that goes on with this one; see `WorkFolder.recall`. One process that is ended
+    while it measures goes on after the last block that was run backwards.
     """
     coded = [p for p in plan.layers if p.bits and not p.layer.rows and not p.width]
     if job.recipe.sensitivity != "on":
         return Steps(coded, {})
-
-    def measure() -> _Measured:
-        return _measured(job, coded, windows, work.path, told, fixed_bytes)
-
-    found = work.decided(SENSITIVITY, _read, measure, lambda found, path: save_file(_tensors(found), path))
-    (work.path / BACKWARD).unlink(missing_ok=True)
+    known, found = team.recalled(lambda work: work.recall(SENSITIVITY, lambda path: _measures(load_file(path))))
+    if known:
+        found = _measures(team.heard({} if found is None else _tensors(found)))
+    else:
+        found = measured = _measured(job, coded, windows, team, told, fixed_bytes)
+        if team.work is not None:
+            team.work.keep(SENSITIVITY, lambda path: save_file(_tensors(measured), path))
+    if team.work is not None:
+        (team.work.path / BACKWARD).unlink(missing_ok=True)
     return Steps(coded, found.layers, found.nats)
 
 
 def _measured(
-    job: Job, plans: Sequence[LayerPlan], windows: Windows, folder: Path, told: Progress, fixed_bytes: int
+    job: Job, plans: Sequence[LayerPlan], windows: Windows, team: Team, told: Progress, fixed_bytes: int
 ) -> _Measured:
     seen = hold_out(windows)[0]
     seen = seen.take(range(max(1, min(len(seen.ids), SENSITIVITY_TOKENS // max(1, seen.ids.shape[1])))))
     by_name = {p.layer.name: p for p in plans}
     files = {file.path: file for file in job.source.files}
-    metrics: dict[str, tuple[Tensor | float, float]] = {}
+    group = team.group
+    metrics: dict[str, tuple[Tensor | float, float]] = {}  # of the layers whose second moments lie here
     found: dict[str, Foreseen] = {}
     losses: list[tuple[float, int]] = []
 
-    def forward(block: str, moments: list[Moments]) -> None:
-        for group in moments:
+    def forward(block: str, fed: list[Fed]) -> None:
+        for moments in (one.moments() for one in fed if one.owner == group.rank):
             metric = None
-            if job.recipe.solver == "feedback" and bool(group.H.any()):
+            if job.recipe.solver == "feedback" and bool(moments.H.any()):
                 try:
-                    metric = column_metric(group.H, COLUMN_FACTORS)
+                    metric = column_metric(moments.H, COLUMN_FACTORS)
                 except ValueError:  # then the solver will say so, of what the layer is fed by then
                     continue
-            for layer in group.layers:
+            for layer in moments.layers:
                 metrics[_full(block, layer)] = (1.0, 1.0) if metric is None else (metric.columns, metric.scale)
 
     def backward(block: str, sensitivities: dict[str, Sensitivity]) -> None:
@@ -166,12 +185,19 @@ def _measured(
     def text(nats: float, tokens: int) -> None:
         losses.append((nats, tokens))
 
+    # What several know, each of its own windows, another number of them could not go on with.
+    state = team.work.path / BACKWARD if team.work is not None and group.size == 1 else None
     measure_sensitivity(
-        job, seen, told, folder=folder, fixed_bytes=fixed_bytes, on_forward=forward, on_backward=backward, on_text=text,
-        state=folder / BACKWARD,
+        job, seen, told, group, folder=team.folder, fixed_bytes=fixed_bytes, on_forward=forward, on_backward=backward,
+        on_text=text, state=state,
     )  # fmt: skip
-    predicted = sum(tokens for _, tokens in losses)
-    return _Measured(found, sum(nats for nats, _ in losses) / predicted if predicted else None)
+    of_all = [loss for its in group.agree(losses) for loss in its]  # in the order of the text
+    predicted = sum(tokens for _, tokens in of_all)
+    nats = sum(nats for nats, _ in of_all) / predicted if predicted else None
+    layers: dict[str, Foreseen] = {}
+    for rank in range(group.size):
+        layers |= _measures(group.broadcast(rank, _tensors(_Measured(found, None)))).layers
+    return _Measured(layers, nats)
 
 
 def _full(block: str, layer: str) -> str:
@@ -188,8 +214,8 @@ def _tensors(found: _Measured) -> dict[str, Tensor]:
     return tensors
 
 
-def _read(path: Path) -> _Measured:
-    tensors = load_file(path)
+def _measures(tensors: dict[str, Tensor]) -> _Measured:
+    """What `_tensors` made of it."""
     nats = tensors.pop(NATS, None)
     found = {}
     for key, tensor in tensors.items():

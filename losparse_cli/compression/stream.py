@@ -22,13 +22,12 @@ from .solve import encode, solve_layer
 def compress_stream(job: Job, made: Schedule, writer: ShardWriter, told: Progress) -> None:
     """Write every unit of `made` that `writer` does not hold yet: solved alone, or copied."""
     files = {file.path: file for file in job.source.files}
-    free = (plan for _, plan in made.units if plan is not None and plan.bits and not plan.width)
-    ledger = Ledger(plan for plan in free if not plan.layer.rows)
+    ledgers = _ledgers(made)
     for number, (_, plan) in enumerate(made.units[: writer.done]):
         if plan is not None:
-            ledger.spend(plan, writer.stats(number)["bytes_after"])
-    todo = made.units[writer.done :]
-    upcoming = iter([entry for entry, plan in todo if plan is not None])
+            ledgers[number].spend(plan, writer.stats(number)["bytes_after"])
+    todo = list(enumerate(made.units))[writer.done :]
+    upcoming = iter([entry for _, (entry, plan) in todo if plan is not None])
 
     with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as pen:
 
@@ -38,7 +37,7 @@ def compress_stream(job: Job, made: Schedule, writer: ShardWriter, told: Progres
 
         ahead: Future[Tensor] | None = read_next()
         behind: Future[Unit] | None = None
-        for entry, plan in todo:
+        for number, (entry, plan) in todo:
             stats, seconds = None, 0.0
             if plan is None:
                 pieces = _watched(job.copied(job.source, entry.name), told)
@@ -51,7 +50,7 @@ def compress_stream(job: Job, made: Schedule, writer: ShardWriter, told: Progres
                     one = code_rows(plan, stored, job.device)
                     report, tensors = one.report, one.tensors
                 elif plan.bits:
-                    one = ledger.code(Coder([plan], [stored], None, [None], job.recipe.seed, job.device))
+                    one = ledgers[number].code(Coder([plan], [stored], None, [None], job.recipe.seed, job.device))
                     report, tensors = one.report, one.tensors
                 else:
                     report, tensors = encode(plan, solve_layer(plan, stored, job.recipe, job.device), stored.dtype)
@@ -65,6 +64,15 @@ def compress_stream(job: Job, made: Schedule, writer: ShardWriter, told: Progres
             behind = pen.submit(writer.append, parts, stats, seconds)
         if behind is not None:
             behind.result()
+
+
+def _ledgers(made: Schedule) -> list[Ledger]:
+    """Unit -> the ledger of its section."""
+    found: list[Ledger] = []
+    for section in made.sections:
+        plans = (plan for _, plan in made.units[section.start : section.stop] if plan is not None and plan.bits)
+        found += [Ledger(plan for plan in plans if not plan.width and not plan.layer.rows)] * len(section)
+    return found
 
 
 def _watched(pieces: Iterator[bytes], told: Progress) -> Iterator[bytes]:

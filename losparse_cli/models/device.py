@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ..errors import ResourceError, UsageError
+from ..parallel.launch import local_place
 
 MOST_THREADS = 1024
 MEMINFO = Path("/proc/meminfo")
@@ -19,10 +20,16 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def find_device(name: str | torch.device) -> torch.device:
-    """The device that auto, cpu, cuda or cuda:N names; UsageError if there is none such."""
+    """The device that auto, cpu, cuda or cuda:N names, of several for each process of a machine the next one.
+
+    UsageError if there is none such.
+    """
     name = str(name)
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    number, together = local_place()
+    if name == "cuda" and together > 1 and torch.cuda.device_count() > 1:  # each process takes its own
+        return torch.device("cuda", number % torch.cuda.device_count())
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UsageError(f"--device is auto, cpu, cuda or cuda:N, not {name!r}.")
     device = torch.device(name)

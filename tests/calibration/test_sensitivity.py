@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from losparse_cli.calibration import sensitivity
 from losparse_cli.calibration.activations import Activations
 from losparse_cli.calibration.likelihood import categorical, drawn_loss, uniform
-from losparse_cli.calibration.moments import Moments
+from losparse_cli.calibration.moments import Fed
 from losparse_cli.calibration.sensitivity import Sensitivity, SensitivityRun
 from losparse_cli.errors import CheckpointError, UsageError
 from losparse_cli.models.blocks import block_of
@@ -347,9 +347,10 @@ def test_one_pass_gives_the_second_moments_too(name: str, tmp_path: Path) -> Non
     heard: list[tuple[str, str]] = []
     moments: dict[str, Tensor] = {}
 
-    def forward(block: str, found: list[Moments]) -> None:
+    def forward(block: str, found: list[Fed]) -> None:
         heard.append(("forward", block))
-        moments.update({f"{block}.{layer}": one.H for one in found for layer in one.layers})
+        for one in (fed.moments() for fed in found):
+            moments.update({f"{block}.{layer}": one.H for layer in one.layers})
 
     def backward(block: str, found: dict[str, Sensitivity]) -> None:
         heard.append(("backward", block))

@@ -8,9 +8,10 @@ from .export import export
 from .finetune import finetune
 from .generate import generate
 from .inspect import inspect
+from .join import join
 from .push import push
 from .refine import refine
 from .verify import verify
 
-COMMANDS = (compress, refine, finetune, inspect, generate, eval_, bench, export, verify, push, demo)
+COMMANDS = (compress, join, refine, finetune, inspect, generate, eval_, bench, export, verify, push, demo)
 """In the order in which `losparse --help` lists them."""

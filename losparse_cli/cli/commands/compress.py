@@ -177,6 +177,14 @@ def compress(
     device: o.RecipeDevice = None,
     max_shard_size: o.RecipeShardSize = None,
     memory_limit: o.MemoryLimit = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            help="K/N, such as 2/3: without text, the second of three parts, which losparse join makes one.",
+            rich_help_panel=o.RUN,
+            show_default="all",
+        ),
+    ] = None,
     resume: o.Resume = "auto",
     overwrite: o.Overwrite = False,
     dry_run: o.DryRun = False,
@@ -241,28 +249,36 @@ def compress(
         device=device,
         memory_limit=memory_limit,
         max_shard_size=max_shard_size,
+        part=part,
     )
+    if part is not None and push_to_hub:
+        raise UsageError("--push-to-hub uploads a whole result, and --part makes a part of one: join the parts first.")
     if push_to_hub:
         from ...push import check_repository
 
         check_repository(push_to_hub)
     from ...compress import run
     from ...compression.plan import prepare
+    from ...parallel.group import agreed, ranks
     from .. import console as c
     from .. import summary as s
 
-    out = c.Console(json=json, quiet=quiet)
+    group = ranks()
+    out = c.Console(json=json and group.rank == 0, quiet=quiet or group.rank > 0)
     if request.calibration is not None:
         c.calm_libraries()
     with out.status(f"Reading {model}"):
-        job = prepare(
-            model,
-            output,
-            request,
-            revision=revision,
-            cache_dir=cache_dir,
-            trust_remote_code=trust_remote_code,
-            plan_only=dry_run,
+        job = agreed(
+            group,
+            lambda: prepare(
+                model,
+                output,
+                request,
+                revision=revision,
+                cache_dir=cache_dir,
+                trust_remote_code=trust_remote_code,
+                plan_only=dry_run,
+            ),
         )
     if dry_run:
         from ...compression.estimate import forecast
@@ -271,8 +287,11 @@ def compress(
         return
     with c.interruptible(), c.LayerProgress(out) as progress:
         result = run(job, resume=resume, overwrite=overwrite, progress=progress)
-    s.show_result(out, result)
-    if push_to_hub:
+    if job.part is not None:
+        s.show_part(out, result, job.part)
+    else:
+        s.show_result(out, result)
+    if push_to_hub and group.rank == 0:
         from .push import upload
 
         upload(out, result.output, push_to_hub, private)
