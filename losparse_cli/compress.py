@@ -16,7 +16,7 @@ import torch
 from .budget.plan import plan_as_stored
 from .budget.recipe import Recipe
 from .checkpoint.companions import copy_companions
-from .checkpoint.config import layer_specs, write_config
+from .checkpoint.config import fused_of, layer_specs, write_config
 from .checkpoint.fingerprint import digest
 from .checkpoint.finish import close, read_report, versions
 from .checkpoint.output import TRAINING, check_space
@@ -314,7 +314,8 @@ def _finish(
     specs = {line["name"]: LayerSpec.from_dict(line["spec"]) for line in stats}
     with write_errors(work.path):
         copy_companions(job.source.folder, work.path)
-        write_config(work.path, job.source.config, specs, made.plan.skipped)
+        fused = fused_of(job.source.entries.values())
+        write_config(work.path, job.source.config, specs, made.plan.skipped, fused)
         report = Report(
             layers=tuple(LayerReport.from_dict(line, specs[line["name"]]) for line in stats),
             skipped=made.plan.skipped,

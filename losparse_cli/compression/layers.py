@@ -9,9 +9,9 @@ from ..checkpoint.reader import BITS, FLOATING
 from ..checkpoint.source import Checkpoint
 from ..errors import CheckpointError, UsageError
 from ..models.embeddings import Rows, find_rows
-from ..models.experts import refuse_surplus_experts
+from ..models.experts import of_all_experts, refuse_surplus_experts
 from ..models.names import NameMap
-from ..models.skeleton import Skeleton, kinds_of
+from ..models.skeleton import FUSED, Skeleton, kinds_of
 
 
 def find_layers(source: Checkpoint, skeleton: Skeleton, recipe: Recipe) -> tuple[list[Layer], dict[str, str]]:
@@ -24,14 +24,16 @@ def find_layers(source: Checkpoint, skeleton: Skeleton, recipe: Recipe) -> tuple
         require_match(target, kinds, skeleton.linears, "layers:")
     names = NameMap(skeleton.model, source.entries)
     refuse_surplus_experts(skeleton.model, names.disk, source.folder)
+    _require_fused(skeleton, names, source)
     layers = []
     for linear in (skeleton.linears[name] for name in chosen):
         parameter = f"{linear.name}.weight"
         tensors = names.disk.get(parameter, [])
         if len(tensors) != 1 or not tensors[0].endswith(".weight"):
             if not tensors and parameter not in names.converted:
+                missing = of_all_experts(skeleton.model, parameter)
                 raise CheckpointError(
-                    f"The tensor {parameter} ({linear.shape[0]} x {linear.shape[1]}) is missing from {source.folder}. "
+                    f"The tensor {missing} ({linear.shape[0]} x {linear.shape[1]}) is missing from {source.folder}. "
                     "Download the checkpoint again, or leave the layer out with --ignore."
                 )
             skipped[linear.name] = "assembled from other tensors at load"
@@ -66,6 +68,17 @@ def find_layers(source: Checkpoint, skeleton: Skeleton, recipe: Recipe) -> tuple
         for name in (one.name, *one.twins):
             skipped.pop(name, None)
     return layers, skipped
+
+
+def _require_fused(skeleton: Skeleton, names: NameMap, source: Checkpoint) -> None:
+    """CheckpointError if a tensor is missing of experts that stay fused: transformers would only warn."""
+    for module in (name for name, reason in skeleton.skipped.items() if reason == FUSED):
+        for key, _ in skeleton.model.get_submodule(module).named_parameters(recurse=False):
+            parameter = f"{module}.{key}"
+            if parameter not in names.disk and parameter not in names.converted:
+                raise CheckpointError(
+                    f"The tensor {parameter} is missing from {source.folder}. Download the checkpoint again."
+                )
 
 
 def not_checked(source: Checkpoint, skeleton: Skeleton, recipe: Recipe) -> tuple[frozenset[str], frozenset[str]]:

@@ -117,10 +117,7 @@ def prepare_finetuning(
     output = output_path(output or f"{checkpoint.name.rpartition('/')[2]}-finetuned")
     # A result with a report may be that of this very run, which `run` finds out.
     check_output(output, overwrite=overwrite or (output / REPORT).is_file(), reads=[checkpoint.folder])
-    if checkpoint.packing is not None:
-        raise UsageError(
-            f"{checkpoint.name} is quantized already ({checkpoint.packing}). Start from the unquantized checkpoint."
-        )
+    checkpoint.require_floats()
     wanted = settle(recipe_of(read_recipe(recipe), {}) if isinstance(recipe, Mapping) else recipe, checkpoint)
     opened = open_task(task)
     told.phase("Reading the data")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..checkpoint.companions import copy_companions
-from ..checkpoint.config import write_config
+from ..checkpoint.config import FusedTensor, write_config
 from ..checkpoint.fingerprint import digest
 from ..checkpoint.finish import close, versions
 from ..checkpoint.journal import FILE as JOURNAL
@@ -59,6 +59,8 @@ def write_result(training: Training, model: Any, work: Path, seconds: float, tol
         specs[name] = module.spec
     model.to(training.device)  # where FSDP had it in parts, it is whole on the CPU, and may only fit now
     scores = training.score(model, told)
+    recorded = getattr(getattr(model.config, "quantization_config", None), "fused", {})
+    fused = {tensor: FusedTensor(**fields) for tensor, fields in recorded.items()}
     model.hf_quantizer = None
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, name):
@@ -67,7 +69,7 @@ def write_result(training: Training, model: Any, work: Path, seconds: float, tol
     copy_companions(training.source.folder, work)
     model.save_pretrained(work, max_shard_size=training.max_shard_size)
     _save_tokenizer(training.tokenizer, work)
-    write_config(work, read_json(work / "config.json"), specs, training.plan.skipped)
+    write_config(work, read_json(work / "config.json"), specs, training.plan.skipped, fused)
     dense = sum(layer.parameters for layer in reports)
     report = Report(
         layers=tuple(reports),
