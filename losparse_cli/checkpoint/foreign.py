@@ -113,13 +113,19 @@ def packing(config: Mapping[str, Any], names: Collection[str], folder: Path) -> 
 
 def floats_again(packing: str, config: Mapping[str, Any], address: str) -> str:
     """What to do about weights that another tool has packed so; address: of their model."""
+    if packing.endswith("_blocks"):  # as save_pretrained calls the floats that it made of MXFP4
+        return (
+            "Start from the unquantized checkpoint. Where these are floats again, transformers has saved them under "
+            "names that it does not find: save them with save_pretrained(FOLDER, save_original_format=False)."
+        )
     if packing not in DEQUANTIZED:
         return "Start from the unquantized checkpoint."
     [architecture, *_] = config.get("architectures") or ["AutoModel"]
     return (
         "Start from the unquantized checkpoint, or make it one in bfloat16: "
         f"transformers.{architecture}.from_pretrained({address!r}, dtype='bfloat16', "
-        f"quantization_config=transformers.{DEQUANTIZED[packing]}(dequantize=True)).save_pretrained('FOLDER')"
+        f"quantization_config=transformers.{DEQUANTIZED[packing]}(dequantize=True))"
+        ".save_pretrained('FOLDER', save_original_format=False)"
     )
 
 
