@@ -9,7 +9,7 @@ from ..checkpoint.reader import BITS, FLOATING
 from ..checkpoint.source import Checkpoint
 from ..errors import CheckpointError, UsageError
 from ..models.embeddings import Rows, find_rows
-from ..models.experts import of_all_experts, refuse_surplus_experts
+from ..models.experts import refuse_surplus_experts
 from ..models.names import NameMap
 from ..models.skeleton import FUSED, Skeleton, kinds_of
 
@@ -31,9 +31,8 @@ def find_layers(source: Checkpoint, skeleton: Skeleton, recipe: Recipe) -> tuple
         tensors = names.disk.get(parameter, [])
         if len(tensors) != 1 or not tensors[0].endswith(".weight"):
             if not tensors and parameter not in names.converted:
-                missing = of_all_experts(skeleton.model, parameter)
                 raise CheckpointError(
-                    f"The tensor {missing} ({linear.shape[0]} x {linear.shape[1]}) is missing from {source.folder}. "
+                    f"The tensor {parameter} ({linear.shape[0]} x {linear.shape[1]}) is missing from {source.folder}. "
                     "Download the checkpoint again, or leave the layer out with --ignore."
                 )
             skipped[linear.name] = "assembled from other tensors at load"
@@ -72,12 +71,13 @@ def find_layers(source: Checkpoint, skeleton: Skeleton, recipe: Recipe) -> tuple
 
 def _require_fused(skeleton: Skeleton, names: NameMap, source: Checkpoint) -> None:
     """CheckpointError if a tensor is missing of experts that stay fused: transformers would only warn."""
+    parameters = dict(skeleton.model.named_parameters(remove_duplicate=False))
+    held = {id(parameters[name]) for name in (*names.disk, *names.converted) if name in parameters}  # or what is tied
     for module in (name for name, reason in skeleton.skipped.items() if reason == FUSED):
-        for key, _ in skeleton.model.get_submodule(module).named_parameters(recurse=False):
-            parameter = f"{module}.{key}"
-            if parameter not in names.disk and parameter not in names.converted:
+        for key, parameter in skeleton.model.get_submodule(module).named_parameters(recurse=False):
+            if id(parameter) not in held:
                 raise CheckpointError(
-                    f"The tensor {parameter} is missing from {source.folder}. Download the checkpoint again."
+                    f"The tensor {module}.{key} is missing from {source.folder}. Download the checkpoint again."
                 )
 
 

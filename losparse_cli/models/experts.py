@@ -64,14 +64,6 @@ def refuse_missing_experts(model: nn.Module, disk: Mapping[str, Collection[str]]
             )
 
 
-def of_all_experts(model: nn.Module, parameter: str) -> str:
-    """Of a matrix of one expert the fused parameter, if on disk it is a part of such; others as they are."""
-    owner, _, matrix = parameter.removesuffix(".weight").rpartition(".")
-    owner = owner.rpartition(".")[0]
-    module = model.get_submodule(owner)
-    return f"{owner}.{matrix}" if isinstance(module, SplitExperts) and module.stored else parameter
-
-
 def _counts(model: nn.Module) -> dict[str, int]:
     """Module of experts that are split -> how many the model has of them."""
     return {name: module.count for name, module in model.named_modules() if isinstance(module, SplitExperts)}

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from ..errors import SourceError
-from ..shim.experts import fused_experts, split_experts
+from ..shim.experts import SplitExperts, fused_experts, split_experts
 from .ownership import read_by_others
 from .reading import output_embeddings
 
 PLAIN = ("Linear", "Conv1D", "FalconLinear")
 """Classes whose output is x Wᵀ + b and nothing else."""
-FUSED = "fused 3-D expert weights"
+FUSED = "fused expert weights"
 """Why experts stay dense that cannot be taken apart."""
 
 
@@ -145,9 +145,7 @@ def classify(model: nn.Module) -> tuple[dict[str, Linear], dict[str, str]]:
                 skipped[name] = "embedding"
             elif _is_router(module, parent, experts):
                 skipped[name] = "router"
-            elif "experts" in type(module).__name__.lower() and any(
-                p.dim() == 3 for p in module.parameters(recurse=False)
-            ):
+            elif not isinstance(module, SplitExperts) and _holds_experts(module):
                 skipped[name] = FUSED
             continue
         if module.weight.dim() != 2:  # a compressed layer, which holds the values of S
@@ -170,6 +168,11 @@ def classify(model: nn.Module) -> tuple[dict[str, Linear], dict[str, str]]:
         else:
             linears[name] = Linear(name, shape, transposed)
     return linears, skipped
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    """Whether `module` has the matrices of experts for parameters of its own, beside each other."""
+    return "expert" in type(module).__name__.lower() and any(p.dim() >= 2 for p in module.parameters(recurse=False))
 
 
 def _is_router(module: nn.Module, parent: nn.Module, experts: int | None) -> bool:

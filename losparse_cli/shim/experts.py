@@ -193,7 +193,13 @@ def fused_experts(model: Any, tensors: Iterable[str] = ()) -> dict[str, tuple[Na
 
     tensors: those on disk that may be such.
     """
-    forms = {name: form for name, module in model.named_modules() if (form := form_of(module)) is not None}
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = {parameter.rpartition(".")[0] for parameter in (*ties, *ties.values())}
+    forms = {
+        name: form
+        for name, module in model.named_modules()
+        if name not in tied and (form := form_of(module)) is not None
+    }
     if not forms:
         return {}
     mapping = list(get_model_conversion_mapping(model) or ())
@@ -201,7 +207,7 @@ def fused_experts(model: Any, tensors: Iterable[str] = ()) -> dict[str, tuple[Na
     mergers = [entry for entry in mapping if _merges(entry)]
     found: dict[str, tuple[Names, dict[str, str]]] = {}
     for name, form in forms.items():
-        if name in together:
+        if together.get(name, {}).keys() == form.shapes.keys():
             found[name] = (None, form.first, "down_proj"), together[name]
             continue
         settings: Any = model.get_submodule(name)
