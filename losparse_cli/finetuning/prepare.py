@@ -32,6 +32,7 @@ from ..tasks.request import TaskRequest, make_task
 from ..tasks.rows import read_rows
 from ..text.tokenizer import check_tokenizer
 from .conversion import start_compressed, start_dense, trained_layers
+from .experts import keep_apart, take_apart
 from .inputs import input_moments
 from .plan import plan_compressed, plan_dense, settle
 from .pruner import Pruner
@@ -147,7 +148,10 @@ def prepare_finetuning(
     if checkpoint.is_compressed:
         plan = plan_compressed(model, wanted, dtype, how.pruning.threshold)
     else:
+        apart = take_apart(model, checkpoint)
         plan = plan_dense(model, wanted, dtype)
+        keep_apart(model, apart, [p.layer.name for p in plan.layers])
+        del apart
     for sentence in plan.notes:
         told.warn(sentence)
     longest = max(len(item["input_ids"]) for part in (features, unseen) if part is not None for item in part.items)

@@ -17,8 +17,9 @@ from .reading import output_embeddings
 
 PLAIN = ("Linear", "Conv1D", "FalconLinear")
 """Classes whose output is x Wᵀ + b and nothing else."""
+ROUTER = "router"
 FUSED = "fused expert weights"
-"""Why experts stay dense that cannot be taken apart."""
+"""Why what chooses among experts stays dense, and experts that cannot be taken apart."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def classify(model: nn.Module) -> tuple[dict[str, Linear], dict[str, str]]:
             if isinstance(module, nn.Embedding):
                 skipped[name] = "embedding"
             elif _is_router(module, parent, experts):
-                skipped[name] = "router"
+                skipped[name] = ROUTER
             elif not isinstance(module, SplitExperts) and _holds_experts(module):
                 skipped[name] = FUSED
             continue
@@ -160,7 +161,7 @@ def classify(model: nn.Module) -> tuple[dict[str, Linear], dict[str, str]]:
         elif not any(name.startswith(f"{block}.") for block in blocks):
             skipped[name] = "outside the repeated blocks"
         elif _is_router(module, parent, experts):
-            skipped[name] = "router"
+            skipped[name] = ROUTER
         elif type(module).__name__ not in PLAIN:
             skipped[name] = f"{type(module).__name__}, which may compute more than a product"
         elif isinstance(parent, nn.MultiheadAttention) or name in read:

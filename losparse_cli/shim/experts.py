@@ -152,7 +152,7 @@ class SortedExperts(SplitExperts):
         for number, x in enumerate(fed):
             some = x.any(-1).nonzero()[:, 0]
             if len(some):  # without biases nothing comes of nothing
-                result.view_as(fed)[number, some] = self._expert(number, x[some])
+                result.view_as(fed)[number, some] = self._expert(number, x[some]).to(result.dtype)
         return result
 
 
