@@ -94,12 +94,13 @@ def _together(
     if missing is not None:
         raise CheckpointError(f"{checkpoint.address} holds no {missing}, a part of {tensor}. Compress the model again.")
     found = [entry for entry in entries if entry is not None]
-    forms = {(entry.dtype, *(matrices[entry.name][0] if entry.name in matrices else entry.shape)) for entry in found}
-    if len(forms) != 1:
+    shapes = {tuple(matrices[entry.name][0] if entry.name in matrices else entry.shape) for entry in found}
+    dtypes = {entry.dtype for entry in found}
+    if len(shapes) != 1 or len(dtypes) != 1:
         raise CheckpointError(
             f"The parts of {tensor} in {checkpoint.address} differ in shape or dtype. Compress the model again."
         )
-    [(dtype, m, n)] = forms
+    [(m, n)], [dtype] = shapes, dtypes
 
     def matrix(entry: TensorEntry) -> Tensor:
         W = matrices[entry.name][1]() if entry.name in matrices else files[entry.path].read(entry)

@@ -109,14 +109,16 @@ def test_compressed_whole_and_loaded_in_every_way(kind: str, tmp_path: Path) -> 
     torch.testing.assert_close(answer(shipped), answer(model))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", ["coded", "oats", "2:4"])
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [*((kind, "coded") for kind in KINDS), ("llama 4", "oats"), ("granite", "oats"), ("gpt-oss", "2:4")],
+)
 def test_calibrated(kind: str, how: str, tmp_path: Path) -> None:
     save(kind, tmp_path / "dense")
     recipe = {
         "coded": Recipe(bits=4.5),
         "oats": Recipe(keep=0.6, values="float", solver="oats"),
-        "2:4": Recipe(rank=3, pattern="2:4", values="float"),
+        "2:4": Recipe(rank=3, pattern="2:4", values="float", iterations=2),
     }[how]
     (tmp_path / "text.txt").write_text("a text of the kind that the model is to be good at, " * 30)
     calibration = losparse_cli.Calibration(str(tmp_path / "text.txt"), tokens=160, length=16)
@@ -201,10 +203,10 @@ def test_fused_files_of_a_model_whose_experts_mostly_lie_one_by_one(tmp_path: Pa
 
 def test_a_pickled_checkpoint(tmp_path: Path) -> None:
     tensors = save("gpt-oss", tmp_path / "dense")
-    losparse_cli.compress(tmp_path / "dense", tmp_path / "small", keep=0.6)
+    losparse_cli.compress(tmp_path / "dense", tmp_path / "small", keep=0.6, values="float")
     (tmp_path / "dense" / "model.safetensors").unlink()
     torch.save(tensors, tmp_path / "dense" / "pytorch_model.bin")
-    losparse_cli.compress(tmp_path / "dense", tmp_path / "other", keep=0.6)
+    losparse_cli.compress(tmp_path / "dense", tmp_path / "other", keep=0.6, values="float")
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("small", "other"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -304,7 +306,7 @@ def test_what_is_no_number_in_a_matrix_that_stays_dense(ignored: tuple[str, ...]
 
 def test_a_configuration_with_other_experts_than_the_result(tmp_path: Path) -> None:
     save("granite", tmp_path / "dense")
-    losparse_cli.compress(tmp_path / "dense", tmp_path / "small", keep=0.6)
+    losparse_cli.compress(tmp_path / "dense", tmp_path / "small", keep=0.6, values="float")
     config = json.loads((tmp_path / "small" / "config.json").read_text())
     for count in (4, 6):
         (tmp_path / "small" / "config.json").write_text(json.dumps(config | {"num_local_experts": count}))
@@ -314,7 +316,7 @@ def test_a_configuration_with_other_experts_than_the_result(tmp_path: Path) -> N
 
 def test_a_damaged_record_of_them(tmp_path: Path) -> None:
     save("granite", tmp_path / "dense")
-    losparse_cli.compress(tmp_path / "dense", tmp_path / "small", keep=0.6)
+    losparse_cli.compress(tmp_path / "dense", tmp_path / "small", keep=0.6, values="float")
     path = tmp_path / "small" / "config.json"
     whole = json.loads(path.read_text())
     name, fields = next(iter(whole["quantization_config"]["fused"].items()))
@@ -345,5 +347,5 @@ def test_gpt_oss_as_it_is_published(tmp_path: Path) -> None:
         losparse_cli.compress(tmp_path / "dense", tmp_path / "small")
     said = str(raised.value).partition("bfloat16: ")[2].replace("'FOLDER'", repr(str(tmp_path / "floats")))
     eval(said, {"transformers": transformers})
-    made = losparse_cli.compress(tmp_path / "floats", tmp_path / "small", keep=0.6)
-    assert sum(".experts." in layer.name for layer in made.report.layers) == 20
+    job = losparse_cli.plan(tmp_path / "floats", tmp_path / "small")
+    assert sum(".experts." in plan.layer.name for plan in job.plan.layers) == 20
