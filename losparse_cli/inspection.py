@@ -109,14 +109,14 @@ def compressed_report(checkpoint: Checkpoint) -> Report:
 def _dense_report(checkpoint: Checkpoint, spectrum: bool, trust_remote_code: bool, told: Progress) -> DenseReport:
     from .budget.recipe import Recipe
     from .compression.layers import find_layers
+    from .compression.slices import open_experts
     from .models.names import NameMap
-    from .models.skeleton import build_skeleton
 
     if checkpoint.packing is not None:
         raise SourceError(
             f"{checkpoint.name} is quantized already ({checkpoint.packing}). Inspect the unquantized checkpoint."
         )
-    skeleton = build_skeleton(checkpoint.folder, checkpoint.config, trust_remote_code=trust_remote_code)
+    checkpoint, skeleton = open_experts(checkpoint, trust_remote_code=trust_remote_code)
     targeted, skipped = find_layers(checkpoint, skeleton, Recipe().settled())
     tensors = {layer.name: layer.tensor for layer in targeted}
     rows = {layer.name for layer in targeted if layer.rows}  # which have no U and V: spectra would say nothing of them

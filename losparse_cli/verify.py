@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint.config import layer_specs, layer_tensors
+from .checkpoint.config import fused_tensors, layer_specs, layer_tensors
 from .checkpoint.layers import not_finite, read_layer
 from .checkpoint.measured import problem as measured_problem
 from .checkpoint.report import Report
@@ -47,6 +47,12 @@ def verify(source: str | Path, *, progress: Progress | None = None) -> Verificat
         except CheckpointError as error:
             problems.append(str(error))
         told.advance("layers", name=name)
+    problems += [
+        f"{checkpoint.address}: {part} is missing, a part of {tensor}. Compress the model again."
+        for tensor, fused in fused_tensors(checkpoint).items()
+        for part in fused.parts
+        if part not in checkpoint.entries
+    ]
     problems += [
         f"{entry.path}: the tensor {name} belongs to no layer of config.json. Compress the model again."
         for name, entry in checkpoint.entries.items()

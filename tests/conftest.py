@@ -92,13 +92,17 @@ def toy_model(name: str, *, seed: int = 0, **changes: Any) -> Any:
     """
     model_class, config_class, settings = TOYS[name]
     config = getattr(transformers, config_class)(**{**settings, **changes})
-    model = getattr(transformers, model_class)(config)
+    return randomized(getattr(transformers, model_class)(config), seed).eval()
+
+
+@torch.no_grad()
+def randomized(model: Any, seed: int = 0) -> Any:
+    """The model itself, every parameter random, those that were 1 around that."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            centre = 1.0 if parameter.dim() == 1 and bool((parameter == 1).all()) else 0.0
-            parameter.normal_(centre, 0.1, generator=generator)
-    return model.eval()
+    for parameter in model.parameters():
+        centre = 1.0 if parameter.dim() == 1 and bool((parameter == 1).all()) else 0.0
+        parameter.normal_(centre, 0.1, generator=generator)
+    return model
 
 
 def token_batch(model: Any, batch: int = 2, length: int = 11, seed: int = 0) -> dict[str, Tensor]:

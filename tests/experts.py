@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,17 +10,20 @@ import torch
 from losparse_cli.shim.experts import fused_experts, split_experts
 
 
-def split(model: Any) -> Any:
-    """The model itself, with its experts' values in layers of their own."""
-    fused = fused_experts(model)
+def split(model: Any, together: Iterable[str] = ()) -> Any:
+    """The model itself, with its experts' values in layers of their own; together: tensors on disk of all experts."""
+    fused = fused_experts(model, together)
     values = {name: dict(model.get_submodule(name).named_parameters()) for name in fused}
     split_experts(model, fused)
     with torch.no_grad():
-        for name, (gate, up, down) in fused.items():
-            for number in range(model.get_submodule(name).count):
+        for name, ((gate, up, down), _) in fused.items():
+            form = model.get_submodule(name).form
+            for number in range(form.count):
                 expert = model.get_submodule(f"{name}.{number}")
-                first = values[name]["gate_up_proj" if gate else "up_proj"][number]
+                first, second = (values[name][key][number] for key in (form.first, "down_proj"))
+                if form.turned:
+                    first, second = first.T, second.T
                 parts = {gate: first[: len(first) // 2], up: first[len(first) // 2 :]} if gate else {up: first}
-                for matrix, value in (parts | {down: values[name]["down_proj"][number]}).items():
+                for matrix, value in (parts | {down: second}).items():
                     expert.get_submodule(matrix).weight.copy_(value)
     return model

@@ -26,6 +26,7 @@ import losparse_cli
 from losparse_cli.budget.plan import Layer, count_nnz, plan_layer
 from losparse_cli.budget.recipe import make_recipe
 from losparse_cli.checkpoint.codes import fit_contexts
+from losparse_cli.checkpoint.config import FusedTensor
 from losparse_cli.checkpoint.kept import left_out
 from losparse_cli.checkpoint.layers import unpack_layer
 from losparse_cli.checkpoint.report import LayerReport, Report
@@ -455,7 +456,7 @@ def test_sizes_in_format() -> None:
 
 
 def test_config_block() -> None:
-    (text,) = blocks(read("format.md"), "json")
+    text, fused = blocks(read("format.md"), "json")
     block = json.loads(text)
     assert block["format_version"] == 1
     assert f"Format versions 1 to {FORMAT_VERSION}:" in read("format.md")
@@ -463,6 +464,8 @@ def test_config_block() -> None:
         assert LayerSpec.from_dict(fields).to_dict() == fields
         if "group_rows" in fields:
             assert fields["group_rows"] == group_rows(fields["shape"][1])
+    (one,) = (FusedTensor(**fields) for fields in json.loads(fused).values())
+    assert one.parts[31] == "model.layers.0.mlp.experts.31.gate_up_proj.weight"
 
 
 def test_every_field_is_documented() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,56 @@ from .writer import write_json
 AUTO_CONFIG = "losparse_quantizer.LosparseConfig"
 
 
+@dataclass(frozen=True)
+class FusedTensor:
+    """What became of a tensor of the dense checkpoint that holds a matrix of all experts, (count, ., .): a layer each.
+
+    module, matrix: expert k's is `{module}.{k}.{matrix}` on disk, (out, in). transposed: in the tensor it is (in, out).
+    """
+
+    module: str
+    matrix: str
+    count: int
+    transposed: bool
+
+    @property
+    def parts(self) -> list[str]:
+        """Name on disk of each expert's matrix, compressed or dense."""
+        return [f"{self.module}.{number}.{self.matrix}.weight" for number in range(self.count)]
+
+
+def fused_of(entries: Iterable[TensorEntry]) -> dict[str, FusedTensor]:
+    """Tensor of the dense checkpoint -> what becomes of it, of those that `entries` are parts of."""
+    found: dict[str, FusedTensor] = {}
+    for entry in entries:
+        if entry.part is not None and entry.part.whole not in found:
+            module, _, matrix = entry.name.removesuffix(".weight").rpartition(".")
+            owner = module.rpartition(".")[0]
+            found[entry.part.whole] = FusedTensor(owner, matrix, entry.part.count, entry.part.transposed)
+    return found
+
+
+def fused_tensors(checkpoint: Checkpoint) -> dict[str, FusedTensor]:
+    """What config.json of a compressed checkpoint says of them; CheckpointError if it cannot be understood."""
+    recorded = (checkpoint.quantization or {}).get("fused") or {}
+    try:
+        found = {tensor: FusedTensor(**fields) for tensor, fields in recorded.items()}
+        if all(
+            (type(one.module), type(one.matrix), type(one.count), type(one.transposed)) == (str, str, int, bool)
+            for one in found.values()
+        ):
+            return found
+    except (TypeError, AttributeError):
+        pass
+    raise CheckpointError(f"config.json of {checkpoint.address} has a damaged list 'fused'. Compress it again.")
+
+
 def write_config(
-    destination: Path, config: Mapping[str, Any], specs: Mapping[str, LayerSpec], skipped: Mapping[str, str]
+    destination: Path,
+    config: Mapping[str, Any],
+    specs: Mapping[str, LayerSpec],
+    skipped: Mapping[str, str],
+    fused: Mapping[str, FusedTensor] | None = None,
 ) -> bool:
     """Write config.json and the shim; True if `trust_remote_code=True` alone will load the checkpoint.
 
@@ -32,10 +81,12 @@ def write_config(
         auto_map["AutoConfig"] = AUTO_CONFIG
     quantization = {
         "quant_method": "losparse",
-        "format_version": format_version(specs.values()),
+        "format_version": format_version(specs.values(), fused=bool(fused)),
         "modules": {name: spec.to_dict() for name, spec in specs.items()},
         "skipped": dict(skipped),
     }
+    if fused:
+        quantization["fused"] = {tensor: asdict(one) for tensor, one in fused.items()}
     write_json(destination / "config.json", {**config, "auto_map": auto_map, "quantization_config": quantization})
     write_loader(destination)
     return ours

@@ -12,7 +12,7 @@ from ..errors import write_errors
 from ..shim.layouts import LayerSpec
 from .card import base_metadata, write_card
 from .companions import copy_companions
-from .config import specs_of, write_config
+from .config import FusedTensor, specs_of, write_config
 from .journal import FILE as JOURNAL
 from .journal import Unit
 from .output import UNDER_WAY
@@ -25,8 +25,8 @@ from .writer import sha256, write_json
 class About:
     """What a result says of itself, but for what its units say; JSON.
 
-    order: its layers by name, as the model has them. model_bytes, parameters: of the dense model. The rest is that of
-    Report; source without its files.
+    order: its layers by name, as the model has them. model_bytes, parameters: of the dense model. fused: tensor -> the
+    fields of its FusedTensor. The rest is that of Report; source without its files.
     """
 
     order: list[str]
@@ -37,6 +37,7 @@ class About:
     recipe: dict[str, Any]
     versions: dict[str, str]
     calibration: dict[str, Any]
+    fused: dict[str, dict[str, Any]]
 
 
 def finish(
@@ -53,7 +54,8 @@ def finish(
     specs = {line["name"]: LayerSpec.from_dict(line["spec"]) for line in stats}
     with write_errors(work):
         copy_companions(base, work)
-        write_config(work, config, specs, about.skipped)
+        fused = {tensor: FusedTensor(**fields) for tensor, fields in about.fused.items()}
+        write_config(work, config, specs, about.skipped, fused)
         report = Report(
             layers=tuple(LayerReport.from_dict(line, specs[line["name"]]) for line in stats),
             skipped=about.skipped,

@@ -21,7 +21,12 @@ WRAPPERS = {
 # Files that packers write beside the weights; keys of config.json, at any depth; last parts of tensors' names.
 PACKED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quanto_qmap.json")
 PACKED_KEYS = ("quantization_config", "compression_config", "quantization")
-PACKED_TENSORS = ("qweight", "qzeros", "g_idx", "weight_packed", "weight_scale_inv", "absmax", "SCB")
+PACKED_TENSORS = (
+    "qweight", "qzeros", "g_idx", "weight_packed", "weight_scale_inv", "absmax", "SCB", "gate_up_proj_blocks",
+)  # fmt: skip
+
+DEQUANTIZED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
+"""Methods that transformers turns back into floats as it loads a model -> the class of their settings."""
 
 VARIANT = re.compile(
     r"(?:model|pytorch_model)\.([^.]+?)(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
@@ -104,6 +109,24 @@ def packing(config: Mapping[str, Any], names: Collection[str], folder: Path) -> 
         return file
     tensor = next((name for name in names if name.rpartition(".")[2] in PACKED_TENSORS), None)
     return None if tensor is None else f"the tensor {tensor}"
+
+
+def floats_again(packing: str, config: Mapping[str, Any], address: str) -> str:
+    """What to do about weights that another tool has packed so; address: of their model."""
+    if packing.endswith("_blocks"):  # as save_pretrained calls the floats that it made of MXFP4
+        return (
+            "Start from the unquantized checkpoint. Where these are floats again, transformers has saved them under "
+            "names that it does not find: save them with save_pretrained(FOLDER, save_original_format=False)."
+        )
+    if packing not in DEQUANTIZED:
+        return "Start from the unquantized checkpoint."
+    [architecture, *_] = config.get("architectures") or ["AutoModel"]
+    return (
+        "Start from the unquantized checkpoint, or make it one in bfloat16: "
+        f"transformers.{architecture}.from_pretrained({address!r}, dtype='bfloat16', "
+        f"quantization_config=transformers.{DEQUANTIZED[packing]}(dequantize=True))"
+        ".save_pretrained('FOLDER', save_original_format=False)"
+    )
 
 
 def only_variant(place: str, names: Collection[str]) -> str | None:

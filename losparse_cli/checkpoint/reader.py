@@ -11,9 +11,9 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -46,8 +46,21 @@ COPIED = "Repair the checkpoint: only layers that --ignore names are copied what
 
 
 @dataclass(frozen=True)
+class Slice:
+    """One matrix of a tensor `whole` that holds `count` of them; transposed: it lies there as (in, out)."""
+
+    whole: str
+    number: int
+    count: int
+    transposed: bool
+
+
+@dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies. dtype as safetensors names it; offset and nbytes in bytes into the file's data."""
+    """Where one tensor lies. dtype as safetensors names it; offset and nbytes in bytes into the file's data.
+
+    part: of an entry that is a part of what lies there, and has a name and a shape, (out, in), of its own.
+    """
 
     name: str
     dtype: str
@@ -55,6 +68,23 @@ class TensorEntry:
     path: Path
     offset: int
     nbytes: int
+    part: Slice | None = None
+
+    @property
+    def place(self) -> str:
+        """What it is called in its file."""
+        return self.name if self.part is None else f"{self.part.whole}[{self.part.number}]"
+
+    def matrices(self, names: Sequence[str], *, transposed: bool) -> list[TensorEntry]:
+        """An entry for each of the matrices (count, ., .) that it holds, called `names`."""
+        count, m, n = self.shape
+        nbytes = self.nbytes // max(1, count)
+        shape = (n, m) if transposed else (m, n)
+        return [
+            replace(self, name=name, shape=shape, offset=self.offset + k * nbytes, nbytes=nbytes,
+                    part=Slice(self.name, k, count, transposed))
+            for k, name in enumerate(names)
+        ]  # fmt: skip
 
     @property
     def elements(self) -> int:
@@ -75,10 +105,13 @@ class SafetensorsFile:
         with _read_errors(entry), open(self.path, "rb", buffering=0) as file:
             file.seek(self.data_start + entry.offset)
             _fill(file, view, entry)
-        return raw.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
+        return _shaped(raw.view(TORCH_DTYPES[entry.dtype]), entry)
 
     def chunks(self, entry: TensorEntry, size: int = 16 << 20) -> Iterator[bytes]:
         """The tensor's bytes, `size` at a time."""
+        if entry.part is not None and entry.part.transposed:
+            yield from _pieces(self.read(entry), size)
+            return
         with _read_errors(entry):
             file = open(self.path, "rb")  # noqa: SIM115 - closed below; buffered, for pieces as long as they should be
         with file:
@@ -122,13 +155,27 @@ class PickleFile:
     def read(self, entry: TensorEntry) -> Tensor:
         """The tensor, in memory of its own."""
         # Opened anew for each tensor: pages of a mapping that stays open count as resident memory.
-        return _load_pickle(self.path)[entry.name].clone(memory_format=torch.contiguous_format)
+        content = _load_pickle(self.path)
+        if entry.part is None:
+            return content[entry.name].clone(memory_format=torch.contiguous_format)
+        return _shaped(content[entry.part.whole][entry.part.number].clone().reshape(-1), entry)
 
     def chunks(self, entry: TensorEntry, size: int = 16 << 20) -> Iterator[bytes]:
         """The tensor's bytes, `size` at a time."""
-        raw = _load_pickle(self.path)[entry.name].contiguous().view(-1).view(torch.uint8).numpy()
-        for start in range(0, entry.nbytes, size):
-            yield raw[start : start + size].tobytes()
+        yield from _pieces(self.read(entry), size)
+
+
+def _shaped(values: Tensor, entry: TensorEntry) -> Tensor:
+    """The tensor of an entry from its values in the order of the file."""
+    if entry.part is None or not entry.part.transposed:
+        return values.view(entry.shape)
+    return values.view(entry.shape[::-1]).T.contiguous()
+
+
+def _pieces(tensor: Tensor, size: int) -> Iterator[bytes]:
+    raw = tensor.view(-1).view(torch.uint8).numpy()
+    for start in range(0, raw.size, size):
+        yield raw[start : start + size].tobytes()
 
 
 def finite(pieces: Iterable[bytes], entry: TensorEntry, *, infinities: bool = False) -> Iterator[bytes]:
@@ -155,7 +202,7 @@ def require_finite(
     values = values.reshape(-1)
     at = int(torch.nonzero(wrong(values))[0])
     place = [int(k) for k in torch.unravel_index(torch.tensor(begin + at), entry.shape or (1,))]
-    raise CheckpointError(f"{entry.name} in {entry.path} holds {values[at].item()} at {place}. {remedy}")
+    raise CheckpointError(f"{entry.place} in {entry.path} holds {values[at].item()} at {place}. {remedy}")
 
 
 def _is_not_finite(values: Tensor) -> Tensor:
@@ -197,14 +244,14 @@ def _read_errors(entry: TensorEntry) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"Cannot read {entry.name} from {entry.path}: {error.strerror or error}. The file was there when losparse "
+            f"Cannot read {entry.place} from {entry.path}: {error.strerror or error}. The file was there when losparse "
             "began: put it back, and repeat the command."
         ) from error
 
 
 def _truncated(entry: TensorEntry) -> CheckpointError:
     return CheckpointError(
-        f"{entry.path} ended inside the tensor {entry.name}: the file is truncated or changed while it was "
+        f"{entry.path} ended inside the tensor {entry.place}: the file is truncated or changed while it was "
         "read. Download or copy it again."
     )
 

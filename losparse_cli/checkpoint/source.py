@@ -65,6 +65,12 @@ class Checkpoint:
         """How another tool has packed the weights, None if they are plain or ours."""
         return foreign.packing(self.config, self.entries, self.folder)
 
+    def require_floats(self) -> None:
+        """UsageError if another tool has packed the weights, with what makes them floats again."""
+        if self.packing is not None:
+            remedy = foreign.floats_again(self.packing, self.config, self.address)
+            raise UsageError(f"{self.name} is quantized already ({self.packing}). {remedy}")
+
     @property
     def is_compressed(self) -> bool:
         return (self.quantization or {}).get("quant_method") == "losparse"

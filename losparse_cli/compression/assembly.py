@@ -20,6 +20,7 @@ from ..models.route import Route
 from ..models.skeleton import empty_model
 from ..shim.experts import as_if_fused
 from .plan import Job
+from .slices import parted
 
 
 class Assembly:
@@ -121,7 +122,9 @@ class Assembly:
 
 def calibration_model(job: Job) -> Assembly:
     """The job's model without weights, told to keep no cache."""
-    model = empty_model(job.source.folder, job.source.config, trust_remote_code=job.trust_remote_code)
+    model = empty_model(
+        job.source.folder, job.source.config, parted(job.source), trust_remote_code=job.trust_remote_code
+    )
     keeps_no_cache(model)
     return Assembly(model, job.source, job.device)
 

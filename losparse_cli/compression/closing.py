@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import torch
 
+from ..checkpoint.config import fused_of
 from ..checkpoint.finish import About, finish, versions
 from ..checkpoint.journal import Unit
 from ..checkpoint.part import PartFile, contents, write_part
@@ -80,6 +81,7 @@ def about(job: Job, made: Schedule, windows: Windows | None, nats: float | None)
         recipe=job.recipe.to_dict() if job.start is None else job.start.report().get("recipe", {}),
         versions=versions(),
         calibration=account(job.calibration, windows, nats) if job.calibration is not None else {},
+        fused={tensor: asdict(one) for tensor, one in fused_of(job.source.entries.values()).items()},
     )
 
 

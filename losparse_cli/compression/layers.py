@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from ..budget.plan import Layer
 from ..budget.recipe import Recipe
-from ..budget.targets import choose, matches, require_match
+from ..budget.targets import Kinds, choose, matches, parts, require_match
 from ..checkpoint.reader import BITS, FLOATING
 from ..checkpoint.source import Checkpoint
 from ..errors import CheckpointError, UsageError
 from ..models.embeddings import Rows, find_rows
 from ..models.experts import refuse_surplus_experts
 from ..models.names import NameMap
-from ..models.skeleton import Skeleton, kinds_of
+from ..models.skeleton import FUSED, ROUTER, Skeleton, kinds_of
 
 
 def find_layers(source: Checkpoint, skeleton: Skeleton, recipe: Recipe) -> tuple[list[Layer], dict[str, str]]:
     """Targeted layers with their tensors on disk, and every layer left dense with the reason."""
     kinds = skeleton.kinds
     chosen, skipped = choose(kinds, skeleton.skipped, recipe.targets, recipe.ignore)
+    _refuse_routers(kinds, skeleton, recipe)
     rows, reasons = _rows(skeleton, recipe)
     skipped |= reasons
     for target, _ in recipe.overrides:
         require_match(target, kinds, skeleton.linears, "layers:")
     names = NameMap(skeleton.model, source.entries)
     refuse_surplus_experts(skeleton.model, names.disk, source.folder)
+    _require_fused(skeleton, names, source)
     layers = []
     for linear in (skeleton.linears[name] for name in chosen):
         parameter = f"{linear.name}.weight"
@@ -66,6 +68,29 @@ def find_layers(source: Checkpoint, skeleton: Skeleton, recipe: Recipe) -> tuple
         for name in (one.name, *one.twins):
             skipped.pop(name, None)
     return layers, skipped
+
+
+def _refuse_routers(kinds: Kinds, skeleton: Skeleton, recipe: Recipe) -> None:
+    """UsageError if a part of a target means routers alone: what nobody compresses was asked for."""
+    for part in (part for target in recipe.targets for part in parts(target)):
+        meant = {name: skeleton.skipped.get(name) for name in kinds if matches(part, name, kinds[name])}
+        if set(meant.values()) == {ROUTER}:
+            raise UsageError(
+                f"--targets {part!r} means routers alone ({next(iter(meant))}), which stay dense: they are small, and "
+                "every token depends on them. Name other layers."
+            )
+
+
+def _require_fused(skeleton: Skeleton, names: NameMap, source: Checkpoint) -> None:
+    """CheckpointError if a tensor is missing of experts that stay fused: transformers would only warn."""
+    parameters = dict(skeleton.model.named_parameters(remove_duplicate=False))
+    held = {id(parameters[name]) for name in (*names.disk, *names.converted) if name in parameters}  # or what is tied
+    for module in (name for name, reason in skeleton.skipped.items() if reason == FUSED):
+        for key, parameter in skeleton.model.get_submodule(module).named_parameters(recurse=False):
+            if id(parameter) not in held:
+                raise CheckpointError(
+                    f"The tensor {module}.{key} is missing from {source.folder}. Download the checkpoint again."
+                )
 
 
 def not_checked(source: Checkpoint, skeleton: Skeleton, recipe: Recipe) -> tuple[frozenset[str], frozenset[str]]:

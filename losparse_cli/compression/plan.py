@@ -29,6 +29,7 @@ from .layers import find_layers, not_checked
 from .parts import Part
 from .request import ModelRefinement, Refinement, Request
 from .schedule import Schedule, part_of, schedule
+from .slices import open_experts
 
 OF_NO_MODEL = (
     "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "auto_map", "architectures",
@@ -149,7 +150,8 @@ def prepare(
         start.check_vocabulary(source)
         _check_alike(start, source)
     output = output_path(output or f"{source.name.rpartition('/')[2]}-losparse")
-    skeleton = build_skeleton(source.folder, source.config, trust_remote_code=trust_remote_code)
+    whole = source
+    source, skeleton = open_experts(whole, trust_remote_code=trust_remote_code)
     if request.towards is not None:
         require_head(skeleton.model)
     with request.errors():
@@ -160,9 +162,13 @@ def prepare(
             plan = plan_as_stored(layers, skipped, layer_specs(start))
     calibration = calibration and settle(calibration, skeleton.model, source.folder)
     if not source.files and not plan_only:
-        source = open_checkpoint(model, revision=source.commit, cache_dir=cache_dir)  # of the very headers planned from
+        whole = open_checkpoint(model, revision=source.commit, cache_dir=cache_dir)  # of the very headers planned from
+        source, skeleton = open_experts(whole, trust_remote_code=trust_remote_code)
         if recipe.size is not None:  # of which the files beside the weights take a part, and now they are there
             plan = _plan(source, layers, skipped, request, recipe)
+    if source is not whole and not any(source.entries[p.layer.tensor].part for p in plan.layers):
+        source = whole  # no expert is apart when the result is loaded
+        skeleton = build_skeleton(source.folder, source.config, trust_remote_code=trust_remote_code)
     entries: tuple[TensorEntry, ...] = tuple(source.entries.values())
     blocks: dict[str, range] = {}
     windows: Windows | None = None
@@ -279,7 +285,4 @@ def _refuse_quantized(source: Checkpoint) -> None:
             f"{source.name} is compressed by losparse already. Give the dense model, or make one with: "
             f"losparse export {source.address} --dense -o DENSE"
         )
-    if source.packing is not None:
-        raise UsageError(
-            f"{source.name} is quantized already ({source.packing}). Start from the unquantized checkpoint."
-        )
+    source.require_floats()

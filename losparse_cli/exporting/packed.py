@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.config import dense_config, layer_specs, layer_tensors
+from ..checkpoint.config import dense_config, fused_tensors, layer_specs, layer_tensors
 from ..checkpoint.layers import numbers_of, read_finite_layer
 from ..checkpoint.reader import TensorEntry
 from ..checkpoint.source import Checkpoint
@@ -51,6 +51,11 @@ class PackedCheckpoint:
 
 def packed_checkpoint(checkpoint: Checkpoint) -> PackedCheckpoint:
     """UsageError that names a layer which the format cannot hold, and says what makes one that it can."""
+    if fused_tensors(checkpoint):
+        raise UsageError(
+            f"{checkpoint.address} has experts that lie in one tensor on disk, which engines do not read as "
+            "compressed-tensors. Export it with --dense."
+        )
     model = empty_model(checkpoint.folder, checkpoint.config)
     head = model.get_output_embeddings()
     linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]

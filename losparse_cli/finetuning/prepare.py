@@ -32,6 +32,7 @@ from ..tasks.request import TaskRequest, make_task
 from ..tasks.rows import read_rows
 from ..text.tokenizer import check_tokenizer
 from .conversion import start_compressed, start_dense, trained_layers
+from .experts import keep_apart, take_apart
 from .inputs import input_moments
 from .plan import plan_compressed, plan_dense, settle
 from .pruner import Pruner
@@ -117,10 +118,7 @@ def prepare_finetuning(
     output = output_path(output or f"{checkpoint.name.rpartition('/')[2]}-finetuned")
     # A result with a report may be that of this very run, which `run` finds out.
     check_output(output, overwrite=overwrite or (output / REPORT).is_file(), reads=[checkpoint.folder])
-    if checkpoint.packing is not None:
-        raise UsageError(
-            f"{checkpoint.name} is quantized already ({checkpoint.packing}). Start from the unquantized checkpoint."
-        )
+    checkpoint.require_floats()
     wanted = settle(recipe_of(read_recipe(recipe), {}) if isinstance(recipe, Mapping) else recipe, checkpoint)
     opened = open_task(task)
     told.phase("Reading the data")
@@ -150,7 +148,10 @@ def prepare_finetuning(
     if checkpoint.is_compressed:
         plan = plan_compressed(model, wanted, dtype, how.pruning.threshold)
     else:
+        apart = take_apart(model, checkpoint)
         plan = plan_dense(model, wanted, dtype)
+        keep_apart(model, apart, [p.layer.name for p in plan.layers])
+        del apart
     for sentence in plan.notes:
         told.warn(sentence)
     longest = max(len(item["input_ids"]) for part in (features, unseen) if part is not None for item in part.items)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ from ..checkpoint.finish import close, versions
 from ..checkpoint.journal import FILE as JOURNAL
 from ..checkpoint.layers import encode_layer
 from ..checkpoint.output import UNDER_WAY
+from ..checkpoint.reader import SafetensorsFile
 from ..checkpoint.report import LayerReport, Report
 from ..checkpoint.source import read_json
 from ..linalg.factors import LowRankSparse
+from ..models.names import NameMap
 from ..models.reading import output_embeddings
 from ..progress import Progress
 from ..shim.layouts import LayerSpec
 from .conversion import coded_modules, finish, trained_layers
+from .experts import fused_record
 from .prepare import Training
 
 
@@ -59,6 +63,7 @@ def write_result(training: Training, model: Any, work: Path, seconds: float, tol
         specs[name] = module.spec
     model.to(training.device)  # where FSDP had it in parts, it is whole on the CPU, and may only fit now
     scores = training.score(model, told)
+    recorded = getattr(getattr(model.config, "quantization_config", None), "fused", {})
     model.hf_quantizer = None
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, name):
@@ -67,7 +72,11 @@ def write_result(training: Training, model: Any, work: Path, seconds: float, tol
     copy_companions(training.source.folder, work)
     model.save_pretrained(work, max_shard_size=training.max_shard_size)
     _save_tokenizer(training.tokenizer, work)
-    write_config(work, read_json(work / "config.json"), specs, training.plan.skipped)
+    disk = _names_on_disk(model, work)
+    specs = {name: replace(spec, tensor=disk[name] if disk[name] != name else "") for name, spec in specs.items()}
+    reports = [replace(layer, spec=specs[layer.name]) for layer in reports]
+    fused = fused_record(model, recorded, disk)
+    write_config(work, read_json(work / "config.json"), specs, training.plan.skipped, fused)
     dense = sum(layer.parameters for layer in reports)
     report = Report(
         layers=tuple(reports),
@@ -94,6 +103,17 @@ def write_result(training: Training, model: Any, work: Path, seconds: float, tol
         },
     )
     return close(work, report, training.source.folder, training.output.name)
+
+
+def _names_on_disk(model: Any, work: Path) -> dict[str, str]:
+    """Module -> what the tensors of it are called in the files that transformers has just written."""
+    tensors = [name for path in sorted(work.glob("*.safetensors")) for name in SafetensorsFile(path).entries]
+    disk = NameMap(model, tensors).disk
+    return {
+        parameter.removesuffix(".weight"): stored[0].removesuffix(".weight")
+        for parameter, stored in disk.items()
+        if parameter.endswith(".weight")
+    }
 
 
 def _save_tokenizer(tokenizer: Any, work: Path) -> None:

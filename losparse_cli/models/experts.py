@@ -65,5 +65,5 @@ def refuse_missing_experts(model: nn.Module, disk: Mapping[str, Collection[str]]
 
 
 def _counts(model: nn.Module) -> dict[str, int]:
-    """Module of experts that lie one by one on disk -> how many the model has of them."""
+    """Module of experts that are split -> how many the model has of them."""
     return {name: module.count for name, module in model.named_modules() if isinstance(module, SplitExperts)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ import torch
 from torch import nn
 
 from ..errors import SourceError
-from ..shim.experts import fused_experts, split_experts
+from ..shim.experts import SplitExperts, fused_experts, split_experts
 from .ownership import read_by_others
 from .reading import output_embeddings
 
 PLAIN = ("Linear", "Conv1D", "FalconLinear")
 """Classes whose output is x Wᵀ + b and nothing else."""
+ROUTER = "router"
+FUSED = "fused expert weights"
+"""Why what chooses among experts stays dense, and experts that cannot be taken apart."""
 
 
 @dataclass(frozen=True)
@@ -47,23 +51,32 @@ def kinds_of(module: nn.Module) -> tuple[str, ...]:
     return tuple(kind.__name__ for kind in mro[: mro.index(nn.Module)])
 
 
-def build_skeleton(folder: Path, config: dict[str, Any], *, trust_remote_code: bool = False) -> Skeleton:
-    """The skeleton of the checkpoint in `folder`, whose config.json holds `config`.
+def build_skeleton(
+    folder: Path, config: dict[str, Any], together: Iterable[str] = (), *, trust_remote_code: bool = False
+) -> Skeleton:
+    """The skeleton of the checkpoint in `folder`, whose config.json holds `config`; together: as of `empty_model`.
 
     SourceError if the architecture is unknown to the installed transformers, if it needs the model's own
     code and `trust_remote_code` is off, or if it cannot be built without weights.
     """
-    model = empty_model(folder, config, trust_remote_code=trust_remote_code)
+    model = empty_model(folder, config, together, trust_remote_code=trust_remote_code)
     linears, skipped = classify(model)
     return Skeleton(model, linears, skipped)
 
 
-def empty_model(folder: Path, config: dict[str, Any], *, trust_remote_code: bool = False) -> Any:
-    """The model that config.json names, on the meta device, in evaluation mode, weights tied, experts split."""
+def empty_model(
+    folder: Path, config: dict[str, Any], together: Iterable[str] = (), *, trust_remote_code: bool = False
+) -> Any:
+    """The model that config.json names, on the meta device, in evaluation mode, weights tied, experts split.
+
+    together: tensors of the checkpoint, those that may hold a matrix of all experts among them; experts that lie so are
+    split, too. Of a compressed checkpoint config.json says which they were.
+    """
     import transformers
 
     architecture = (config.get("architectures") or [None])[0]
     own_code = config.get("auto_map") or {}
+    quantization = config.get("quantization_config") or {}
     try:
         settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         model_class = _model_class(folder, architecture, own_code, settings, trust_remote_code)
@@ -82,7 +95,7 @@ def empty_model(folder: Path, config: dict[str, Any], *, trust_remote_code: bool
             f"transformers {transformers.__version__} cannot build {architecture or 'the model'} from "
             f"{folder / 'config.json'}: {known[0]} Check the file, or upgrade transformers."
         ) from error
-    split_experts(model, fused_experts(model))
+    split_experts(model, fused_experts(model, [*(quantization.get("fused") or {}), *together]))
     model.tie_weights()
     return model.eval()
 
@@ -132,11 +145,9 @@ def classify(model: nn.Module) -> tuple[dict[str, Linear], dict[str, str]]:
             if isinstance(module, nn.Embedding):
                 skipped[name] = "embedding"
             elif _is_router(module, parent, experts):
-                skipped[name] = "router"
-            elif "experts" in type(module).__name__.lower() and any(
-                p.dim() == 3 for p in module.parameters(recurse=False)
-            ):
-                skipped[name] = "fused 3-D expert weights"
+                skipped[name] = ROUTER
+            elif not isinstance(module, SplitExperts) and _holds_experts(module):
+                skipped[name] = FUSED
             continue
         if module.weight.dim() != 2:  # a compressed layer, which holds the values of S
             continue
@@ -150,7 +161,7 @@ def classify(model: nn.Module) -> tuple[dict[str, Linear], dict[str, str]]:
         elif not any(name.startswith(f"{block}.") for block in blocks):
             skipped[name] = "outside the repeated blocks"
         elif _is_router(module, parent, experts):
-            skipped[name] = "router"
+            skipped[name] = ROUTER
         elif type(module).__name__ not in PLAIN:
             skipped[name] = f"{type(module).__name__}, which may compute more than a product"
         elif isinstance(parent, nn.MultiheadAttention) or name in read:
@@ -158,6 +169,11 @@ def classify(model: nn.Module) -> tuple[dict[str, Linear], dict[str, str]]:
         else:
             linears[name] = Linear(name, shape, transposed)
     return linears, skipped
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    """Whether `module` has the matrices of experts for parameters of its own, beside each other."""
+    return "expert" in type(module).__name__.lower() and any(p.dim() >= 2 for p in module.parameters(recurse=False))
 
 
 def _is_router(module: nn.Module, parent: nn.Module, experts: int | None) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..checkpoint.companions import copy_companions
-from ..checkpoint.config import dense_config, layer_specs, write_config
+from ..checkpoint.config import dense_config, fused_tensors, layer_specs, write_config
 from ..checkpoint.finish import close, read_report, versions
 from ..checkpoint.report import LayerReport, Report
 from ..checkpoint.workfolder import WorkFolder
@@ -24,7 +24,7 @@ def write_refined(job: Job, values: Mapping[str, Tensor], how: dict[str, Any], w
     _write_weights(job, values, work)
     before = read_report(start.folder) or _report_of(job)
     copy_companions(start.folder, work.path)
-    write_config(work.path, dense_config(start.config), layer_specs(start), before.skipped)
+    write_config(work.path, dense_config(start.config), layer_specs(start), before.skipped, fused_tensors(start))
     changed = {name.removesuffix(".weight") for name in values}
     layers = tuple(_unmeasured(layer) if layer.name in changed else layer for layer in before.layers)
     report = replace(

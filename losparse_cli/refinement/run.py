@@ -21,6 +21,7 @@ from ..compression.estimate import estimate, space_needed
 from ..compression.fingerprint import fingerprint
 from ..compression.plan import Job
 from ..compression.request import TOGETHER, ModelRefinement
+from ..compression.slices import parted
 from ..errors import UsageError
 from ..finetuning.states import disk_errors
 from ..linalg.precision import fast_float32
@@ -144,7 +145,9 @@ def _account(how: ModelRefinement, found: Refined, unseen: int) -> dict[str, Any
 def _disk_names(job: Job) -> dict[str, str]:
     """Parameter of the compressed model -> the tensor on disk that holds it, for those that are stored as they are."""
     assert job.start is not None
-    model = empty_model(job.source.folder, job.source.config, trust_remote_code=job.trust_remote_code)
+    model = empty_model(
+        job.source.folder, job.source.config, parted(job.source), trust_remote_code=job.trust_remote_code
+    )
     dense = NameMap(model, job.source.entries).disk
     found = {name: stored[0] for name, stored in dense.items() if len(stored) == 1}
     for plan in job.plan.layers:

@@ -76,7 +76,13 @@ class LosparseConfig(QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> LosparseConfig:
-        specs = LosparseQuantizationConfig(**config).specs()
+        read = LosparseQuantizationConfig(**config)
+        if getattr(read, "fused", None):
+            raise ValueError(
+                "vLLM does not serve this checkpoint: its experts lie in one tensor in the dense one, as vLLM expects "
+                "them. Serve the dense form: losparse export CHECKPOINT --dense -o PLAIN"
+            )
+        specs = read.specs()
         return cls({spec.tensor or name: spec for name, spec in specs.items()})  # vLLM goes by the names on disk
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """The newest. A checkpoint is written in the oldest version that can hold it (`format_version`)."""
 
 INDEX_TENSORS = {
@@ -164,8 +164,10 @@ def over_runs(codes: torch.Tensor, runs: torch.Tensor) -> torch.Tensor:
     return (codes.short().view(m, runs.shape[1], -1) // runs[..., None].short()).to(torch.int8).view(m, n)
 
 
-def format_version(specs: Iterable[LayerSpec]) -> int:
-    """The oldest version of the format that can hold these layers."""
+def format_version(specs: Iterable[LayerSpec], *, fused: bool = False) -> int:
+    """The oldest version of the format that can hold these layers; fused: some are parts of a tensor of all experts."""
+    if fused:
+        return 4
     return max((3 if spec.run else 2 if spec.layout == "codes" else 1 for spec in specs), default=1)
 
 

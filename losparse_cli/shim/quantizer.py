@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,9 @@ KEPT_BYTES = 1 << 26
 class LosparseQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """`quantization_config` of a compressed checkpoint.
 
-    modules: module name -> the fields of LayerSpec. skipped: module name -> why it stayed dense.
-    Unknown keys are kept. ValueError if the format version is newer than this code.
+    modules: module name -> the fields of LayerSpec. skipped: module name -> why it stayed dense. fused: tensor that
+    holds a matrix of all experts in the dense checkpoint -> what became of it, in `module`, `matrix`, `count` and
+    `transposed`. Unknown keys are kept. ValueError if the format version is newer than this code.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class LosparseQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         modules: dict[str, dict[str, Any]] | None = None,
         skipped: dict[str, str] | None = None,
         format_version: int = FORMAT_VERSION,
+        fused: dict[str, dict[str, Any]] | None = None,
         **unknown: Any,
     ) -> None:
         self.quant_method = METHOD
@@ -60,6 +62,8 @@ class LosparseQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.format_version = format_version
         self.modules = modules or {}
         self.skipped = skipped or {}
+        if fused:
+            self.fused = fused
         unknown.pop("quant_method", None)
         for key, value in unknown.items():
             setattr(self, key, value)
@@ -81,13 +85,16 @@ class LosparseQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self._loading = model
         specs = self.quantization_config.specs()
-        split_if_compressed(model, specs)
+        fused = getattr(self.quantization_config, "fused", {})
+        split_if_compressed(model, specs, fused)
         installed = install_layers(model, specs)
         # Under another head layers carry other names, or are not there: what is saved must say what it holds.
         recorded, prefix = self.quantization_config.modules, _prefix(model)
         self.quantization_config.modules = {
             name: _renamed(recorded[source], source, name, prefix) for name, source in installed.items()
         }
+        if fused:
+            self.quantization_config.fused = _fused_renamed(fused, installed, prefix)
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         # Between this and the next step transformers initializes what no file holds, by the model's own code.
         model.initialize_weights = lambda: _initialize_the_rest(model)
@@ -268,9 +275,12 @@ def install_layers(model: Any, specs: dict[str, LayerSpec]) -> dict[str, str]:
     return installed
 
 
-def split_if_compressed(model: Any, specs: dict[str, LayerSpec]) -> None:
-    """Split the experts that transformers fuses, all of them, if any of their matrices is a compressed layer."""
-    fused = fused_experts(model)
+def split_if_compressed(model: Any, specs: dict[str, LayerSpec], together: Iterable[str] = ()) -> None:
+    """Split the experts that transformers fuses, all of them, if any of their matrices is a compressed layer.
+
+    together: tensors that hold a matrix of all experts in the dense checkpoint.
+    """
+    fused = fused_experts(model, together)
     if not fused:
         return
     renaming = _Renaming(model)
@@ -340,6 +350,20 @@ def _renamed(fields: dict[str, Any], source: str, name: str, prefix: str) -> dic
         return fields
     tensor = fields["tensor"]
     return {**fields, "tensor": prefix + tensor if len(name) > len(source) else tensor.removeprefix(prefix)}
+
+
+def _fused_renamed(
+    fused: dict[str, dict[str, Any]], installed: dict[str, str], prefix: str
+) -> dict[str, dict[str, Any]]:
+    """What is recorded of fused tensors, by the prefix that the layers `installed` have now: name here -> before."""
+    name, source = next(iter(installed.items()), ("", ""))
+    if name == source or name not in _plain_names(source, prefix):
+        return fused
+
+    def now(text: str) -> str:
+        return prefix + text if len(name) > len(source) else text.removeprefix(prefix)
+
+    return {now(tensor): {**fields, "module": now(fields["module"])} for tensor, fields in fused.items()}
 
 
 def _prefix(model: Any) -> str:

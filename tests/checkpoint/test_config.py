@@ -84,7 +84,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "dense": ({}, UsageError, "here is no losparse checkpoint.*losparse compress here"),
     "another method": ({"quant_method": "gptq"}, UsageError, "no losparse checkpoint"),
     "newer": (
-        {"quant_method": "losparse", "format_version": 4},
+        {"quant_method": "losparse", "format_version": 5},
         FormatVersionError,
         "version 4.*pip install --upgrade",
     ),

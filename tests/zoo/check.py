@@ -145,16 +145,15 @@ def dense_state(model: Any) -> dict[str, Tensor]:
         elif type(module).__name__ == "Conv1D":
             state[f"{name}.weight"] = module.weight.T
     for name, module in model.named_modules():
-        if type(module).__name__ == "SplitExperts":
+        if type(module).__name__ in ("SplitExperts", "SortedExperts"):
             gate, *others = (
                 [state.pop(f"{name}.{e}.{matrix}.weight") for e in range(module.count)] if matrix else None
                 for matrix in module.names
             )
             up, down = map(torch.stack, others)
-            state[f"{name}.down_proj"] = down
-            state[f"{name}.gate_up_proj" if gate else f"{name}.up_proj"] = (
-                torch.cat((torch.stack(gate), up), 1) if gate else up
-            )
+            first = torch.cat((torch.stack(gate), up), 1) if gate else up
+            for key, value in ((module.form.first, first), ("down_proj", down)):
+                state[f"{name}.{key}"] = value.mT if module.form.turned else value
     return {name: tensor.detach() for name, tensor in state.items()}
 
 
