@@ -117,6 +117,8 @@ class TestBadInput:
     def test_two_forms_at_once(self, tmp_path: Path) -> None:
         said = losparse("export", tmp_path, "--gguf", "--compressed-tensors", "-o", tmp_path / "x").complaint
         assert "--gguf and --compressed-tensors" in said
+        said = losparse("export", tmp_path, "--gguf", "--dense", "-o", tmp_path / "x").complaint
+        assert "--dense and --gguf are different forms" in said
 
 
 def test_the_terminal_says_what_was_written(toy: Callable[..., Path], tmp_path: Path) -> None:

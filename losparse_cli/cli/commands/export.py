@@ -20,7 +20,7 @@ def export(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder to write, or the file of --gguf.", show_default=False)
     ],
-    dense: Annotated[bool, typer.Option("--dense", help="Plain weights U V + S, which any engine loads.")] = True,
+    dense: Annotated[bool, typer.Option("--dense", help="Plain weights U V + S, which any engine loads: the default.")] = False,
     gguf: Annotated[
         bool,
         typer.Option("--gguf", help="One file for llama.cpp, in which what --grid made arrives exactly."),
@@ -52,8 +52,10 @@ def export(
 
     if gguf_type != "auto" and not gguf:
         raise UsageError(f"--gguf-type {gguf_type} is of a file for llama.cpp: add --gguf, or leave it out.")
-    if gguf and compressed_tensors:
-        raise UsageError("--gguf and --compressed-tensors are two forms: give one of them.")
+    forms = {"--dense": dense, "--gguf": gguf, "--compressed-tensors": compressed_tensors}
+    asked = [option for option, given in forms.items() if given]
+    if len(asked) > 1:
+        raise UsageError(f"{' and '.join(asked)} are different forms: give one of them.")
     out = c.Console(json=json, quiet=quiet)
     with c.interruptible(), c.CountProgress(out, "Exporting") as progress:
         where: dict[str, Any] = {
