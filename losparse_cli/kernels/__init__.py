@@ -6,7 +6,7 @@ be: `reference` (plain torch) or a name of `choice.WAYS`.
 
 from __future__ import annotations
 
-from ..shim import operator
+from ..shim import installed
 from .choice import forced
 from .dispatch import Kernels
 
@@ -18,8 +18,8 @@ def install() -> None:
 
     UsageError if LOSPARSE_KERNEL names none.
     """
-    asked, current = forced(), operator.kernels()
+    asked, current = forced(), installed.kernels()
     if asked == "reference":
-        operator.install(None)
+        installed.install(None)
     elif not isinstance(current, Kernels) or current.forced != asked:
-        operator.install(Kernels())
+        installed.install(Kernels())

@@ -24,7 +24,7 @@ MOST_DESCRIBED = 10_000
 
 
 class Kernels:
-    """See shim.operator.Kernels; every method answers None where plain torch has to do."""
+    """See shim.installed.Kernels; every method answers None where plain torch has to do."""
 
     def __init__(self) -> None:
         self.forced = forced()

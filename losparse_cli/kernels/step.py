@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..shim.installed import kernels
 from ..shim.linear import LowRankSparseLinear
-from ..shim.operator import kernels
 from ..shim.packed import bits_of
 from .cpu import DTYPES
 from .dispatch import AVX512, Kernels

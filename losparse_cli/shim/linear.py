@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .installed import kernels
 from .layouts import LayerSpec
-from .operator import kernels, product, sparse
+from .operator import product, sparse
 from .stored import StoredIndex
 
 

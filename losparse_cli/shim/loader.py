@@ -12,6 +12,7 @@ FILES = (
     "codec",
     "embedding",
     "experts",
+    "installed",
     "kept",
     "layouts",
     "linear",

@@ -1,20 +1,20 @@
 """The product of a compressed layer as one operator of torch, y = x Vᵀ Uᵀ + x Sᵀ + b, with its gradients.
 
 S is held in one of FORMS, whatever layout it was stored in. The computations here are plain torch and work anywhere;
-`install` puts faster ones in their place.
+`installed` holds faster ones.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .codec import unpack_bits
+from .installed import kernels
 from .layouts import column_factors
 from .packed import FEWEST, MOST, best_bits, bits_of, form_of, unfit, unpack
 
@@ -29,84 +29,12 @@ rows, columns: int32, the rows or columns that are kept; no `starts`.
 codes: (out, in), whole numbers, of which `values` holds the factor of each row. `starts`: (in,), uint8: what is stored
     of the factors of the columns.
 codes2 to codes8: the same in so many bits each (`packed`), uint8.
+codes4@rows100, codes4@columns100: as codes4 those of 100 rows or columns, beside which all are zero; uint8. Which they
+    are stands before, int32, and for columns what is stored of their factors, filled up to a multiple of 64 bytes.
 """
 
 BLOCK = 1 << 22
 """Entries of a matrix of codes, such as an output head's, that are floats at a time."""
-
-
-class Kernels(Protocol):
-    """Faster ways to compute the same. Each answers None where it has none, and the plain way is taken.
-
-    `ready` is the product of one layer, looked up beforehand: from x and the layer's parameters by name, without
-    gradients, and None again where the other way has to do.
-    """
-
-    def product(
-        self, x: Tensor, values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None,
-        bias: Tensor | None, out_features: int, form: str,
-    ) -> Tensor | None: ...  # fmt: skip
-
-    def ready(
-        self, values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None,
-        bias: Tensor | None, shape: tuple[int, int], form: str,
-    ) -> Callable[[Tensor, dict[str, Any]], Tensor | None] | None: ...  # fmt: skip
-
-    def spread(self, values: Tensor, index: Tensor, starts: Tensor, shape: tuple[int, int]) -> Tensor | None: ...
-
-    def bits(self, spec: Any, index: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None: ...
-
-    def codes(self, contexts: Any, parts: Any) -> Tensor | None: ...
-
-    def coded(self, codes: Tensor, contexts: Any) -> Any | None: ...
-
-    def code_bits(self, codes: Tensor) -> list[int] | None: ...
-
-    def packed(self, codes: Tensor, bits: int, rest: int) -> Tensor | None: ...
-
-    def unpacked(self, index: Tensor, shape: tuple[int, int], bits: int) -> Tensor | None: ...
-
-    def looked_up(
-        self, rows: Tensor, values: Tensor, index: Tensor, starts: Tensor, shape: tuple[int, int], bits: int
-    ) -> Tensor | None: ...
-
-
-class _Plain:
-    """No faster ways: what a loader has that travels alone."""
-
-    def product(self, *args: Any) -> None: ...
-
-    def ready(self, *args: Any) -> None: ...
-
-    def spread(self, *args: Any) -> None: ...
-
-    def bits(self, *args: Any) -> None: ...
-
-    def codes(self, *args: Any) -> None: ...
-
-    def coded(self, *args: Any) -> None: ...
-
-    def code_bits(self, *args: Any) -> None: ...
-
-    def packed(self, *args: Any) -> None: ...
-
-    def unpacked(self, *args: Any) -> None: ...
-
-    def looked_up(self, *args: Any) -> None: ...
-
-
-_kernels: Kernels = _Plain()
-
-
-def install(kernels: Kernels | None) -> None:
-    """Compute with `kernels` from now on where they can, for the layers of this copy of the code; None: plainly."""
-    global _kernels
-    _kernels = kernels or _Plain()
-
-
-def kernels() -> Kernels:
-    """What is installed."""
-    return _kernels
 
 
 # --- the operator -----------------------------------------------------------------------------------
@@ -126,7 +54,7 @@ def _linear(
     x: Tensor, values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None,
     bias: Tensor | None, out_features: int, form: str,
 ) -> Tensor:  # fmt: skip
-    y = _kernels.product(x, values, index, starts, U, V, bias, out_features, form)
+    y = kernels().product(x, values, index, starts, U, V, bias, out_features, form)
     return reference(x, values, index, starts, U, V, bias, out_features, form) if y is None else y
 
 
@@ -205,11 +133,40 @@ def product(
 
     The operator itself costs tens of microseconds, so without gradients a kernel is called past it where it can be.
     """
+    if "@" in form:
+        part = _product_of_lines(x, values, index, starts, out_features, form)
+        if U is not None and V is not None:
+            part = part + F.linear(F.linear(x, V), U)
+        return part if bias is None else part + bias
     if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-        y = _kernels.product(x, values, index, starts, U, V, bias, out_features, form)
+        y = kernels().product(x, values, index, starts, U, V, bias, out_features, form)
         if y is not None:
             return y
     return _linear(x, values, index, starts, U, V, bias, out_features, form)  # type: ignore[no-any-return]
+
+
+def _product_of_lines(
+    x: Tensor, values: Tensor, index: Tensor, starts: Tensor | None, out_features: int, form: str
+) -> Tensor:
+    """Of S alone, by the product with the lines that are kept."""
+    which, lines, scale, codes, inner = _lines(index, form)
+    if which == "rows":
+        y = product(x, values.index_select(0, lines), codes, starts, None, None, None, len(lines), inner)
+        return y.new_zeros(*x.shape[:-1], out_features).index_copy(-1, lines.long(), y)
+    return product(x.index_select(-1, lines), values, codes, scale, None, None, None, out_features, inner)
+
+
+def _lines(index: Tensor, form: str) -> tuple[str, Tensor, Tensor, Tensor, str]:
+    """Whether rows or columns are kept, their numbers, factors of columns, their codes, and the form of these."""
+    inner, _, rest = form.partition("@")
+    which = "rows" if rest.startswith("rows") else "columns"
+    count = int(rest.removeprefix(which))
+    head = _head_bytes(count, which)
+    return which, index[: 4 * count].view(torch.int32), index[4 * count : 5 * count], index[head:], inner
+
+
+def _head_bytes(count: int, which: str) -> int:
+    return -(-count * (4 if which == "rows" else 5) // 64) * 64
 
 
 # --- in plain torch ---------------------------------------------------------------------------------
@@ -242,7 +199,7 @@ def reference(
 def sparse(values: Tensor, index: Tensor, starts: Tensor | None, shape: tuple[int, int], form: str) -> Tensor:
     """S as a dense (out, in) matrix."""
     if form in ("bits", "gaps") and starts is not None:
-        S = _kernels.spread(values, index, starts, shape)
+        S = kernels().spread(values, index, starts, shape)
         if S is not None:
             return S
     if form.startswith("codes"):
@@ -277,10 +234,15 @@ def support(index: Tensor, starts: Tensor | None, shape: tuple[int, int], form: 
 
 def codes_of(index: Tensor, shape: tuple[int, int], form: str) -> Tensor:
     """The codes of an index in any of their forms, (out, in)."""
+    if "@" in form:
+        which, lines, _, part, inner = _lines(index, form)
+        inside = (len(lines), shape[1]) if which == "rows" else (shape[0], len(lines))
+        some = codes_of(part, inside, inner)
+        return some.new_zeros(shape).index_copy(0 if which == "rows" else 1, lines.long(), some)
     bits = bits_of(form)
     if not bits:
         return index
-    found = _kernels.unpacked(index, shape, bits)
+    found = kernels().unpacked(index, shape, bits)
     return unpack(index, shape, bits) if found is None else found
 
 
@@ -292,24 +254,46 @@ def rows_of_codes(
     bits = bits_of(form)
     if bits:
         rows = torch.arange(shape[0], device=index.device)[rows] if isinstance(rows, slice) else rows
-        found = _kernels.looked_up(rows, values, index, starts, shape, bits)
+        found = kernels().looked_up(rows, values, index, starts, shape, bits)
         if found is not None:
             return found
         codes = unpack(index, shape, bits, rows)
     else:
-        codes = index[rows]
+        codes = codes_of(index, shape, form)[rows]
     return (codes.float() * column_factors(starts)).mul_(values[rows].float()[..., None]).to(values.dtype)
 
 
-def held(codes: Tensor) -> tuple[Tensor, str]:
+def held(codes: Tensor, scale: Tensor | None = None, lines: tuple[str, ...] = ()) -> tuple[Tensor, str]:
     """Codes (out, in) in as few bits as nearly all need, where there are kernels that compute with them so, and that is
-    smaller; else as they are, which plain torch multiplies with sooner. And the form's name."""
+    smaller; else as they are, which plain torch multiplies with sooner. And the form's name.
+
+    lines: `rows`, `columns` or both, where a pattern has left only some; then without the others if those are fewer by
+    half. scale: what is stored of the factors of the columns.
+    """
+    sizes = dict(zip(("rows", "columns"), codes.shape, strict=True))
+    wanted = codes != 0 if lines else codes
+    kept = {which: wanted.any(int(which == "rows")).nonzero()[:, 0] for which in lines}
+    which = min(kept, key=lambda which: len(kept[which]) / sizes[which], default="")
+    if which and 0 < 2 * len(kept[which]) <= sizes[which] and scale is not None:
+        chosen = kept[which]
+        index, form = _held(codes.index_select(int(which == "columns"), chosen), MOST)
+        if bits_of(form):
+            head = index.new_zeros(_head_bytes(len(chosen), which))
+            head[: 4 * len(chosen)] = chosen.int().view(torch.uint8)
+            if which == "columns":
+                head[4 * len(chosen) : 5 * len(chosen)] = scale[chosen]
+            return torch.cat((head, index)), f"{form}@{which}{len(chosen)}"
+    return _held(codes, codes.itemsize)
+
+
+def _held(codes: Tensor, width: int) -> tuple[Tensor, str]:
+    """Codes in few bits, if that is less than a third more than so many bytes each."""
     m, n = codes.shape
-    counts = _kernels.code_bits(codes)
-    bits = 0 if counts is None else best_bits((m, n), counts, codes.itemsize)
+    counts = kernels().code_bits(codes)
+    bits = 0 if counts is None else best_bits((m, n), counts, width)
     if counts is None or not bits:
         return codes, form_of(0)
-    index = _kernels.packed(codes, bits, unfit(counts, bits))
+    index = kernels().packed(codes, bits, unfit(counts, bits))
     return (codes, form_of(0)) if index is None else (index, form_of(bits))
 
 

@@ -32,7 +32,7 @@ def form_of(bits: int) -> str:
 
 def bits_of(form: str) -> int:
     """Of each code in this form, 0 where it is no form of packed codes."""
-    return int(form[5:]) if form.startswith("codes") and form != "codes" else 0
+    return int(form[5:]) if form.startswith("codes") and form[5:].isdigit() else 0
 
 
 def packed_bytes(shape: tuple[int, int], bits: int, rest: int) -> int:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .codec import decode, encode, pack_bits
+from .installed import kernels
+from .kept import Kept
 from .kept import decode as decode_codes
 from .kept import encode as encode_codes
 from .layouts import LayerSpec, over_runs, times_runs
-from .operator import FORMS, codes_of, held, kernels, sparse, support
+from .operator import FORMS, codes_of, held, sparse, support
 
 AS_STORED = {"bitmask": "S_mask", "rows": "S_rows", "columns": "S_columns"}
 """Layout -> the stored tensor that serves as index as it is."""
@@ -109,7 +111,9 @@ class StoredIndex(nn.Module):
                     if suffix != "S_runs":  # by which the stream is made again
                         delattr(self, suffix)
             if self._form == "codes":  # with the stream gone, or there would be three at once
-                index, self._form = held(index)
+                how = self._contexts
+                lines = [line for line in ("rows", "columns") if isinstance(how, Kept) and getattr(how, line)]
+                index, self._form = held(index, starts, tuple(lines))
         if kept is None:
             self._index = index
         self._starts = starts

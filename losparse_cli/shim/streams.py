@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operator import kernels
+from .installed import kernels
 from .tables import MOST_TABLES, SHAPES, TOTAL, TOTAL_BITS, Table, read_tables, table, within, write_tables
 
 HEADER = struct.Struct("<BBbBBBHIIIII")

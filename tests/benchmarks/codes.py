@@ -17,7 +17,7 @@ from losparse_cli.checkpoint.codes import fit_contexts, stream_bytes
 from losparse_cli.checkpoint.kept import smallest_stream
 from losparse_cli.demo import smollm2
 from losparse_cli.linalg.patterns import parse_pattern, select
-from losparse_cli.shim import operator
+from losparse_cli.shim import installed
 from losparse_cli.shim.kept import decode as decode_codes
 from losparse_cli.shim.kept import encode as encode_codes
 from losparse_cli.shim.streams import decode, encode
@@ -95,7 +95,7 @@ def _row(q: Tensor) -> list[str]:
     assert torch.equal(found.int(), q)
     plain = math.inf
     if q.numel() < 1 << 22:
-        operator.install(None)
+        installed.install(None)
         plain, _ = _timed(lambda: decode(stream, (q.shape[0], q.shape[1])), 1)
     size, states = stream.numel(), 4 * -(-q.shape[0] // contexts.lane_rows)
     bound, corrected = _entropy(q)

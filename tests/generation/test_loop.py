@@ -112,9 +112,9 @@ def test_what_changes_after_a_proof_is_seen(model: Any) -> None:
 
 
 def test_kernels_need_not_be_installed(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from losparse_cli.shim import operator
+    from losparse_cli.shim import installed
 
-    operator.install(None)
+    installed.install(None)
     told: list[str] = []
     model.generate(PROMPTS, custom_generate=partial(decode, on_plain=told.append), max_new_tokens=3, do_sample=False)
     assert told == []

@@ -20,7 +20,7 @@ from losparse_cli import compress, kernels, verify
 from losparse_cli.errors import UsageError
 from losparse_cli.kernels import choice, native
 from losparse_cli.kernels.dispatch import Kernels
-from losparse_cli.shim import operator
+from losparse_cli.shim import installed, operator
 from losparse_cli.shim.codec import encode, smallest
 from losparse_cli.shim.layouts import LayerSpec, group_rows
 from losparse_cli.shim.linear import LowRankSparseLinear
@@ -200,7 +200,7 @@ def test_the_index_is_the_one_that_the_reference_makes(layout: str, shape: tuple
     for density in (0.01, 0.1, 0.6):
         fast = layer_of(shape, density, layout=layout, dtype=torch.bfloat16, form="bits")
         plain = copy.deepcopy(fast)
-        operator.install(None)
+        installed.install(None)
         expected = plain._made()
         kernels.install()
         assert all(torch.equal(a, b) for a, b in zip(fast._made(), expected, strict=True))  # type: ignore[arg-type]
@@ -241,7 +241,7 @@ def test_gradients_through_kernels() -> None:
     plain = copy.deepcopy(layer)
     x = torch.randn(7, 72)
     layer(x).square().sum().backward()
-    operator.install(None)
+    installed.install(None)
     plain(x).square().sum().backward()
     for (name, ours), (_, other) in zip(layer.named_parameters(), plain.named_parameters(), strict=True):
         torch.testing.assert_close(ours.grad, other.grad, rtol=1e-4, atol=1e-4, msg=name)
@@ -340,7 +340,7 @@ def test_an_unknown_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         kernels.install()
     monkeypatch.setenv("LOSPARSE_KERNEL", "reference")
     kernels.install()
-    assert not isinstance(operator.kernels(), Kernels)
+    assert not isinstance(installed.kernels(), Kernels)
 
 
 @pytest.mark.slow
@@ -426,17 +426,17 @@ def test_gradients_autocast_and_tracing_go_the_long_way() -> None:
         with pytest.raises(RuntimeError, match="63 features"):
             layer(torch.randn(1, 63))
         torch.testing.assert_close(layer(x.expand(2, 64)), layer(x.repeat(2, 1)), rtol=1e-5, atol=1e-5)
-        operator.install(None)
+        installed.install(None)
         torch.testing.assert_close(layer(x), F.linear(x, layer.dense(), layer.bias), rtol=1e-5, atol=1e-5)
         assert not prepared(layer)
 
 
 def test_layers_are_written_and_read_with_the_kernels_whoever_asks(tmp_path: Path) -> None:
-    operator.install(None)
+    installed.install(None)
     model = toy_model("llama")
     model.save_pretrained(tmp_path / "dense")
     compress(tmp_path / "dense", tmp_path / "out", {"rank": 2, "sparsity": 0.5})
-    assert isinstance(operator.kernels(), Kernels)
-    operator.install(None)
+    assert isinstance(installed.kernels(), Kernels)
+    installed.install(None)
     assert not verify(tmp_path / "out").problems
-    assert isinstance(operator.kernels(), Kernels)
+    assert isinstance(installed.kernels(), Kernels)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from losparse_cli.kernels import dispatch, gpu, gpu_codes, install
 from losparse_cli.kernels.native import library
-from losparse_cli.shim import operator
+from losparse_cli.shim import installed, operator
 from losparse_cli.shim.codec import pack_bits
 from losparse_cli.shim.packed import bits_of
 
@@ -148,7 +148,7 @@ def interpret_codes(bits: int, shape: tuple[int, int], rank: int, bias: bool, dt
         t if t is None else t.detach() for t in (module.weight, index, starts, module.U, module.V, module.bias)
     )
     W = module.dense().double()
-    operator.install(None)
+    installed.install(None)
     plainly = operator.rows_of_codes(slice(None), module.weight.detach(), index, starts, shape, module.form)
     install()
     S = gpu_codes.rows_of(slice(None), *parts[:3], shape, bits)

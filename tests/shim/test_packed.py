@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from losparse_cli import kernels
-from losparse_cli.shim import operator, packed
+from losparse_cli.shim import installed, operator, packed
 
 pytestmark = pytest.mark.usefixtures("installed_kernels")
 SIZES = [(1, 1), (8, 32), (13, 70), (3, 33), (192, 64)]
@@ -55,7 +55,7 @@ def written(codes: Tensor, bits: int) -> Tensor:
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("way", ["reference", "kernels"])
 def test_what_is_packed_is_what_was_given(way: str, bits: int) -> None:
-    operator.install(None) if way == "reference" else kernels.install()
+    installed.install(None) if way == "reference" else kernels.install()
     for shape, outliers in itertools.product(SIZES, (True, False)):
         codes = codes_of(shape, bits, outliers=outliers)
         index = written(codes, bits)
@@ -64,7 +64,7 @@ def test_what_is_packed_is_what_was_given(way: str, bits: int) -> None:
         assert index.numel() == packed.packed_bytes(shape, bits, rest)
         rows = torch.randint(0, shape[0], (2, 5))
         assert torch.equal(packed.unpack(index, shape, bits, rows), codes[rows].int())
-        made = operator.kernels().packed(codes, bits, rest)
+        made = installed.kernels().packed(codes, bits, rest)
         assert (made is None) == (way == "reference")
         assert made is None or torch.equal(made, index)
 
@@ -79,7 +79,7 @@ def test_rows_are_the_same_to_the_last_bit(bits: int, dtype: torch.dtype) -> Non
         rows = torch.randint(0, shape[0], (3, 4))
         kernels.install()
         found = operator.rows_of_codes(rows, values, index, starts, shape, form)
-        operator.install(None)
+        installed.install(None)
         expected = operator.rows_of_codes(rows, values, index, starts, shape, form)
         plainly = operator.rows_of_codes(rows, values, codes, starts, shape, "codes")
         assert found.dtype == dtype
@@ -100,7 +100,7 @@ def test_as_few_bits_as_nearly_all_need() -> None:
     assert operator.held(codes)[1] == "codes5"
     wide = torch.randint(-3000, 3000, (128, 256), dtype=torch.int16)
     assert operator.held(wide)[1] == "codes"
-    operator.install(None)
+    installed.install(None)
     assert operator.held(codes)[1] == "codes"  # which plain torch multiplies with sooner
 
 
@@ -109,7 +109,7 @@ def test_counts_of_bits_are_those_of_a_definition() -> None:
     for dtype, most in ((torch.int8, 128), (torch.int16, 3000), (torch.int32, 1 << 30)):
         codes = torch.randint(-most, most, (5, 77), dtype=dtype)
         codes[0, :6] = torch.tensor([0, -1, 1, -2, 127, -128])
-        counts = operator.kernels().code_bits(codes)
+        counts = installed.kernels().code_bits(codes)
         if counts is None:
             pytest.skip("needs a C compiler")
         needed = [next(b for b in range(1, 40) if -(1 << b - 1) <= q < 1 << b - 1) for q in codes.view(-1).tolist()]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from losparse_cli import kernels
 from losparse_cli.kernels import native
-from losparse_cli.shim import operator
+from losparse_cli.shim import installed
 from losparse_cli.shim.streams import HEADER, Contexts, decode, encode
 from losparse_cli.shim.tables import SHAPES
 
@@ -33,7 +33,7 @@ def _installed() -> Iterator[None]:
 def way(name: str) -> Iterator[None]:
     kernels.install()
     if name == "torch":
-        operator.install(None)
+        installed.install(None)
     yield
 
 

@@ -20,7 +20,9 @@ def export(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder to write, or the file of --gguf.", show_default=False)
     ],
-    dense: Annotated[bool, typer.Option("--dense", help="Plain weights U V + S, which any engine loads: the default.")] = False,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Plain weights U V + S, which any engine loads: the default.")
+    ] = False,
     gguf: Annotated[
         bool,
         typer.Option("--gguf", help="One file for llama.cpp, in which what --grid made arrives exactly."),
