@@ -313,6 +313,12 @@ def _several() -> Several:
     return Several()
 
 
+def require_alone(what: str) -> None:
+    """UsageError if several processes were started for what one does."""
+    if launched() > 1:
+        raise UsageError(f"{what} runs in one process, and {launched()} were started. Start it without torchrun.")
+
+
 def said_once(group: Ranks, error: LosparseError) -> LosparseError:
     """An error that all ranks raise; the first one tells a person."""
     error.told = group.rank > 0
