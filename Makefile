@@ -9,7 +9,7 @@ CONSTRAINED = $(PIP) --constraint constraints.txt
 # What pytest makes of the tests is kept, even where bytecode is not: it takes ten seconds.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help install install-demo install-dev demo test test-all test-fast test-vllm test-zoo lint docs bench bench-quality bench-training build clean
+.PHONY: help install install-demo install-dev demo test test-all test-fast test-vllm test-zoo lint docs bench bench-parallel bench-quality bench-training build clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -84,6 +84,9 @@ bench-quality: $(VENV)/.dev  ## Measure calibrated compression beside other meth
 
 bench-training: $(VENV)/.dev  ## Measure what training recovers (hours)
 	$(BIN)/python -m tests.benchmarks training-speed polarity training-picture stages
+
+bench-parallel: $(VENV)/.dev  ## Measure one compression in one process and in two (an hour of two idle cores)
+	$(BIN)/python -m tests.benchmarks parallel
 
 build: $(VENV)/.dev  ## Build the wheel into dist/
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

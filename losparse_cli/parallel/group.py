@@ -39,10 +39,12 @@ LAST = 5.0  # seconds in which a rank whose connections broke is found to have e
 
 
 class Ranks(Protocol):
-    """rank: of this process, from zero. size: how many there are."""
+    """rank: of this process, from zero. size: how many there are. waited: seconds spent on talking to others, and on
+    waiting for them."""
 
     rank: int
     size: int
+    waited: float
 
     def agree(self, value: Any) -> list[Any]:
         """What every rank says, a JSON value, in the order of ranks."""
@@ -61,7 +63,7 @@ class Ranks(Protocol):
 class Alone:
     """One process."""
 
-    rank, size = 0, 1
+    rank, size, waited = 0, 1, 0.0
 
     def agree(self, value: Any) -> list[Any]:
         return [json.loads(json.dumps(value))]
@@ -88,7 +90,7 @@ class Several:
         from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
-        self.rank, self.size = own_rank(), launched()
+        self.rank, self.size, self.waited = own_rank(), launched(), 0.0
         try:
             store, _, _ = next(iter(rendezvous("env://", timeout=MEETING)))
         except (ValueError, RuntimeError, OSError) as error:
@@ -190,12 +192,15 @@ class Several:
         """What `task` returns, which waits for other ranks, and which a signal may interrupt meanwhile."""
         future: Future[T] = Future()
         self._tasks.put((future, task))
+        begun = monotonic()
         try:
             return future.result()
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise self._lost() from error
+        finally:
+            self.waited += monotonic() - begun
 
     def _talk(self) -> None:
         """All that is said to other ranks is said in one thread: the main one stays free to be interrupted."""
