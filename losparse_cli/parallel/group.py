@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
@@ -168,7 +168,7 @@ class Several:
             yield
             self.agree(None)
         except LosparseError as error:
-            if not isinstance(error, RankError):
+            if not isinstance(error, RankError) and not error.told:
                 kind = next((one.__name__ for one in OF_INPUT if isinstance(error, one)), RankError.__name__)
                 with suppress(RuntimeError):
                     self._store.compare_set("losparse/why", "", json.dumps([self.rank, kind, str(error)]))
@@ -226,7 +226,7 @@ class Several:
             mine = self._here[self.rank]["host"]
             found = [r for r, one in enumerate(self._here) if one["host"] == mine and not _is_running(int(one["pid"]))]
             if found:
-                with suppress(RuntimeError, ValueError):  # what keeps it may have ended, too
+                with suppress(RuntimeError, ValueError), self._stored(found):
                     found = json.loads(self._store.compare_set("losparse/ended", "", json.dumps(found)))
                 self.ended = found
         return self.ended
@@ -255,9 +255,17 @@ class Several:
         error.told = self.rank != next(rank for rank in range(self.size) if rank not in self.ended)
         return error
 
+    @contextmanager
+    def _stored(self, ended: Sequence[int]) -> Iterator[None]:
+        """Within it what ranks keep for each other is there; ValueError if it ended with these ranks: where nobody
+        started them (`torchrun` does) it is the first one that holds it."""
+        if 0 in ended and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            raise ValueError("it ended with rank 0")
+        yield
+
     def _why(self) -> LosparseError | None:
         """What another rank said before it ended; None if it said nothing."""
-        with suppress(RuntimeError, ValueError):
+        with suppress(RuntimeError, ValueError), self._stored(self.ended):
             if self._store.check(["losparse/why"]):
                 rank, kind, sentence = json.loads(self._store.get("losparse/why"))
                 known = {one.__name__: one for one in OF_INPUT}

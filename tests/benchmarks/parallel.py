@@ -42,7 +42,7 @@ def parallel(options: Options, rows: Sequence[str] = ()) -> None:
 
 
 def _run(size: int, arguments: Sequence[str]) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
     command = [*(command if size > 1 else [sys.executable]), "-m", "losparse_cli", "compress", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run([*command, "--quiet", "--overwrite"], check=True, env=environment)
