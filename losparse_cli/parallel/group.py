@@ -302,6 +302,10 @@ def _meet(store: Any, rank: int, size: int) -> list[dict[str, Any]]:
             f"{MEETING.seconds // 60} minutes. Look at what they say, and start all of them again."
         ) from error
     found = [json.loads(store.get(f"losparse/{other}")) for other in range(size)]
+    store.add("losparse/read", 1)
+    until = monotonic() + LAST
+    while rank == 0 and store.add("losparse/read", 0) < size and monotonic() < until:
+        sleep(0.01)  # it may hold what the others are still to read
     for other, one in enumerate(found):
         if one["torch"] != found[0]["torch"]:
             raise UsageError(
