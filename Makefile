@@ -78,15 +78,15 @@ docs: $(VENV)/.dev  ## Build the documentation strictly into site/
 bench: $(VENV)/.dev  ## Run the benchmarks behind docs/performance.md
 	$(BIN)/python -m tests.benchmarks
 
+bench-parallel: $(VENV)/.dev  ## Measure one compression in one process and in two (an hour of two idle cores)
+	$(BIN)/python -m tests.benchmarks parallel
+
 bench-quality: $(VENV)/.dev  ## Measure calibrated compression beside other methods (hours)
 	$(CONSTRAINED) --editable '.[bench]'
 	$(BIN)/python -m tests.benchmarks bits bits-picture layer-errors calibrated quantization embedding picture --every 5
 
 bench-training: $(VENV)/.dev  ## Measure what training recovers (hours)
 	$(BIN)/python -m tests.benchmarks training-speed polarity training-picture stages
-
-bench-parallel: $(VENV)/.dev  ## Measure one compression in one process and in two (an hour of two idle cores)
-	$(BIN)/python -m tests.benchmarks parallel
 
 build: $(VENV)/.dev  ## Build the wheel into dist/
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
