@@ -99,7 +99,9 @@ class Several:
                 "Start all of them with torchrun, at one address and port."
             ) from error
         self._store, self._here = store, _meet(store, self.rank, self.size)
-        own_gpus = torch.cuda.is_available() and torch.cuda.device_count() >= local_place()[1]
+        number, together = local_place()
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        own_gpus = gpus >= together
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if own_gpus else "gloo",
             store=PrefixStore("losparse", store),
@@ -108,7 +110,7 @@ class Several:
             timeout=RUN,
         )
         self._dist, self._staged = dist, not own_gpus
-        self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+        self._device = torch.device("cuda", number % gpus) if gpus else None  # as `models.device.find_device` has it
         self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
         self._working = False
         self.ended: list[int] = []

@@ -164,6 +164,16 @@ journal.Journal._append = interrupted
 """
 
 
+def test_a_dry_run_says_what_the_ranks_take(toy: Any, place: Path, tmp_path: Path) -> None:
+    cwd = in_folder(place, tmp_path)
+    ended = ran(2, "compress", toy("llama", tokenizer=True), "-o", "out", *CASES["codes"][2], "--dry-run", cwd=cwd)
+    assert [one.code for one in ended] == [0, 0]
+    assert "Ranks    2, each about" in ended[0].out
+    assert "Nothing was written." in ended[0].out
+    assert ended[1].out == ""
+    assert sorted(path.name for path in cwd.iterdir()) == ["text.txt"]
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 THREADS = "import torch; torch.set_num_threads(2)"
