@@ -9,7 +9,7 @@ CONSTRAINED = $(PIP) --constraint constraints.txt
 # What pytest makes of the tests is kept, even where bytecode is not: it takes ten seconds.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help install install-demo install-dev demo test test-all test-fast test-vllm test-zoo lint docs bench bench-quality bench-training build clean
+.PHONY: help install install-demo install-dev demo test test-all test-fast test-vllm test-zoo lint docs bench bench-parallel bench-quality bench-training build clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -77,6 +77,9 @@ docs: $(VENV)/.dev  ## Build the documentation strictly into site/
 
 bench: $(VENV)/.dev  ## Run the benchmarks behind docs/performance.md
 	$(BIN)/python -m tests.benchmarks
+
+bench-parallel: $(VENV)/.dev  ## Measure one compression in one process and in two (an hour of two idle cores)
+	$(BIN)/python -m tests.benchmarks parallel
 
 bench-quality: $(VENV)/.dev  ## Measure calibrated compression beside other methods (hours)
 	$(CONSTRAINED) --editable '.[bench]'

@@ -24,6 +24,7 @@ from .errors import UsageError, is_whole
 from .load import dtype_named, load
 from .models.device import find_device, memory_errors, threads_of_torch
 from .models.reading import TEXT_MODELS, require_text, text_alone
+from .parallel.group import require_alone
 from .progress import Progress, listener
 from .text.tokenizer import length_limit, positions
 
@@ -57,9 +58,11 @@ def bench(
     that writes nothing only reads. The compressed one writes by `generation.loop.decode` where that can. `threads` are
     those of torch and llama.cpp. `revision` is that of `source`.
 
-    UsageError for values out of range, a model that reads no text, and models that hold nothing to compare;
-    ResourceError if memory runs out; MissingExtraError for `peer` without xllamacpp; otherwise the errors of `load`.
+    UsageError for several processes, values out of range, a model that reads no text, and models that hold nothing to
+    compare; ResourceError if memory runs out; MissingExtraError for `peer` without xllamacpp; otherwise the errors of
+    `load`.
     """
+    require_alone("A benchmark")
     told = listener(progress)
     rows = (rows,) if isinstance(rows, int) else tuple(rows)
     if not all(is_whole(number) for number in rows):

@@ -156,6 +156,7 @@ class Interrupted(LosparseError):
     """Stopped by the user; what is finished is kept."""
 
     exit_code = 130
+    told = True
 
 
 @contextmanager

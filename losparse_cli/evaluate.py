@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from .evaluation.windows import Cut, Line, Window, cut, lines
 from .load import load
 from .models.device import find_device, release
 from .models.reading import TEXT_MODELS, require_text, text_alone
+from .parallel.group import Ranks, ranks
+from .parallel.shares import share
 from .progress import Progress, listener
 from .tasks.paired import Estimate
 from .text.files import find_file, read_pieces
@@ -81,7 +83,8 @@ def evaluate(
     decoder reads a window and predicts it again. A model that predicts no next token is compared by its vectors of the
     first `windows` lines, and needs `against`.
 
-    Standard errors count windows, or lines, as independent, not tokens; with a single one they are None. `memory`
+    Of several processes each looks at its share of the windows, and all return the same. Standard errors count
+    windows, or lines, as independent, not tokens; with a single one they are None. `memory`
     says whether both models are held at once ("together"), or the dense one runs first and leaves its predictions in
     a temporary folder, two bytes for each token and vocabulary entry ("apart"); "auto" asks whether they fit. `dtype`
     is auto (as stored), float32 or bfloat16. `revision` is that of `source`.
@@ -90,7 +93,8 @@ def evaluate(
     different vocabularies; SourceError if text or checkpoint cannot be read, or has no tokenizer; OutputError if the
     temporary folder is too small.
     """
-    told = listener(progress)
+    group = ranks()
+    told = listener(progress if group.rank == 0 else None)
     check_choice("--dtype", dtype, DTYPES)
     check_choice("--memory", memory, MEMORY)
     if memory != "auto" and against is None:
@@ -105,8 +109,10 @@ def evaluate(
         if memory == "auto":
             logits = (length or LENGTH) * (ours.vocabulary or 0)
             memory = "together" if fit_together((dense, ours), DTYPES[dtype], logits, place) else "apart"
+        memory = group.agree(memory)[0]
     request = _Request(text, length, stride, windows, place, DTYPES[dtype], trust_remote_code)
-    subject, sums = _run(request, ours, dense, memory, told)
+    with group.at_work():
+        subject, sums = _run(request, ours, dense, memory, told, group)
     protocol = Protocol(
         subject.length, subject.cut.stride, len(sums), sum(s.tokens for s in sums), subject.cut.before, str(place),
         subject.dtype, memory,
@@ -224,15 +230,15 @@ class _Subject:
 
 
 def _run(
-    request: _Request, ours: Checkpoint, dense: Checkpoint | None, memory: str, told: Progress
+    request: _Request, ours: Checkpoint, dense: Checkpoint | None, memory: str, told: Progress, group: Ranks
 ) -> tuple[_Subject, list[Sums]]:
-    """Our model, loaded, and the sums of every unit."""
+    """Our model, loaded, and the sums of every unit; each rank finds those of its share."""
     with tempfile.TemporaryDirectory(prefix="losparse-eval-") as name:
         folder = Path(name)
         reference = None if dense is None else request.subject(dense, True)
         kind, shared = (reference.kind, reference.cut) if reference is not None else (None, None)
         if reference is not None and memory == "apart":
-            _keep(reference, folder, told)
+            _keep(reference, folder, told, share(len(reference.cut.units), group.rank, group.size))
             reference = None
             release(request.device)
         subject = request.subject(ours, dense is not None)
@@ -243,9 +249,11 @@ def _run(
             )
         sums: list[Sums] = []
         units = subject.cut.units
+        here = share(len(units), group.rank, group.size)
         if memory != "apart":
-            told.start("windows", len(units))
-        for k, unit in enumerate(units):
+            told.start("windows", len(here))
+        for k in here:
+            unit = units[k]
             mine = subject.predict(unit)
             theirs: Scores | Vector | None = None
             if reference is not None:
@@ -255,18 +263,17 @@ def _run(
                 (folder / str(k)).unlink()
             sums.append(compare(mine, theirs))
             told.advance("windows", name=subject.name)
-    return subject, sums
+    return subject, [Sums(**one) for its in group.agree([asdict(one) for one in sums]) for one in its]
 
 
-def _keep(subject: _Subject, folder: Path, told: Progress) -> None:
-    """The model's predictions for every unit, in a file each."""
-    units = subject.cut.units
-    told.start("windows", 2 * len(units))  # and as many of ours
-    for k, unit in enumerate(units):
+def _keep(subject: _Subject, folder: Path, told: Progress, here: range) -> None:
+    """The model's predictions for these units, in a file each."""
+    told.start("windows", 2 * len(here))  # and as many of ours
+    for k in here:
         with write_errors(folder):
-            subject.predict(unit).save(folder / str(k))
-        if k == 0:
-            needed, free = (len(units) - 1) * (folder / "0").stat().st_size, shutil.disk_usage(folder).free
+            subject.predict(subject.cut.units[k]).save(folder / str(k))
+        if k == here.start:
+            needed, free = (len(here) - 1) * (folder / str(k)).stat().st_size, shutil.disk_usage(folder).free
             if needed > free:
                 raise OutputError(
                     f"The dense model's predictions take {needed / 1e9:.1f} GB more in {folder.parent}, where "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -21,6 +20,7 @@ from .finetuning.request import Finetuning
 from .finetuning.result import write_result
 from .finetuning.states import disk_errors, last_state
 from .linalg.precision import fast_float32
+from .parallel.launch import is_first
 from .progress import Progress, listener
 from .tasks.request import TaskRequest
 
@@ -73,7 +73,7 @@ def run(
     begun, told = time.monotonic(), listener(progress)
     with WorkFolder(
         training.output, training.fingerprint, resume=resume, overwrite=overwrite, reads=[training.source.folder],
-        owner=is_main_process(),
+        owner=is_first(),
     ) as work:  # fmt: skip
         if work.finished:
             done = read_report(training.output)
@@ -84,18 +84,13 @@ def run(
         if caching is not None:
             model.config.use_cache = caching  # which Trainer turns off
         report = Report((), {}, 0, 0, 0)
-        if is_main_process():
+        if is_first():
             told.phase("Writing the result")
             with disk_errors(work.path):
                 report = write_result(training, model, work.path, time.monotonic() - begun, told)
             work.publish()
     scores = report.training.get("scores", {})
     return Finetuned(training.output, report, scores, training.steps, time.monotonic() - begun)
-
-
-def is_main_process() -> bool:
-    """False in all but one of the processes that `torchrun` or `accelerate launch` starts."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 # --- the work ---------------------------------------------------------------------------------------
@@ -129,7 +124,7 @@ def _train(training: Training, work: Path, told: Progress) -> Any:
         return training.model
     told.phase("Training" if last is None else f"Training, from step {last[0]} on")
     # FSDP takes the model apart, and the result is made by one process, from a whole one.
-    whole = deepcopy(training.model) if trainer.is_fsdp_enabled and is_main_process() else None
+    whole = deepcopy(training.model) if trainer.is_fsdp_enabled and is_first() else None
     with disk_errors(work / TRAINING):
         trainer.train(resume_from_checkpoint=None if last is None else str(last[1]))
     if whole is None:

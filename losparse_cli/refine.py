@@ -14,6 +14,7 @@ from .compress import Result, run
 from .compression.plan import Job, prepare
 from .compression.request import ModelRefinement, Refinement, make_request
 from .errors import UsageError
+from .parallel.group import require_alone
 from .progress import Progress
 from .refinement.run import RefinedModel, run_model
 from .text.request import Calibration
@@ -112,6 +113,7 @@ def prepare_refinement(
     in `compress`. plan_only: nothing but headers is downloaded, and the job cannot be run.
     UsageError if `source` is not compressed, names no dense model, or is asked for what it cannot be trained to.
     """
+    require_alone("Refining")
     start = open_checkpoint(source, revision=revision, cache_dir=cache_dir, headers_only=plan_only)
     if not start.is_compressed:
         raise UsageError(

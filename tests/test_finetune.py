@@ -632,7 +632,8 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from losparse_cli.budget.recipe import Recipe
-from losparse_cli.finetune import finetune, is_main_process
+from losparse_cli.finetune import finetune
+from losparse_cli.parallel.launch import is_first
 from losparse_cli.tasks.request import TaskRequest
 from losparse_cli.finetuning.pruner import Pruner, Pruning
 from losparse_cli.finetuning.request import Finetuning
@@ -647,7 +648,7 @@ for name, options in json.loads(sys.argv[2]).items():
                        max_grad_norm=0,  # a norm over parts is summed in another order
                        pruning=Pruning(every=2), **options),
     )
-    print("main" if is_main_process() else "other", len(result.report.layers), flush=True)
+    print("main" if is_first() else "other", len(result.report.layers), flush=True)
 """
 TELLING = """
 from losparse_cli.finetuning.conversion import trained_layers

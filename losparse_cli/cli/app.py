@@ -64,6 +64,8 @@ def main() -> None:
     if not _hurries(sys.argv[1:]):
         # OpenMP's threads spin while they wait: on a machine whose cores are busy that costs up to ten times the time.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if launched() > 1:  # what ends a run is said in a sentence, not in frames of C++
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever began this
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from ..refinement.run import RefinedModel
 
 
-def show_plan(out: Console, found: Forecast) -> None:
-    """What a run would do and need (--dry-run)."""
-    out.data(found.to_dict())
+def show_plan(out: Console, found: Forecast, ranks: int = 1) -> None:
+    """What a run would do and need (--dry-run); ranks: processes that were started for it."""
+    out.data(found.to_dict() | ({"ranks": ranks} if ranks > 1 else {}))
     out.flush()
     job, plan, need = found.job, found.made.plan, found.need
     targeted = sum(p.layer.weights for p in plan.layers)
@@ -68,6 +68,9 @@ def show_plan(out: Console, found: Forecast) -> None:
     if job.calibration is not None:
         out.show(f"Text     {_text(job)}")
     _show_need(out, need)
+    if ranks > 1:  # what they do not share takes as long as ever
+        each = size(need.fixed_bytes + need.activation_bytes // ranks)
+        out.show(f"Ranks    {ranks}, each about {each} at the peak; at best {minutes(need.seconds / ranks)} together")
     if job.recipe.allocate == "error":
         out.show("Sizes    --allocate error measures them at the start of the run; the table shows the uniform plan")
     if found.finished:

@@ -115,7 +115,6 @@ class Block:
             self._hold_out(layers, unseen, {layer: fed.owner for fed in found for layer in fed.layers})
             self._tokens |= {layer: fed.tokens for fed in found for layer in fed.layers}
             self._share_out([fed.layers for fed in found], {fed.layers: fed for fed in found}, on_layer)
-            self._held_out.clear()
         self._share_out([(layer,) for layer in self.plans if layer not in self.solved], {}, on_layer)
         self._install()
 
@@ -237,7 +236,7 @@ class Block:
             asked = [own if step is None else step for own, step in zip(own_steps(coder), asked, strict=True)]
         coded = coded_within(coder, steps.pots(plans), [step for step in asked if step is not None])
         for layer, one in zip(layers, coded, strict=True):
-            unseen = self._unseen_error(layer, one.solved.factors)
+            unseen = None if H is None else self._unseen_error(layer, one.solved.factors)
             self.solved[layer] = replace(one.solved, held_out_error=unseen)
             report = replace(one.report, held_out_error=unseen, tokens=self._tokens.get(layer))
             self._encoded[layer] = report, one.tensors

@@ -133,8 +133,9 @@ def report_of_part(job: Job, units: Sequence[Unit]) -> Report:
     )
 
 
-def write_timing(folder: Path, units: Iterable[Unit], took: Took) -> None:
-    """losparse_timing.json, which alone differs between two equal runs."""
+def write_timing(folder: Path, units: Iterable[Unit], took: Took, ranks: Sequence[tuple[float, int]] = ()) -> None:
+    """losparse_timing.json, which alone differs between two equal runs. ranks: of several processes, seconds that each
+    waited for others, and bytes of memory that it had resident."""
     content: dict[str, Any] = {
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "threads": torch.get_num_threads(),
@@ -142,6 +143,9 @@ def write_timing(folder: Path, units: Iterable[Unit], took: Took) -> None:
     }
     if took.predicted is not None:
         content["predicted"] = {"seconds": took.predicted.seconds, "peak_memory_bytes": took.predicted.peak_bytes}
+    if len(ranks) > 1:
+        waited, peaks = zip(*ranks, strict=True)
+        content["ranks"] = {"waited_seconds": list(waited), "peak_memory_bytes": list(peaks)}
     content["seconds"] = {
         next(name for name, *_ in unit.tensors if name.endswith(".weight")): unit.seconds
         for unit in units

@@ -86,6 +86,7 @@ def run_whole(job: Job, group: Ranks, resume: str, overwrite: bool, told: Progre
             assert windows is not None
             assert need is not None
             CalibratedRun(job, windows, made, None, team, told, need.fixed_bytes, steps).run()
+            group.agree([group.waited, peak_memory()])
             return _of_the_first(job, group, None)
         writer = ShardWriter(work.path, made.shards, work.journal, job.blocks.values())
         resumed = writer.done
@@ -99,13 +100,14 @@ def run_whole(job: Job, group: Ranks, resume: str, overwrite: bool, told: Progre
                     compress_stream(job, made, writer, told)
                 else:
                     CalibratedRun(job, windows, made, writer, team, told, need.fixed_bytes, steps).run()
+                of_ranks = group.agree([group.waited, peak_memory()])
                 writer.finish()
                 if job.part is None:
                     report = finish_whole(job, made, windows, work, hashes.result(), digest(mark), steps.nats)
                 else:
                     report = finish_part(job, writer, work, hashes.result(), digest(mark))
                 took = Took(time.monotonic() - begun, peak_memory(), need)
-                write_timing(work.path, work.journal.units, took)
+                write_timing(work.path, work.journal.units, took, of_ranks)
             finally:
                 stop.set()  # an error is told at once, not after the rest of the source has been read
         work.publish()
@@ -160,11 +162,12 @@ def run_in_parts(job: Job, group: Ranks, resume: str, overwrite: bool, told: Pro
             part = replace(job, part=Part(number + 1, count), output=place / str(number + 1))
             resumed += run_whole(part, Alone(), "auto", False, Within(told)).resumed
         resumed = sum(group.agree(resumed))
+        of_ranks = group.agree([group.waited, peak_memory()])
         if work is None:
             return _of_the_first(job, group, None)
         report = join_into(work, check_parts([place / str(number + 1) for number in range(count)]), Within(told))
         took = Took(time.monotonic() - begun, peak_memory(), None)
-        write_timing(work.path, work.journal.units, took)
+        write_timing(work.path, work.journal.units, took, of_ranks)
         work.publish()
     return _of_the_first(job, group, Result(job.output, report, took, resumed, _needs_package(job)))
 

@@ -92,8 +92,8 @@ def require_shared(group: Ranks, job: Job) -> None:
             "--part is for processes that know nothing of each other, and these were started together: leave it out, "
             "and they divide the run themselves."
         )
-    elif job.towards is not None or job.refinement is not None or job.start is not None:
-        wrong = "Refining runs in one process: compress with several first, and call losparse refine with one after it."
+    elif job.towards is not None or job.refinement is not None:
+        wrong = "--refine runs in one process: leave it out, and call losparse refine with one process afterwards."
     elif job.calibration is None:
         made = job.scheduled()
         if group.size > len(made.sections):

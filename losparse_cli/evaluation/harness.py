@@ -22,6 +22,7 @@ from ..checkpoint.source import Checkpoint
 from ..errors import MissingExtraError, SourceError, UsageError
 from ..load import load
 from ..models.device import find_device, memory_errors, release
+from ..parallel.group import require_alone
 from ..progress import Progress, listener
 from ..text.tokenizer import positions
 from .figures import plain
@@ -104,9 +105,10 @@ def evaluate_harness(
     and are never both in memory; `progress` hears the name of each before it runs, and `bars` lets the harness show
     how far it is, on standard error.
 
-    MissingExtraError without lm_eval; UsageError on a task that is not known, a definition that the harness refuses,
-    and a model that writes no text; SourceError on what cannot be read.
+    MissingExtraError without lm_eval; UsageError with several processes, on a task that is not known, a definition that
+    the harness refuses, and a model that writes no text; SourceError on what cannot be read.
     """
+    require_alone("The evaluation harness")
     told = listener(progress)
     for package in ("lm_eval", "accelerate"):  # of which the harness says that it may do without the second
         if find_spec(package) is None:

@@ -13,6 +13,7 @@ from ..checkpoint.source import Checkpoint
 from ..errors import UsageError
 from ..load import load
 from ..models.device import find_device, memory_errors, release
+from ..parallel.group import Ranks, ranks
 from ..progress import Progress, listener
 from ..tasks.kinds import open_task
 from ..tasks.paired import RESAMPLES, Estimate
@@ -93,7 +94,8 @@ def evaluate_task(
 ) -> TaskEvaluation:
     """Scores of the model `source` on the validation rows of `request`; with `against`, of that dense model too.
 
-    The models run one after the other, and are never both in memory. Standard errors count rows (of causal-lm,
+    The models run one after the other, and are never both in memory. Of several processes each asks them about its
+    share of the rows. Standard errors count rows (of causal-lm,
     windows) as independent, and pair them in the difference. Scores that belong to no single row (f1 and matthews of
     classes, pearson, spearman) have theirs from a bootstrap over rows, seeded by the request. `dtype` is auto (as
     stored), float32 or bfloat16; `revision` is that of `source`.
@@ -102,14 +104,15 @@ def evaluate_task(
     together; SourceError and CheckpointError on what cannot be read; MissingExtraError without the packages that
     compute scores.
     """
-    told, request = listener(progress), make_task(request)
+    group, request = ranks(), make_task(request)
+    told = listener(progress if group.rank == 0 else None)
     check_choice("--dtype", dtype, DTYPES)
     check_batch_size(batch_size)
     place = find_device(device)
     open_task(request)  # a missing package is said before anything is read
     ours, dense = open_models(source, against, revision=revision, cache_dir=cache_dir)
     rows = read_rows(request, "validation")
-    run = _Run(request, rows, place, DTYPES[dtype], batch_size, trust_remote_code, told)
+    run = _Run(request, rows, place, DTYPES[dtype], batch_size, trust_remote_code, told, group)
     mine, main_score, precision = run.judge(ours)
     release(place)
     protocol = TaskProtocol(
@@ -138,6 +141,7 @@ class _Run:
     batch_size: int
     trust_remote_code: bool
     told: Progress
+    group: Ranks
 
     def judge(self, checkpoint: Checkpoint) -> tuple[Judged, str, str]:
         """(scores, the main one, dtype); the model is gone afterwards."""
@@ -162,7 +166,7 @@ class _Run:
         with memory_errors("Lower --batch-size."):
             predicted = task.predict(
                 model.to(self.device), tokenizer, features, batch_size=self.batch_size, device=self.device,
-                on_batch=hear,
+                on_batch=hear, group=self.group,
             )  # fmt: skip
             judged = task.judge(predicted, features)
         return judged, task.main_score, dtype_of(model)

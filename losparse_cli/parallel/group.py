@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
@@ -39,10 +39,12 @@ LAST = 5.0  # seconds in which a rank whose connections broke is found to have e
 
 
 class Ranks(Protocol):
-    """rank: of this process, from zero. size: how many there are."""
+    """rank: of this process, from zero. size: how many there are. waited: seconds spent on talking to others, and on
+    waiting for them."""
 
     rank: int
     size: int
+    waited: float
 
     def agree(self, value: Any) -> list[Any]:
         """What every rank says, a JSON value, in the order of ranks."""
@@ -61,7 +63,7 @@ class Ranks(Protocol):
 class Alone:
     """One process."""
 
-    rank, size = 0, 1
+    rank, size, waited = 0, 1, 0.0
 
     def agree(self, value: Any) -> list[Any]:
         return [json.loads(json.dumps(value))]
@@ -88,7 +90,7 @@ class Several:
         from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
-        self.rank, self.size = own_rank(), launched()
+        self.rank, self.size, self.waited = own_rank(), launched(), 0.0
         try:
             store, _, _ = next(iter(rendezvous("env://", timeout=MEETING)))
         except (ValueError, RuntimeError, OSError) as error:
@@ -97,7 +99,9 @@ class Several:
                 "Start all of them with torchrun, at one address and port."
             ) from error
         self._store, self._here = store, _meet(store, self.rank, self.size)
-        own_gpus = torch.cuda.is_available() and torch.cuda.device_count() >= local_place()[1]
+        number, together = local_place()
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        own_gpus = gpus >= together
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if own_gpus else "gloo",
             store=PrefixStore("losparse", store),
@@ -106,7 +110,7 @@ class Several:
             timeout=RUN,
         )
         self._dist, self._staged = dist, not own_gpus
-        self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+        self._device = torch.device("cuda", number % gpus) if gpus else None  # as `models.device.find_device` has it
         self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
         self._working = False
         self.ended: list[int] = []
@@ -166,7 +170,7 @@ class Several:
             yield
             self.agree(None)
         except LosparseError as error:
-            if not isinstance(error, RankError):
+            if not isinstance(error, RankError) and not error.told:
                 kind = next((one.__name__ for one in OF_INPUT if isinstance(error, one)), RankError.__name__)
                 with suppress(RuntimeError):
                     self._store.compare_set("losparse/why", "", json.dumps([self.rank, kind, str(error)]))
@@ -190,12 +194,15 @@ class Several:
         """What `task` returns, which waits for other ranks, and which a signal may interrupt meanwhile."""
         future: Future[T] = Future()
         self._tasks.put((future, task))
+        begun = monotonic()
         try:
             return future.result()
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise self._lost() from error
+        finally:
+            self.waited += monotonic() - begun
 
     def _talk(self) -> None:
         """All that is said to other ranks is said in one thread: the main one stays free to be interrupted."""
@@ -221,7 +228,7 @@ class Several:
             mine = self._here[self.rank]["host"]
             found = [r for r, one in enumerate(self._here) if one["host"] == mine and not _is_running(int(one["pid"]))]
             if found:
-                with suppress(RuntimeError, ValueError):  # what keeps it may have ended, too
+                with suppress(RuntimeError, ValueError), self._stored(found):
                     found = json.loads(self._store.compare_set("losparse/ended", "", json.dumps(found)))
                 self.ended = found
         return self.ended
@@ -250,9 +257,17 @@ class Several:
         error.told = self.rank != next(rank for rank in range(self.size) if rank not in self.ended)
         return error
 
+    @contextmanager
+    def _stored(self, ended: Sequence[int]) -> Iterator[None]:
+        """Within it what ranks keep for each other is there; ValueError if it ended with these ranks: where nobody
+        started them (`torchrun` does) it is the first one that holds it."""
+        if 0 in ended and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            raise ValueError("it ended with rank 0")
+        yield
+
     def _why(self) -> LosparseError | None:
         """What another rank said before it ended; None if it said nothing."""
-        with suppress(RuntimeError, ValueError):
+        with suppress(RuntimeError, ValueError), self._stored(self.ended):
             if self._store.check(["losparse/why"]):
                 rank, kind, sentence = json.loads(self._store.get("losparse/why"))
                 known = {one.__name__: one for one in OF_INPUT}
@@ -289,6 +304,10 @@ def _meet(store: Any, rank: int, size: int) -> list[dict[str, Any]]:
             f"{MEETING.seconds // 60} minutes. Look at what they say, and start all of them again."
         ) from error
     found = [json.loads(store.get(f"losparse/{other}")) for other in range(size)]
+    store.add("losparse/read", 1)
+    until = monotonic() + LAST
+    while rank == 0 and store.add("losparse/read", 0) < size and monotonic() < until:
+        sleep(0.01)  # it may hold what the others are still to read
     for other, one in enumerate(found):
         if one["torch"] != found[0]["torch"]:
             raise UsageError(
@@ -311,6 +330,12 @@ def ranks() -> Ranks:
 @cache
 def _several() -> Several:
     return Several()
+
+
+def require_alone(what: str) -> None:
+    """UsageError if several processes were started for what one does."""
+    if launched() > 1:
+        raise UsageError(f"{what} runs in one process, and {launched()} were started. Start it without torchrun.")
 
 
 def said_once(group: Ranks, error: LosparseError) -> LosparseError:

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..parallel.group import Alone, Ranks
 from .heads import Head, refusals
 from .paired import RESAMPLES, Sampled
 from .request import TaskRequest
+from .round import hand_round
 from .rows import Rows
 from .tokens import LABELS
 
@@ -126,22 +128,26 @@ class Task(ABC):
 
     def predict(
         self, model: Any, tokenizer: Any, features: Features, *, batch_size: int, device: torch.device,
-        on_batch: OnBatch | None = None,
+        on_batch: OnBatch | None = None, group: Ranks | None = None,
     ) -> Any:  # fmt: skip
-        """What the model, on `device`, says of the rows; it stays in its mode. `on_batch` is told how far it is."""
-        said: list[Any] = [None] * len(features)
+        """What the model, on `device`, says of the rows; it stays in its mode. `on_batch` is told how far it is.
+
+        group: ranks that share the batches out, None for one process alone.
+        """
+        group = group or Alone()
+        mine: dict[int, Any] = {}
         # The longest first: if memory runs out it does so at once. Items of like length together save padding, too.
         order = sorted(range(len(features)), key=lambda k: -len(features[k]["input_ids"]))
         with scoring(model), refusals(model):
             collate = self.collator(tokenizer, model)
-            for start in range(0, len(order), batch_size):
+            for start in range(group.rank * batch_size, len(order), group.size * batch_size):
                 indices = order[start : start + batch_size]
                 batch = _on(device, collate([features[k] for k in indices]))
-                for k, one in zip(indices, self.say(model, tokenizer, _without_labels(batch)), strict=True):
-                    said[k] = one
+                mine |= dict(zip(indices, self.say(model, tokenizer, _without_labels(batch)), strict=True))
                 if on_batch is not None:
                     on_batch(start + len(indices), len(order))
-        return self.gather(said, tokenizer, features)
+        said = hand_round(group, mine)
+        return self.gather([said[k] for k in range(len(features))], tokenizer, features)
 
     def try_out(self, model: Any, tokenizer: Any, features: Features) -> None:
         """UsageError, before hours are spent, if the model refuses the shortest item, with what is right or without."""

@@ -19,6 +19,7 @@ from . import (
     kernels,
     kernels_gpu,
     models,
+    parallel,
     quality,
     sizes,
     speed,
@@ -47,6 +48,7 @@ BENCHMARKS = {
 }
 LONG = {
     "experts": experts.experts,
+    "parallel": parallel.parallel,
     "gguf": engines.gguf,
     "layer-errors": calibrated.layer_errors,
     "bits": bits.bits,

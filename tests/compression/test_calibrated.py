@@ -28,9 +28,11 @@ from losparse_cli.compression.estimate import estimate
 from losparse_cli.compression.plan import Job
 from losparse_cli.compression.request import Refinement
 from losparse_cli.compression.schedule import schedule
+from losparse_cli.compression.team import Team
 from losparse_cli.errors import UsageError
 from losparse_cli.models import route
 from losparse_cli.models.blocks import THREAD
+from losparse_cli.parallel.group import Alone
 from losparse_cli.progress import Progress
 from losparse_cli.text.sample import hold_out
 from losparse_cli.text.windows import Calibration
@@ -549,7 +551,7 @@ def test_allocation_without_room_for_the_whole_model(
     assert len({fields["keep"] for fields in tight.layers.values()}) > 1
     monkeypatch.setattr(decisions, "allocate_by_error", lambda *_: tight)
     with WorkFolder(job.output, {}) as work:
-        decided = decisions.allocated_plan(job, job.windows, work, Progress())
+        decided = decisions.allocated_plan(job, job.windows, Team(Alone(), work), Progress())
     assert [entry for entry, _ in schedule(job.entries, decided, job.max_shard_bytes).units] == list(job.entries)
     assert decided.expected_bytes == pytest.approx(job.plan.expected_bytes, rel=0.02)
 

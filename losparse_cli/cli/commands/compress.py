@@ -283,7 +283,7 @@ def compress(
     if dry_run:
         from ...compression.estimate import forecast
 
-        s.show_plan(out, forecast(job, resume=resume, overwrite=overwrite))
+        s.show_plan(out, forecast(job, resume=resume, overwrite=overwrite), group.size)
         return
     with c.interruptible(), c.LayerProgress(out) as progress:
         result = run(job, resume=resume, overwrite=overwrite, progress=progress)

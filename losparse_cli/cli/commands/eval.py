@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...errors import UsageError, flag
+from ...parallel.launch import is_first
 from ...tasks.request import TaskRequest
 from .. import options as o
 
@@ -153,7 +154,7 @@ def eval_(
     from .. import console as c
     from .. import evaluation_tables as tables
 
-    out = c.Console(json=json, quiet=quiet)
+    out = c.Console(json=json and is_first(), quiet=quiet or not is_first())
     c.calm_libraries()
     shared: dict[str, Any] = {
         "against": against, "device": device, "dtype": dtype, "revision": revision, "cache_dir": cache_dir,
@@ -194,7 +195,7 @@ def eval_(
         tables.show_harness_evaluation(out, found)
         on = f"lm_eval {given['lm_eval']}"
     out.data(found.to_dict())
-    if record:
+    if record and is_first():
         from ...evaluate import keep
 
         keep(source, on, found)

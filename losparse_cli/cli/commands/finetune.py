@@ -220,10 +220,11 @@ def finetune(
         | {"pattern": given.get("pattern", "rows"), "targets": tuple(targets or ()), "ignore": tuple(ignore or ())}
     )
     request = o.task_request(given, objective=objective)
-    from ...finetune import is_main_process, run
+    from ...finetune import run
     from ...finetuning.prepare import prepare_finetuning
     from ...finetuning.pruner import Pruning
     from ...finetuning.request import Finetuning
+    from ...parallel.launch import is_first
     from .. import console as c
     from .. import summary as s
     from ..training_progress import TrainingProgress
@@ -234,7 +235,7 @@ def finetune(
         **{name: given[name] for name in Finetuning.__dataclass_fields__ if name in given and name != "pruning"},
         pruning=Pruning(**{field: given[name] for name, field in pruning.items() if name in given}),
     )
-    out = c.Console(json=json, quiet=quiet or not is_main_process())
+    out = c.Console(json=json, quiet=quiet or not is_first())
     c.calm_libraries()
     with c.interruptible(), TrainingProgress(out) as progress:
         training = prepare_finetuning(
