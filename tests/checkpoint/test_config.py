@@ -86,7 +86,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "newer": (
         {"quant_method": "losparse", "format_version": 5},
         FormatVersionError,
-        "version 4.*pip install --upgrade",
+        "version 5.*pip install --upgrade",
     ),
     "no version": ({"quant_method": "losparse"}, FormatVersionError, "version None"),
     "no modules": ({"quant_method": "losparse", "format_version": 1}, CheckpointError, "lists no compressed modules"),
