@@ -39,6 +39,16 @@ def mixtral(folder: Path) -> Path:
     return _generated(folder / "mixtral", transformers.MixtralForCausalLM, config)
 
 
+def gpt_oss(folder: Path) -> Path:
+    """A gpt-oss of half a billion random parameters in bfloat16, 16 experts of which a token is sent to 4."""
+    config = transformers.GptOssConfig(
+        hidden_size=1024, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=4,
+        head_dim=64, num_local_experts=16, num_experts_per_tok=4, vocab_size=32000, max_position_embeddings=2048,
+        dtype="bfloat16", bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return _generated(folder / "gpt-oss", transformers.GptOssForCausalLM, config)
+
+
 def _generated(path: Path, kind: Any, config: Any) -> Path:
     if not (path / "config.json").is_file():
         torch.manual_seed(0)
@@ -139,18 +149,25 @@ def _models_codes(folder: Path) -> None:
 
 
 def models_experts() -> None:
-    """A mixture of experts at 3.25 bits without text, beside transformers' fused experts."""
+    """Mixtures of experts at 3.25 bits without text, beside transformers' fused experts."""
     with _folder() as folder:
-        dense = mixtral(folder)
         print(f"{torch.get_num_threads()} threads, prompt of 128 tokens, 32 new ones; tokens a second in brackets\n")
         print("| model | prefill, times dense | decode, times dense | floor | disk | in memory | resident, of dense |")
         print(f"|{'---|' * 7}")
-        report = bench(_compressed(dense, folder, Recipe(bits=3.25)), against=dense, rows=(1,), rounds=3)
-        ours, over = report.compressed, report.ratios
-        assert ours is not None
-        shares = " | ".join(f"{over[f'{part}_share']:.1%}" for part in ("disk", "tensors", "resident"))
-        print(f"| Mixtral, 2.0 billion, 8 experts | {over['prefill_speedup']:.2f} ({ours.prefill:.1f}) "
-              f"| {over['decode_speedup']:.2f} ({ours.decode:.1f}) | 2.5 | {shares} |")  # fmt: skip
+        for name, dense in (
+            ("Mixtral, 2.0 billion, 8 experts", mixtral(folder)),
+            ("gpt-oss, 0.5 billion, 16 experts", gpt_oss(folder)),
+        ):
+            _show_experts(name, dense, folder)
+
+
+def _show_experts(name: str, dense: Path, folder: Path) -> None:
+    report = bench(_compressed(dense, folder, Recipe(bits=3.25)), against=dense, rows=(1,), rounds=3)
+    ours, over = report.compressed, report.ratios
+    assert ours is not None
+    shares = " | ".join(f"{over[f'{part}_share']:.1%}" for part in ("disk", "tensors", "resident"))
+    print(f"| {name} | {over['prefill_speedup']:.2f} ({ours.prefill:.1f}) "
+          f"| {over['decode_speedup']:.2f} ({ours.decode:.1f}) | 2.5 | {shares} |")  # fmt: skip
 
 
 def _show_codes(

@@ -134,3 +134,15 @@ def test_a_tensor_that_is_missing_is_named(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(AssertionError, match=r"The weights hold no model.layers.1.mlp.down_proj.S_scale"):
         of_vllm(folder)
+
+
+def test_experts_that_lay_in_one_tensor_are_refused(tmp_path: Path) -> None:
+    from losparse_cli.serving.vllm import LosparseConfig
+
+    settings = {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}
+    model = transformers.GraniteMoeForCausalLM(transformers.GraniteMoeConfig(**settings))
+    model.save_pretrained(tmp_path / "dense")
+    compress(tmp_path / "dense", tmp_path / "small", bits=5.0)
+    block = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]
+    with pytest.raises(ValueError, match=r"losparse export CHECKPOINT --dense"):
+        LosparseConfig.from_config(block)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import losparse_cli
 from losparse_cli.budget.recipe import Recipe
-from losparse_cli.errors import CheckpointError
+from losparse_cli.errors import CheckpointError, UsageError
 from losparse_cli.shim.experts import SplitExperts, fused_experts
 from losparse_cli.shim.linear import LowRankSparseLinear
 
@@ -158,3 +158,31 @@ def test_an_export_of_a_configuration_with_other_experts_than_the_files(kind: st
         with pytest.raises(CheckpointError, match=rf"{said}.*\.experts\.{number}.* asks for {changed[key]} experts"):
             losparse_cli.export(tmp_path / "small", tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
+
+
+@pytest.mark.parametrize("target", ["gate", "*.gate", "*.gate,*.q_proj", "re:.*gate$"])
+def test_routers_that_are_named_as_a_target(target: str, tmp_path: Path) -> None:
+    model_of("Olmoe").save_pretrained(tmp_path / "dense")
+    with pytest.raises(UsageError, match=r"--targets '\S+' means routers alone \(model\.layers\.0\.mlp\.gate\)"):
+        losparse_cli.plan(tmp_path / "dense", tmp_path / "small", Recipe(targets=(target,)))
+
+
+@pytest.mark.parametrize("target", ["mlp", "*", "re:.*gate"])
+def test_routers_that_are_meant_with_others_stay_dense(target: str, tmp_path: Path) -> None:
+    model_of("Olmoe").save_pretrained(tmp_path / "dense")
+    job = losparse_cli.plan(tmp_path / "dense", tmp_path / "small", Recipe(targets=(target,)))
+    assert job.plan.layers
+    assert [name for name, reason in job.plan.skipped.items() if reason == "router"] == [
+        f"model.layers.{block}.mlp.gate" for block in range(2)
+    ]
+
+
+def test_experts_that_cannot_be_taken_apart_are_listed(tmp_path: Path) -> None:
+    config = transformers.DbrxConfig(
+        d_model=64, n_heads=2, n_layers=1, max_seq_len=48, vocab_size=101,
+        attn_config={"kv_n_heads": 1, "clip_qkv": None, "rope_theta": 1e4},
+        ffn_config={"ffn_hidden_size": 40, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
+    )  # fmt: skip
+    transformers.DbrxForCausalLM(config).save_pretrained(tmp_path / "dense")
+    job = losparse_cli.plan(tmp_path / "dense", tmp_path / "small")
+    assert job.plan.skipped["transformer.blocks.0.ffn.experts.mlp"] == "fused expert weights"
