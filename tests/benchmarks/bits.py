@@ -73,7 +73,8 @@ def _row(options: Options, row: str, dense: Path) -> dict[str, Any] | None:
     if method == "gptq":
         wide = int(size)
         with solved_by(gptq_solver(wide, GROUP), row):
-            recipe = Recipe(rank=0, sparsity=0.0, values="float", threshold_scope="row", **options.targets())
+            # Floats of half the entries are what is planned; all of them are what is stored.
+            recipe = Recipe(rank=0, sparsity=0.5, values="float", threshold_scope="row", **options.targets())
             made = compress(dense, output, recipe, calibration=options.calibration(), resume="never", overwrite=True)
         texts = measured(options, output, dense)
         shutil.rmtree(output)
