@@ -203,7 +203,8 @@ sys.modules["losparse_cli.compression.decisions"].generate_text = never
 """
 DIE = """
 import os, signal, sys
-compress = sys.modules["losparse_cli.compress"]
+from losparse_cli.checkpoint import workfolder
+from losparse_cli.compression import decisions, run
 def die(*arguments, **options):
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -218,9 +219,9 @@ def counted(*arguments, **options):
 writer.ShardWriter.append = counted
 """
 )
-WHILE_GENERATING = DIE + "compress.write_windows = die\n"
-AFTER_GENERATING = DIE + "compress.CalibratedRun = die\n"
-BEFORE_PUBLISHING = DIE + "compress.WorkFolder.publish = die\n"
+WHILE_GENERATING = DIE + "decisions.write_windows = die\n"
+AFTER_GENERATING = DIE + "run.CalibratedRun = die\n"
+BEFORE_PUBLISHING = DIE + "workfolder.WorkFolder.publish = die\n"
 AFTER_THE_RENAME = (
     DIE
     + """
@@ -274,7 +275,8 @@ def test_a_killed_run_goes_on_with_the_same_text(
 
 
 def test_killed_while_writing_the_text_or_after_the_rename(model: Path, whole: dict[str, str], tmp_path: Path) -> None:
-    losparse("compress", model, "-o", "out", *SELF, cwd=tmp_path, before=WHILE_GENERATING)
+    ended = losparse("compress", model, "-o", "out", *SELF, cwd=tmp_path, before=WHILE_GENERATING)
+    assert ended.code == -signal.SIGKILL, ended.err
     assert not (tmp_path / "out.partial" / GENERATED).exists()
     losparse("compress", model, "-o", "out", *SELF, cwd=tmp_path, before=AFTER_THE_RENAME)
     done("compress", model, "-o", "out", *SELF, cwd=tmp_path, before=NEVER)
