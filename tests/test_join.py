@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import toys
-from terminal import done, losparse
+from terminal import done, losparse, signalled_after
 
 from losparse_cli.checkpoint.output import PART
 from losparse_cli.compress import compress
@@ -98,19 +98,6 @@ def test_a_part_made_anew_replaces_the_old_one(model: Path, tmp_path: Path) -> N
 
 # --- in processes ---------------------------------------------------------------------------------
 
-STOP = """
-import os, signal
-from losparse_cli.checkpoint import journal
-left, append = 6, journal.Journal._append
-def die(self, line):
-    global left
-    append(self, line)
-    left -= 1
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-journal.Journal._append = die
-"""
-
 
 def test_a_killed_part_and_a_killed_join_go_on(model: Path, tmp_path: Path) -> None:
     options = ("--bits", "4", "--max-shard-size", SMALL)
@@ -118,7 +105,7 @@ def test_a_killed_part_and_a_killed_join_go_on(model: Path, tmp_path: Path) -> N
     for part in ("1/3", "2/3", "3/3"):
         command = ("compress", model, "-o", f"part-{part[0]}", "--part", part, *options)
         if part == "2/3":
-            assert losparse(*command, cwd=tmp_path, before=STOP).code == -signal.SIGKILL
+            assert losparse(*command, cwd=tmp_path, before=signalled_after(6)).code == -signal.SIGKILL
             unfinished = losparse("join", "part-1", "part-2", "-o", "out", cwd=tmp_path)
             assert "part-2 is unfinished: part-2.partial holds" in unfinished.complaint
             assert unfinished.code == 2
@@ -126,7 +113,7 @@ def test_a_killed_part_and_a_killed_join_go_on(model: Path, tmp_path: Path) -> N
         ended = done(*command, cwd=tmp_path)
         assert f"Part {part} is in part-{part[0]}" in ended.out
     command = ("join", "part-3", "part-1", "part-2", "-o", "out")
-    assert losparse(*command, cwd=tmp_path, before=STOP).code == -signal.SIGKILL
+    assert losparse(*command, cwd=tmp_path, before=signalled_after(6)).code == -signal.SIGKILL
     shown = json.loads(done(*command, "--resume", "required", "--json", cwd=tmp_path).out)
     assert shown["parts"] == 3
     assert toys.digests(tmp_path / "out") == toys.digests(tmp_path / "undivided" / "out")

@@ -42,6 +42,40 @@ def spread(bits, begin, values, R: tl.constexpr, OCTETS: tl.constexpr):
 
 
 @triton.jit
+def and_low_rank(
+    out, U, t, bias, row, here, rank, BIAS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """out (R,), and the rows `row` of U t, with their bias."""
+    for k in range(RANKS):
+        part = k * RANK + tl.arange(0, RANK)
+        there = part < rank
+        u = tl.load(U + row[None, :] * rank + part[:, None], mask=there[:, None] & here[None, :], other=0.0)
+        out += tl.sum(tl.load(t + part, mask=there, other=0.0).to(tl.float32)[:, None] * u.to(tl.float32), 0)
+    if BIAS:
+        out += tl.load(bias + row, mask=here, other=0.0).to(tl.float32)
+    return out
+
+
+@triton.jit
+def and_low_rank_of_some(
+    out, U, t, bias, row, here, slot, used, rank, BIAS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """out (SLOTS, R), and t Uᵀ of these rows of U, with their bias."""
+    for k in range(RANKS):
+        part = k * RANK + tl.arange(0, RANK)
+        there = part < rank
+        u = tl.load(U + row[None, :] * rank + part[:, None], mask=there[:, None] & here[None, :], other=0.0)
+        inner = tl.load(t + slot[:, None] * rank + part[None, :], mask=used & there[None, :], other=0.0)
+        if EXACT:
+            u, inner = u.to(tl.float32), inner.to(tl.float32)
+        out = tl.dot(inner, u, out, input_precision="ieee")
+    if BIAS:
+        out += tl.load(bias + row, mask=here, other=0.0).to(tl.float32)[None, :]
+    return out
+
+
+@triton.jit
 def one(
     x, values, index, starts, U, t, bias, y, m, n, octets, rank, BIAS: tl.constexpr, RAGGED: tl.constexpr,
     R: tl.constexpr, OCTETS: tl.constexpr, BLOCKS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
@@ -59,13 +93,7 @@ def one(
         total += tl.load(x + column, mask=column < n, other=0.0).to(tl.float32)[:, None] * S.to(tl.float32)
         bits = following
     out = tl.sum(total, 0)
-    for k in range(RANKS):
-        part = k * RANK + tl.arange(0, RANK)
-        there = part < rank
-        u = tl.load(U + row[None, :] * rank + part[:, None], mask=there[:, None] & here[None, :], other=0.0)
-        out += tl.sum(tl.load(t + part, mask=there, other=0.0).to(tl.float32)[:, None] * u.to(tl.float32), 0)
-    if BIAS:
-        out += tl.load(bias + row, mask=here, other=0.0).to(tl.float32)
+    out = and_low_rank(out, U, t, bias, row, here, rank, BIAS, RANK, RANKS)
     tl.store(y + row, out.to(y.dtype.element_ty), mask=here)
 
 
@@ -92,16 +120,7 @@ def some(
             S, part_of_x = S.to(tl.float32), part_of_x.to(tl.float32)
         out = tl.dot(part_of_x, S, out, input_precision="ieee")
         bits = following
-    for k in range(RANKS):
-        part = k * RANK + tl.arange(0, RANK)
-        there = part < rank
-        u = tl.load(U + row[None, :] * rank + part[:, None], mask=there[:, None] & here[None, :], other=0.0)
-        inner = tl.load(t + slot[:, None] * rank + part[None, :], mask=used & there[None, :], other=0.0)
-        if EXACT:
-            u, inner = u.to(tl.float32), inner.to(tl.float32)
-        out = tl.dot(inner, u, out, input_precision="ieee")
-    if BIAS:
-        out += tl.load(bias + row, mask=here, other=0.0).to(tl.float32)[None, :]
+    out = and_low_rank_of_some(out, U, t, bias, row, here, slot, used, rank, BIAS, RANK, RANKS, EXACT)
     tl.store(y + slot[:, None] * m + row[None, :], out.to(y.dtype.element_ty), mask=used & here[None, :])
 
 

@@ -9,6 +9,8 @@ COUNT columns, COUNT numbers to be added to the codes there. `factors` are those
 import triton
 import triton.language as tl
 
+from .gpu_triton import and_low_rank, and_low_rank_of_some
+
 
 @triton.jit
 def codes_at(index, row, here, first, lines, LINES: tl.constexpr, BITS: tl.constexpr):
@@ -39,6 +41,12 @@ def codes_at(index, row, here, first, lines, LINES: tl.constexpr, BITS: tl.const
 
 
 @triton.jit
+def factors_of(factors, scale, column, there):
+    """Of columns, float32; `there`: which of them exist."""
+    return tl.load(factors + tl.load(scale + column, mask=there, other=0).to(tl.int32))
+
+
+@triton.jit
 def beside(rest, row, here, m, count):
     """Where the rest of each row begins and ends, (R,); how many entries the longest has; its columns and numbers."""
     begin = tl.load(rest + row, mask=here, other=0)
@@ -59,7 +67,7 @@ def one(
     for block in range(BLOCKS):
         column = block * LINES * 32 + tl.arange(0, LINES * 32)
         q = codes_at(index, row, here, block * LINES, lines, LINES, BITS)
-        c = tl.load(factors + tl.load(scale + column, mask=column < n, other=0).to(tl.int32))
+        c = factors_of(factors, scale, column, column < n)
         part = tl.load(x + column, mask=column < n, other=0.0).to(tl.float32) * c
         total += part[:, None] * q.to(tl.float32)
     out = tl.sum(total, 0)
@@ -69,17 +77,11 @@ def one(
             entry = begin[None, :] + k + tl.arange(0, 32)[:, None]
             there = entry < end[None, :]
             column = tl.load(columns + entry, mask=there, other=0)
-            c = tl.load(factors + tl.load(scale + column, mask=there, other=0).to(tl.int32))
+            c = factors_of(factors, scale, column, there)
             more = tl.load(numbers + entry, mask=there, other=0).to(tl.float32) * c
             out += tl.sum(tl.load(x + column, mask=there, other=0.0).to(tl.float32) * more, 0)
     out *= tl.load(values + row, mask=here, other=0.0).to(tl.float32)
-    for k in range(RANKS):
-        part = k * RANK + tl.arange(0, RANK)
-        there = part < rank
-        u = tl.load(U + row[None, :] * rank + part[:, None], mask=there[:, None] & here[None, :], other=0.0)
-        out += tl.sum(tl.load(t + part, mask=there, other=0.0).to(tl.float32)[:, None] * u.to(tl.float32), 0)
-    if BIAS:
-        out += tl.load(bias + row, mask=here, other=0.0).to(tl.float32)
+    out = and_low_rank(out, U, t, bias, row, here, rank, BIAS, RANK, RANKS)
     tl.store(y + row, out.to(y.dtype.element_ty), mask=here)
 
 
@@ -98,7 +100,7 @@ def some(
     for block in range(BLOCKS):
         column = block * LINES * 32 + tl.arange(0, LINES * 32)
         q = codes_at(index, row, here, block * LINES, lines, LINES, BITS)
-        c = tl.load(factors + tl.load(scale + column, mask=column < n, other=0).to(tl.int32))
+        c = factors_of(factors, scale, column, column < n)
         S = q.to(tl.float32) * c[:, None]
         part = tl.load(x + slot[:, None] * n + column[None, :], mask=used & (column < n)[None, :], other=0.0)
         if EXACT:
@@ -110,23 +112,14 @@ def some(
             entry = begin[None, :] + k + tl.arange(0, 16)[:, None]
             there = entry < end[None, :]
             column = tl.load(columns + entry, mask=there, other=0)
-            c = tl.load(factors + tl.load(scale + column, mask=there, other=0).to(tl.int32))
+            c = factors_of(factors, scale, column, there)
             more = tl.load(numbers + entry, mask=there, other=0).to(tl.float32) * c
             fed = tl.load(
                 x + slot[:, None, None] * n + column[None, :, :], mask=used[:, :, None] & there[None, :, :], other=0.0
             )
             out += tl.sum(fed.to(tl.float32) * more[None, :, :], 1)
     out *= tl.load(values + row, mask=here, other=0.0).to(tl.float32)[None, :]
-    for k in range(RANKS):
-        part = k * RANK + tl.arange(0, RANK)
-        there = part < rank
-        u = tl.load(U + row[None, :] * rank + part[:, None], mask=there[:, None] & here[None, :], other=0.0)
-        inner = tl.load(t + slot[:, None] * rank + part[None, :], mask=used & there[None, :], other=0.0)
-        if EXACT:
-            u, inner = u.to(tl.float32), inner.to(tl.float32)
-        out = tl.dot(inner, u, out, input_precision="ieee")
-    if BIAS:
-        out += tl.load(bias + row, mask=here, other=0.0).to(tl.float32)[None, :]
+    out = and_low_rank_of_some(out, U, t, bias, row, here, slot, used, rank, BIAS, RANK, RANKS, EXACT)
     tl.store(y + slot[:, None] * m + row[None, :], out.to(y.dtype.element_ty), mask=used & here[None, :])
 
 
@@ -148,7 +141,7 @@ def rows_of(
     for block in range(BLOCKS):
         column = block * LINES * 32 + tl.arange(0, LINES * 32)
         q = codes_at(index, row, here, block * LINES, lines, LINES, BITS)
-        c = tl.load(factors + tl.load(scale + column, mask=column < n, other=0).to(tl.int32))
+        c = factors_of(factors, scale, column, column < n)
         tile = q.to(tl.float32) * c[:, None] * a
         tl.store(to + column[:, None], tile.to(S.dtype.element_ty), mask=(column < n)[:, None] & here[None, :])
     if REST:
@@ -158,7 +151,7 @@ def rows_of(
             entry = begin[None, :] + k + tl.arange(0, 32)[:, None]
             there = entry < end[None, :]
             column = tl.load(columns + entry, mask=there, other=0)
-            c = tl.load(factors + tl.load(scale + column, mask=there, other=0).to(tl.int32))
+            c = factors_of(factors, scale, column, there)
             number = tl.load(numbers + entry, mask=there, other=0)
             # The strips hold the code that comes nearest to it.
             q = number + tl.where(number > 0, (1 << (BITS - 1)) - 1, -(1 << (BITS - 1)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import sys
 import traceback
@@ -72,18 +71,3 @@ def started(
 def ran(size: int, *arguments: object, cwd: Path, **options: Any) -> list[Ended]:
     """The same, to their end."""
     return [running.wait() for running in started(size, *arguments, cwd=cwd, **options)]
-
-
-KILL = f"""
-import os
-from losparse_cli.checkpoint import journal
-left, append = {{count}}, journal.Journal._append
-def die(self, line):
-    global left
-    append(self, line)
-    left -= 1
-    if not left:
-        os.kill(os.getpid(), {int(signal.SIGKILL)})
-journal.Journal._append = die
-"""
-"""Of a process that kills itself after so many lines of its journal."""

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import toys
-from processes import KILL, ran
-from terminal import Ended, done
+from processes import ran
+from terminal import Ended, done, signalled_after
 
 TEXT = ("--calibration", "text.txt", "--calibration-tokens", "512", "--calibration-length", "32")
 CASES: dict[str, tuple[str, int, tuple[object, ...]]] = {
@@ -87,11 +87,11 @@ def test_a_killed_run_goes_on_with_other_numbers_of_ranks(
     name, _, options = CASES[case]
     cwd = in_folder(place, tmp_path)
     command = ("compress", toy(name, tokenizer=True), "-o", "out", *options)
-    ended = ran(2, *command, cwd=cwd, before={0: KILL.format(count=9)})
+    ended = ran(2, *command, cwd=cwd, before={0: signalled_after(9)})
     assert ended[0].code == -signal.SIGKILL
     assert ended[1].complaint.startswith("Rank 0 of 2 ended before the run did. What is finished is kept")
     begun = time.monotonic()
-    ended = ran(3, *command, cwd=cwd, before={1: LOST if case == "codes" else KILL.format(count=4)})
+    ended = ran(3, *command, cwd=cwd, before={1: LOST if case == "codes" else signalled_after(4)})
     assert time.monotonic() - begun < 60
     assert ended[1].code == -signal.SIGKILL
     assert "Rank 1 of 3 ended before the run did." in ended[0].err
@@ -121,7 +121,7 @@ def test_one_process_goes_on_where_two_were_killed(toy: Any, alone: Any, place: 
     name, _, options = CASES["codes"]
     cwd = in_folder(place, tmp_path)
     command = ("compress", toy(name, tokenizer=True), "-o", "out", *options)
-    assert ran(2, *command, cwd=cwd, before={0: KILL.format(count=14)})[0].code == -signal.SIGKILL
+    assert ran(2, *command, cwd=cwd, before={0: signalled_after(14)})[0].code == -signal.SIGKILL
     assert "Going on after layer 7 of 14." in done(*command, cwd=cwd).err
     assert toys.digests(cwd / "out") == alone(name, options)
 
@@ -142,26 +142,12 @@ def test_an_interruption_leaves_what_is_finished(toy: Any, alone: Any, place: Pa
     name, _, options = CASES["codes"]
     cwd = in_folder(place, tmp_path)
     command = ("compress", toy(name, tokenizer=True), "-o", "out", *options)
-    ended = ran(2, *command, cwd=cwd, before={0: INTERRUPTED})
+    ended = ran(2, *command, cwd=cwd, before={0: signalled_after(10, signal.SIGINT)})
     assert ended[0].code == 130
     assert "Interrupted. What is finished is kept" in ended[0].err
     assert ended[1].code == 1
     assert_done(ran(2, *command, "--resume", "required", cwd=cwd))
     assert toys.digests(cwd / "out") == alone(name, options)
-
-
-INTERRUPTED = f"""
-import os
-from losparse_cli.checkpoint import journal
-left, append = 10, journal.Journal._append
-def interrupted(self, line):
-    global left
-    append(self, line)
-    left -= 1
-    if not left:
-        os.kill(os.getpid(), {int(signal.SIGINT)})
-journal.Journal._append = interrupted
-"""
 
 
 def test_a_dry_run_says_what_the_ranks_take(toy: Any, place: Path, tmp_path: Path) -> None:
