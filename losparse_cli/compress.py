@@ -20,7 +20,7 @@ from .compression.estimate import space_needed
 from .compression.fingerprint import fingerprint
 from .compression.parts import Part
 from .compression.plan import Job, prepare
-from .compression.request import ModelRefinement, Refinement, make_request
+from .compression.request import AnyRefinement, make_request
 from .compression.run import Result, found_finished, run_in_parts, run_whole
 from .compression.team import require_alike, require_shared
 from .models.device import peak_memory
@@ -50,7 +50,7 @@ def compress(
     embedding_bits: float | str | None = None,
     pattern: str | None = None,
     calibration: Calibration | Mapping[str, Any] | str | Path | None = None,
-    refinement: Refinement | ModelRefinement | Mapping[str, Any] | str | None = None,
+    refinement: AnyRefinement | Mapping[str, Any] | str | None = None,
     device: str | None = None,
     memory_limit: str | None = None,
     max_shard_size: str | None = None,
@@ -115,7 +115,7 @@ def plan(
     embedding_bits: float | str | None = None,
     pattern: str | None = None,
     calibration: Calibration | Mapping[str, Any] | str | Path | None = None,
-    refinement: Refinement | ModelRefinement | Mapping[str, Any] | str | None = None,
+    refinement: AnyRefinement | Mapping[str, Any] | str | None = None,
     device: str | None = None,
     memory_limit: str | None = None,
     max_shard_size: str | None = None,

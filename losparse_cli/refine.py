@@ -12,7 +12,7 @@ from .checkpoint.output import output_path
 from .checkpoint.source import open_checkpoint
 from .compress import Result, run
 from .compression.plan import Job, prepare
-from .compression.request import ModelRefinement, Refinement, make_request
+from .compression.request import BothRefinements, ModelRefinement, Refinement, make_request
 from .errors import UsageError
 from .parallel.group import require_alone
 from .progress import Progress
@@ -127,14 +127,12 @@ def prepare_refinement(
     if not isinstance(refinement, Refinement | ModelRefinement):
         if refinement is None or isinstance(refinement, Mapping):
             refinement = {"mode": "model" if coded else "blocks", **(refinement or {})}
-        refinement = make_request(refinement=refinement, calibration=calibration).refinement
-        if refinement is None:
+        found = make_request(refinement=refinement, calibration=calibration).refinement
+        if found is None:
             raise UsageError("losparse refine trains something: refinement is blocks or model, not off.")
-    if isinstance(refinement, Refinement) and coded:
-        raise UsageError(
-            f"{start.address} holds whole numbers in S, and blocks are matched by training floats. Refine it with "
-            "--objective model, or compress the dense model with --values float."
-        )
+        if isinstance(found, BothRefinements):
+            raise UsageError("losparse refine does one thing at a time: blocks, and then model of what that wrote.")
+        refinement = found
     report = read_report(start.folder)  # CheckpointError now if it is damaged, not halfway
     made_from = report.source if report is not None else {}
     commit = made_from.get("commit")

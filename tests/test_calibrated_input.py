@@ -25,7 +25,7 @@ def text(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (("--refine", "all"), "--refine is blocks, model or off"),
+        (("--refine", "all"), "--refine is blocks, model, both or off"),
         (("--refine-steps", "5"), "--refine blocks"),
         (("--refine", "blocks", "--refine-steps", "0"), "--refine-steps"),
         (("--refine", "blocks", "--refine-lr", "2"), "--refine-lr"),

@@ -69,7 +69,7 @@ def test_a_refinement_may_be_a_word(
     assert prepare_refinement(small, refinement="model", **asked).towards is not None
     for given, says in (
         ("off", "refinement is blocks or model, not off"),
-        ("layers", "--refine is blocks, model or off, not 'layers'"),
+        ("layers", "--refine is blocks, model, both or off, not 'layers'"),
         (3, "refinement is a Refinement, a mapping of its fields or a text, not int"),
     ):
         with pytest.raises(UsageError, match=says):

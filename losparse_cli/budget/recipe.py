@@ -177,14 +177,14 @@ class Recipe:
         added = tuple((only(name), tuple(sorted(fields.items()))) for name, fields in layers.items())
         return replace(self, overrides=(*self.overrides, *added))
 
-    def settled(self, *, calibrated: bool = False, refined: bool = False) -> Recipe:
+    def settled(self, *, calibrated: bool = False) -> Recipe:
         """This recipe with every choice made that was left open; without calibration text unless told otherwise.
 
         S is whole numbers, unless something asks for what only floats can do: however many bytes there are, floats of
-        as many lose more. refined: whether blocks are to be matched, which needs floats. Of floats all of the budget is
-        best spent on S without data; with it, a fifth on U and V (docs/performance.md).
+        as many lose more. Of floats all of the budget is best spent on S without data; with it, a fifth on U and V
+        (docs/performance.md).
         """
-        coded, why = self._decided(refined)
+        coded, why = self._decided()
         for target, fields in self.overrides:
             wrong = _of_other_values(override(Recipe(), dict(fields)), coded)
             if wrong:
@@ -237,13 +237,11 @@ class Recipe:
                 return coded, asks[0]
         return (None, "") if self.rank is None else (False, "--rank")
 
-    def _decided(self, refined: bool) -> tuple[bool, str]:
+    def _decided(self) -> tuple[bool, str]:
         """Whether S is whole numbers, and the option or the entry that decides it; see `settled`."""
         coded, why = self._asked
         if coded is not None:
             return coded, why
-        if refined:
-            return False, "--refine blocks"
         alone = [(target, override(Recipe(), dict(fields))) for target, fields in self.overrides]
         asked = [
             (target, coded, of(one)) for target, one in alone for of, coded in ((_of_codes, True), (_of_floats, False))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..budget.plan import LayerPlan
-from ..calibration.moments import Fed, gather_fed
+from ..budget.recipe import GRIDS
+from ..calibration.moments import Fed, gather_fed, gather_moments
 from ..checkpoint.config import layer_specs, layer_tensors
 from ..checkpoint.layers import read_layer, unpack_layer
 from ..checkpoint.reader import FLOATING, TORCH_DTYPES
@@ -25,8 +26,9 @@ from ..parallel.group import Ranks
 from ..parallel.shares import deal
 from ..shim.layouts import LayerSpec
 from .assembly import Assembly
-from .coded import Coder, coded_within, own_steps
+from .coded import Coder, coded_within, latents_of, own_steps
 from .matching import LOSSES, match_block
+from .moving_codes import Rounding
 from .plan import Job
 from .rounds import copies_held, rounds
 from .rows import code_rows
@@ -84,6 +86,7 @@ class Block:
         self._tokens: dict[str, int] = {}  # layer -> how many it is solved with
         self._asked: dict[str, float | None] = {}  # log2 of the step of each layer, as the block was begun
         self._encoded: dict[str, tuple[LayerReport, dict[str, Tensor]]] = {}
+        self._latents: dict[str, Tensor] = {}  # layer -> what its codes were rounded from, where they are to move
 
     def _say(self, text: str) -> None:
         self._tell(f"{self.name or 'the model'}: {text}")
@@ -240,9 +243,17 @@ class Block:
             self.solved[layer] = replace(one.solved, held_out_error=unseen)
             report = replace(one.report, held_out_error=unseen, tokens=self._tokens.get(layer))
             self._encoded[layer] = report, one.tensors
+        if self.job.refinement is not None:
+            found = coder.latents([one.solved.factors for one in coded])
+            self._latents |= dict(zip(layers, found, strict=True))
 
-    def start_from(self, start: Checkpoint, unseen: Batches, on_layer: Callable[[LayerReport], None]) -> None:
-        """Take the layers, and the norms, that the compressed checkpoint `start` holds; `unseen` as for `solve`."""
+    def start_from(
+        self, start: Checkpoint, calls: Batches, unseen: Batches, on_layer: Callable[[LayerReport], None]
+    ) -> None:
+        """Take the layers, and the norms, that the compressed checkpoint `start` holds; `unseen` as for `solve`.
+
+        calls: on which layers of whole numbers were solved, or others like them.
+        """
         self._hold_out(self._fed, unseen, {})
         known = {line["name"]: line for line in start.report().get("layers", ())}
         files = {file.path: file for file in start.files}
@@ -255,12 +266,28 @@ class Block:
                 self._tokens[layer] = line["tokens"]
             self.solved[layer] = self._measured(layer, factors, line.get("errors", ()), line.get("output_errors", ()))
             on_layer(self.encode(layer)[0])
+        self._find_latents(calls)
         self._install()
         for tensor, parameter in self.norms.items():
             entry = start.entries.get(tensor)
             if entry is None:
                 raise CheckpointError(f"{start.address} has no tensor {tensor}. Compress the model again.")
             self._set_norm(parameter, files[entry.path].read(entry))
+
+    def _find_latents(self, calls: Batches) -> None:
+        """What the codes of layers that are there already would have been rounded from, for what they are fed."""
+        coded: dict[str, LowRankCodes] = {}
+        for layer in self._fed:
+            if isinstance(factors := self.solved[layer].factors, LowRankCodes):
+                coded[layer] = factors
+        copies = copies_held(len(calls.calls), 0)
+        for layers in rounds({layer: self.plans[layer] for layer in coded}, self.job.memory // 2, copies):
+            for moments in gather_moments(self.module, layers, calls.calls, prefix=self.prefix):
+                for layer in moments.layers:
+                    W = as_matrix(self._stored(layer), self.plans[layer].layer, self.job.device)
+                    self._latents[layer] = latents_of(W, coded[layer], moments.H)
+        for layer in coded.keys() - self._latents.keys():  # text never reaches it
+            self._latents[layer] = coded[layer].codes.float()
 
     def restore(self, tensors: dict[int, dict[str, Tensor]], specs: dict[int, LayerSpec]) -> None:
         """Take the weights that an earlier run has written: unit -> tensors by name, unit -> spec of a layer."""
@@ -284,20 +311,38 @@ class Block:
             self.module,
             calls,
             targets,
-            {layer: one.factors for layer, one in self.solved.items() if isinstance(one.factors, LowRankSparse)},
+            {layer: one.factors for layer, one in self.solved.items() if not self.plans[layer].layer.rows},
             {parameter.removeprefix(self.prefix): dtypes[tensor] for tensor, parameter in self.norms.items()},
             refinement,
             held_out=held_out,
             transposed={layer: plan.layer.transposed for layer, plan in self.plans.items()},
+            roundings={layer: self._rounding(layer, latent) for layer, latent in self._latents.items()},
             seed=seed_of(self.job.recipe.seed, self.name),
             on_step=lambda step, loss: self._say(f"matching, step {step} of {refinement.steps}, loss {loss:.4f}"),
         )
         for layer, factors in matched.factors.items():
             before = self.solved[layer]
-            self.solved[layer] = self._measured(layer, factors, before.errors, before.output_errors)
-        self._encoded.clear()
+            self.solved[layer] = self._measured(layer, factors, before.errors, before.output_errors, before.log_step)
+            del self._encoded[layer]
+            self.steps.spend(self.encode(layer)[0])
+        self._latents.clear()
         self._install()
         return {"name": self.name, **{name: getattr(matched, name) for name in LOSSES}}
+
+    def _rounding(self, layer: str, latent: Tensor) -> Rounding:
+        """How the layer's codes came about; they may take the bytes that they take now."""
+        plan, most = self.plans[layer], self.encode(layer)[0].bytes_after
+        before, width, sparse = self.solved[layer], plan.width, plan.sparse
+        if self.job.start is not None:
+            asked = self.job.start.report().get("recipe", {})
+            width = GRIDS.get(asked.get("grid"), 0)
+            sparse = plan.pattern != "unstructured" or asked.get("sparsity") is not None
+
+        def fits(factors: LowRankCodes) -> bool:
+            report, _ = encode(plan, replace(before, factors=factors), factors.U.dtype)
+            return report.bytes_after <= most
+
+        return Rounding(latent, width, sparse, fits)
 
     # --- what is written ------------------------------------------------------------------------
 
@@ -320,7 +365,12 @@ class Block:
         return self.assembly.read(self.plans[layer].layer.tensor)
 
     def _measured(
-        self, layer: str, factors: LowRankSparse | LowRankCodes, errors: Sequence[float], output_errors: Sequence[float]
+        self,
+        layer: str,
+        factors: LowRankSparse | LowRankCodes,
+        errors: Sequence[float],
+        output_errors: Sequence[float],
+        log_step: float | None = None,
     ) -> Decomposition:
         W = as_matrix(self._stored(layer), self.plans[layer].layer, self.job.device)
         weight, residual = squared_norm(W), squared_norm(W - factors.dense())
@@ -331,6 +381,7 @@ class Block:
             residual,
             tuple(output_errors),
             self._unseen_error(layer, factors),
+            log_step,
         )
 
     def _unseen_error(self, layer: str, factors: LowRankSparse | LowRankCodes) -> float | None:

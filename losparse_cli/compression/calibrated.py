@@ -96,7 +96,7 @@ class CalibratedRun:
                 self._restore(layer)
                 continue
             if self.job.start is not None:
-                layer.start_from(self.job.start, Batches(), self.told.layer)
+                layer.start_from(self.job.start, Batches(), Batches(), self.told.layer)
             else:
                 layer.solve(Batches(), Batches(), self.told.layer)
             self._write(layer, {}, time.monotonic() - begun)
@@ -132,11 +132,11 @@ class CalibratedRun:
         run_calls(block.module, dense, self._activations)
         if self._done < block.numbers.stop:
             solved_with = len(calls) - self._held_out
-            unseen = Batches(calls[solved_with:], self._first[1])
+            seen, unseen = Batches(calls[:solved_with], self._first[0]), Batches(calls[solved_with:], self._first[1])
             if self.job.start is not None:
-                block.start_from(self.job.start, unseen, self.told.layer)
+                block.start_from(self.job.start, seen, unseen, self.told.layer)
             else:
-                block.solve(Batches(calls[:solved_with], self._first[0]), unseen, self.told.layer)
+                block.solve(seen, unseen, self.told.layer)
             summary = {}
             if self.job.refinement is not None:
                 summary = block.match(calls, [hidden_states(call.output) for call in dense], self._held_out)

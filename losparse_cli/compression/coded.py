@@ -15,8 +15,18 @@ from ..budget.recipe import MOST_CODE_BITS
 from ..checkpoint.report import LayerReport
 from ..errors import CheckpointError
 from ..linalg.error import output_squared, relative_error, squared_norm
-from ..linalg.factors import Decomposition, LowRankCodes
-from ..linalg.integers import code, column_metric, finest_factor, fit_rows, rounded, row_steps, short, steps_of_width
+from ..linalg.factors import Decomposition, LowRankCodes, LowRankSparse
+from ..linalg.integers import (
+    code,
+    column_metric,
+    finest_factor,
+    fit_rows,
+    rounded,
+    row_steps,
+    short,
+    steps_of_width,
+    unrounded,
+)
 from ..linalg.patterns import parse_pattern, select
 from ..linalg.rates import Curve, curve, step_within
 from ..linalg.svd import balanced_factors, output_factors, seed_of, truncated_svd
@@ -112,6 +122,14 @@ class Coder:
         found = self._of_width | (self._at({k: log_steps[k] for k in free}) if free else {})
         return [found[k] for k in range(len(self.plans))]
 
+    def latents(self, found: Sequence[LowRankSparse | LowRankCodes]) -> list[Tensor]:
+        """Of each layer as it was coded, what its codes were rounded from, (m, n) in their steps."""
+        return [
+            unrounded(self._rest[k], one.codes.float(), one.rows.float(), self._metric, one.columns)
+            for k, one in enumerate(found)
+            if isinstance(one, LowRankCodes)
+        ]
+
     def _in_widths(self) -> dict[int, Decomposition]:
         """Layers of a fixed width, each row, or run of its columns, at the step that suits it best.
 
@@ -179,6 +197,16 @@ class Coder:
         if self._H is not None:
             output = (relative_error(output_squared(E, self._H), output_squared(W, self._H)),)
         return Decomposition(made, (relative_error(residual, weight),), weight, residual, output, log_step=log_step)
+
+
+def latents_of(W: Tensor, factors: LowRankCodes, H: Tensor) -> Tensor:
+    """What the codes of a layer that is there already would have been rounded from, as of `Coder.latents`."""
+    try:
+        metric = column_metric(H, torch.ones(1)) if bool(H.any()) else None
+    except ValueError:  # its inputs are all too alike
+        metric = None
+    rest = W - factors.U.float() @ factors.V.float()
+    return unrounded(rest, factors.codes.float(), factors.rows.float(), metric, factors.columns)
 
 
 def support_of(X: Tensor, plan: LayerPlan) -> Tensor:

@@ -1,7 +1,8 @@
 """Block matching: U, V, the entries of S and the norms of one block, trained to reproduce the dense block's output.
 
 The step that 3BASiL (arXiv 2603.01376) calls transformer matching and that block-wise reconstruction has been called
-since BRECQ (2102.05426), with the supports of S held fixed.
+since BRECQ (2102.05426): with the supports of S held fixed where it is floats, and its codes free to move where it is
+whole numbers.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..linalg.factors import LowRankSparse
+from ..linalg.factors import LowRankCodes, LowRankSparse
 from ..models.blocks import Call, hidden_states, run_block
+from .moving_codes import MovingCodes, Rounding
 from .request import Refinement
 
 
@@ -28,7 +30,7 @@ class Matched:
     held_out_before, held_out_after: the same over those held out, None without any.
     """
 
-    factors: dict[str, LowRankSparse]
+    factors: dict[str, LowRankSparse | LowRankCodes]
     loss_before: float
     loss_after: float
     held_out_before: float | None = None
@@ -43,6 +45,7 @@ class _LowRankPlusSparse(nn.Module):
 
     def __init__(self, factors: LowRankSparse, transposed: bool) -> None:
         super().__init__()
+        self.started = factors
         self.U = nn.Parameter(factors.U.float().clone())
         self.V = nn.Parameter(factors.V.float().clone())
         self.S = nn.Parameter(factors.sparse())
@@ -56,45 +59,62 @@ class _LowRankPlusSparse(nn.Module):
             W = torch.addmm(W, self.U, self.V)
         return W.T if self.transposed else W
 
-    def factors(self, dtype: torch.dtype, support: Tensor) -> LowRankSparse:
+    @property
+    def trained(self) -> list[tuple[nn.Parameter, float]]:
+        """Parameters, and of what share of the learning rate each is."""
+        return [(self.U, 1.0), (self.V, 1.0), (self.S, 1.0)]
+
+    def factors(self) -> LowRankSparse:
+        """As they are stored."""
+        dtype, support = self.started.values.dtype, self.started.support
         U, V, S = (x.detach() for x in (self.U, self.V, self.S))
         return LowRankSparse(U.to(dtype), V.to(dtype), S[support].to(dtype), support)
+
+    @torch.no_grad()
+    def settle(self, factors: LowRankSparse) -> None:
+        """Compute with these from here on."""
+        self.U.copy_(factors.U)
+        self.V.copy_(factors.V)
+        self.S.copy_(factors.sparse())
 
 
 def match_block(
     block: nn.Module,
     calls: Sequence[Call],
     targets: Sequence[Tensor],
-    layers: Mapping[str, LowRankSparse],
+    layers: Mapping[str, LowRankSparse | LowRankCodes],
     norms: Mapping[str, torch.dtype],
     refinement: Refinement,
     *,
     transposed: Mapping[str, bool],
+    roundings: Mapping[str, Rounding] | None = None,
     held_out: int = 0,
     seed: int = 0,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Matched:
     """Train `block` on the inputs in `calls` towards `targets`, what the dense block gives for them.
 
-    held_out: of the calls, how many at the end are not trained on, only measured, and decide nothing. layers: name
-    inside the block -> factors to start from; their supports stay. norms: one-dimensional parameters that are trained
-    along, with the dtype in which they are stored; they are left changed in `block`. The layers' weights are left as
-    they were. If the result is no better than the start, the start is returned, and the norms put back.
+    held_out: of the calls, how many at the end are not trained on, only measured. layers: name inside the block ->
+    factors to start from; supports of floats stay. roundings: of the layers whose codes move. norms: one-dimensional
+    parameters that are trained along, with the dtype in which they are stored; they are left changed in `block`. The
+    layers' weights are left as they were. If the result is no better than the start, on the calls that are held out
+    where there are any, the start is returned, and the norms put back.
     """
     started = {name: block.get_parameter(name).detach().clone() for name in norms}
-    forms = {}
+    forms: dict[str, _LowRankPlusSparse | MovingCodes] = {}
     for name, factors in layers.items():
-        forms[name] = _LowRankPlusSparse(factors, transposed[name])
+        if isinstance(factors, LowRankSparse):
+            forms[name] = _LowRankPlusSparse(factors, transposed[name])
+        else:
+            forms[name] = MovingCodes(factors, (roundings or {})[name], transposed[name])
         linear = block.get_submodule(name)
         linear.weight.requires_grad_(False)
         parametrize.register_parametrization(linear, "weight", forms[name], unsafe=True)
-    trained: list[nn.Parameter] = []
-    for form in forms.values():
-        trained += [form.U, form.V, form.S]
+    trained = [one for form in forms.values() for one in form.trained]
     for name in norms:
         parameter = block.get_parameter(name)
         parameter.requires_grad_()
-        trained.append(parameter)
+        trained.append((parameter, 1.0))
     pairs = list(zip(calls, targets, strict=True))
     pairs, unseen = pairs[: len(pairs) - held_out], pairs[len(pairs) - held_out :]
     scale = _scale(pairs)
@@ -110,19 +130,19 @@ def match_block(
     before, unseen_before = measure(pairs, scale), measure_unseen()
     try:
         _train(block, pairs, trained, refinement, seed, scale / len(pairs), on_step)
-        found = {}
+        found = {name: form.factors() for name, form in forms.items()}
         with torch.no_grad():
             for name, form in forms.items():
-                found[name] = form.factors(layers[name].values.dtype, layers[name].support)
-                form.U.copy_(found[name].U)
-                form.V.copy_(found[name].V)
-                form.S.copy_(found[name].sparse())
+                form.settle(found[name])  # type: ignore[arg-type]
             for name, dtype in norms.items():
                 parameter = block.get_parameter(name)
                 parameter.copy_(parameter.to(dtype))
         after, unseen_after = measure(pairs, scale), measure_unseen()
-        if not after < before:
-            found, after, unseen_after = dict(layers), before, unseen_before
+        better = after < before
+        if unseen_after is not None and unseen_before is not None:
+            better = unseen_after < unseen_before
+        if not better:
+            found, after, unseen_after = {n: form.started for n, form in forms.items()}, before, unseen_before
             with torch.no_grad():
                 for name, value in started.items():
                     block.get_parameter(name).copy_(value)
@@ -137,13 +157,16 @@ def match_block(
 def _train(
     block: nn.Module,
     pairs: Sequence[tuple[Call, Tensor]],
-    trained: Sequence[nn.Parameter],
+    trained: Sequence[tuple[nn.Parameter, float]],
     refinement: Refinement,
     seed: int,
     scale: float,
     on_step: Callable[[int, float], None] | None,
 ) -> None:
-    optimizer = torch.optim.Adam(trained, lr=refinement.lr, betas=(0.9, 0.95), fused=True)
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter, share in trained:
+        groups.setdefault(share, []).append(parameter)
+    optimizer = torch.optim.Adam([{"params": one} for one in groups.values()], betas=(0.9, 0.95), fused=True)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     for step in range(refinement.steps):
@@ -152,8 +175,8 @@ def _train(
         call, target = pairs[order.pop()]
         warm = min(1.0, (step + 1) / max(1, refinement.steps // 20))
         rate = refinement.lr * warm * 0.5 * (1 + math.cos(math.pi * step / refinement.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        for share, group in zip(groups, optimizer.param_groups, strict=True):
+            group["lr"] = rate * share
         optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
             loss = _loss(block, call, target) / (scale or 1.0)

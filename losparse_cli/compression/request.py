@@ -87,6 +87,17 @@ class ModelRefinement:
 
 
 @dataclass(frozen=True)
+class BothRefinements:
+    """Every block matched as it is compressed, and then the whole model trained."""
+
+    blocks: Refinement = field(default_factory=Refinement)
+    model: ModelRefinement = field(default_factory=ModelRefinement)
+
+
+AnyRefinement = Refinement | ModelRefinement | BothRefinements
+
+
+@dataclass(frozen=True)
 class Request:
     """recipe: for the layers, not settled yet. calibration: None without text. refinement: None to train nothing.
     device: auto, cpu, cuda or cuda:N. memory_limit: such as 8GB, None for three quarters of what is free.
@@ -95,7 +106,7 @@ class Request:
 
     recipe: Recipe = field(default_factory=Recipe)
     calibration: Calibration | None = None
-    refinement: Refinement | ModelRefinement | None = None
+    refinement: AnyRefinement | None = None
     device: str = "auto"
     memory_limit: str | None = None
     max_shard_size: str = "5GB"
@@ -106,11 +117,15 @@ class Request:
     @property
     def blocks(self) -> Refinement | None:
         """How blocks are to be matched, None if they are not."""
+        if isinstance(self.refinement, BothRefinements):
+            return self.refinement.blocks
         return self.refinement if isinstance(self.refinement, Refinement) else None
 
     @property
     def towards(self) -> ModelRefinement | None:
         """How the whole model is to be trained when its layers are compressed, None if it is not."""
+        if isinstance(self.refinement, BothRefinements):
+            return self.refinement.model
         return self.refinement if isinstance(self.refinement, ModelRefinement) else None
 
     def errors(self) -> AbstractContextManager[None]:
@@ -123,10 +138,10 @@ class Request:
         UsageError if something asked for needs text and there is none, leaves nothing to decide, or contradicts what S
         is to hold.
         """
-        recipe = self.recipe.settled(calibrated=self.calibration is not None, refined=self.blocks is not None)
+        recipe = self.recipe.settled(calibrated=self.calibration is not None)
         if self.towards is not None and (self.calibration is None or self.calibration.source == SELF):
             raise UsageError(
-                "--refine model trains on text that people wrote: add --calibration with a file or a dataset."
+                "Training a whole model takes text that people wrote: add --calibration with a file or a dataset."
             )
         needs_text = {
             "--refine blocks": self.blocks is not None,
@@ -144,11 +159,6 @@ class Request:
                 "--part divides what is compressed without text: leave out --calibration, or start the whole run with "
                 "torchrun, whose processes share the text."
             )
-        if self.blocks is not None and recipe.coded:
-            raise UsageError(
-                "--refine blocks matches floats, and S is to be whole numbers: take --refine model, or add "
-                "--values float."
-            )
         sized = recipe.keep is not None or recipe.keep_parameters is not None
         if recipe.allocate == "error" and (not sized or ":" in recipe.pattern or recipe.rank is not None):
             raise UsageError(
@@ -162,7 +172,7 @@ def make_request(
     given: Mapping[str, Any] | None = None,
     *,
     calibration: Calibration | Mapping[str, Any] | str | Path | None = None,
-    refinement: Refinement | ModelRefinement | Mapping[str, Any] | str | None = None,
+    refinement: AnyRefinement | Mapping[str, Any] | str | None = None,
     device: str | None = None,
     memory_limit: str | None = None,
     max_shard_size: str | None = None,
@@ -171,8 +181,8 @@ def make_request(
     """The request of a recipe (a Recipe, a mapping, or the path of a YAML file) under what was given beside it.
 
     given: fields of Recipe; those that are None were not given, and so are the other settings that are None.
-    calibration: or only its source. refinement: or `blocks`, `model` or `off`. A mapping holds their fields, and
-    completes what the recipe says. part: such as 2/3. UsageError on contradictions, and for what is none of these.
+    calibration: or only its source. refinement: or `blocks`, `model`, `both` or `off`. A mapping holds their fields,
+    and completes what the recipe says. part: such as 2/3. UsageError on contradictions, and for what is none of these.
     """
     wanted = asked(given or {})
     file = RecipeFile()
@@ -202,7 +212,7 @@ def make_request(
             asks = {"mode": _mode_of(asks), **asks}
         if isinstance(how, Mapping) and "mode" not in how and not asks:
             how = {"mode": _mode_of(how), **how}
-        match = _refinement(_merged(asks, how, "mode", Refinement, ModelRefinement))
+        match = _refinement(_merged(asks, how, "mode", Refinement, ModelRefinement, BothRefinements))
     request = Request(
         layers,
         text,
@@ -272,21 +282,27 @@ def _mode_of(settings: Mapping[str, Any]) -> str:
     return "blocks" if settings.keys() <= {one.name for one in fields(Refinement)} else "model"
 
 
-def _refinement(found: Any) -> Refinement | ModelRefinement | None:
-    if isinstance(found, Refinement | ModelRefinement) or not found:
+def _refinement(found: Any) -> AnyRefinement | None:
+    if isinstance(found, AnyRefinement) or not found:
         return found or None
     mode = found.pop("mode", None)
-    kinds: dict[str | None, Any] = {None: None, "off": None, "blocks": Refinement, "model": ModelRefinement}
+    kinds: dict[str | None, tuple[Any, ...]] = {
+        None: (), "off": (), "blocks": (Refinement,), "model": (ModelRefinement,), "both": (Refinement, ModelRefinement)
+    }  # fmt: skip
     if not isinstance(mode, str | None) or mode not in kinds:
-        raise UsageError(f"--refine is blocks, model or off, not {mode!r}.")
-    kind = kinds[mode]
-    if kind is None:
+        raise UsageError(f"--refine is blocks, model, both or off, not {mode!r}.")
+    if not kinds[mode]:
         if found:
             option = f"--refine-{next(iter(found))}"
-            raise UsageError(f"{option} says how to refine: add --refine blocks or model, or leave it out.")
+            raise UsageError(f"{option} says how to refine: add --refine blocks, model or both, or leave it out.")
         return None
-    strange = found.keys() - {one.name for one in fields(kind)}
+    of = {kind: {one.name for one in fields(kind)} for kind in kinds[mode]}
+    strange = found.keys() - set().union(*of.values())
     if strange:
         raise UsageError(f"--refine-{min(strange)} is not of --refine {mode}. Leave it out.")
-    made: Refinement | ModelRefinement = kind(**found)
+    if mode == "both":  # steps are those of a block: the whole model has its minutes
+        steps = {name: found[name] for name in found.keys() & of[Refinement]}
+        whole = {name: found[name] for name in found.keys() & of[ModelRefinement] - {"steps"}}
+        return BothRefinements(Refinement(**steps), ModelRefinement(**whole))
+    made: Refinement | ModelRefinement = kinds[mode][0](**found)
     return made

@@ -61,10 +61,12 @@ class Steps:
         self._foreseen = foreseen
         self._waiting: dict[str, dict[str, LayerPlan]] = {}  # pool -> layer -> its plan
         self._left: dict[str, int] = {}  # bytes
+        self._spent: dict[str, int] = {}  # bytes of each layer that was coded
         for name, plan in self._plans.items():
             self._waiting.setdefault(plan.pool, {})[name] = plan
             self._left[plan.pool] = self._left.get(plan.pool, 0) + plan.expected_bytes
-        self._missed = dict.fromkeys(self._left, (0.0, 0))  # bits beyond what was foreseen, and of how many codes
+        # pool -> layer -> bits beyond what was foreseen of it, and of how many codes
+        self._missed: dict[str, dict[str, tuple[float, int]]] = {pool: {} for pool in self._left}
 
     def g(self, name: str) -> Tensor | None:
         """Fisher information of the layer's outputs, None where it is not known."""
@@ -78,7 +80,8 @@ class Steps:
         pool = self._plans[name].pool
         waiting = self._waiting[pool]
         beside = sum(code_overhead(p.layer, p.rank) for p in waiting.values())
-        missed, codes = self._missed[pool]
+        done = self._missed[pool].values()
+        missed, codes = math.fsum(bits for bits, _ in done), sum(codes for _, codes in done)
         curves = [(self._foreseen[other].curve, p.layer.weights) for other, p in waiting.items()]
         return step_within(curves, 8 * (self._left[pool] - beside), missed / codes if codes else 0.0)
 
@@ -113,17 +116,17 @@ class Steps:
         return pots
 
     def spend(self, report: LayerReport) -> None:
-        """The layer was coded at its step, in its bytes."""
+        """The layer was coded at its step, in its bytes; or in others than was said of it before."""
         name, nbytes, log_step = report.name, report.bytes_after, report.log_step
         if name not in self._plans or log_step is None:
             return
         plan = self._plans[name]
-        del self._waiting[plan.pool][name]
-        self._left[plan.pool] -= nbytes
-        codes = plan.layer.weights
+        pool, codes = plan.pool, plan.layer.weights
         expected = self._foreseen[name].curve.at(log_step) * codes + 8 * code_overhead(plan.layer, plan.rank)
-        missed, before = self._missed[plan.pool]
-        self._missed[plan.pool] = missed + 8 * nbytes - expected, before + codes
+        self._waiting[pool].pop(name, None)
+        self._left[pool] += self._spent.get(name, 0) - nbytes
+        self._spent[name] = nbytes
+        self._missed[pool][name] = 8 * nbytes - expected, codes
 
 
 def foreseen_steps(job: Job, plan: Plan, windows: Windows, team: Team, told: Progress, fixed_bytes: int) -> Steps:

@@ -136,6 +136,31 @@ def rounded(W: Tensor, a: Tensor, weight: float = CODE_WEIGHT, width: int = 0, r
     return (q.clamp_(*limits(width)) if width else q).int()
 
 
+def unrounded(W: Tensor, q: Tensor, a: Tensor, metric: Metric | None, columns: Tensor) -> Tensor:
+    """What `code` rounded to q (m, n), in steps a_i c_j: the entries of W with what columns before handed on to them.
+
+    a: (m,), row factors. columns: c, (n,). metric: None where each entry was rounded by itself.
+    """
+    steps = a[:, None] * columns
+    E = torch.addcmul(W, q.to(W.dtype), steps, value=-1)
+    if metric is not None:
+        # `code` takes error_j = (left_j - step q_j) / R_jj and hands error_j R_jk on to later k: so error R = E.
+        order, R = metric.order, metric.R
+        errors = torch.linalg.solve_triangular(R, E[:, order].contiguous(), upper=True, left=False)
+        E[:, order] = errors.mul_(R.diagonal())
+    return E.div_(steps).add_(q)
+
+
+def thresholds(q: Tensor, weight: float = CODE_WEIGHT) -> Tensor:
+    """How far above a half the threshold between two codes of each row of q (m, n) lies, for each 2 |q| + 1: (m, 1)."""
+    return _slope(q.float().square().mean(1, keepdim=True), weight)
+
+
+def shorter(u: Tensor, above: Tensor) -> Tensor:
+    """u (m, n) as whole numbers, the shorter of two by the `thresholds` that are given."""
+    return _rounded(u, above)
+
+
 def limits(width: int) -> tuple[int, int]:
     """The least and the largest whole number of so many bits, as a two's complement."""
     return -(1 << width - 1), (1 << width - 1) - 1

@@ -450,13 +450,6 @@ def test_requests_that_cannot_be_met(asks: dict[str, Any], says: str, toy: Any, 
     assert not list(tmp_path.iterdir())
 
 
-def test_matching_blocks_takes_floats(toy: Any, asked: Calibration, tmp_path: Path) -> None:
-    source = toy("llama", tokenizer=True)
-    assert not compress(source, tmp_path / "out", calibration=asked, refinement={"steps": 2}).report.coded
-    with pytest.raises(UsageError, match="--refine blocks matches floats"):
-        compress(source, tmp_path / "other", bits=4, calibration=asked, refinement="blocks")
-
-
 @pytest.mark.parametrize("suffix", ["S_codes", "weight", "S_scale"])
 def test_damage_is_found(suffix: str, coded: Path, tmp_path: Path) -> None:
     for file in coded.iterdir():

@@ -156,8 +156,8 @@ def compress(
     refine: Annotated[
         str | None,
         typer.Option(
-            help="model: train factors and norms to predict what the dense model does; blocks: U, V and floats in S to "
-            "match each dense block; off.",
+            help="blocks: train each block, codes included, to match the dense one; model: train factors and norms "
+            "to predict what the dense model does; both; off.",
             rich_help_panel=o.TEXT,
             show_default="off",
         ),

@@ -28,7 +28,7 @@ def refine(
     objective: Annotated[
         str | None,
         typer.Option(
-            help="blocks: match each block, where S is floats; model: match what the whole model predicts.",
+            help="blocks: match each block, codes included; model: match what the whole model predicts.",
             show_default="model for whole numbers, else blocks",
         ),
     ] = None,

@@ -1,0 +1,236 @@
+"""Whole numbers that move while their block is matched: nearer to the dense block, in no byte more."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toys import digests, tensor_bytes
+
+from losparse_cli.checkpoint.report import Report
+from losparse_cli.compress import compress
+from losparse_cli.compression.matching import match_block
+from losparse_cli.compression.moving_codes import MovingCodes, Rounding
+from losparse_cli.compression.request import Refinement
+from losparse_cli.errors import UsageError
+from losparse_cli.linalg.factors import LowRankCodes
+from losparse_cli.linalg.integers import code, column_metric, limits, rounded, unrounded
+from losparse_cli.refine import refine
+from losparse_cli.shim.layouts import COLUMN_FACTORS
+from losparse_cli.text.windows import Calibration
+from losparse_cli.verify import verify
+from tests.compression.test_matching import Scene, state
+
+
+@pytest.mark.parametrize("fed", [True, False], ids=["feedback", "alone"])
+def test_what_codes_were_rounded_from_is_half_a_step_away_at_most(fed: bool) -> None:
+    chance = torch.Generator().manual_seed(0)
+    W = torch.randn(24, 150, generator=chance)
+    X = torch.randn(900, 150, generator=chance) @ torch.randn(150, 150, generator=chance)
+    metric = column_metric(X.T @ X / 900, COLUMN_FACTORS) if fed else None
+    columns = torch.ones(150) if metric is None else metric.columns
+    a = 0.2 + torch.rand(24, generator=chance)
+    q = rounded(W, a, 0.0) if metric is None else code(W, metric, a, weight=0.0)
+    u = unrounded(W, q.float(), a, metric, columns)
+    assert float((u - q).abs().max()) < 0.5 + 1e-3
+    assert float((u - q).abs().mean()) == pytest.approx(0.25, abs=0.02)  # anywhere between two codes
+    direct = W / a[:, None] / columns
+    assert torch.equal(u.round(), direct.round()) is not fed  # errors that were handed on are part of it
+
+
+def coded_scene(name: str, step: float = 0.1, **changes: Any) -> tuple[Scene, dict[str, Rounding]]:
+    """A block whose layers are rounded coarsely; each may take the bits that its codes take, by their size."""
+    scene = Scene(name)
+    made = {}
+    for layer in scene.layers:
+        weight = scene.block.get_parameter(f"{layer}.weight")
+        W = (weight.T if scene.transposed[layer] else weight).detach().contiguous()
+        a = W.abs().amax(1) * step
+        q = rounded(W, a, 0.0)
+        empty = LowRankCodes(W.new_zeros(len(W), 0), W.new_zeros(0, W.shape[1]), a, torch.ones(W.shape[1]), q)
+        scene.layers[layer] = empty  # type: ignore[assignment]
+        most = int(q.abs().sum())
+        made[layer] = Rounding(
+            W / a[:, None], changes.get("width", 0), changes.get("sparse", False),
+            changes.get("fits", lambda one, most=most: int(one.codes.abs().sum()) <= most),
+        )  # fmt: skip
+    return scene, made
+
+
+def match(scene: Scene, made: dict[str, Rounding], **options: Any) -> Any:
+    how = Refinement(steps=30, lr=2e-3)
+    return match_block(
+        scene.block, scene.calls, scene.targets, scene.layers, scene.norms, how, transposed=scene.transposed,
+        roundings=made, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_loss_falls_and_nothing_grows(name: str) -> None:
+    scene, made = coded_scene(name)
+    before, start = state(scene.block), deepcopy(scene.layers)
+    found = match(scene, made, held_out=1)
+    assert found.loss_after < 0.9 * found.loss_before
+    assert found.held_out_after < found.held_out_before
+    moved = 0
+    for layer, factors in found.factors.items():
+        assert isinstance(factors, LowRankCodes)
+        was: Any = start[layer]
+        assert torch.equal(scene.layers[layer].codes, was.codes)  # type: ignore[attr-defined]  # left alone
+        assert factors.codes.dtype == was.codes.dtype
+        assert int(factors.codes.abs().sum()) <= int(was.codes.abs().sum())
+        moved += int((factors.codes != was.codes).sum())
+    assert moved > 0
+    after = state(scene.block)
+    assert {n for n in after if not torch.equal(after[n], before[n])} <= set(scene.norms)
+
+
+def test_what_does_not_fit_keeps_the_codes_it_had() -> None:
+    scene, made = coded_scene("llama", fits=lambda one: False)
+    found = match(scene, made)
+    for layer, factors in found.factors.items():
+        assert torch.equal(factors.codes, scene.layers[layer].codes)  # type: ignore[union-attr,attr-defined]
+    assert found.loss_after < found.loss_before  # factors of rows, and norms
+
+
+def test_zeros_of_a_pattern_stay() -> None:
+    scene, made = coded_scene("llama", step=0.4, sparse=True)
+    found = match(scene, made)
+    for layer, factors in found.factors.items():
+        zeros = scene.layers[layer].codes == 0  # type: ignore[attr-defined]
+        assert bool(zeros.any())
+        assert not bool(factors.codes[zeros].any())  # type: ignore[union-attr]
+
+
+def test_codes_of_a_width_stay_within_it_and_multiples_of_their_runs() -> None:
+    scene, made = coded_scene("llama", width=4, fits=lambda one: True)
+    for layer, factors in list(scene.layers.items()):
+        codes = factors.codes.clamp(*limits(4))  # type: ignore[attr-defined]
+        runs = torch.randint(1, 4, codes.shape, dtype=torch.int8) * (1 - 2 * torch.randint(0, 2, codes.shape).char())
+        scene.layers[layer] = replace(factors, codes=codes * runs, runs=runs)  # type: ignore[type-var,call-arg]
+        made[layer] = replace(made[layer], latent=made[layer].latent * runs)
+    found = match(scene, made)
+    moved = 0
+    for layer, factors in found.factors.items():
+        whole = factors.codes / factors.runs  # type: ignore[union-attr]
+        assert torch.equal(whole, whole.round())
+        assert limits(4)[0] <= float(whole.min()) <= float(whole.max()) <= limits(4)[1]
+        moved += int((factors.codes != scene.layers[layer].codes).sum())  # type: ignore[union-attr,attr-defined]
+    assert moved > 0
+
+
+def test_gradients_of_codes_are_those_of_what_they_round() -> None:
+    scene, made = coded_scene("llama")
+    layer = next(iter(scene.layers))
+    factors: Any = scene.layers[layer]
+    form = MovingCodes(factors, made[layer], transposed=False)
+    W = form(torch.empty(0))
+    assert torch.allclose(W, factors.dense())
+    slope = torch.randn(W.shape, generator=torch.Generator().manual_seed(1))
+    W.backward(slope)
+    assert torch.allclose(form.latent.grad, slope * factors.columns * factors.rows[:, None])  # type: ignore[arg-type]
+    assert torch.allclose(form.change.grad, (slope * W).sum(1), rtol=1e-4)  # type: ignore[arg-type]
+
+
+# --- a whole run -------------------------------------------------------------------------------------
+
+HOW = Refinement(steps=24, lr=2e-3)
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> Calibration:
+    text = " ".join(f"Sentence {k} of the text says that {k * k % 97} is not {k}." for k in range(800))
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    return Calibration(str(tmp_path / "text.txt"), tokens=8192, length=32, batch=8)
+
+
+def bits_of(report: Report) -> float:
+    return 8 * sum(layer.bytes_after for layer in report.layers) / sum(layer.parameters for layer in report.layers)
+
+
+def far(blocks: tuple[dict[str, Any], ...], when: str) -> float:
+    return sum(block[f"held_out_{when}"] for block in blocks)
+
+
+@pytest.mark.parametrize(
+    "size", [{"bits": 3.0}, {"bits": 3.0, "rank": 1}, {"grid": "int4"}, {"sparsity": 0.6, "value_bits": 4}], ids=str
+)
+def test_compressed_and_matched_nearer_in_the_bytes_asked_for(
+    size: dict[str, Any],
+    toy: Any,
+    asked: Calibration,
+    tmp_path: Path,
+) -> None:
+    dense = toy("llama", tokenizer=True, dtype=torch.bfloat16)
+    options: dict[str, Any] = {"recipe": size, "calibration": asked}
+    plain = compress(dense, tmp_path / "plain", **options)
+    made = compress(dense, tmp_path / "made", **options, refinement=HOW)
+    assert far(made.report.blocks, "after") < far(made.report.blocks, "before")
+    if "bits" in size:
+        assert bits_of(made.report) <= 3
+    else:
+        assert bits_of(made.report) <= bits_of(plain.report) * 1.01  # errors before change what a block is fed
+    assert verify(made.output).sound
+    if "sparsity" in size:
+        assert all(layer.density <= 0.4 for layer in made.report.layers if not layer.head)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_killed_between_blocks_it_ends_with_the_same_bytes(
+    blocks: int,
+    toy: Any,
+    asked: Calibration,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dense = toy("llama", tokenizer=True, num_hidden_layers=3)
+    options: dict[str, Any] = {"bits": 3.0, "calibration": asked, "refinement": HOW}
+    whole = compress(dense, tmp_path / "whole" / "out", **options).output
+    done = 0
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        if done == blocks:
+            raise KeyboardInterrupt
+        done += 1
+        return match_block(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("losparse_cli.compression.block.match_block", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compress(dense, tmp_path / "killed" / "out", **options)
+    again = compress(dense, tmp_path / "killed" / "out", **options)
+    assert again.resumed
+    assert digests(again.output) == digests(whole)
+
+
+def test_a_checkpoint_of_whole_numbers_is_matched_later(toy: Any, asked: Calibration, tmp_path: Path) -> None:
+    dense = toy("llama", tokenizer=True)
+    small = compress(dense, tmp_path / "small", bits=3.0, calibration=asked)
+    made = refine(small.output, tmp_path / "made", calibration=asked, against=dense, refinement=HOW)
+    assert far(made.report.blocks, "after") < far(made.report.blocks, "before")  # type: ignore[union-attr]
+    assert bits_of(made.report) <= bits_of(small.report)
+    assert verify(made.output).sound
+    changed = {
+        name for name, tensor in tensor_bytes(made.output).items() if tensor != tensor_bytes(small.output).get(name)
+    }
+    assert any(name.endswith("S_codes") for name in changed)
+    assert not any("embed_tokens" in name or "lm_head" in name for name in changed)
+
+
+def test_both_one_after_the_other(toy: Any, asked: Calibration, tmp_path: Path) -> None:
+    dense = toy("llama", tokenizer=True)
+    both = {"mode": "both", "steps": 24, "lr": 2e-3, "minutes": 0.02}
+    how = {"mode": "model", "minutes": 0.02}
+    plain = compress(dense, tmp_path / "plain", bits=3.0, calibration=asked, refinement=how)
+    made = compress(dense, tmp_path / "out", bits=3.0, calibration=asked, refinement=both)
+    begun = [one.report.refinement["divergence_before"] for one in (plain, made)]
+    assert begun[1] < begun[0]  # blocks were matched before
+    assert made.report.refinement["divergence_after"] <= made.report.refinement["divergence_before"]
+    assert bits_of(made.report) <= 3
+    with pytest.raises(UsageError, match="one thing at a time"):
+        refine(made.output, tmp_path / "more", calibration=asked, against=dense, refinement={"mode": "both"})
