@@ -98,6 +98,15 @@ class QwenProcessor:
         return made | {"mm_token_type_ids": (made["input_ids"] == IMAGE).int()}
 
 
+def clip() -> tuple[Any, Any]:
+    """Compares images with texts, which have no place for them."""
+    text = {name: value for name, value in _TEXT.items() if name not in ("head_dim", "num_key_value_heads")}
+    sizes = {"height": 16, "width": 16}
+    images = t.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=sizes)
+    config = t.CLIPConfig(text_config=text, vision_config=_TOWER, projection_dim=32)
+    return t.CLIPModel(config), t.CLIPProcessor(images, tokenizer())
+
+
 def vit() -> tuple[Any, Any]:
     """Reads images alone, and sorts them into three classes."""
     sizes = {"height": 16, "width": 16}

@@ -156,6 +156,17 @@ def test_a_model_of_images_alone(dense: Path, tmp_path: Path) -> None:
         losparse_cli.compress(dense, tmp_path / "other", calibration=__file__)
 
 
+@pytest.mark.parametrize("dense", ["clip"], indirect=True)
+def test_a_model_that_compares_images_with_text(dense: Path, tmp_path: Path) -> None:
+    rows = sighted.rows(tmp_path / "rows", 6)
+    result = losparse_cli.compress(dense, tmp_path / "small", CODES, calibration=str(rows))
+    assert {layer.name.partition(".")[0] for layer in result.report.layers} == {"text_model", "vision_model"}
+    assert all(layer.held_out_error and layer.log_step is not None for layer in result.report.layers)
+    rows = sighted.rows(tmp_path / "mixed", 6, alone=(1,))
+    with pytest.raises(UsageError, match=r"CLIPModel cannot be run on text alone \(.*Give every row an image."):
+        losparse_cli.compress(dense, tmp_path / "other", CODES, calibration=str(rows))
+
+
 @pytest.mark.parametrize("dense", ["llava"], indirect=True)
 def test_sizes_by_error_and_a_process_that_only_plans(dense: Path, tmp_path: Path) -> None:
     rows = sighted.rows(tmp_path / "rows", alone=(1, 3))

@@ -21,7 +21,7 @@ from ..models.blocks import bias_heads, block_of, hidden_size, holding
 from ..models.device import available, find_device
 from ..models.head import require_head
 from ..models.names import NameMap
-from ..models.route import Route, find_route
+from ..models.route import Route, assumed_route, find_route
 from ..models.skeleton import Skeleton, build_skeleton
 from ..text.inputs import read_inputs
 from ..text.windows import Calibration, Sample, read_windows, settle
@@ -183,8 +183,11 @@ def prepare(
         if source.files:
             read = read_windows if calibration.image_field is None else read_inputs
             windows = read(calibration, skeleton.model, source.folder, recipe.seed, trust_remote_code=trust_remote_code)
-        kinds = [] if windows is None else windows.kinds()
-        route = find_route(skeleton.model, [p.layer.name for p in plan.layers if not p.layer.rows], kinds)
+        chosen = [p.layer.name for p in plan.layers if not p.layer.rows]
+        if windows is None and calibration.image_field is not None:  # a plan from headers, without a processor
+            route = assumed_route(skeleton.model, chosen)
+        else:
+            route = find_route(skeleton.model, chosen, [] if windows is None else windows.kinds())
         entries, blocks, unreached = _by_block(source, skeleton, route)
     job = Job(
         source,

@@ -54,7 +54,9 @@ def find_route(model: Any, layers: Collection[str], kinds: Sequence[Mapping[str,
     name = type(model).__name__
     if not asked:
         return Route(("",), why=f"{name} has no repeated blocks around its layers")
-    seen, *others = [_watch(model, blocks, kind) for kind in kinds or [text_of_nothing(model)]]
+    first, *rest = kinds or [text_of_nothing(model)]
+    seen = _watch(model, blocks, first, REMEDY)
+    others = [_watch(model, blocks, kind, "Give every row an image.") for kind in rest]
     if seen.changed:
         return Route(("",), why=f"{name} changes weights of its blocks itself, all at once")
     if not seen.whole and seen.called == list(blocks[: len(seen.called)]):
@@ -73,6 +75,11 @@ def find_route(model: Any, layers: Collection[str], kinds: Sequence[Mapping[str,
     if any([b for b in other.called if b in route] != [b for b in route if b in other.touched] for other in others):
         return Route(("",), why=f"{name} takes its blocks in another order where a row has no image")
     return Route(route, unreached, blind=blind, optional=optional)
+
+
+def assumed_route(model: Any, layers: Collection[str]) -> Route:
+    """The route where there is nothing yet to run the model on: through all blocks, in the order of the modules."""
+    return Route(find_blocks(model, layers) or ("",))
 
 
 @dataclass
@@ -94,13 +101,13 @@ def text_of_nothing(model: Any) -> dict[str, torch.Tensor]:
     return {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
 
 
-def _watch(model: Any, blocks: Collection[str], batch: Mapping[str, torch.Tensor]) -> _Seen:
+def _watch(model: Any, blocks: Collection[str], batch: Mapping[str, torch.Tensor], remedy: str) -> _Seen:
     """What a pass over the batch does, without weights; with zeros for weights where it asks for values."""
     with _plain_experts(model), _no_cache(model):
         try:
             return _pass(model, blocks, batch, "meta")
         except Exception:  # whatever looks at values, of which there are none
-            with _zeros(model), cannot_be_run(type(model).__name__, REMEDY, [batch]):
+            with _zeros(model), cannot_be_run(type(model).__name__, remedy, [batch]):
                 return _pass(model, blocks, batch, "cpu")
 
 
