@@ -23,7 +23,7 @@ from .checkpoint.source import Checkpoint, open_checkpoint
 from .errors import UsageError, is_whole
 from .load import dtype_named, load
 from .models.device import find_device, memory_errors, threads_of_torch
-from .models.reading import TEXT_MODELS, require_text, text_alone
+from .models.reading import TEXT_MODELS, cannot_be_run, require_text
 from .parallel.group import require_alone
 from .progress import Progress, listener
 from .text.tokenizer import length_limit, positions
@@ -121,7 +121,7 @@ def bench(
             hear(f"{speed.shape[0]} x {speed.shape[1]}, {speed.rows} row{'s' * (speed.rows > 1)} of x")
         names = [checkpoint.name for checkpoint in checkpoints]
         beside: ModelSpeed | None = None
-        with text_alone(checkpoints[0].address, TEXT_MODELS):
+        with cannot_be_run(checkpoints[0].address, TEXT_MODELS):
             if other is None:
                 run_in_turn(runners, rounds, lambda k: hear(names[k]))
             else:

@@ -23,7 +23,7 @@ from .evaluation.task import TaskEvaluation, evaluate_task
 from .evaluation.windows import Cut, Line, Window, cut, lines
 from .load import load
 from .models.device import find_device, release
-from .models.reading import TEXT_MODELS, require_text, text_alone
+from .models.reading import TEXT_MODELS, cannot_be_run, require_text
 from .parallel.group import Ranks, ranks
 from .parallel.shares import share
 from .progress import Progress, listener
@@ -225,7 +225,7 @@ class _Subject:
     dtype: str
 
     def predict(self, unit: Window | Line) -> Scores | Vector:
-        with text_alone(self.name, TEXT_MODELS):
+        with cannot_be_run(self.name, TEXT_MODELS):
             return score(self.model, unit) if isinstance(unit, Window) else embed(self.model, unit)
 
 

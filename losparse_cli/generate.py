@@ -18,7 +18,7 @@ from .generation.clock import Clock
 from .generation.loop import decode, why_not
 from .load import dtype_named, load
 from .models.device import find_device, memory_errors, threads_of_torch
-from .models.reading import require_text, text_alone
+from .models.reading import cannot_be_run, require_text
 from .text.tokenizer import length_limit
 
 LEAST_TEMPERATURE = 1e-3
@@ -121,7 +121,7 @@ def generate(
         # What settings leave as it is by default transformers would take from the model's own.
         own, model.generation_config = model.generation_config, settings
         try:
-            with text_alone(name, "Give a language model."), torch.inference_mode():
+            with cannot_be_run(name, "Give a language model."), torch.inference_mode():
                 ids = model.generate(**inputs, logits_processor=[clock], **options)
         except UsageError:
             if streamer.failure is not None:  # of whoever hears the text, not the model's

@@ -156,6 +156,8 @@ class _Gathering:
             with torch.no_grad():
                 for number, call in enumerate(calls):
                     try:
+                        if call.absent:
+                            continue
                         output = run_block(self._block, call)
                         if on_output is None:
                             self._stops = sorted(self._called) == sorted(self._modules)

@@ -3,7 +3,7 @@ one backward pass, of which only one block is in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,13 @@ class SensitivityRun:
 
     layers: block -> names inside it, in the order in which the model calls the blocks; the block "" is the whole model,
     all of which is in memory then. batches: keyword arguments of the model. load, drop: give a block its weights, which
-    need no gradients, and take them away; what lies in no block has its weights, the head too. activations: keeps what
-    flows from block to block, forwards and backwards. on_forward: hears the second moments of what a block's layers are
-    fed, as soon as it ran; layers go by their names inside it, as in on_backward. on_text: hears the loss of the text's
-    own next tokens, in nats, and how many they are, of a model that predicts such. say: hears what goes on. group:
-    ranks that have batches of their own. first: number of the first batch here among those of all ranks. owners: as of
-    `gather_fed`.
+    need no gradients, and take them away; what lies in no block has its weights, the head too. optional: see `Relay`.
+    said: of each batch, which tokens are text, whose labels alone are drawn, (batch, tokens); None for all.
+    activations: keeps what flows from block to block, forwards and backwards. on_forward: hears the second moments of
+    what a block's layers are fed, as soon as it ran; layers go by their names inside it, as in on_backward. on_text:
+    hears the loss of the text's own next tokens, in nats, and how many they are, of a model that predicts such. say:
+    hears what goes on. group: ranks that have batches of their own. first: number of the first batch here among those
+    of all ranks. owners: as of `gather_fed`.
     """
 
     model: Any
@@ -66,6 +67,8 @@ class SensitivityRun:
     on_text: Callable[[float, int], None] = lambda nats, tokens: None
     say: Callable[[str], None] = lambda text: None
     state: Path | None = None
+    optional: Collection[str] = ()
+    said: Sequence[Tensor | None] = ()
     group: Ranks = field(default_factory=Alone)
     first: int = 0
     owners: Callable[[Sequence[Fed]], Sequence[int]] = lambda found: [0] * len(found)
@@ -96,7 +99,7 @@ class SensitivityRun:
         """All blocks in turn, then each batch on its own to the loss, and back to what the last block returned; or, if
         an earlier pass came further, to where that stood."""
         head = output_embeddings(self.model)
-        with GradientRelay(self.model, list(self.layers), self.batches, head) as relay:
+        with GradientRelay(self.model, list(self.layers), self.batches, head, self.optional) as relay:
             for number, (name, calls) in enumerate(relay):
                 self.say(f"sensitivity: block {number + 1} of {len(self.layers)}, forwards")
                 self.load(name)
@@ -156,11 +159,11 @@ class SensitivityRun:
 
     def _loss(self, output: Any, number: int) -> Tensor:
         self._hear_text(logits_of(output).get("logits"), number)
-        return drawn_loss(output, self._masks(number), self._generator(number), several=self._several)
+        return drawn_loss(output, self._labelled(number), self._generator(number), several=self._several)
 
     def _hear_text(self, logits: Tensor | None, number: int, part: slice = slice(None)) -> None:
         """part: of the tokens, that the logits are of."""
-        ids, mask = (self.batches[number].get(name) for name in ("input_ids", "attention_mask"))
+        ids, mask = self.batches[number].get("input_ids"), self._text(number)
         if not self._predicts or logits is None or ids is None or logits.shape[:2] != ids[:, part].shape:
             return
         if part.stop is not None:
@@ -184,7 +187,7 @@ class SensitivityRun:
             return False
         leaf = states.detach().requires_grad_()
         chance = uniform(states.shape[:2], states.device, self._generator(number))
-        masks = {name: mask for name, mask in self._masks(number).items() if mask.shape == states.shape[:2]}
+        masks = {name: mask for name, mask in self._labelled(number).items() if mask.shape == states.shape[:2]}
         for begin in range(0, states.shape[1], size):
             part = slice(begin, begin + size)
             with torch.enable_grad():
@@ -272,6 +275,24 @@ class SensitivityRun:
     def _masks(self, number: int) -> dict[str, Tensor]:
         batch = self.batches[number]
         return {name: batch[name] for name in ("attention_mask", "decoder_attention_mask") if name in batch}
+
+    def _text(self, number: int) -> Tensor | None:
+        """Which tokens are text and no padding; None where all are."""
+        mask = self.batches[number].get("attention_mask")
+        said = self.said[number] if self.said else None
+        if said is None:
+            return mask
+        said = said.to(self.batches[number]["input_ids"].device)
+        return said.to(torch.long) if mask is None else said * mask
+
+    def _labelled(self, number: int) -> dict[str, Tensor]:
+        """The masks, without places whose next token is no text: nobody asks a model what an image goes on with."""
+        masks, text = self._masks(number), self._text(number)
+        if text is None or not self.said or self.said[number] is None:
+            return masks
+        if self._predicts:
+            text = torch.cat((text[:, 1:], text[:, -1:]), dim=1)
+        return masks | {"attention_mask": text}
 
     def _generator(self, number: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed + self.first + number)

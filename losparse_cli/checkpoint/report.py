@@ -224,17 +224,20 @@ def _bits(layers: Collection[LayerReport]) -> float:
 
 def text_used(calibration: Mapping[str, Any]) -> str:
     """What text was used, in words, and what was asked for where that is more; without folders of whoever ran it."""
-    given = (calibration.get(name) for name in ("windows", "length", "tokens", "held_out"))
-    count, length, asked, held_out = (value if isinstance(value, int) else 0 for value in given)
+    given = (calibration.get(name) for name in ("windows", "length", "tokens", "held_out", "tokens_used"))
+    count, length, asked, held_out, used = (value if isinstance(value, int) else 0 for value in given)
     source = str(calibration.get("source"))
     if source == "self":
         name = "text that the model wrote itself"
     else:
         name = source if calibration.get("split") is not None else PurePath(source).name
-    amount = f"{count * length:,} tokens"
-    if length and count < round(asked / length):
-        amount = f"{count * length:,} of {asked:,} tokens asked for (the text has no more)"
-    return f"{amount} in {count} windows from {name}, {held_out or 'none'} of them held out"
+    unit, short = "windows", bool(length and count < round(asked / length))
+    if calibration.get("image_field") is not None:
+        unit, short = "rows", used < asked
+    else:
+        used = count * length
+    amount = f"{used:,} of {asked:,} tokens asked for (the text has no more)" if short else f"{used:,} tokens"
+    return f"{amount} in {count} {unit} from {name}, {held_out or 'none'} of them held out"
 
 
 def telling_error(layers: Collection[LayerReport]) -> str:

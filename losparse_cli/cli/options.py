@@ -90,7 +90,7 @@ CalibrationSource = Annotated[
     typer.Option(
         "--calibration",
         help="Text to calibrate with: a file (plain text, .jsonl, .csv, .tsv, .parquet), a Hub dataset (user/name or "
-        "user/name:config), or the word self: a language model writes its own.",
+        "user/name:config), or the word self: a language model writes its own. Rows of JSON may name images.",
         rich_help_panel=TEXT,
         show_default=False,
     ),
@@ -100,10 +100,22 @@ CalibrationTokens = Annotated[
 ]
 CalibrationLength = Annotated[
     int | None,
-    typer.Option(help="Tokens of a window.", rich_help_panel=TEXT, show_default="512, or what the model takes"),
+    typer.Option(
+        help="Tokens of a window; of a row in a file with images, at most.",
+        rich_help_panel=TEXT,
+        show_default="512, 2048 with images, or what the model takes",
+    ),
 ]
 CalibrationField = Annotated[
     str | None, typer.Option(help="Field or column with the text.", rich_help_panel=TEXT, show_default="text")
+]
+CalibrationImageField = Annotated[
+    str | None,
+    typer.Option(
+        help="Field with the path of an image, or a list of them, within the folder of a file of rows.",
+        rich_help_panel=TEXT,
+        show_default="image, of JSON",
+    ),
 ]
 CalibrationTargetField = Annotated[
     str | None,

@@ -20,7 +20,7 @@ from ..linalg.factors import Decomposition
 from ..linalg.precision import fast_float32
 from ..models.blocks import Relay, block_of
 from ..models.device import available
-from ..text.windows import Windows
+from ..text.windows import Sample
 from .assembly import Assembly, calibration_model, parameters_outside
 from .plan import Job
 from .solve import solve_layers
@@ -47,7 +47,7 @@ class Allocation:
     gain: float | None
 
 
-def allocate_by_error(job: Job, windows: Windows, on_phase: Callable[[str], None] = lambda text: None) -> Allocation:
+def allocate_by_error(job: Job, windows: Sample, on_phase: Callable[[str], None] = lambda text: None) -> Allocation:
     """Size and split of each layer by measured errors, or nothing where the uniform plan is as good."""
     recipe = job.recipe
     field = "keep" if recipe.keep is not None else "keep_parameters"
@@ -74,9 +74,9 @@ def names_size(recipe: Recipe, layer: Layer) -> bool:
 class _Survey:
     """One pass over the dense blocks: error curves of their layers, and what each block's error does to the output."""
 
-    def __init__(self, job: Job, windows: Windows, field: str, keep: float, on_phase: Callable[[str], None]) -> None:
+    def __init__(self, job: Job, windows: Sample, field: str, keep: float, on_phase: Callable[[str], None]) -> None:
         self.job, self.field, self.keep, self._say = job, field, keep, on_phase
-        count = len(windows.ids)
+        count = len(windows)
         each = min(JUDGES, count // 3)
         self.may_check = each > 0
         self._measured = windows.take(range(min(WINDOWS, count - 2 * each)))
@@ -110,7 +110,8 @@ class _Survey:
         plans = self.plans
         if self.whole is None:
             assembly.load(parameters_outside(model, self.job.route))
-        with fast_float32(), Relay(model, blocks, self._measured.batches(4, job.device)) as relay:
+        relay = Relay(model, blocks, self._measured.batches(4, job.device), job.route.optional)
+        with fast_float32(), relay:
             for number, (name, calls) in enumerate(relay):
                 self._say(f"allocating: measuring block {number + 1} of {len(blocks)}")
                 block = model.get_submodule(name)
@@ -119,6 +120,7 @@ class _Survey:
                 assembly.load(parameters)
                 inside = [n.removeprefix(prefix) for n in plans if block_of(n, [name]) == name]
                 outputs: list[Any] = []
+                calls = [call for call in calls if not call.absent]
                 for group in gather_moments(block, inside, calls, on_output=outputs.append):
                     layers = [plans[prefix + n].layer for n in group.layers]
                     self._measure(layers, group.H, assembly)
@@ -165,7 +167,7 @@ class _Survey:
             return share
         return self.keep
 
-    def _outputs(self, windows: Windows) -> list[Tensor]:
+    def _outputs(self, windows: Sample) -> list[Tensor]:
         """What the whole model gives on these windows now: log-probabilities, or hidden states without a head."""
         assert self.whole is not None
         found = []
@@ -179,7 +181,7 @@ class _Survey:
                     found.append(output[0].float()[None])  # never two-dimensional, as log-probabilities are
         return found
 
-    def _distance(self, dense: Sequence[Tensor], windows: Windows) -> float:
+    def _distance(self, dense: Sequence[Tensor], windows: Sample) -> float:
         """Mean KL divergence a token to the dense model, or the mean squared distance of hidden states."""
         total = 0.0
         for a, b in zip(dense, self._outputs(windows), strict=True):

@@ -145,6 +145,8 @@ def run_calls(module: nn.Module, calls: Sequence[Call], activations: Activations
     """Give each call of a block what the block returns for it."""
     with torch.no_grad():
         for call in calls:
+            if call.absent:
+                continue
             given = {id(value) for value in (*call.args, *call.kwargs.values())}
             # Beside activations T5 hands the biases of all positions from its first block to the last.
             call.output = changed(

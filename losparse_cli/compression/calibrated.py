@@ -16,7 +16,7 @@ from ..parallel.shares import share
 from ..progress import Progress
 from ..shim.layouts import LayerSpec
 from ..text.sample import hold_out
-from ..text.windows import Windows
+from ..text.windows import Sample
 from .assembly import activations_of, calibration_model, parameters_outside, run_calls
 from .block import Batches, Block
 from .plan import Job
@@ -35,7 +35,7 @@ class CalibratedRun:
     def __init__(
         self,
         job: Job,
-        windows: Windows,
+        windows: Sample,
         made: Schedule,
         writer: ShardWriter | None,
         team: Team,
@@ -70,7 +70,8 @@ class CalibratedRun:
         streams = 2 if job.refinement is not None else 1
         blocks = job.solved_blocks
         remedy = "Lower --calibration-tokens or --calibration-length, or set --memory-limit; what is finished is kept."
-        with memory_errors(remedy), fast_float32(), Relay(self.model, blocks, batches * streams) as relay:
+        relay = Relay(self.model, blocks, batches * streams, job.route.optional)
+        with memory_errors(remedy), fast_float32(), relay:
             for name, calls in relay:
                 block = self._block_named(name)
                 if block.plans:
@@ -139,7 +140,11 @@ class CalibratedRun:
                 block.solve(seen, unseen, self.told.layer)
             summary = {}
             if self.job.refinement is not None:
-                summary = block.match(calls, [hidden_states(call.output) for call in dense], self._held_out)
+                pairs = [
+                    (call, hidden_states(its.output)) for call, its in zip(calls, dense, strict=True) if not call.absent
+                ]
+                unseen_pairs = sum(not call.absent for call in calls[solved_with:])
+                summary = block.match([call for call, _ in pairs], [target for _, target in pairs], unseen_pairs)
             self._write(block, summary, time.monotonic() - begun)
         else:
             self._restore(block)

@@ -23,7 +23,7 @@ from ..checkpoint.writer import ShardWriter, sha256, write_json
 from ..errors import write_errors
 from ..shim.layouts import LayerSpec
 from ..text.sample import account
-from ..text.windows import Windows
+from ..text.windows import Sample
 from .estimate import Estimate
 from .fingerprint import fingerprint
 from .plan import Job
@@ -66,7 +66,7 @@ def hashed_here(job: Job) -> list[str]:
     return [name for name in names if first.get(name, 0) in here]
 
 
-def about(job: Job, made: Schedule, windows: Windows | None, nats: float | None) -> About:
+def about(job: Job, made: Schedule, windows: Sample | None, nats: float | None) -> About:
     """What the result of the whole run says of itself. nats: the text's, a token."""
     return About(
         order=[p.layer.name for p in made.plan.layers],  # the model's, not the files'
@@ -86,7 +86,7 @@ def about(job: Job, made: Schedule, windows: Windows | None, nats: float | None)
 
 
 def finish_whole(
-    job: Job, made: Schedule, windows: Windows | None, work: WorkFolder, hashes: dict[str, Any], mark: str,
+    job: Job, made: Schedule, windows: Sample | None, work: WorkFolder, hashes: dict[str, Any], mark: str,
     nats: float | None,
 ) -> Report:  # fmt: skip
     """All that stands beside the weights of a whole run."""

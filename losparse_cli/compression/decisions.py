@@ -14,13 +14,13 @@ from ..models.device import release
 from ..progress import Progress
 from ..text.generated import generate_text, kept_windows, write_windows
 from ..text.sample import hold_out
-from ..text.windows import Windows
+from ..text.windows import Sample, Windows
 from .allocation import Allocation, allocate_by_error
 from .plan import Job
 from .team import Team
 
 
-def kept_text(job: Job, team: Team) -> Windows | None:
+def kept_text(job: Job, team: Team) -> Sample | None:
     """The text of the job, or what the model wrote for itself before this run was killed.
 
     None without calibration, or if the model has yet to write: then nothing that was done before counts.
@@ -65,7 +65,7 @@ def _of_the_first(team: Team, windows: Windows | None) -> Windows:
     return Windows(found["ids"], found.get("target_ids"))
 
 
-def allocated_plan(job: Job, windows: Windows | None, team: Team, told: Progress) -> Plan:
+def allocated_plan(job: Job, windows: Sample | None, team: Team, told: Progress) -> Plan:
     """The plan to carry out: the job's, or with --allocate error one with sizes by error, which the first rank finds.
 
     What was decided is kept for a run that goes on with this one; see `WorkFolder.decided`.

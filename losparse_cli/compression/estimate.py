@@ -21,7 +21,7 @@ from ..checkpoint.workfolder import WorkFolder
 from ..linalg.precision import fast_float32
 from ..text.documents import SELF
 from ..text.sample import HELD_OUT, account, doubts, hold_out
-from ..text.windows import Windows
+from ..text.windows import Sample
 from .fingerprint import fingerprint
 from .footprint import footprint
 from .pace import seconds_alone
@@ -199,21 +199,21 @@ def _is_busy(device: torch.device) -> bool:
     return device.type == "cpu" and os.getloadavg()[0] > UNSTEADY * (os.cpu_count() or 1)
 
 
-def estimate(job: Job, windows: Windows | None) -> Estimate:
+def estimate(job: Job, windows: Sample | None) -> Estimate:
     """Peak resident bytes and seconds of a calibrated job; windows: its text, None if it is not there yet."""
     assert job.calibration is not None
     assert job.calibration.length is not None
     hidden = job.hidden_size
     tokens = windows.tokens if windows is not None else job.calibration.tokens
     units = job.scheduled().units
-    batch = job.calibration.batch * job.calibration.length
+    batch = job.calibration.batch * (job.calibration.length if windows is None else windows.length)
     inside = set(job.unreached).union(*(set(numbers) for numbers in job.blocks.values()))
     outside = sum(e.elements for k, e in enumerate(job.entries) if k not in inside)
     widest = max(sum(job.entries[k].elements for k in numbers) for numbers in job.blocks.values())
     solves = job.start is None  # else layers are those of a compressed checkpoint
     felt = min(tokens, SENSITIVITY_TOKENS) if solves and job.recipe.sensitivity == "on" else 0
-    held_out = windows is None or len(hold_out(windows)[1].ids) > 0
-    batches = -(-(len(windows.ids) if windows is not None else job.calibration.windows) // job.calibration.batch)
+    held_out = windows is None or len(hold_out(windows)[1]) > 0
+    batches = -(-(len(windows) if windows is not None else job.calibration.windows) // job.calibration.batch)
     copies = copies_held(batches, -(-batches // HELD_OUT) if held_out else 0)
     moments = solver = 0
     work = 0.0  # flops, weighted with their overhead
@@ -243,7 +243,8 @@ def estimate(job: Job, windows: Windows | None) -> Estimate:
             work += TRAINING_OVERHEAD * 6 * block * batch * job.refinement.steps
     training = TRAINING_COPIES * 4 * widest if job.refinement is not None else 0
     passing = 4 * batch * 16 * hidden  # what one batch leaves behind inside a block
-    fixed = RESIDENT_BASE + 4 * (outside + widest) + moments + max(solver, training + passing)
+    given = windows.nbytes if windows is not None else 0
+    fixed = RESIDENT_BASE + given + 4 * (outside + widest) + moments + max(solver, training + passing)
     if felt:
         backward = BACKWARD_COPIES * 4 * batch * hidden + _loss_bytes(job, batch)
         fixed = max(fixed, RESIDENT_BASE + 4 * (outside + widest) + backward)

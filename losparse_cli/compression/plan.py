@@ -21,9 +21,10 @@ from ..models.blocks import bias_heads, block_of, hidden_size, holding
 from ..models.device import available, find_device
 from ..models.head import require_head
 from ..models.names import NameMap
-from ..models.route import Route, find_route
+from ..models.route import Route, assumed_route, find_route
 from ..models.skeleton import Skeleton, build_skeleton
-from ..text.windows import Calibration, Windows, read_windows, settle
+from ..text.inputs import read_inputs
+from ..text.windows import Calibration, Sample, read_windows, settle
 from .footprint import footprint
 from .layers import find_layers, not_checked
 from .parts import Part
@@ -67,7 +68,7 @@ class Job:
     bias_heads: int
     trust_remote_code: bool = False
     calibration: Calibration | None = None
-    windows: Windows | None = None
+    windows: Sample | None = None
     blocks: dict[str, range] = field(default_factory=dict)
     route: Route = field(default_factory=Route)
     unreached: range = range(0)
@@ -161,6 +162,11 @@ def prepare(
         else:
             plan = plan_as_stored(layers, skipped, layer_specs(start))
     calibration = calibration and settle(calibration, skeleton.model, source.folder)
+    if request.towards is not None and calibration is not None and calibration.image_field is not None:
+        raise UsageError(
+            f"{calibration.source} has images, and a whole model is trained on text alone. Give rows without "
+            f"{calibration.image_field!r}, or calibrate with them and call losparse refine on text afterwards."
+        )
     if not source.files and not plan_only:
         whole = open_checkpoint(model, revision=source.commit, cache_dir=cache_dir)  # of the very headers planned from
         source, skeleton = open_experts(whole, trust_remote_code=trust_remote_code)
@@ -171,15 +177,18 @@ def prepare(
         skeleton = build_skeleton(source.folder, source.config, trust_remote_code=trust_remote_code)
     entries: tuple[TensorEntry, ...] = tuple(source.entries.values())
     blocks: dict[str, range] = {}
-    windows: Windows | None = None
+    windows: Sample | None = None
     route, unreached = Route(), range(0)
     if calibration is not None:
-        route = find_route(skeleton.model, [p.layer.name for p in plan.layers if not p.layer.rows])
-        entries, blocks, unreached = _by_block(source, skeleton, route)
         if source.files:
-            windows = read_windows(
-                calibration, skeleton.model, source.folder, recipe.seed, trust_remote_code=trust_remote_code
-            )
+            read = read_windows if calibration.image_field is None else read_inputs
+            windows = read(calibration, skeleton.model, source.folder, recipe.seed, trust_remote_code=trust_remote_code)
+        chosen = [p.layer.name for p in plan.layers if not p.layer.rows]
+        if windows is None and calibration.image_field is not None:  # a plan from headers, without a processor
+            route = assumed_route(skeleton.model, chosen)
+        else:
+            route = find_route(skeleton.model, chosen, [] if windows is None else windows.kinds())
+        entries, blocks, unreached = _by_block(source, skeleton, route)
     job = Job(
         source,
         recipe,

@@ -13,14 +13,14 @@ from ..models.device import memory_errors
 from ..parallel.group import Ranks
 from ..parallel.shares import deal, share
 from ..progress import Progress
-from ..text.windows import Windows
+from ..text.windows import Sample
 from .assembly import activations_of, calibration_model, parameters_by_block
 from .plan import Job
 
 
 def measure_sensitivity(
     job: Job,
-    windows: Windows,
+    windows: Sample,
     told: Progress,
     group: Ranks,
     *,
@@ -48,6 +48,7 @@ def measure_sensitivity(
         if not plan.layer.rows and (block := block_of(plan.layer.name, blocks)) is not None:
             layers[block].append(plan.layer.name.removeprefix(f"{block}." if block else ""))
     batches = windows.batches(job.calibration.batch, job.device)
+    said = windows.said(job.calibration.batch)
     mine = share(len(batches), group.rank, group.size)
     remedy = "Lower --calibration-tokens or --calibration-length, or set --memory-limit."
     with memory_errors(remedy), fast_float32():
@@ -64,6 +65,8 @@ def measure_sensitivity(
             on_text=on_text,
             say=told.phase,
             state=state,
+            optional=job.route.optional,
+            said=said[mine.start : mine.stop],
             group=group,
             first=mine.start,
             owners=lambda found: deal([fed.width**3 for fed in found], group.size),

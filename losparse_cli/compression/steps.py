@@ -21,7 +21,7 @@ from ..linalg.rates import Curve, step_within
 from ..progress import Progress
 from ..shim.layouts import COLUMN_FACTORS
 from ..text.sample import hold_out
-from ..text.windows import Windows
+from ..text.windows import Sample
 from .coded import Pot, curve_of, own_pot, support_of
 from .plan import Job
 from .sensitivity import measure_sensitivity
@@ -129,7 +129,7 @@ class Steps:
         self._missed[pool][name] = 8 * nbytes - expected, codes
 
 
-def foreseen_steps(job: Job, plan: Plan, windows: Windows, team: Team, told: Progress, fixed_bytes: int) -> Steps:
+def foreseen_steps(job: Job, plan: Plan, windows: Sample, team: Team, told: Progress, fixed_bytes: int) -> Steps:
     """The steps of a job whose codes follow the loss; fixed_bytes: of memory beside activations.
 
     What was measured is kept for a run that goes on with this one; see `WorkFolder.recall`. One process that is ended
@@ -151,10 +151,10 @@ def foreseen_steps(job: Job, plan: Plan, windows: Windows, team: Team, told: Pro
 
 
 def _measured(
-    job: Job, plans: Sequence[LayerPlan], windows: Windows, team: Team, told: Progress, fixed_bytes: int
+    job: Job, plans: Sequence[LayerPlan], windows: Sample, team: Team, told: Progress, fixed_bytes: int
 ) -> _Measured:
     seen = hold_out(windows)[0]
-    seen = seen.take(range(max(1, min(len(seen.ids), SENSITIVITY_TOKENS // max(1, seen.ids.shape[1])))))
+    seen = seen.take(range(max(1, min(len(seen), SENSITIVITY_TOKENS * len(seen) // max(1, seen.seen)))))
     by_name = {p.layer.name: p for p in plans}
     files = {file.path: file for file in job.source.files}
     group = team.group

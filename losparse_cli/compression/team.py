@@ -19,7 +19,7 @@ from ..parallel.launch import local_place
 from ..progress import Progress
 from ..text.request import Calibration
 from ..text.sample import hold_out
-from ..text.windows import Windows
+from ..text.windows import Sample
 from .plan import Job
 
 T = TypeVar("T")
@@ -107,18 +107,18 @@ def require_shared(group: Ranks, job: Job) -> None:
         raise said_once(group, UsageError(wrong))
 
 
-def require_windows(group: Ranks, windows: Windows, calibration: Calibration) -> None:
+def require_windows(group: Ranks, windows: Sample, calibration: Calibration) -> None:
     """UsageError if there are not as many batches of text as ranks."""
     wrong = _too_few(group, windows, calibration)
     if wrong:
         raise said_once(group, UsageError(wrong))
 
 
-def _too_few(group: Ranks, windows: Windows, calibration: Calibration) -> str | None:
+def _too_few(group: Ranks, windows: Sample, calibration: Calibration) -> str | None:
     batches = len(hold_out(windows)[0].batches(calibration.batch))
     if group.size <= batches:
         return None
     return (
-        f"{group.size} processes share {len(windows.ids)} windows of text, {calibration.batch} at a time: that is work "
+        f"{group.size} processes share {len(windows)} windows of text, {calibration.batch} at a time: that is work "
         f"for {batches}. Start {batches}, or raise --calibration-tokens."
     )

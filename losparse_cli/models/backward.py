@@ -10,7 +10,7 @@ for those to the piece that they came from, which adds it to the leaves of block
 from __future__ import annotations
 
 from collections import UserDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from copy import copy as shallow
 from dataclasses import replace
@@ -41,8 +41,10 @@ class GradientRelay(Relay):
 
     gradients = True
 
-    def __init__(self, model: nn.Module, blocks: Any, batches: Any, head: nn.Module | None) -> None:
-        super().__init__(model, blocks, batches)
+    def __init__(
+        self, model: nn.Module, blocks: Any, batches: Any, head: nn.Module | None, optional: Collection[str] = ()
+    ) -> None:
+        super().__init__(model, blocks, batches, optional)
         self.kept: dict[str, list[Call]] = {}
         """Block -> its calls, with what it returned."""
         self._head = head

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from .reading import input_embeddings, text_alone
+from .reading import cannot_be_run, input_embeddings
 
 
 def find_blocks(model: nn.Module, layers: Collection[str]) -> tuple[str, ...]:
@@ -84,6 +84,8 @@ class Call:
     """What caches among the arguments held before the block first ran, as (cache or part of one, its attributes)."""
     written: tuple[Any, ...] = ()
     """What the block put into dicts that it was given, for others to find."""
+    absent: bool = False
+    """Whether the batch goes past the block: then there is nothing to run, and no output."""
 
 
 THREAD = "losparse-pass"
@@ -155,13 +157,20 @@ class Relay:
     blocks: names, in the order in which the model is expected to call them. batches: keyword arguments of
     `model`. Iterating yields (block, its calls, one a batch); set each call's `output` before going on. The passes
     end after the last block, so that whatever follows it (an output head, say) may be without weights.
+    optional: blocks that some batches go past, as text does a tower for images; their calls are `absent`.
     """
 
     gradients = False
     """Whether autograd hears of what the model does between its blocks."""
 
-    def __init__(self, model: nn.Module, blocks: Sequence[str], batches: Sequence[dict[str, Tensor]]) -> None:
-        self._model, self._blocks = model, tuple(blocks)
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[str],
+        batches: Sequence[dict[str, Tensor]],
+        optional: Collection[str] = (),
+    ) -> None:
+        self._model, self._blocks, self._optional = model, tuple(blocks), frozenset(optional)
         self._batches = batches
         self._runners: list[_Runner] = []
         self._current: _Runner | None = None
@@ -184,11 +193,18 @@ class Relay:
 
     def __iter__(self) -> Iterator[tuple[str, list[Call]]]:
         """UsageError if the model cannot be run on the batches, or if its blocks come in another order."""
+        early: set[_Runner] = set()  # halted at a block whose turn is yet to come
         for expected in self._blocks:
             calls = []
             for runner in self._runners:
                 self._current = runner
-                self._advance(runner)
+                if runner not in early:
+                    self._advance(runner)
+                early.discard(runner)
+                if runner.block not in (None, expected) and expected in self._optional:
+                    early.add(runner)
+                    calls.append(Call((), {}, absent=True))
+                    continue
                 if runner.block != expected or runner.call is None:
                     raise UsageError(
                         f"{type(self._model).__name__} calls {runner.block or 'nothing more'} where {expected} was "
@@ -198,7 +214,7 @@ class Relay:
             yield expected, calls
 
     def _advance(self, runner: _Runner) -> None:
-        with text_alone(type(self._model).__name__, "Compress it without --calibration."):
+        with cannot_be_run(type(self._model).__name__, "Compress it without --calibration.", self._batches):
             runner.advance()
 
     def result(self, number: int) -> Any:

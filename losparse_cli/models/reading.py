@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,9 +48,14 @@ def require_text(model: Any, name: str, remedy: str) -> None:
 
 
 @contextmanager
-def text_alone(name: str, remedy: str) -> Iterator[None]:
-    """Turns whatever a model's own code raises on nothing but text, for want of an image, say, into a UsageError."""
-    with code_errors(lambda reason: f"{name} cannot be run on text alone ({reason}). {remedy}"):
+def cannot_be_run(name: str, remedy: str, batches: Iterable[Mapping[str, Any]] = ()) -> Iterator[None]:
+    """Turns whatever a model's own code raises on these `batches` into a UsageError.
+
+    Of nothing but text, () or ids alone, it says so: what is lacking may be an image.
+    """
+    beside = {key for batch in batches for key in batch if "pixel" in key or "image" in key}
+    what = "the rows" if beside else "text alone"
+    with code_errors(lambda reason: f"{name} cannot be run on {what} ({reason}). {remedy}"):
         yield
 
 

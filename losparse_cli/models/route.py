@@ -1,8 +1,8 @@
-"""How text goes through a model: which of its blocks it passes, in which order, and which it never reaches."""
+"""How text, or rows with images, go through a model: the blocks in their order, and those never reached."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import UsageError
 from .blocks import find_blocks, holding
-from .reading import text_alone
+from .reading import cannot_be_run
 
 REMEDY = "Compress it without --calibration."
 
@@ -23,13 +23,14 @@ class Route:
     than one is in memory at a time; ("",) if the whole model has to be one, and why.
 
     unreached: blocks that text never gets to, as those of a tower for pictures. blind: those of them that hold a layer
-    to be compressed. What lies in neither is outside.
+    to be compressed. What lies in neither is outside. optional: blocks that rows with images reach, and others do not.
     """
 
     blocks: tuple[str, ...] = ()
     unreached: tuple[str, ...] = ()
     why: str = ""
     blind: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
 
     @property
     def notes(self) -> list[str]:
@@ -43,14 +44,19 @@ class Route:
         return told
 
 
-def find_route(model: Any, layers: Collection[str]) -> Route:
-    """The route through the blocks around `layers`; UsageError if the model does nothing with text alone."""
+def find_route(model: Any, layers: Collection[str], kinds: Sequence[Mapping[str, torch.Tensor]] = ()) -> Route:
+    """The route through the blocks around `layers`; UsageError if the model does nothing with what it is to read.
+
+    kinds: keyword arguments of one batch of each kind, that which reaches most blocks first; () for text alone.
+    """
     blocks = find_blocks(model, layers)
     asked = holding(blocks, layers)
     name = type(model).__name__
     if not asked:
         return Route(("",), why=f"{name} has no repeated blocks around its layers")
-    seen = _watch(model, blocks)
+    first, *rest = kinds or [text_of_nothing(model)]
+    seen = _watch(model, blocks, first, REMEDY)
+    others = [_watch(model, blocks, kind, "Give every row an image.") for kind in rest]
     if seen.changed:
         return Route(("",), why=f"{name} changes weights of its blocks itself, all at once")
     if not seen.whole and seen.called == list(blocks[: len(seen.called)]):
@@ -64,7 +70,16 @@ def find_route(model: Any, layers: Collection[str]) -> Route:
     if not set(asked) & set(seen.called):
         raise UsageError(f"Text reaches none of the layers of {name} that are to be compressed. {REMEDY}")
     blind = tuple(block for block in unreached if block in asked)
-    return Route(tuple(block for block in seen.called if seen.called.count(block) == 1), unreached, blind=blind)
+    route = tuple(block for block in seen.called if seen.called.count(block) == 1)
+    optional = tuple(block for block in route if any(block not in other.touched for other in others))
+    if any([b for b in other.called if b in route] != [b for b in route if b in other.touched] for other in others):
+        return Route(("",), why=f"{name} takes its blocks in another order where a row has no image")
+    return Route(route, unreached, blind=blind, optional=optional)
+
+
+def assumed_route(model: Any, layers: Collection[str]) -> Route:
+    """The route where there is nothing yet to run the model on: through all blocks, in the order of the modules."""
+    return Route(find_blocks(model, layers) or ("",))
 
 
 @dataclass
@@ -80,17 +95,23 @@ class _Seen:
     whole: bool = True
 
 
-def _watch(model: Any, blocks: Collection[str]) -> _Seen:
-    """What a pass over a few tokens does, without weights; with zeros for weights where it asks for values."""
+def text_of_nothing(model: Any) -> dict[str, torch.Tensor]:
+    """A few tokens, as a model is called with text."""
+    ids = torch.full((1, 8), 3, dtype=torch.long)
+    return {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
+
+
+def _watch(model: Any, blocks: Collection[str], batch: Mapping[str, torch.Tensor], remedy: str) -> _Seen:
+    """What a pass over the batch does, without weights; with zeros for weights where it asks for values."""
     with _plain_experts(model), _no_cache(model):
         try:
-            return _pass(model, blocks, "meta")
+            return _pass(model, blocks, batch, "meta")
         except Exception:  # whatever looks at values, of which there are none
-            with _zeros(model), text_alone(type(model).__name__, REMEDY):
-                return _pass(model, blocks, "cpu")
+            with _zeros(model), cannot_be_run(type(model).__name__, remedy, [batch]):
+                return _pass(model, blocks, batch, "cpu")
 
 
-def _pass(model: Any, blocks: Collection[str], device: str) -> _Seen:
+def _pass(model: Any, blocks: Collection[str], batch: Mapping[str, torch.Tensor], device: str) -> _Seen:
     seen = _Seen([], set())
 
     def note(block: str, itself: bool) -> Callable[..., None]:
@@ -107,11 +128,13 @@ def _pass(model: Any, blocks: Collection[str], device: str) -> _Seen:
         for module in model.get_submodule(block).modules()
     ]
     versions = [parameter._version for parameter in model.parameters()]
-    ids = torch.full((1, 8), 3, dtype=torch.long, device=device)
-    batch = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
+    given = {
+        name: tensor.to(device, model.dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in batch.items()
+    }
     try:
         with torch.no_grad():
-            model(**batch)
+            model(**given)
     except Exception:
         if device == "meta" or not seen.called:
             raise

@@ -31,6 +31,7 @@ from ..models.names import NameMap
 from ..models.skeleton import empty_model
 from ..progress import Progress, listener
 from ..text.sample import account, held_out
+from ..text.windows import Windows
 from .layers import unfold
 from .result import write_refined
 from .teacher import FILE as TEACHER
@@ -83,7 +84,7 @@ def train_into(work: WorkFolder, job: Job, mark: str, told: Progress) -> Report:
     how, windows = job.towards, job.windows
     assert job.start is not None
     assert how is not None
-    assert windows is not None, "a request that is to train has text"
+    assert isinstance(windows, Windows), "a request that is to train has text"
     names = _disk_names(job)
     check_moving(job)
     if not (work.path / TEACHER).is_file():  # else a part of it is written

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -17,12 +17,53 @@ from .documents import SELF, Documents, read_documents
 from .request import Calibration, settle
 from .tokenizer import check_tokens, frame, load_tokenizer
 
-__all__ = ["Calibration", "Windows", "pack", "pack_pairs", "read_windows", "settle"]
+__all__ = ["Calibration", "Sample", "Windows", "pack", "pack_pairs", "read_windows", "settle"]
 
 LONG = 4 << 20  # characters of a text, the only one, of which only pieces are tokenized
 LONG_ROW = 64  # the same of one document among others, for each token of a window: about sixteen windows
 PIECE = 8  # characters of such a piece for each token of a window: about two windows
 GAP = "\n\n"  # between two documents
+SEQUENCE = 16  # tokens; two texts of people hardly ever share a sequence as long, of characters neither
+
+
+class Sample(Protocol):
+    """What a model is calibrated with, unit by unit: windows of text, or rows of images and text (`inputs.Inputs`).
+
+    name: of the units, in the plural. length: tokens of a unit, at most. seen: tokens of what the model reads first.
+    tokens: all of them. nbytes: in memory.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def seen(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+    def __len__(self) -> int:
+        """Units."""
+
+    def digest(self) -> str:
+        """SHA-256 of all that the model is given."""
+
+    def take(self, numbers: Sequence[int]) -> Self:
+        """The units of these numbers, in this order; there may be none."""
+
+    def batches(self, size: int, device: torch.device | None = None) -> list[dict[str, Tensor]]:
+        """Keyword arguments for the model, up to `size` units at a time, on `device` (None: where they are)."""
+
+    def said(self, size: int) -> list[Tensor | None]:
+        """Of each of `batches`, which tokens are text: (units, tokens); None where all are, or none is a token."""
+
+    def kinds(self) -> list[dict[str, Tensor]]:
+        """A batch of each kind that goes another way through the model, beside which text alone is nothing new."""
+
+    def pieces(self) -> Tensor:
+        """A number for each of the pieces by which it is judged whether something was there before."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +86,24 @@ class Windows:
         """All of them, those that a decoder reads too."""
         return self.ids.numel() + (0 if self.target_ids is None else self.target_ids.numel())
 
+    @property
+    def seen(self) -> int:
+        """Those that an encoder, or a model without one, reads."""
+        return self.ids.numel()
+
+    @property
+    def nbytes(self) -> int:
+        """In memory."""
+        return 8 * self.tokens
+
+    @property
+    def name(self) -> str:
+        """Of the units."""
+        return "windows"
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
     def digest(self) -> str:
         """SHA-256 of the tokens."""
         parts = [self.ids] if self.target_ids is None else [self.ids, self.target_ids]
@@ -59,6 +118,21 @@ class Windows:
     def batches(self, size: int, device: torch.device | None = None) -> list[dict[str, Tensor]]:
         """Keyword arguments for the model, `size` windows at a time, on `device` (None: where they are)."""
         return [{name: ids.to(device) for name, ids in batch.items()} for batch in self._batches(size)]
+
+    def said(self, size: int) -> list[Tensor | None]:
+        """All tokens are text."""
+        return [None] * -(-len(self) // size)
+
+    def kinds(self) -> list[dict[str, Tensor]]:
+        """None but text alone."""
+        return []
+
+    def pieces(self) -> Tensor:
+        """A number for each sequence of 16 tokens within a window, none in shorter ones; equal ones have the same."""
+        if self.length < SEQUENCE:
+            return self.ids.new_zeros(0)
+        weights = torch.randint(1 << 62, (SEQUENCE,), generator=torch.Generator().manual_seed(0)) | 1
+        return (self.ids.unfold(1, SEQUENCE, 1) * weights).sum(-1).flatten()  # modulo 2**64
 
     def _batches(self, size: int) -> Iterator[dict[str, Tensor]]:
         for start in range(0, len(self.ids), size):

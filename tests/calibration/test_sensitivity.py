@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import peculiar
 import pytest
+import sighted
 import torch
 import transformers
 from conftest import TOYS, token_batch, toy_model
@@ -64,17 +66,19 @@ def batches_of(model: Any) -> list[dict[str, Tensor]]:
     return found
 
 
-def layers_of(model: Any) -> dict[str, list[str]]:
+def layers_of(model: Any, kinds: Sequence[dict[str, Tensor]] = ()) -> dict[str, list[str]]:
     names = list(classify(model)[0])
-    blocks = find_route(model, names).blocks
+    blocks = find_route(model, names, kinds).blocks
     return {
         block: [n.removeprefix(f"{block}.") if block else n for n in names if block_of(n, [block]) == block]
         for block in blocks
     }
 
 
-def in_core(model: Any, batches: list[dict[str, Tensor]], seed: int) -> dict[str, Sensitivity]:
-    """By hooks on all of the model in memory."""
+def in_core(
+    model: Any, batches: list[dict[str, Tensor]], seed: int, labels: Sequence[Tensor] | None = None
+) -> dict[str, Sensitivity]:
+    """By hooks on all of the model in memory. labels: of each batch, places where one is drawn; None for all."""
     sums: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
     masks: dict[str, Tensor] = {}
@@ -99,7 +103,8 @@ def in_core(model: Any, batches: list[dict[str, Tensor]], seed: int) -> dict[str
     for number, batch in enumerate(batches):
         masks = {name: value for name, value in batch.items() if name.endswith("attention_mask")}
         generator = torch.Generator().manual_seed(seed + number)
-        drawn_loss(model(**batch), masks, generator, several=several).backward()
+        drawn = masks if labels is None else {"attention_mask": labels[number]}
+        drawn_loss(model(**batch), drawn, generator, several=several).backward()
     for hook in hooks:
         hook.remove()
     model.requires_grad_(False)
@@ -134,9 +139,10 @@ class Weights:
 
 
 def out_of_core(
-    model: Any, batches: list[dict[str, Tensor]], folder: Path, *, limit: int = 1 << 30, seed: int = 0, **more: Any
-) -> tuple[dict[str, Sensitivity], Activations, Weights]:
-    layers = layers_of(model)
+    model: Any, batches: list[dict[str, Tensor]], folder: Path, *, limit: int = 1 << 30, seed: int = 0,
+    kinds: Sequence[dict[str, Tensor]] = (), **more: Any,
+) -> tuple[dict[str, Sensitivity], Activations, Weights]:  # fmt: skip
+    layers = layers_of(model, kinds)
     weights = Weights(model).take(layers)
     activations = Activations(folder, limit)
     found = SensitivityRun(
@@ -170,6 +176,46 @@ def test_block_by_block_it_is_what_it_is_in_memory(name: str, spilled: bool, tmp
     assert_same(found, expected)
     assert (activations.spilled > 0) == (spilled and "" not in layers_of(model))
     assert weights.most <= 1
+
+
+@pytest.mark.parametrize("chunk", [1 << 26, 4 * 112 * 5], ids=["at once", "in chunks"])
+def test_images_and_labels_where_text_comes_next(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some batches go past the tower, and none is asked what an image goes on with."""
+    monkeypatch.setattr(sensitivity, "LOGITS", chunk)
+
+    def fresh() -> Any:
+        torch.manual_seed(0)
+        model = prepared(sighted.llava()[0].eval())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+        return model
+
+    model = fresh()
+    batches: list[dict[str, Tensor]] = []
+    for length, images in ((9, True), (12, False), (14, True)):
+        ids = torch.randint(4, 99, (2, length))
+        if images:
+            ids[:, 3:7] = sighted.IMAGE
+        batches.append({"input_ids": ids} | ({"pixel_values": torch.randn(2, 3, 16, 16)} if images else {}))
+    said = [batch["input_ids"] != sighted.IMAGE for batch in batches]
+    labels = [torch.cat((text[:, 1:], text[:, -1:]), dim=1) for text in said]
+    kinds = batches[:2]
+    optional = find_route(model, list(classify(model)[0]), kinds).optional
+    assert len(optional) == 3
+    expected = in_core(model, batches, 5, labels)
+    state = tmp_path / "state"
+
+    def kill(block: str, found: Any) -> None:
+        if block == optional[-1]:
+            raise Killed
+
+    options: dict[str, Any] = {"kinds": kinds, "optional": optional, "said": said, "seed": 5, "state": state}
+    with pytest.raises(Killed):
+        out_of_core(fresh(), batches, tmp_path, on_backward=kill, **options)
+    found, _, _ = out_of_core(fresh(), batches, tmp_path, limit=0, **options)
+    last = optional[-1]  # its outputs are asked of by nobody
+    assert_same(found, {name: one for name, one in expected.items() if not name.startswith(last)})
 
 
 class Killed(BaseException):

@@ -160,13 +160,15 @@ class Chain(nn.Module):
 BLOCKS = ("layers.0", "layers.1", "layers.2")
 
 
-def drive(model: nn.Module, batches: list[dict[str, Any]], blocks: tuple[str, ...] = BLOCKS) -> list[str]:
+def drive(
+    model: nn.Module, batches: list[dict[str, Any]], blocks: tuple[str, ...] = BLOCKS, optional: tuple[str, ...] = ()
+) -> list[str]:
     reached = []
-    with Relay(model, blocks, batches) as relay, torch.no_grad():
+    with Relay(model, blocks, batches, optional) as relay, torch.no_grad():
         for name, calls in relay:
             reached.append(name)
             for call in calls:
-                call.output = run_block(model.get_submodule(name), call)
+                call.output = None if call.absent else run_block(model.get_submodule(name), call)
     return reached
 
 
@@ -211,6 +213,25 @@ def test_batches_that_take_different_ways_are_refused() -> None:
     model = Chain()
     with pytest.raises(UsageError, match=r"layers\.2 where layers\.1"):
         drive(model, [inputs(), inputs(order=(0, 2, 1))])
+    assert is_restored(model)
+
+
+def test_batches_may_go_past_blocks_that_are_optional() -> None:
+    model, reached = Chain(), []
+    batches = [inputs(), inputs(order=(2,)), inputs(order=(1, 2))]
+    with torch.no_grad():
+        expected = [model(**batch) for batch in batches]
+        with Relay(model, BLOCKS, batches, optional=BLOCKS[:2]) as relay:
+            for name, calls in relay:
+                reached.append([not call.absent for call in calls])
+                for call in calls:
+                    if not call.absent:
+                        call.output = run_block(model.get_submodule(name), call)
+            assert all(torch.equal(relay.result(k), expected[k]) for k in range(3))
+    assert reached == [[True, False, False], [True, False, True], [True, True, True]]
+    for order in ((1, 0, 2), (0, 1)):
+        with pytest.raises(UsageError, match="block by block"):
+            drive(model, [inputs(order=order)], optional=BLOCKS[:2])
     assert is_restored(model)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sighted
 import toys
 from processes import ran
 from terminal import Ended, done, signalled_after
@@ -77,6 +78,18 @@ def test_the_files_are_those_of_one_process(case: str, toy: Any, alone: Any, pla
     assert_done(ran(size, "compress", toy(name, tokenizer=True), "-o", "out", *options, cwd=cwd))
     assert toys.digests(cwd / "out") == alone(name, options)
     assert sorted(path.name for path in cwd.iterdir()) == ["out", "text.txt"]
+
+
+def test_rows_of_which_some_go_past_a_tower(tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    dense = sighted.write(sighted.llava, tmp_path / "dense")
+    rows = sighted.rows(tmp_path / "rows", 8, alone=(0, 3, 5, 6))
+    options = ("--bits", "5", "--targets", r"re:.*\.0\.", "--calibration", rows)
+    for cwd in (tmp_path / "one", tmp_path / "two"):
+        cwd.mkdir()
+    done("compress", dense, "-o", "out", *options, cwd=tmp_path / "one")
+    assert_done(ran(2, "compress", dense, "-o", "out", *options, cwd=tmp_path / "two"))
+    assert toys.digests(tmp_path / "two" / "out") == toys.digests(tmp_path / "one" / "out")
 
 
 @pytest.mark.parametrize("case", ["codes", "no text"])

@@ -354,7 +354,7 @@ def test_what_is_recorded(toy: Callable[..., Path], tmp_path: Path) -> None:
     text = settle(Calibration(__file__, tokens=100), toy_model("llama"), folder)
     assert asdict(text) == {
         "source": __file__, "tokens": 100, "length": LENGTH, "batch": 4, "split": None, "field": None,
-        "target_field": None,
+        "target_field": None, "image_field": None,
     }  # fmt: skip
     for name in ("a.jsonl", "a.csv"):
         rows = settle(Calibration(str(write_lines(tmp_path / name, []))), toy_model("llama"), folder)

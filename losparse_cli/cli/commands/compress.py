@@ -143,6 +143,7 @@ def compress(
     calibration_tokens: o.CalibrationTokens = None,
     calibration_length: o.CalibrationLength = None,
     calibration_field: o.CalibrationField = None,
+    calibration_image_field: o.CalibrationImageField = None,
     calibration_target_field: o.CalibrationTargetField = None,
     calibration_split: o.CalibrationSplit = None,
     allocate: Annotated[
@@ -242,6 +243,7 @@ def compress(
             "tokens": calibration_tokens,
             "length": calibration_length,
             "field": calibration_field,
+            "image_field": calibration_image_field,
             "target_field": calibration_target_field,
             "split": calibration_split,
         },

@@ -23,6 +23,7 @@ def refine(
     calibration_tokens: o.CalibrationTokens = None,
     calibration_length: o.CalibrationLength = None,
     calibration_field: o.CalibrationField = None,
+    calibration_image_field: o.CalibrationImageField = None,
     calibration_target_field: o.CalibrationTargetField = None,
     calibration_split: o.CalibrationSplit = None,
     objective: Annotated[
@@ -67,6 +68,7 @@ def refine(
             "tokens": calibration_tokens,
             "length": calibration_length,
             "field": calibration_field,
+            "image_field": calibration_image_field,
             "target_field": calibration_target_field,
             "split": calibration_split,
         }
