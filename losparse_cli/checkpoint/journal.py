@@ -189,7 +189,6 @@ OPTIONS = {
     "refinement": "--refine",
     "towards": "--refine",
     "towards.train": "refine: train",
-    "towards.tokens": "refine: tokens",
     "towards.seed": "refine: seed",
     "training.pruning.every": "--prune-every",
     "training.pruning.initial_warmup": "--initial-warmup-steps",

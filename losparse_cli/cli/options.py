@@ -128,6 +128,10 @@ RefineMinutes = Annotated[
     float | None,
     typer.Option(help="How long a whole model is trained.", rich_help_panel=TEXT, show_default="20"),
 ]
+RefineTokens = Annotated[
+    int | None,
+    typer.Option(help="Tokens of a step of a whole model.", rich_help_panel=TEXT, show_default="1024"),
+]
 RefineRate = Annotated[
     float | None, typer.Option(help="Learning rate at its peak.", rich_help_panel=TEXT, show_default="5e-4")
 ]

@@ -26,7 +26,7 @@ from .fingerprint import fingerprint
 from .footprint import footprint
 from .pace import seconds_alone
 from .plan import RESIDENT_BASE, Job
-from .request import TOGETHER
+from .request import passing
 from .rounds import copies_held, moment_bytes, rounds
 from .schedule import Schedule
 from .solve import effort
@@ -50,6 +50,7 @@ TRAINING_COPIES = 8  # of the block: U V + S, S, its mask, gradients, Adam's two
 class Estimate:
     """fixed_bytes: all but activations. activation_bytes: what flows between blocks. seconds: on this device.
     training_bytes: while the whole model is trained, when nothing of the above is held; 0 where it is not.
+    timed_seconds: of those, what was asked for in minutes, and takes as long however many processes share it.
 
     least_seconds, most_seconds: at the fastest and the slowest that the device was while it was measured. busy: whether
     other work runs on it, so that `seconds` may be far off.
@@ -62,6 +63,7 @@ class Estimate:
     most_seconds: float
     busy: bool
     training_bytes: int = 0
+    timed_seconds: float = 0.0
 
     @property
     def peak_bytes(self) -> int:
@@ -260,7 +262,9 @@ def estimate(job: Job, windows: Windows | None) -> Estimate:
     slow, middle, fast = speeds[1], statistics.median(speeds), speeds[-2]
     busy = _is_busy(job.device) or fast > UNSTEADY * slow
     about, least, most = (work / speed + _training_seconds(job, speed) for speed in (middle, fast, slow))
-    return Estimate(fixed, carried, about, least, most, busy, _training_bytes(job, tokens))
+    bound = None if job.towards is None else job.towards.seconds
+    timed = bound if bound is not None and _training_seconds(job, middle) == bound else 0.0
+    return Estimate(fixed, carried, about, least, most, busy, _training_bytes(job, tokens), timed)
 
 
 def _training_seconds(job: Job, speed: float) -> float:
@@ -281,8 +285,11 @@ def _training_bytes(job: Job, tokens: int) -> int:
     weights = 4 * job.parameters
     if weights > job.memory // 2:  # then each layer is unfolded when it computes
         weights = job.source.nbytes
-    left = BLOCK_WIDTHS * 4 * TOGETHER * job.hidden_size * len(job.blocks)
-    return RESIDENT_BASE + weights + left + _loss_bytes(job, TOGETHER) + 4 * tokens * job.hidden_size
+    assert job.calibration is not None
+    assert job.calibration.length is not None
+    together = passing(job.calibration.length) * job.calibration.length
+    left = BLOCK_WIDTHS * 4 * together * job.hidden_size * len(job.blocks)
+    return RESIDENT_BASE + weights + left + _loss_bytes(job, together) + 4 * tokens * job.hidden_size
 
 
 def _loss_bytes(job: Job, tokens: int) -> int:

@@ -36,8 +36,14 @@ class Refinement:
 PARTS = ("scales", "norms", "lowrank")
 MINUTES = 20.0
 """How long training goes on where nothing else is said."""
-TOGETHER = 1024
-"""Tokens whose windows pass through a whole model at once."""
+TOGETHER = 256
+"""Tokens whose windows pass through a whole model at once, one window at least. The gradient of such a pass is a leaf
+of the sum of a step, however many processes share it."""
+
+
+def passing(length: int) -> int:
+    """Windows of so many tokens that pass through a whole model at once."""
+    return max(1, TOGETHER // length)
 
 
 def _parts(given: Any) -> tuple[str, ...]:
@@ -72,10 +78,10 @@ class ModelRefinement:
             raise UsageError(f"--refine-steps is a whole number >= 1, not {self.steps!r}.")
         if not is_number(self.lr) or not 0 < self.lr < 1:
             raise UsageError(f"--refine-lr is a number between 0 and 1, not {self.lr!r}; 5e-4 is a usual choice.")
-        for name in ("tokens", "seed"):
-            value = getattr(self, name)
-            if not is_whole(value) or value < (name == "tokens"):
-                raise UsageError(f"{name} of a refinement is a whole number >= {int(name == 'tokens')}, not {value!r}.")
+        if not is_whole(self.tokens) or self.tokens < 1:
+            raise UsageError(f"--refine-tokens is a whole number >= 1, not {self.tokens!r}.")
+        if not is_whole(self.seed) or self.seed < 0:
+            raise UsageError(f"seed of a refinement is a whole number >= 0, not {self.seed!r}.")
         object.__setattr__(self, "train", _parts(self.train))
 
     @property
@@ -84,6 +90,10 @@ class ModelRefinement:
         if self.minutes is None and self.steps is None:
             return 60 * MINUTES
         return None if self.minutes is None else 60 * self.minutes
+
+    def windows(self, predicted: int) -> int:
+        """Of a step, where so many tokens of each are predicted."""
+        return max(1, self.tokens // predicted)
 
 
 @dataclass(frozen=True)

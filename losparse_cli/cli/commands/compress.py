@@ -165,6 +165,7 @@ def compress(
     refine_minutes: o.RefineMinutes = None,
     refine_steps: o.RefineSteps = None,
     refine_lr: o.RefineRate = None,
+    refine_tokens: o.RefineTokens = None,
     recipe: Annotated[
         Path | None,
         typer.Option(
@@ -245,7 +246,13 @@ def compress(
             "target_field": calibration_target_field,
             "split": calibration_split,
         },
-        refinement={"mode": refine, "minutes": refine_minutes, "steps": refine_steps, "lr": refine_lr},
+        refinement={
+            "mode": refine,
+            "minutes": refine_minutes,
+            "steps": refine_steps,
+            "lr": refine_lr,
+            "tokens": refine_tokens,
+        },
         device=device,
         memory_limit=memory_limit,
         max_shard_size=max_shard_size,
