@@ -61,7 +61,7 @@ def refine(
 
 
 OBJECTIVES = ("blocks", "model")
-OPTIONS = {"train": "--train"}
+OPTIONS = {"train": "--train", "gradient_checkpointing": "--gradient-checkpointing"}
 """Settings of a whole model whose options have no --refine- before their name."""
 
 
@@ -73,6 +73,7 @@ def make_refinement(
     lr: float | None = None,
     tokens: int | None = None,
     train: str | None = None,
+    gradient_checkpointing: bool | None = None,
 ) -> Refinement | ModelRefinement | dict[str, Any]:
     """What --objective and the options beside it ask for; settings alone for the objective that suits the checkpoint.
 
@@ -80,7 +81,9 @@ def make_refinement(
     """
     if objective not in (None, *OBJECTIVES):
         raise UsageError(f"--objective is one of {', '.join(OBJECTIVES)}, not {objective!r}.")
-    whole: dict[str, Any] = {"minutes": minutes, "tokens": tokens, "train": train}
+    whole: dict[str, Any] = {
+        "minutes": minutes, "tokens": tokens, "train": train, "gradient_checkpointing": gradient_checkpointing
+    }  # fmt: skip
     parts = {name: value for name, value in whole.items() if value is not None}
     if parts and objective == "blocks":
         option = OPTIONS.get(next(iter(parts)), f"--refine-{next(iter(parts))}")

@@ -119,6 +119,13 @@ def _show_need(out: Console, need: Estimate) -> None:
     streamed = need.activation_bytes and need.peak_bytes == need.fixed_bytes + need.activation_bytes
     held = f", {size(need.activation_bytes)} of it activations, which can lie in files" if streamed else ""
     out.show(f"Memory   about {size(need.peak_bytes)} at the peak{held}")
+    if need.training_bytes:
+        other = f"{size(need.otherwise_bytes)} while it is trained"
+        out.show(
+            f"         blocks run again on the way back, else {other}"
+            if need.recomputes
+            else f"         with gradient checkpointing {other}, in place of {size(need.training_bytes)}"
+        )
     busy = "; other work runs on it now, so this is uncertain" if need.busy else ""
     out.show(f"Time     {_time(need)} on this machine{busy}")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..budget.recipe import Recipe, override, recipe_of
 from ..budget.recipe_file import LEADING, RecipeFile, asked, read_recipe
-from ..errors import UsageError, is_number, is_whole
+from ..errors import UsageError, flag, is_number, is_whole
 from ..text.documents import SELF
 from ..text.request import Calibration
 from .parts import Part, part_named
@@ -61,7 +61,8 @@ class ModelRefinement:
     minutes: from the first step to the last, in which the learning rate falls to zero; None for as long as `steps`
     take. steps: of Adam; None for as many as there is time for, 20 minutes without either. lr: at its peak, as a share
     of what is trained. tokens: of a step. train: of PARTS, what moves: factors of the rows of S (and its values, where
-    they are floats), norms and biases, U and V.
+    they are floats), norms and biases, U and V. gradient_checkpointing: blocks run again on the way back, which takes
+    less memory and more time, and gives the same; done in any case where memory is short.
     """
 
     minutes: float | None = None
@@ -70,6 +71,7 @@ class ModelRefinement:
     tokens: int = 1024
     train: tuple[str, ...] | str = PARTS
     seed: int = 0
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if self.minutes is not None and (not is_number(self.minutes) or not 0 < self.minutes < float("inf")):
@@ -82,6 +84,9 @@ class ModelRefinement:
             raise UsageError(f"--refine-tokens is a whole number >= 1, not {self.tokens!r}.")
         if not is_whole(self.seed) or self.seed < 0:
             raise UsageError(f"seed of a refinement is a whole number >= 0, not {self.seed!r}.")
+        if not isinstance(self.gradient_checkpointing, bool):
+            given = self.gradient_checkpointing
+            raise UsageError(f"gradient_checkpointing of a refinement is true or false, not {given!r}.")
         object.__setattr__(self, "train", _parts(self.train))
 
     @property
@@ -297,6 +302,6 @@ def _refinement(found: Any) -> Refinement | ModelRefinement | None:
         return None
     strange = found.keys() - {one.name for one in fields(kind)}
     if strange:
-        raise UsageError(f"--refine-{min(strange)} is not of --refine {mode}. Leave it out.")
+        raise UsageError(f"{flag(f'refine_{min(strange)}')} is not of --refine {mode}. Leave it out.")
     made: Refinement | ModelRefinement = kind(**found)
     return made

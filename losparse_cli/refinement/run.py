@@ -34,6 +34,7 @@ from ..parallel.group import agreed, ranks
 from ..progress import Progress, listener
 from ..text.sample import account, held_out
 from .layers import unfold
+from .recomputation import recompute
 from .result import write_refined
 from .teacher import FILE as TEACHER
 from .teacher import find_teacher
@@ -98,11 +99,14 @@ def train_into(team: Team, job: Job, mark: str, told: Progress) -> Report:
     unseen = held_out(windows)
     report = None
     with disk_errors(team.folder):
-        teacher = find_teacher(job, windows, team, told, estimate(job, windows).fixed_bytes)
+        need = estimate(job, windows)
+        teacher = find_teacher(job, windows, team, told, need.fixed_bytes)
         told.phase("Loading the compressed model")
 
         def begun() -> Training:
             model = _student(job)
+            if need.recomputes:
+                recompute(model, job.blocks)
             moving = _moving(job, model, names, how)
             if not moving:
                 raise UsageError(f"{start.address} has nothing that --train {','.join(how.train)} could move.")

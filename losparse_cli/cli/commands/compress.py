@@ -166,6 +166,14 @@ def compress(
     refine_steps: o.RefineSteps = None,
     refine_lr: o.RefineRate = None,
     refine_tokens: o.RefineTokens = None,
+    refine_gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option(
+            "--refine-gradient-checkpointing",
+            help="Of --refine model: less memory, more time, the same result; done anyway where memory is short.",
+            rich_help_panel=o.TEXT,
+        ),
+    ] = None,
     recipe: Annotated[
         Path | None,
         typer.Option(
@@ -252,6 +260,7 @@ def compress(
             "steps": refine_steps,
             "lr": refine_lr,
             "tokens": refine_tokens,
+            "gradient_checkpointing": refine_gradient_checkpointing,
         },
         device=device,
         memory_limit=memory_limit,

@@ -40,6 +40,13 @@ def refine(
     refine_steps: o.RefineSteps = None,
     refine_lr: o.RefineRate = None,
     refine_tokens: o.RefineTokens = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="Of --objective model: less memory, more time, the same result; done anyway where memory is short.",
+        ),
+    ] = None,
     device: o.Device = "auto",
     max_shard_size: o.MaxShardSize = "5GB",
     memory_limit: o.MemoryLimit = None,
@@ -62,7 +69,13 @@ def refine(
     from ...refine import make_refinement, prepare_refinement
 
     how = make_refinement(
-        objective, minutes=refine_minutes, steps=refine_steps, lr=refine_lr, tokens=refine_tokens, train=train
+        objective,
+        minutes=refine_minutes,
+        steps=refine_steps,
+        lr=refine_lr,
+        tokens=refine_tokens,
+        train=train,
+        gradient_checkpointing=gradient_checkpointing,
     )
     text = make_calibration(
         {
