@@ -61,7 +61,7 @@ def refine(
 
 
 OBJECTIVES = ("blocks", "model")
-OPTIONS = {"train": "--train", "gradient_checkpointing": "--gradient-checkpointing"}
+OPTIONS = {"train": "--train", "gradient_checkpointing": "--gradient-checkpointing", "precision": "--precision"}
 """Settings of a whole model whose options have no --refine- before their name."""
 
 
@@ -74,6 +74,7 @@ def make_refinement(
     tokens: int | None = None,
     train: str | None = None,
     gradient_checkpointing: bool | None = None,
+    precision: str | None = None,
 ) -> Refinement | ModelRefinement | dict[str, Any]:
     """What --objective and the options beside it ask for; settings alone for the objective that suits the checkpoint.
 
@@ -82,7 +83,8 @@ def make_refinement(
     if objective not in (None, *OBJECTIVES):
         raise UsageError(f"--objective is one of {', '.join(OBJECTIVES)}, not {objective!r}.")
     whole: dict[str, Any] = {
-        "minutes": minutes, "tokens": tokens, "train": train, "gradient_checkpointing": gradient_checkpointing
+        "minutes": minutes, "tokens": tokens, "train": train, "gradient_checkpointing": gradient_checkpointing,
+        "precision": precision,
     }  # fmt: skip
     parts = {name: value for name, value in whole.items() if value is not None}
     if parts and objective == "blocks":

@@ -195,7 +195,12 @@ OPTIONS = {
     "training.pruning.final_warmup": "--final-warmup-steps",
 }
 """Settings whose options have other names, or that only a recipe holds."""
-OF_REFINE = {"refinement": "--objective", "towards": "--objective", "towards.train": "--train"}
+OF_REFINE = {
+    "refinement": "--objective",
+    "towards": "--objective",
+    "towards.train": "--train",
+    "towards.precision": "--precision",
+}
 """The same where `losparse refine` has options of its own."""
 
 

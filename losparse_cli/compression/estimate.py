@@ -19,6 +19,7 @@ from ..checkpoint.config import layer_specs
 from ..checkpoint.output import check_space, free_bytes
 from ..checkpoint.workfolder import WorkFolder
 from ..linalg.precision import fast_float32
+from ..models.device import chosen_dtype
 from ..text.documents import SELF
 from ..text.sample import HELD_OUT, account, doubts, hold_out
 from ..text.windows import Windows
@@ -303,7 +304,9 @@ def _training_bytes(job: Job, tokens: int, again: bool) -> int:
     and what the dense one said. again: whether blocks run twice, and leave what flows into them."""
     if job.towards is None:
         return 0
-    weights = 4 * job.parameters
+    dtype = chosen_dtype(job.towards.precision, job.device)
+    coded = sum(p.layer.weights for p in job.plan.layers if p.bits and not p.layer.rows)
+    weights = 4 * job.parameters - (4 - dtype.itemsize) * coded
     if weights > job.memory // 2:  # then each layer is unfolded when it computes
         weights = job.source.nbytes
     assert job.calibration is not None

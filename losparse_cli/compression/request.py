@@ -34,6 +34,7 @@ class Refinement:
 
 
 PARTS = ("scales", "norms", "lowrank")
+PRECISIONS = ("auto", "float32", "bfloat16")
 MINUTES = 20.0
 """How long training goes on where nothing else is said."""
 TOGETHER = 256
@@ -62,7 +63,9 @@ class ModelRefinement:
     take. steps: of Adam; None for as many as there is time for, 20 minutes without either. lr: at its peak, as a share
     of what is trained. tokens: of a step. train: of PARTS, what moves: factors of the rows of S (and its values, where
     they are floats), norms and biases, U and V. gradient_checkpointing: blocks run again on the way back, which takes
-    less memory and more time, and gives the same; done in any case where memory is short.
+    less memory and more time, and gives the same; done in any case where memory is short. precision: of PRECISIONS,
+    what passes through the model compute in, auto for bfloat16 where that is fast; loss, and what is trained, are
+    float32.
     """
 
     minutes: float | None = None
@@ -72,6 +75,7 @@ class ModelRefinement:
     train: tuple[str, ...] | str = PARTS
     seed: int = 0
     gradient_checkpointing: bool = False
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
         if self.minutes is not None and (not is_number(self.minutes) or not 0 < self.minutes < float("inf")):
@@ -87,6 +91,8 @@ class ModelRefinement:
         if not isinstance(self.gradient_checkpointing, bool):
             given = self.gradient_checkpointing
             raise UsageError(f"gradient_checkpointing of a refinement is true or false, not {given!r}.")
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"precision of a refinement is {', '.join(PRECISIONS)}, not {self.precision!r}.")
         object.__setattr__(self, "train", _parts(self.train))
 
     @property

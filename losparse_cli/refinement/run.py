@@ -27,7 +27,7 @@ from ..errors import UsageError
 from ..finetuning.states import disk_errors
 from ..linalg.precision import fast_float32
 from ..load import load
-from ..models.device import available
+from ..models.device import available, chosen_dtype, chosen_precision
 from ..models.names import NameMap
 from ..models.skeleton import empty_model
 from ..parallel.group import agreed, ranks
@@ -111,8 +111,8 @@ def train_into(team: Team, job: Job, mark: str, told: Progress) -> Report:
             if not moving:
                 raise UsageError(f"{start.address} has nothing that --train {','.join(how.train)} could move.")
             return Training(
-                model, teacher, windows, unseen, moving, how, batch=passing(windows.length), device=job.device,
-                told=told, group=group,
+                model, teacher, windows, unseen, moving, how, batch=passing(windows.length),
+                dtype=chosen_dtype(how.precision, job.device), device=job.device, told=told, group=group,
             )  # fmt: skip
 
         training = agreed(group, begun)
@@ -122,7 +122,8 @@ def train_into(team: Team, job: Job, mark: str, told: Progress) -> Report:
             told.phase("Writing the result")
             values = {names[name]: value.cpu().contiguous() for name, value in found.values.items()}
             text = account(job.calibration, windows) if job.calibration is not None else {}
-            report = write_refined(job, values, _account(how, found, len(unseen)) | {"text": text}, work, mark)
+            told_of = _account(how, found, len(unseen), chosen_precision(how.precision, job.device)) | {"text": text}
+            report = write_refined(job, values, told_of, work, mark)
     if work is not None:
         work.publish()
     return reported(group, report)
@@ -140,19 +141,22 @@ def check_moving(job: Job) -> None:
 def _student(job: Job) -> Any:
     """The compressed model, of which nothing is to be trained yet."""
     assert job.start is not None
+    assert job.towards is not None
     options = {"trust_remote_code": True} if job.trust_remote_code else {}
     model, _ = load(job.start.folder, dtype=torch.float32, **options)
     model.requires_grad_(False).to(job.device)
-    unfold(model, (available(job.device) if job.memory_limit is None else job.memory_limit) // 2)
+    room = (available(job.device) if job.memory_limit is None else job.memory_limit) // 2
+    unfold(model, room, chosen_dtype(job.towards.precision, job.device))
     keeps_no_cache(model)
     return model
 
 
-def _account(how: ModelRefinement, found: Refined, unseen: int) -> dict[str, Any]:
+def _account(how: ModelRefinement, found: Refined, unseen: int, precision: str) -> dict[str, Any]:
     """For the report. unseen: windows that were held out."""
     return {
         "objective": "model",
         "settings": asdict(how) | {"train": list(how.train)},
+        "precision": precision,
         "steps": found.steps,
         "tokens": found.tokens,
         "seconds": round(found.looks[-1].seconds, 1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -83,8 +84,9 @@ class Refined:
 class Training:
     """One model, its teacher and its text. moving: name -> what is trained; `model` computes with it.
 
-    batch: windows of a pass. group: ranks that share the passes of a step, and of a look at held-out windows; each
-    holds all of the model and takes the same steps.
+    batch: windows of a pass. dtype: that passes through the model compute in; loss, and what is trained, are float32.
+    group: ranks that share the passes of a step, and of a look at held-out windows; each holds all of the model and
+    takes the same steps.
     """
 
     def __init__(
@@ -97,16 +99,18 @@ class Training:
         how: ModelRefinement,
         *,
         batch: int,
+        dtype: torch.dtype = torch.float32,
         device: torch.device,
         told: Progress | None = None,
         group: Ranks | None = None,
     ) -> None:
         self.model, self.teacher, self.windows, self.moving, self.how = model, teacher, windows, moving, how
         self._device, self._batch, self._told = device, batch, listener(told)
-        self._group = group or Alone()
+        self._group, self._dtype = group or Alone(), dtype
         self._unseen = list(held_out)
         self._seen = [k for k in range(len(windows.ids)) if k not in set(held_out)]
-        self._head = Head(model, self._inputs(self._seen[:1]))
+        with self._within():
+            self._head = Head(model, self._inputs(self._seen[:1]))
         if self._head.module is None:
             raise UsageError(f"{type(model).__name__} has no head over a vocabulary that could be called apart.")
         self._optimizer = torch.optim.Adam([one.s for one in moving.values()], lr=how.lr, betas=(0.9, 0.95))
@@ -204,7 +208,7 @@ class Training:
         for one in self.moving.values():
             one.parameter.grad = None
         with torch.enable_grad():
-            states = self._head.states(self._inputs(part))
+            states = self._states(part)
         lost, slope = divergence(self._head, states, self._goals(part), self.teacher, gradients=True)
         torch.autograd.backward([states], [slope / tokens])
         found = ((one.parameter, one.parameter.grad) for one in self.moving.values())
@@ -221,6 +225,14 @@ class Training:
 
     def _inputs(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         return self.windows.take(numbers).batches(len(numbers), self._device)[0]
+
+    def _within(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32)
+
+    def _states(self, numbers: Sequence[int]) -> Tensor:
+        """What the head is fed for these windows, float32."""
+        with self._within():
+            return self._head.states(self._inputs(numbers)).float()
 
     def _goals(self, numbers: Sequence[int]) -> Tensor:
         return self.teacher.states[torch.tensor(numbers)].to(self._device)
@@ -256,7 +268,7 @@ class Training:
         numbers = self._unseen or self._seen[: max(1, len(self._seen) // 20)]
         lost = []
         for part in self._leaves(numbers).values():
-            states = self._head.states(self._inputs(part))
+            states = self._states(part)
             lost.append(divergence(self._head, states, self._goals(part), self.teacher, gradients=False)[0])
         return self._total(lost) / (len(numbers) * self._length)
 

@@ -166,6 +166,10 @@ def compress(
     refine_steps: o.RefineSteps = None,
     refine_lr: o.RefineRate = None,
     refine_tokens: o.RefineTokens = None,
+    refine_precision: Annotated[
+        str | None,
+        typer.Option(help=f"Of --refine model: {o.REFINE_PRECISION}", rich_help_panel=o.TEXT, show_default="auto"),
+    ] = None,
     refine_gradient_checkpointing: Annotated[
         bool | None,
         typer.Option(
@@ -261,6 +265,7 @@ def compress(
             "lr": refine_lr,
             "tokens": refine_tokens,
             "gradient_checkpointing": refine_gradient_checkpointing,
+            "precision": refine_precision,
         },
         device=device,
         memory_limit=memory_limit,

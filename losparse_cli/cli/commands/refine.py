@@ -47,6 +47,9 @@ def refine(
             help="Of --objective model: less memory, more time, the same result; done anyway where memory is short.",
         ),
     ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help=f"Of --objective model: {o.REFINE_PRECISION}", show_default="auto")
+    ] = None,
     device: o.Device = "auto",
     max_shard_size: o.MaxShardSize = "5GB",
     memory_limit: o.MemoryLimit = None,
@@ -76,6 +79,7 @@ def refine(
         tokens=refine_tokens,
         train=train,
         gradient_checkpointing=gradient_checkpointing,
+        precision=precision,
     )
     text = make_calibration(
         {
