@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,8 @@ from .budget.plan import plan_as_stored
 from .budget.recipe import Recipe
 from .checkpoint.config import layer_specs
 from .checkpoint.fingerprint import digest
-from .checkpoint.output import TRAINING, check_space
+from .checkpoint.output import TRAINING, check_space, working_folder
 from .checkpoint.source import open_checkpoint
-from .checkpoint.workfolder import WorkFolder
 from .compression.closing import Took
 from .compression.estimate import space_needed
 from .compression.fingerprint import fingerprint
@@ -22,9 +22,9 @@ from .compression.parts import Part
 from .compression.plan import Job, prepare
 from .compression.request import AnyRefinement, make_request
 from .compression.run import Result, found_finished, run_in_parts, run_whole
-from .compression.team import require_alike, require_shared
+from .compression.team import begin, require_alike, require_seen, require_shared
 from .models.device import peak_memory
-from .parallel.group import ranks
+from .parallel.group import Ranks, ranks
 from .progress import Progress, listener
 from .refinement.run import train_into
 from .text.request import Calibration
@@ -178,22 +178,26 @@ def run(job: Job, *, resume: str = "auto", overwrite: bool = False, progress: Pr
         if group.size > 1 and job.calibration is None:
             return run_in_parts(job, group, resume, overwrite, told)
         if job.towards is not None:
-            return _run_towards(job, resume, overwrite, told)
+            return _run_towards(job, group, resume, overwrite, told)
         return run_whole(job, group, resume, overwrite, told)
 
 
-def _run_towards(job: Job, resume: str, overwrite: bool, told: Progress) -> Result:
+def _run_towards(job: Job, group: Ranks, resume: str, overwrite: bool, told: Progress) -> Result:
     """Compressed first, into the work folder of the whole run, and that trained towards the whole dense model."""
     begun, mark = time.monotonic(), fingerprint(job)
-    with WorkFolder(job.output, mark, resume=resume, overwrite=overwrite, reads=job.reads) as work:
-        if work.finished:
+    with ExitStack() as stack:
+        team = begin(stack, job, group, mark, resume, overwrite)
+        work, folder = team.work, working_folder(job.output)
+        if team.said(work is not None and work.finished):
             return found_finished(job)
-        if not (work.path / TRAINING).is_dir():  # else a part of it is written
+        remedy = "with --refine they share a folder. Leave it out, and copy the result to each for losparse refine."
+        require_seen(group, folder, remedy)
+        if work is not None and not (work.path / TRAINING).is_dir():  # else a part of it is written
             check_space(work.path, space_needed(job))
-        done = run(replace(job, towards=None, output=work.path / TRAINING / "compressed"), progress=told)
+        small = replace(job, towards=None, output=folder / TRAINING / "compressed")
+        done = run_whole(small, group, "auto", False, told)
         start = open_checkpoint(done.output)
         plan = plan_as_stored([p.layer for p in job.plan.layers], job.plan.skipped, layer_specs(start))
-        report = train_into(work, replace(job, start=start, plan=plan), digest(mark), told)
-        work.publish()
+        report = train_into(team, replace(job, start=start, plan=plan), digest(mark), told)
     took = Took(time.monotonic() - begun, peak_memory(), None)
     return Result(job.output, report, took, done.resumed, done.needs_package)

@@ -61,6 +61,8 @@ def refine(
 
 
 OBJECTIVES = ("blocks", "model")
+OPTIONS = {"train": "--train", "gradient_checkpointing": "--gradient-checkpointing", "precision": "--precision"}
+"""Settings of a whole model whose options have no --refine- before their name."""
 
 
 def make_refinement(
@@ -69,7 +71,10 @@ def make_refinement(
     minutes: float | None = None,
     steps: int | None = None,
     lr: float | None = None,
+    tokens: int | None = None,
     train: str | None = None,
+    gradient_checkpointing: bool | None = None,
+    precision: str | None = None,
 ) -> Refinement | ModelRefinement | dict[str, Any]:
     """What --objective and the options beside it ask for; settings alone for the objective that suits the checkpoint.
 
@@ -77,15 +82,19 @@ def make_refinement(
     """
     if objective not in (None, *OBJECTIVES):
         raise UsageError(f"--objective is one of {', '.join(OBJECTIVES)}, not {objective!r}.")
-    for option, value in (("--refine-minutes", minutes), ("--train", train)):
-        if value is not None and objective == "blocks":
-            raise UsageError(f"{option} is of --objective model. Leave it out, or train the whole model.")
+    whole: dict[str, Any] = {
+        "minutes": minutes, "tokens": tokens, "train": train, "gradient_checkpointing": gradient_checkpointing,
+        "precision": precision,
+    }  # fmt: skip
+    parts = {name: value for name, value in whole.items() if value is not None}
+    if parts and objective == "blocks":
+        option = OPTIONS.get(next(iter(parts)), f"--refine-{next(iter(parts))}")
+        raise UsageError(f"{option} is of --objective model. Leave it out, or train the whole model.")
     given: dict[str, Any] = {name: value for name, value in (("steps", steps), ("lr", lr)) if value is not None}
     if objective == "blocks":
         return Refinement(**given)
-    if minutes is not None or train is not None or objective == "model":
-        parts: dict[str, Any] = {} if train is None else {"train": train}
-        return ModelRefinement(minutes=minutes, **given, **parts)
+    if parts or objective == "model":
+        return ModelRefinement(**given, **parts)
     return given
 
 
@@ -113,7 +122,6 @@ def prepare_refinement(
     in `compress`. plan_only: nothing but headers is downloaded, and the job cannot be run.
     UsageError if `source` is not compressed, names no dense model, or is asked for what it cannot be trained to.
     """
-    require_alone("Refining")
     start = open_checkpoint(source, revision=revision, cache_dir=cache_dir, headers_only=plan_only)
     if not start.is_compressed:
         raise UsageError(
@@ -133,6 +141,8 @@ def prepare_refinement(
         if isinstance(found, BothRefinements):
             raise UsageError("losparse refine does one thing at a time: blocks, and then model of what that wrote.")
         refinement = found
+    if isinstance(refinement, Refinement):
+        require_alone("Refining block by block")
     report = read_report(start.folder)  # CheckpointError now if it is damaged, not halfway
     made_from = report.source if report is not None else {}
     commit = made_from.get("commit")

@@ -24,10 +24,10 @@ def companion_states(checkpoint: Checkpoint) -> list[list[str | int]]:
 
 
 def identity(mark: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's fingerprint without what a copy of its model elsewhere changes: times of files."""
-    source = mark.get("source")
-    sizes = {file: state[0] for file, state in source.items()} if isinstance(source, dict) else source
-    return {key: value for key, value in mark.items() if key != "companions"} | {"source": sizes}
+    """A run's fingerprint without what a copy of its models elsewhere changes: times of files."""
+    read = {key: mark[key] for key in ("source", "start") if isinstance(mark.get(key), dict)}
+    sizes = {key: {file: state[0] for file, state in files.items()} for key, files in read.items()}
+    return {key: value for key, value in mark.items() if key != "companions"} | sizes
 
 
 def digest(content: Any) -> str:

@@ -189,14 +189,18 @@ OPTIONS = {
     "refinement": "--refine",
     "towards": "--refine",
     "towards.train": "refine: train",
-    "towards.tokens": "refine: tokens",
     "towards.seed": "refine: seed",
     "training.pruning.every": "--prune-every",
     "training.pruning.initial_warmup": "--initial-warmup-steps",
     "training.pruning.final_warmup": "--final-warmup-steps",
 }
 """Settings whose options have other names, or that only a recipe holds."""
-OF_REFINE = {"refinement": "--objective", "towards": "--objective", "towards.train": "--train"}
+OF_REFINE = {
+    "refinement": "--objective",
+    "towards": "--objective",
+    "towards.train": "--train",
+    "towards.precision": "--precision",
+}
 """The same where `losparse refine` has options of its own."""
 
 

@@ -140,6 +140,11 @@ RefineMinutes = Annotated[
     float | None,
     typer.Option(help="How long a whole model is trained.", rich_help_panel=TEXT, show_default="20"),
 ]
+RefineTokens = Annotated[
+    int | None,
+    typer.Option(help="Tokens of a step of a whole model.", rich_help_panel=TEXT, show_default="1024"),
+]
+REFINE_PRECISION = "auto (bfloat16 where it is fast), float32 or bfloat16; loss and what is trained stay float32."
 RefineRate = Annotated[
     float | None, typer.Option(help="Learning rate at its peak.", rich_help_panel=TEXT, show_default="5e-4")
 ]

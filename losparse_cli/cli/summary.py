@@ -68,9 +68,7 @@ def show_plan(out: Console, found: Forecast, ranks: int = 1) -> None:
     if job.calibration is not None:
         out.show(f"Text     {_text(job)}")
     _show_need(out, need)
-    if ranks > 1:  # what they do not share takes as long as ever
-        each = size(need.fixed_bytes + need.activation_bytes // ranks)
-        out.show(f"Ranks    {ranks}, each about {each} at the peak; at best {minutes(need.seconds / ranks)} together")
+    _show_ranks(out, need, ranks)
     if job.recipe.allocate == "error":
         out.show("Sizes    --allocate error measures them at the start of the run; the table shows the uniform plan")
     if found.finished:
@@ -80,7 +78,7 @@ def show_plan(out: Console, found: Forecast, ranks: int = 1) -> None:
         out.warn(sentence)
 
 
-def show_refinement_plan(out: Console, found: RefinementForecast) -> None:
+def show_refinement_plan(out: Console, found: RefinementForecast, ranks: int = 1) -> None:
     """What a refinement would do and need (--dry-run)."""
     out.data(found.to_dict())
     out.flush()
@@ -100,6 +98,7 @@ def show_refinement_plan(out: Console, found: RefinementForecast) -> None:
         out.show(f"Download {size(job.source.nbytes)} from the Hub, kept in its cache")
     out.show(f"Text     {_text(job)}")
     _show_need(out, found.need)
+    _show_ranks(out, found.need, ranks)
     if found.finished:
         out.show("This very run has finished before: there is nothing to do.")
     out.show("Nothing was written.")
@@ -107,11 +106,26 @@ def show_refinement_plan(out: Console, found: RefinementForecast) -> None:
         out.warn(sentence)
 
 
+def _show_ranks(out: Console, need: Estimate, ranks: int) -> None:
+    """What each of several processes takes, and all of them; what they do not share takes as long as ever."""
+    if ranks > 1:
+        each = size(max(need.fixed_bytes + need.activation_bytes // ranks, need.training_bytes))
+        least = need.timed_seconds + (need.seconds - need.timed_seconds) / ranks
+        out.show(f"Ranks    {ranks}, each about {each} at the peak; at best {minutes(least)} together")
+
+
 def _show_need(out: Console, need: Estimate) -> None:
     """Memory and time."""
     streamed = need.activation_bytes and need.peak_bytes == need.fixed_bytes + need.activation_bytes
     held = f", {size(need.activation_bytes)} of it activations, which can lie in files" if streamed else ""
     out.show(f"Memory   about {size(need.peak_bytes)} at the peak{held}")
+    if need.training_bytes:
+        other = f"{size(need.otherwise_bytes)} while it is trained"
+        out.show(
+            f"         blocks run again on the way back, else {other}"
+            if need.recomputes
+            else f"         with gradient checkpointing {other}, in place of {size(need.training_bytes)}"
+        )
     busy = "; other work runs on it now, so this is uncertain" if need.busy else ""
     out.show(f"Time     {_time(need)} on this machine{busy}")
 

@@ -19,6 +19,7 @@ from ..checkpoint.config import layer_specs
 from ..checkpoint.output import check_space, free_bytes
 from ..checkpoint.workfolder import WorkFolder
 from ..linalg.precision import fast_float32
+from ..models.device import chosen_dtype
 from ..text.documents import SELF
 from ..text.sample import HELD_OUT, account, doubts, hold_out
 from ..text.windows import Sample
@@ -26,7 +27,7 @@ from .fingerprint import fingerprint
 from .footprint import footprint
 from .pace import seconds_alone
 from .plan import RESIDENT_BASE, Job
-from .request import TOGETHER
+from .request import passing
 from .rounds import copies_held, moment_bytes, rounds
 from .schedule import Schedule
 from .solve import effort
@@ -41,6 +42,7 @@ BACKWARD_COPIES = 60  # of what flows into a block, that one batch takes inside 
 LOSS_COPIES = 6  # of the logits that are computed at a time
 STATE_BYTES = 16  # of each number that is trained: itself, the best so far and Adam's two moments
 BLOCK_WIDTHS = 30  # of what flows through a block, that it leaves behind for the way back
+TRAINED_COPIES = 9  # of what is trained: as it was, as it is and its best state, gradients, Adam's two moments
 BURSTS, BURST_SECONDS = 7, 0.01
 UNSTEADY = 1.25  # of the second fastest burst's speed and the second slowest's; alone on a machine it is below 1.1
 TRAINING_COPIES = 8  # of the block: U V + S, S, its mask, gradients, Adam's two moments, and the weights put aside
@@ -49,7 +51,9 @@ TRAINING_COPIES = 8  # of the block: U V + S, S, its mask, gradients, Adam's two
 @dataclass(frozen=True)
 class Estimate:
     """fixed_bytes: all but activations. activation_bytes: what flows between blocks. seconds: on this device.
-    training_bytes: while the whole model is trained, when nothing of the above is held; 0 where it is not.
+    training_bytes: while the whole model is trained, when nothing of the above is held; 0 where it is not. recomputes:
+    whether its blocks run again on the way back; otherwise_bytes: if they did not, or did.
+    timed_seconds: of those, what was asked for in minutes, and takes as long however many processes share it.
 
     least_seconds, most_seconds: at the fastest and the slowest that the device was while it was measured. busy: whether
     other work runs on it, so that `seconds` may be far off.
@@ -62,6 +66,22 @@ class Estimate:
     most_seconds: float
     busy: bool
     training_bytes: int = 0
+    timed_seconds: float = 0.0
+    recomputes: bool = False
+    otherwise_bytes: int = 0
+
+    def training(self) -> dict[str, Any]:
+        """What training the whole model takes, as JSON; {} where nothing is trained so."""
+        if not self.training_bytes:
+            return {}
+        both = {self.recomputes: self.training_bytes, not self.recomputes: self.otherwise_bytes}
+        return {
+            "training": {
+                "gradient_checkpointing": self.recomputes,
+                "peak_memory_bytes": both[False],
+                "checkpointed_memory_bytes": both[True],
+            }
+        }
 
     @property
     def peak_bytes(self) -> int:
@@ -127,6 +147,7 @@ class Forecast:
             "least_seconds": self.need.least_seconds,
             "most_seconds": self.need.most_seconds,
             "busy": self.need.busy,
+            **self.need.training(),
             "warnings": list(self.warnings),
             "calibration": account(job.calibration, job.windows) if job.calibration else None,
             "blocks": list(job.blocks),
@@ -260,30 +281,41 @@ def estimate(job: Job, windows: Sample | None) -> Estimate:
     speeds = _speeds(job.device)
     slow, middle, fast = speeds[1], statistics.median(speeds), speeds[-2]
     busy = _is_busy(job.device) or fast > UNSTEADY * slow
-    about, least, most = (work / speed + _training_seconds(job, speed) for speed in (middle, fast, slow))
-    return Estimate(fixed, carried, about, least, most, busy, _training_bytes(job, tokens))
+    whole, recomputed = (_training_bytes(job, tokens, again) for again in (False, True))
+    again = job.towards is not None and (job.towards.gradient_checkpointing or whole > job.memory)
+    about, least, most = (work / speed + _training_seconds(job, speed, again) for speed in (middle, fast, slow))
+    bound = None if job.towards is None else job.towards.seconds
+    timed = bound if bound is not None and _training_seconds(job, middle, again) == bound else 0.0
+    trained, otherwise = (recomputed, whole) if again else (whole, recomputed)
+    return Estimate(fixed, carried, about, least, most, busy, trained, timed, again, otherwise)
 
 
-def _training_seconds(job: Job, speed: float) -> float:
-    """Of training the whole model: until its time or its steps are up."""
+def _training_seconds(job: Job, speed: float, again: bool) -> float:
+    """Of training the whole model: until its time or its steps are up. again: whether blocks run twice."""
     how = job.towards
     if how is None:
         return 0.0
     # Codes stand still, so that backwards takes no more products than forwards.
-    step = TRAINING_OVERHEAD * 4 * job.parameters * how.tokens / speed
+    step = TRAINING_OVERHEAD * (6 if again else 4) * job.parameters * how.tokens / speed
     return min(how.seconds or math.inf, math.inf if how.steps is None else how.steps * step)
 
 
-def _training_bytes(job: Job, tokens: int) -> int:
-    """Of memory, while the whole model is trained: its weights as floats, what it leaves for the way back, and what the
-    dense one said."""
+def _training_bytes(job: Job, tokens: int, again: bool) -> int:
+    """Of memory, while the whole model is trained: its weights as floats, what moves, what it leaves for the way back,
+    and what the dense one said. again: whether blocks run twice, and leave what flows into them."""
     if job.towards is None:
         return 0
-    weights = 4 * job.parameters
+    dtype = chosen_dtype(job.towards.precision, job.device)
+    coded = sum(p.layer.weights for p in job.plan.layers if p.bits and not p.layer.rows)
+    weights = 4 * job.parameters - (4 - dtype.itemsize) * coded
     if weights > job.memory // 2:  # then each layer is unfolded when it computes
         weights = job.source.nbytes
-    left = BLOCK_WIDTHS * 4 * TOGETHER * job.hidden_size * len(job.blocks)
-    return RESIDENT_BASE + weights + left + _loss_bytes(job, TOGETHER) + 4 * tokens * job.hidden_size
+    assert job.calibration is not None
+    assert job.calibration.length is not None
+    together = passing(job.calibration.length) * job.calibration.length
+    widths = len(job.blocks) + BLOCK_WIDTHS if again else len(job.blocks) * BLOCK_WIDTHS
+    left = 4 * together * job.hidden_size * widths + TRAINED_COPIES * 4 * _trained(job, job.towards.train)
+    return RESIDENT_BASE + weights + left + _loss_bytes(job, together) + 4 * tokens * job.hidden_size
 
 
 def _loss_bytes(job: Job, tokens: int) -> int:

@@ -10,7 +10,15 @@ import torch
 
 from .. import __version__
 from ..checkpoint.fingerprint import companion_states, digest, file_states
+from ..models.device import chosen_precision
 from .plan import Job
+from .request import ModelRefinement
+
+
+def _deciding(how: ModelRefinement, device: torch.device) -> dict[str, Any]:
+    """Its settings, decided, but for what takes other memory and time to the same end."""
+    found = asdict(how) | {"precision": chosen_precision(how.precision, device)}
+    return {name: value for name, value in found.items() if name != "gradient_checkpointing"}
 
 
 def fingerprint(job: Job) -> dict[str, Any]:
@@ -39,7 +47,7 @@ def fingerprint(job: Job) -> dict[str, Any]:
         "recipe": job.recipe.to_dict(),
         "calibration": job.calibration and asdict(job.calibration),
         "refinement": job.refinement and asdict(job.refinement),
-        "towards": job.towards and asdict(job.towards),
+        "towards": job.towards and _deciding(job.towards, job.device),
         "text": job.windows and job.windows.digest(),
         "plan": digest([plan, [[s.file, s.header] for s in made.shards]]),
     }

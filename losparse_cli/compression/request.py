@@ -10,7 +10,7 @@ from typing import Any
 
 from ..budget.recipe import Recipe, override, recipe_of
 from ..budget.recipe_file import LEADING, RecipeFile, asked, read_recipe
-from ..errors import UsageError, is_number, is_whole
+from ..errors import UsageError, flag, is_number, is_whole
 from ..text.documents import SELF
 from ..text.request import Calibration
 from .parts import Part, part_named
@@ -34,10 +34,17 @@ class Refinement:
 
 
 PARTS = ("scales", "norms", "lowrank")
+PRECISIONS = ("auto", "float32", "bfloat16")
 MINUTES = 20.0
 """How long training goes on where nothing else is said."""
-TOGETHER = 1024
-"""Tokens whose windows pass through a whole model at once."""
+TOGETHER = 256
+"""Tokens whose windows pass through a whole model at once, one window at least. The gradient of such a pass is a leaf
+of the sum of a step, however many processes share it."""
+
+
+def passing(length: int) -> int:
+    """Windows of so many tokens that pass through a whole model at once."""
+    return max(1, TOGETHER // length)
 
 
 def _parts(given: Any) -> tuple[str, ...]:
@@ -55,7 +62,10 @@ class ModelRefinement:
     minutes: from the first step to the last, in which the learning rate falls to zero; None for as long as `steps`
     take. steps: of Adam; None for as many as there is time for, 20 minutes without either. lr: at its peak, as a share
     of what is trained. tokens: of a step. train: of PARTS, what moves: factors of the rows of S (and its values, where
-    they are floats), norms and biases, U and V.
+    they are floats), norms and biases, U and V. gradient_checkpointing: blocks run again on the way back, which takes
+    less memory and more time, and gives the same; done in any case where memory is short. precision: of PRECISIONS,
+    what passes through the model compute in, auto for bfloat16 where that is fast; loss, and what is trained, are
+    float32.
     """
 
     minutes: float | None = None
@@ -64,6 +74,8 @@ class ModelRefinement:
     tokens: int = 1024
     train: tuple[str, ...] | str = PARTS
     seed: int = 0
+    gradient_checkpointing: bool = False
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
         if self.minutes is not None and (not is_number(self.minutes) or not 0 < self.minutes < float("inf")):
@@ -72,10 +84,15 @@ class ModelRefinement:
             raise UsageError(f"--refine-steps is a whole number >= 1, not {self.steps!r}.")
         if not is_number(self.lr) or not 0 < self.lr < 1:
             raise UsageError(f"--refine-lr is a number between 0 and 1, not {self.lr!r}; 5e-4 is a usual choice.")
-        for name in ("tokens", "seed"):
-            value = getattr(self, name)
-            if not is_whole(value) or value < (name == "tokens"):
-                raise UsageError(f"{name} of a refinement is a whole number >= {int(name == 'tokens')}, not {value!r}.")
+        if not is_whole(self.tokens) or self.tokens < 1:
+            raise UsageError(f"--refine-tokens is a whole number >= 1, not {self.tokens!r}.")
+        if not is_whole(self.seed) or self.seed < 0:
+            raise UsageError(f"seed of a refinement is a whole number >= 0, not {self.seed!r}.")
+        if not isinstance(self.gradient_checkpointing, bool):
+            given = self.gradient_checkpointing
+            raise UsageError(f"gradient_checkpointing of a refinement is true or false, not {given!r}.")
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"precision of a refinement is {', '.join(PRECISIONS)}, not {self.precision!r}.")
         object.__setattr__(self, "train", _parts(self.train))
 
     @property
@@ -84,6 +101,10 @@ class ModelRefinement:
         if self.minutes is None and self.steps is None:
             return 60 * MINUTES
         return None if self.minutes is None else 60 * self.minutes
+
+    def windows(self, predicted: int) -> int:
+        """Of a step, where so many tokens of each are predicted."""
+        return max(1, self.tokens // predicted)
 
 
 @dataclass(frozen=True)
@@ -299,7 +320,7 @@ def _refinement(found: Any) -> AnyRefinement | None:
     of = {kind: {one.name for one in fields(kind)} for kind in kinds[mode]}
     strange = found.keys() - set().union(*of.values())
     if strange:
-        raise UsageError(f"--refine-{min(strange)} is not of --refine {mode}. Leave it out.")
+        raise UsageError(f"{flag(f'refine_{min(strange)}')} is not of --refine {mode}. Leave it out.")
     if mode == "both":  # steps are those of a block: the whole model has its minutes
         steps = {name: found[name] for name in found.keys() & of[Refinement]}
         whole = {name: found[name] for name in found.keys() & of[ModelRefinement] - {"steps"}}

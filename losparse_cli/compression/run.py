@@ -8,20 +8,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
-from typing import Any
 
 from ..checkpoint.fingerprint import digest
 from ..checkpoint.finish import read_report
 from ..checkpoint.output import PARTS, check_space, working_folder
 from ..checkpoint.part import read_part
 from ..checkpoint.report import Report
-from ..checkpoint.workfolder import WorkFolder
 from ..checkpoint.writer import ShardWriter
-from ..errors import UsageError, write_errors
+from ..errors import write_errors
 from ..models.device import peak_memory
-from ..parallel.group import Alone, Ranks, agreed, said_once
+from ..parallel.group import Alone, Ranks
 from ..progress import Progress, Within
-from ..shim.layouts import LayerSpec
 from ..text.sample import doubts, strangeness
 from .calibrated import CalibratedRun
 from .closing import Took, finish_part, finish_whole, hashed_here, report_of_part, source_hashes, write_timing
@@ -34,7 +31,7 @@ from .plan import Job
 from .schedule import Schedule
 from .steps import Steps, foreseen_steps
 from .stream import compress_stream
-from .team import Team, in_its_share, require_windows
+from .team import begin, in_its_share, reported, require_seen, require_windows
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ def run_whole(job: Job, group: Ranks, resume: str, overwrite: bool, told: Progre
     begun, mark = time.monotonic(), fingerprint(job)
     job = in_its_share(group, job)
     with ExitStack() as stack:
-        team = _begin(stack, job, group, mark, resume, overwrite)
+        team = begin(stack, job, group, mark, resume, overwrite)
         work = team.work
         if team.said(work is not None and work.finished):
             return found_finished(job)
@@ -114,29 +111,13 @@ def run_whole(job: Job, group: Ranks, resume: str, overwrite: bool, told: Progre
     return _of_the_first(job, group, Result(job.output, report, took, resumed, _needs_package(job)))
 
 
-def _begin(stack: ExitStack, job: Job, group: Ranks, mark: dict[str, Any], resume: str, overwrite: bool) -> Team:
-    """The ranks, the first of them with the folder in which the result grows."""
-
-    def begun() -> WorkFolder | None:
-        if group.rank:
-            return None
-        folder = WorkFolder(job.output, mark, resume=resume, overwrite=overwrite, reads=job.reads)
-        return stack.enter_context(folder)
-
-    return Team(group, agreed(group, begun))
-
-
 def _of_the_first(job: Job, group: Ranks, result: Result | None) -> Result:
     """The result of the first rank, on all of them."""
-    said = None
-    if group.size > 1 and result is not None:
-        specs = {layer.name: layer.spec.to_dict() for layer in result.report.layers}
-        said = [result.report.to_dict(), specs, result.took.seconds, result.resumed]
-    said = group.agree(said)[0]
+    report = reported(group, None if result is None else result.report)
+    said = group.agree(None if result is None else [result.took.seconds, result.resumed])[0]
     if result is not None:
         return result
-    fields, specs, seconds, resumed = said
-    report = Report.from_dict(fields, {name: LayerSpec.from_dict(spec) for name, spec in specs.items()}, "rank 0")
+    seconds, resumed = said
     return Result(job.output, report, Took(seconds, peak_memory(), None), resumed, _needs_package(job))
 
 
@@ -145,7 +126,7 @@ def run_in_parts(job: Job, group: Ranks, resume: str, overwrite: bool, told: Pro
     begun, mark, made = time.monotonic(), fingerprint(job), job.scheduled()
     count, resumed = len(made.sections), 0
     with ExitStack() as stack:
-        team = _begin(stack, job, group, mark, resume, overwrite)
+        team = begin(stack, job, group, mark, resume, overwrite)
         work = team.work
         if team.said(work is not None and work.finished):
             return found_finished(job)
@@ -153,7 +134,8 @@ def run_in_parts(job: Job, group: Ranks, resume: str, overwrite: bool, told: Pro
         if work is not None:
             with write_errors(place):
                 place.mkdir(exist_ok=True)
-        _require_seen(group, place)
+        remedy = "without text they share a folder. Do --part K/N on each machine, and losparse join in the end."
+        require_seen(group, place, remedy)
         mine = made.cut(group.size)[group.rank]
         here = [unit for k in mine for unit in made.units[made.sections[k].start : made.sections[k].stop]]
         told.start("layers", sum(plan is not None for _, plan in here))
@@ -170,18 +152,6 @@ def run_in_parts(job: Job, group: Ranks, resume: str, overwrite: bool, told: Pro
         write_timing(work.path, work.journal.units, took, of_ranks)
         work.publish()
     return _of_the_first(job, group, Result(job.output, report, took, resumed, _needs_package(job)))
-
-
-def _require_seen(group: Ranks, place: Path) -> None:
-    """UsageError unless all ranks see the folder that the first one has made."""
-    group.agree(None)  # it is made
-    if all(group.agree(place.is_dir())):
-        return
-    sentence = (
-        f"Not all processes see {place.parent}: without text they share a folder. Do --part K/N on each machine, and "
-        "losparse join in the end."
-    )
-    raise said_once(group, UsageError(sentence))
 
 
 def found_finished(job: Job) -> Result:

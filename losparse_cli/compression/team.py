@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import gettempdir
@@ -12,15 +14,17 @@ from torch import Tensor
 
 from ..checkpoint.fingerprint import identity
 from ..checkpoint.journal import differences
+from ..checkpoint.report import Report
 from ..checkpoint.workfolder import WorkFolder
 from ..errors import UsageError
-from ..parallel.group import Ranks, said_once
-from ..parallel.launch import local_place
+from ..parallel.group import Ranks, agreed, said_once
 from ..progress import Progress
+from ..shim.layouts import LayerSpec
 from ..text.request import Calibration
 from ..text.sample import hold_out
-from ..text.windows import Sample
+from ..text.windows import Sample, Windows
 from .plan import Job
+from .request import ModelRefinement, passing
 
 T = TypeVar("T")
 OF_A_MACHINE = ("processor", "device")
@@ -52,6 +56,35 @@ class Team:
         return bool(self.said(found is not None)), found
 
 
+def begin(stack: ExitStack, job: Job, group: Ranks, mark: dict[str, Any], resume: str, overwrite: bool) -> Team:
+    """The ranks, the first of them with the folder in which the result grows."""
+
+    def begun() -> WorkFolder | None:
+        if group.rank:
+            return None
+        folder = WorkFolder(job.output, mark, resume=resume, overwrite=overwrite, reads=job.reads)
+        return stack.enter_context(folder)
+
+    return Team(group, agreed(group, begun))
+
+
+def reported(group: Ranks, report: Report | None) -> Report:
+    """The report that the first rank has, on all of them."""
+    specs = {} if report is None else {layer.name: layer.spec.to_dict() for layer in report.layers}
+    said = group.agree([None if report is None else report.to_dict(), specs] if group.size > 1 else None)[0]
+    if report is not None:
+        return report
+    fields, specs = said
+    return Report.from_dict(fields, {name: LayerSpec.from_dict(spec) for name, spec in specs.items()}, "rank 0")
+
+
+def require_seen(group: Ranks, place: Path, remedy: str) -> None:
+    """UsageError unless all ranks see the folder that the first one has made."""
+    group.agree(None)  # it is made
+    if not all(group.agree(place.is_dir())):
+        raise said_once(group, UsageError(f"Not all processes see {place.parent}: {remedy}"))
+
+
 def require_alike(group: Ranks, mark: dict[str, Any], told: Progress) -> None:
     """UsageError if a rank is at another run than the first, by their fingerprints."""
     marks = group.agree(identity(mark))
@@ -75,10 +108,12 @@ def require_alike(group: Ranks, mark: dict[str, Any], told: Progress) -> None:
 
 
 def in_its_share(group: Ranks, job: Job) -> Job:
-    """The job with the memory that each rank may take: of what is free on its machine, as much as the others there."""
+    """The job with the memory that each rank may take: of what is free on its device, as much as the others there."""
     if group.size == 1:
         return job
-    room = job.memory if job.memory_limit is not None else job.memory // local_place()[1]
+    here = [socket.gethostname(), str(job.device)]
+    sharers = group.agree(here).count(here)
+    room = job.memory if job.memory_limit is not None else job.memory // sharers
     return replace(job, memory_limit=min(group.agree(room)))
 
 
@@ -92,8 +127,11 @@ def require_shared(group: Ranks, job: Job) -> None:
             "--part is for processes that know nothing of each other, and these were started together: leave it out, "
             "and they divide the run themselves."
         )
-    elif job.towards is not None or job.refinement is not None:
-        wrong = "--refine runs in one process: leave it out, and call losparse refine with one process afterwards."
+    elif job.refinement is not None:
+        wrong = (
+            f"--refine blocks runs in one process, and {group.size} were started. Start it without torchrun. Without "
+            "--refine they share the run, and losparse refine does the rest afterwards."
+        )
     elif job.calibration is None:
         made = job.scheduled()
         if group.size > len(made.sections):
@@ -102,7 +140,8 @@ def require_shared(group: Ranks, job: Job) -> None:
                 f"{group.size}. Start {len(made.sections)}."
             )
     elif job.windows is not None:
-        wrong = _too_few(group, job.windows, job.calibration)
+        wrong = None if job.start is not None else _too_few(group, job.windows, job.calibration)
+        wrong = wrong or _too_small(group, job.windows, job.towards)
     if wrong:
         raise said_once(group, UsageError(wrong))
 
@@ -112,6 +151,20 @@ def require_windows(group: Ranks, windows: Sample, calibration: Calibration) -> 
     wrong = _too_few(group, windows, calibration)
     if wrong:
         raise said_once(group, UsageError(wrong))
+
+
+def _too_small(group: Ranks, windows: Sample, how: ModelRefinement | None) -> str | None:
+    """What is wrong with the steps of a training that ranks share."""
+    if how is None or not isinstance(windows, Windows):
+        return None
+    each, together = how.windows(windows.predicted), passing(windows.length)
+    passes = -(-each // together)
+    if group.size <= passes:
+        return None
+    return (
+        f"{group.size} processes share the {each} windows of each step, {together} at a time: that is work for "
+        f"{passes}. Start {passes}, or raise --refine-tokens to {group.size * together * windows.predicted}."
+    )
 
 
 def _too_few(group: Ranks, windows: Sample, calibration: Calibration) -> str | None:

@@ -25,7 +25,7 @@ from ..checkpoint.source import REPORT, Checkpoint, open_checkpoint
 from ..checkpoint.writer import sha256
 from ..errors import MissingExtraError, UsageError
 from ..load import load
-from ..models.device import find_device
+from ..models.device import chosen_precision, find_device
 from ..progress import Progress, listener
 from ..tasks.kinds import open_task
 from ..tasks.request import TaskRequest, make_task
@@ -231,8 +231,6 @@ def _fingerprint(
     device: torch.device,
 ) -> dict[str, Any]:
     """What must be equal for a run to go on; rows: how many there are of a dataset that may have changed."""
-    from .trainer import chosen_precision
-
     files = {
         name: sha256(Path(file).expanduser())
         for name, file in (("train", task.train_file), ("validation", task.validation_file))

@@ -12,6 +12,7 @@ from ..checkpoint.finish import read_report
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import UsageError
 from ..load import load
+from ..models.device import chosen_precision
 from ..text.tokenizer import positions
 from .request import Finetuning
 
@@ -29,8 +30,6 @@ def find_teacher(
     learn; longest: tokens of its longest input. UsageError if there is no such model, or if its predictions are of
     another kind.
     """
-    from .trainer import chosen_precision
-
     name, commit = how.teacher, None
     if name is None and how.objective == "task":
         return None, None

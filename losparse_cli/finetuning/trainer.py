@@ -20,6 +20,7 @@ from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ..errors import TrainingError, UsageError
+from ..models.device import chosen_precision
 from ..tasks.heads import refusals
 from ..tasks.tokens import LABELS
 from .conversion import coded_modules
@@ -260,16 +261,6 @@ def check_sharding(plugin: Any) -> None:
         )
 
 
-def chosen_precision(asked: str, device: torch.device) -> str:
-    """What forward and backward passes compute in: where it is fast, auto is bfloat16."""
-    if asked != "auto":
-        return asked
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    fast = device.type == "cpu" and _has_bfloat16()
-    return "bfloat16" if fast else "float32"
-
-
 def _renamed(how: Finetuning) -> dict[str, Any]:
     """Settings that have other names in older versions of transformers."""
     known = transformers.TrainingArguments.__dataclass_fields__
@@ -277,11 +268,6 @@ def _renamed(how: Finetuning) -> dict[str, Any]:
     if how.gradient_checkpointing:
         found["activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"] = True
     return found
-
-
-def _has_bfloat16() -> bool:
-    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(known is not None and known())
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:

@@ -233,22 +233,24 @@ class Relay:
 
 
 def run_block(block: nn.Module, call: Call) -> Any:
-    """What `block` itself returns for the call; the block may be under a `Relay`.
-
-    A block is run several times on one call, and some models keep a cache whatever they are told: what an earlier run
-    added to it is taken away first.
-    """
-    if call.caches is None:
-        call.caches = [(part, _copied(vars(part))) for part in _cache_parts((*call.args, *call.kwargs.values()))]
-    for part, held in call.caches:
-        vars(part).clear()
-        vars(part).update(_copied(held))
+    """What `block` itself returns for the call, renewed first; the block may be under a `Relay`."""
+    renew(call)
     forward = vars(block).pop("forward", None)
     try:
         return block(*call.args, **call.kwargs)
     finally:
         if forward is not None:
             block.forward = forward
+
+
+def renew(call: Call) -> None:
+    """Take away from caches what an earlier run of a block on this call added: some models keep one whatever they are
+    told."""
+    if call.caches is None:
+        call.caches = [(part, _copied(vars(part))) for part in _cache_parts((*call.args, *call.kwargs.values()))]
+    for part, held in call.caches:
+        vars(part).clear()
+        vars(part).update(_copied(held))
 
 
 def _cache_parts(values: Iterable[Any]) -> Iterator[Any]:

@@ -80,6 +80,27 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def chosen_precision(asked: str, device: torch.device) -> str:
+    """What forward and backward passes compute in: where it is fast, auto is bfloat16."""
+    if asked != "auto":
+        return asked
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    fast = device.type == "cpu" and _has_bfloat16()
+    return "bfloat16" if fast else "float32"
+
+
+def chosen_dtype(asked: str, device: torch.device) -> torch.dtype:
+    """The same as a dtype."""
+    found: torch.dtype = getattr(torch, chosen_precision(asked, device))
+    return found
+
+
+def _has_bfloat16() -> bool:
+    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(known is not None and known())
+
+
 @contextmanager
 def threads_of_torch(count: int | None) -> Iterator[None]:
     """So many, and as many as before afterwards; None: as they are. UsageError for more than any machine has."""

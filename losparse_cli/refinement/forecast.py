@@ -54,6 +54,7 @@ class RefinementForecast:
             "least_seconds": self.need.least_seconds,
             "most_seconds": self.need.most_seconds,
             "busy": self.need.busy,
+            **self.need.training(),
             "warnings": list(self.warnings),
         }
 

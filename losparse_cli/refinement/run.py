@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,24 +16,26 @@ from ..checkpoint.finish import read_report
 from ..checkpoint.output import TRAINING, check_space
 from ..checkpoint.reader import TORCH_DTYPES
 from ..checkpoint.report import Report
-from ..checkpoint.workfolder import WorkFolder
 from ..compression.assembly import keeps_no_cache
 from ..compression.estimate import estimate, space_needed
 from ..compression.fingerprint import fingerprint
 from ..compression.plan import Job
-from ..compression.request import TOGETHER, ModelRefinement
+from ..compression.request import ModelRefinement, passing
 from ..compression.slices import parted
+from ..compression.team import Team, begin, in_its_share, reported, require_alike, require_shared
 from ..errors import UsageError
 from ..finetuning.states import disk_errors
 from ..linalg.precision import fast_float32
 from ..load import load
-from ..models.device import available
+from ..models.device import available, chosen_dtype, chosen_precision
 from ..models.names import NameMap
 from ..models.skeleton import empty_model
+from ..parallel.group import agreed, ranks
 from ..progress import Progress, listener
 from ..text.sample import account, held_out
 from ..text.windows import Windows
 from .layers import unfold
+from .recomputation import recompute
 from .result import write_refined
 from .teacher import FILE as TEACHER
 from .teacher import find_teacher
@@ -60,52 +63,71 @@ def run_model(
 ) -> RefinedModel:
     """Train the compressed checkpoint that `job` starts from as it says; what is coded stays as it is.
 
-    The best of all states that were measured on held-out windows is written, be it the first. Raises as `compress`.
+    The best of all states that were measured on held-out windows is written, be it the first. Of several processes the
+    first writes, and hears progress. Raises as `compress`.
     """
-    begun, told = time.monotonic(), listener(progress)
-    mark = fingerprint(job)
-    with WorkFolder(job.output, mark, resume=resume, overwrite=overwrite, reads=job.reads) as work:
-        if work.finished:
-            report = read_report(job.output)
-            assert report is not None, "a result that is whole has one"
+    begun, group = time.monotonic(), ranks()
+    told = listener(progress if group.rank == 0 else None)
+    require_shared(group, job)
+    with group.at_work(), ExitStack() as stack:
+        mark = fingerprint(job)
+        require_alike(group, mark, told)
+        team = begin(stack, job, group, mark, resume, overwrite)
+        finished = bool(team.said(team.work is not None and team.work.finished))
+        if finished:
+            report = reported(group, None if team.work is None else read_report(job.output))
         else:
-            report = train_into(work, job, digest(mark), told)
-            work.publish()
+            report = train_into(team, job, digest(mark), told)
     done, seconds = report.refinement, time.monotonic() - begun
     looks = tuple(Look(*line) for line in done["looks"])
     best = min(looks, key=lambda look: look.divergence)
-    return RefinedModel(
-        job.output, report, looks, best, done["steps"], done["tokens"], 0.0 if work.finished else seconds
-    )
+    return RefinedModel(job.output, report, looks, best, done["steps"], done["tokens"], 0.0 if finished else seconds)
 
 
-def train_into(work: WorkFolder, job: Job, mark: str, told: Progress) -> Report:
-    """What is to be published of `run_model`, in the work folder of a run with this fingerprint."""
-    how, windows = job.towards, job.windows
-    assert job.start is not None
+def train_into(team: Team, job: Job, mark: str, told: Progress) -> Report:
+    """The result of `run_model`, published from the work folder of a run with this fingerprint."""
+    job, work, group = in_its_share(team.group, job), team.work, team.group
+    how, windows, start = job.towards, job.windows, job.start
+    assert start is not None
     assert how is not None
     assert isinstance(windows, Windows), "a request that is to train has text"
     names = _disk_names(job)
-    check_moving(job)
-    if not (work.path / TEACHER).is_file():  # else a part of it is written
-        check_space(work.path, space_needed(job))
-    (work.path / TRAINING).mkdir(exist_ok=True)
-    with disk_errors(work.path):
-        teacher = find_teacher(job, windows, work, told, estimate(job, windows).fixed_bytes)
+    agreed(group, lambda: check_moving(job))
+    if work is not None:
+        if not (work.path / TEACHER).is_file():  # else a part of it is written
+            check_space(work.path, space_needed(job))
+        (work.path / TRAINING).mkdir(exist_ok=True)
+    unseen = held_out(windows)
+    report = None
+    with disk_errors(team.folder):
+        need = estimate(job, windows)
+        teacher = find_teacher(job, windows, team, told, need.fixed_bytes)
         told.phase("Loading the compressed model")
-        model = _student(job)
-        moving = _moving(job, model, names, how)
-        if not moving:
-            raise UsageError(f"{job.start.address} has nothing that --train {','.join(how.train)} could move.")
-        unseen = held_out(windows)
-        batch = max(1, TOGETHER // windows.length)
-        training = Training(model, teacher, windows, unseen, moving, how, batch=batch, device=job.device, told=told)
+
+        def begun() -> Training:
+            model = _student(job)
+            if need.recomputes:
+                recompute(model, job.blocks)
+            moving = _moving(job, model, names, how)
+            if not moving:
+                raise UsageError(f"{start.address} has nothing that --train {','.join(how.train)} could move.")
+            return Training(
+                model, teacher, windows, unseen, moving, how, batch=passing(windows.length),
+                dtype=chosen_dtype(how.precision, job.device), device=job.device, told=told, group=group,
+            )  # fmt: skip
+
+        training = agreed(group, begun)
         with fast_float32():
-            found = training.run(work.path / TRAINING / "state.safetensors")
-        told.phase("Writing the result")
-        values = {names[name]: value.cpu().contiguous() for name, value in found.values.items()}
-        text = account(job.calibration, windows) if job.calibration is not None else {}
-        return write_refined(job, values, _account(how, found, len(unseen)) | {"text": text}, work, mark)
+            found = training.run(None if work is None else work.path / TRAINING / "state.safetensors")
+        if work is not None:
+            told.phase("Writing the result")
+            values = {names[name]: value.cpu().contiguous() for name, value in found.values.items()}
+            text = account(job.calibration, windows) if job.calibration is not None else {}
+            told_of = _account(how, found, len(unseen), chosen_precision(how.precision, job.device)) | {"text": text}
+            report = write_refined(job, values, told_of, work, mark)
+    if work is not None:
+        work.publish()
+    return reported(group, report)
 
 
 def check_moving(job: Job) -> None:
@@ -120,19 +142,22 @@ def check_moving(job: Job) -> None:
 def _student(job: Job) -> Any:
     """The compressed model, of which nothing is to be trained yet."""
     assert job.start is not None
+    assert job.towards is not None
     options = {"trust_remote_code": True} if job.trust_remote_code else {}
     model, _ = load(job.start.folder, dtype=torch.float32, **options)
     model.requires_grad_(False).to(job.device)
-    unfold(model, (available(job.device) if job.memory_limit is None else job.memory_limit) // 2)
+    room = (available(job.device) if job.memory_limit is None else job.memory_limit) // 2
+    unfold(model, room, chosen_dtype(job.towards.precision, job.device))
     keeps_no_cache(model)
     return model
 
 
-def _account(how: ModelRefinement, found: Refined, unseen: int) -> dict[str, Any]:
+def _account(how: ModelRefinement, found: Refined, unseen: int, precision: str) -> dict[str, Any]:
     """For the report. unseen: windows that were held out."""
     return {
         "objective": "model",
         "settings": asdict(how) | {"train": list(how.train)},
+        "precision": precision,
         "steps": found.steps,
         "tokens": found.tokens,
         "seconds": round(found.looks[-1].seconds, 1),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,14 +11,16 @@ from torch import Tensor
 
 from ..calibration.activations import trim
 from ..checkpoint.output import TRAINING
-from ..checkpoint.workfolder import WorkFolder
 from ..compression.assembly import activations_of, calibration_model, parameters_by_block, run_calls
 from ..compression.plan import Job
+from ..compression.team import Team
 from ..errors import UsageError
 from ..linalg.precision import fast_float32
 from ..models.blocks import Relay
 from ..models.device import memory_errors
 from ..models.head import require_head
+from ..parallel.group import Ranks, agreed
+from ..parallel.shares import share
 from ..progress import Progress
 from ..text.windows import Windows
 
@@ -35,29 +36,45 @@ class Teacher:
     bias: Tensor | None
 
 
-def find_teacher(job: Job, windows: Windows, work: WorkFolder, told: Progress, fixed_bytes: int) -> Teacher:
+def find_teacher(job: Job, windows: Windows, team: Team, told: Progress, fixed_bytes: int) -> Teacher:
     """The dense model of the job on `windows`, one block in memory at a time; kept for a run that goes on with this.
 
-    fixed_bytes: of memory that is needed beside activations. UsageError for a model without an output head.
+    Each rank asks about its share of the windows, and all hear everything. fixed_bytes: of memory that is needed beside
+    activations. UsageError for a model without an output head.
     """
-
-    def ask() -> dict[str, Tensor]:
-        return _asked(job, windows, work.path, told, fixed_bytes)
-
-    kept = work.decided(FILE, load_file, ask, save_file)
+    known, recalled = team.recalled(lambda work: work.recall(FILE, load_file))
+    if known:
+        kept = team.heard(recalled or {})
+    else:
+        kept = _gathered(team.group, agreed(team.group, lambda: _asked(job, windows, team, told, fixed_bytes)))
+        if team.work is not None:
+            team.work.keep(FILE, lambda path: save_file(kept, path))
     bias = kept.get("bias")
     return Teacher(kept["states"], kept["weight"].to(job.device), None if bias is None else bias.to(job.device))
 
 
-def _asked(job: Job, windows: Windows, folder: Path, told: Progress, fixed_bytes: int) -> dict[str, Tensor]:
+def _gathered(group: Ranks, own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the first rank found, with the states that others did."""
+    if group.size == 1:
+        return own
+    kept = group.broadcast(0, own)
+    states = [group.broadcast(rank, {"states": own["states"]})["states"] for rank in range(1, group.size)]
+    return kept | {"states": torch.cat([kept["states"], *(one for one in states if len(one))])}
+
+
+def _asked(job: Job, windows: Windows, team: Team, told: Progress, fixed_bytes: int) -> dict[str, Tensor]:
     assert job.calibration is not None
+    batches = windows.batches(job.calibration.batch)
+    mine = share(len(batches), team.group.rank, team.group.size)
+    batches = [{name: ids.to(job.device) for name, ids in batch.items()} for batch in batches[mine.start : mine.stop]]
+    if not batches:
+        return {"states": torch.empty(0)}
     assembly = calibration_model(job)
     model = assembly.model
     head: Any = require_head(model)
     parameters, outside = parameters_by_block(model, job.route)
     assembly.load(outside)
-    batches = windows.batches(job.calibration.batch, job.device)
-    activations = activations_of(job, folder, fixed_bytes)
+    activations = activations_of(job, team.folder, fixed_bytes)
     remedy = "Lower --calibration-tokens or --calibration-length, or set --memory-limit."
     found: list[Tensor] = []
 

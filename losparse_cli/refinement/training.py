@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ from torch import Tensor, nn
 from ..compression.request import ModelRefinement
 from ..errors import CheckpointError, UsageError
 from ..models.head import Head
+from ..parallel.group import Alone, Ranks, said_once
+from ..parallel.shares import share
+from ..parallel.tree import TreeSum
 from ..progress import Progress, listener
 from ..text.windows import Windows
 from .divergence import divergence
@@ -77,7 +82,12 @@ class Refined:
 
 
 class Training:
-    """One model, its teacher and its text. moving: name -> what is trained; `model` computes with it."""
+    """One model, its teacher and its text. moving: name -> what is trained; `model` computes with it.
+
+    batch: windows of a pass. dtype: that passes through the model compute in; loss, and what is trained, are float32.
+    group: ranks that share the passes of a step, and of a look at held-out windows; each holds all of the model and
+    takes the same steps.
+    """
 
     def __init__(
         self,
@@ -89,31 +99,35 @@ class Training:
         how: ModelRefinement,
         *,
         batch: int,
+        dtype: torch.dtype = torch.float32,
         device: torch.device,
         told: Progress | None = None,
+        group: Ranks | None = None,
     ) -> None:
         self.model, self.teacher, self.windows, self.moving, self.how = model, teacher, windows, moving, how
         self._device, self._batch, self._told = device, batch, listener(told)
+        self._group, self._dtype = group or Alone(), dtype
         self._unseen = list(held_out)
         self._seen = [k for k in range(len(windows.ids)) if k not in set(held_out)]
-        self._head = Head(model, self._inputs(self._seen[:1]))
+        with self._within():
+            self._head = Head(model, self._inputs(self._seen[:1]))
         if self._head.module is None:
             raise UsageError(f"{type(model).__name__} has no head over a vocabulary that could be called apart.")
         self._optimizer = torch.optim.Adam([one.s for one in moving.values()], lr=how.lr, betas=(0.9, 0.95))
         self._step, self._before, self._looks = 0, 0.0, list[Look]()
         self._best: dict[str, Tensor] = {}
         self._length = teacher.states.shape[1]  # tokens that are predicted in a window
-        self._each = max(1, how.tokens // self._length)  # windows of a step
+        self._each = how.windows(self._length)  # windows of a step
 
     # --- the run --------------------------------------------------------------------------------------
 
     def run(self, state: Path | None = None) -> Refined:
-        """Train until steps or time are up. state: file to go on from, and to save to whenever the model was looked at.
+        """Train until steps or time are up, which is for the first rank to say. state: of that rank, the file to go on
+        from, and to save to whenever the model was looked at.
 
         It ends early where the loss stops being a number. CheckpointError if it never was one.
         """
-        if state is not None and state.is_file():
-            self._resume(state)
+        self._resume(state)
         self._begun = time.monotonic() - self._before
         if not self._looks:
             self._look(state)
@@ -151,34 +165,54 @@ class Training:
         if self.how.seconds is not None:
             elapsed = time.monotonic() - self._begun
             found = max(found, 1.0 if elapsed + last > self.how.seconds else elapsed / self.how.seconds)
-        return found
+        return float(self._group.agree(found)[0])
 
     def _one(self, progress: float) -> float:
         """A step of Adam; the mean of the loss over its tokens. Nothing moves where that is no number."""
         rate = self.how.lr * min(1.0, (progress + 1e-3) / WARMUP) * 0.5 * (1 + math.cos(math.pi * progress))
         chosen = self._chosen(self._step)
         tokens = len(chosen) * self._length
-        total = 0.0
-        for one in self.moving.values():
-            one.parameter.grad = None
-        for begin in range(0, len(chosen), self._batch):
-            part = chosen[begin : begin + self._batch]
-            with torch.enable_grad():
-                states = self._head.states(self._inputs(part))
-            lost, slope = divergence(self._head, states, self._goals(part), self.teacher, gradients=True)
-            total += lost
-            torch.autograd.backward([states], [slope / tokens])
+        leaves = self._leaves(chosen)
+        sums, lost = TreeSum(min(leaves, default=0)), list[float]()
+        for number, part in leaves.items():
+            value, gradient = self._gradient(part, tokens)
+            lost.append(value)
+            sums.add(number, gradient)
+        total = self._total(lost)
         if not math.isfinite(total):
             return total
-        for one in self.moving.values():
-            gradient = one.parameter.grad
-            one.s.grad = torch.zeros_like(one.s) if gradient is None else gradient * one.scale
+        summed = self._group.sum_to(0, sums)
+        whole = self._group.broadcast(0, {} if summed is None else {"gradient": summed})["gradient"]
+        moving = list(self.moving.values())
+        for one, gradient in zip(moving, torch.split(whole, [one.s.numel() for one in moving]), strict=True):
+            one.s.grad = gradient.view_as(one.s) * one.scale
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()
         self._set(Moving.exact)
         self._step += 1
         return total / tokens
+
+    def _leaves(self, numbers: Sequence[int]) -> dict[int, list[int]]:
+        """Number of each pass over some windows that is for this rank, and its windows."""
+        parts = list(_parts(numbers, self._batch))
+        return {number: parts[number] for number in share(len(parts), self._group.rank, self._group.size)}
+
+    def _total(self, own: list[float]) -> float:
+        """What all ranks found, added up in the order of passes."""
+        return float(sum(chain.from_iterable(self._group.agree(own))))
+
+    def _gradient(self, part: list[int], tokens: int) -> tuple[float, Tensor]:
+        """The loss summed over the windows of a pass, and the gradient of its share in a mean over `tokens`, in one
+        vector."""
+        for one in self.moving.values():
+            one.parameter.grad = None
+        with torch.enable_grad():
+            states = self._states(part)
+        lost, slope = divergence(self._head, states, self._goals(part), self.teacher, gradients=True)
+        torch.autograd.backward([states], [slope / tokens])
+        found = ((one.parameter, one.parameter.grad) for one in self.moving.values())
+        return lost, torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in found])
 
     def _chosen(self, step: int) -> list[int]:
         """The windows of a step: all of them in an order of each round's own."""
@@ -191,6 +225,14 @@ class Training:
 
     def _inputs(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         return self.windows.take(numbers).batches(len(numbers), self._device)[0]
+
+    def _within(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32)
+
+    def _states(self, numbers: Sequence[int]) -> Tensor:
+        """What the head is fed for these windows, float32."""
+        with self._within():
+            return self._head.states(self._inputs(numbers)).float()
 
     def _goals(self, numbers: Sequence[int]) -> Tensor:
         return self.teacher.states[torch.tensor(numbers)].to(self._device)
@@ -208,7 +250,8 @@ class Training:
         measured = self._measure()
         if not math.isfinite(measured):
             if not self._looks:
-                raise CheckpointError("The compressed model gives no numbers on its text, so it cannot be trained.")
+                error = CheckpointError("The compressed model gives no numbers on its text, so it cannot be trained.")
+                raise said_once(self._group, error)
             measured = math.inf
         when = f"After {self._step} steps" if self._step else "At first"
         where = "held-out text" if self._unseen else "the text that it is trained on"
@@ -223,11 +266,11 @@ class Training:
     @torch.no_grad()
     def _measure(self) -> float:
         numbers = self._unseen or self._seen[: max(1, len(self._seen) // 20)]
-        total = 0.0
-        for part in _parts(numbers, self._batch):
-            states = self._head.states(self._inputs(part))
-            total += divergence(self._head, states, self._goals(part), self.teacher, gradients=False)[0]
-        return total / (len(numbers) * self._length)
+        lost = []
+        for part in self._leaves(numbers).values():
+            states = self._states(part)
+            lost.append(divergence(self._head, states, self._goals(part), self.teacher, gradients=False)[0])
+        return self._total(lost) / (len(numbers) * self._length)
 
     def _save(self, path: Path) -> None:
         tensors: dict[str, Tensor] = {}
@@ -240,13 +283,10 @@ class Training:
         save_file({k: v.contiguous() for k, v in (tensors | {":looks": looks}).items()}, part)
         part.replace(path)
 
-    def _resume(self, path: Path) -> None:
-        """From what was saved, if it is whole."""
-        try:
-            with safe_open(path, "pt") as file:
-                found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-        except SafetensorError:  # torn: then it begins anew
-            path.unlink()
+    def _resume(self, path: Path | None) -> None:
+        """From what the first rank saved, if anything is there, and whole."""
+        found = self._group.broadcast(0, {} if path is None else _saved(path))
+        if not found:
             return
         self._looks = [Look(int(step), seconds, lost) for step, seconds, lost in found.pop(":looks").tolist()]
         self._step, self._before = self._looks[-1].step, self._looks[-1].seconds
@@ -258,6 +298,18 @@ class Training:
             if held:
                 self._optimizer.state[one.s] = held
         self._set(Moving.exact)
+
+
+def _saved(path: Path) -> dict[str, Tensor]:
+    """Tensors of a state; {} if there is none, or if it is torn: then it is removed."""
+    if not path.is_file():
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    except SafetensorError:
+        path.unlink()
+        return {}
 
 
 def _parts(numbers: Sequence[int], size: int) -> Iterator[list[int]]:

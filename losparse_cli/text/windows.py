@@ -82,6 +82,11 @@ class Windows:
         return self.ids.shape[1]
 
     @property
+    def predicted(self) -> int:
+        """Tokens of a window that a language model predicts."""
+        return (self.ids if self.target_ids is None else self.target_ids).shape[1]
+
+    @property
     def tokens(self) -> int:
         """All of them, those that a decoder reads too."""
         return self.ids.numel() + (0 if self.target_ids is None else self.target_ids.numel())

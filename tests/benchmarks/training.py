@@ -25,10 +25,10 @@ from losparse_cli.demo import cache_folder, minilm, smollm2
 from losparse_cli.finetune import finetune
 from losparse_cli.finetuning.pruner import Pruner
 from losparse_cli.finetuning.request import Finetuning
-from losparse_cli.finetuning.trainer import FinetuneTrainer, Step, chosen_precision
+from losparse_cli.finetuning.trainer import FinetuneTrainer, Step
 from losparse_cli.linalg.precision import fast_float32
 from losparse_cli.load import load
-from losparse_cli.models.device import peak_memory
+from losparse_cli.models.device import chosen_precision, peak_memory
 from losparse_cli.progress import Progress
 from losparse_cli.refine import refine
 from losparse_cli.tasks.kinds import open_task

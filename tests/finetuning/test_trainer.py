@@ -16,7 +16,8 @@ from losparse_cli.errors import UsageError
 from losparse_cli.finetuning.prepare import Training, prepare_finetuning
 from losparse_cli.finetuning.pruner import Pruner
 from losparse_cli.finetuning.request import Finetuning
-from losparse_cli.finetuning.trainer import FinetuneTrainer, Step, check_sharding, chosen_precision
+from losparse_cli.finetuning.trainer import FinetuneTrainer, Step, check_sharding
+from losparse_cli.models.device import chosen_precision
 from losparse_cli.progress import Progress
 from tests.finetuning.learners import request_for, write_learner
 

@@ -186,7 +186,7 @@ WRONG: dict[str, tuple[int, tuple[object, ...], dict[int, str], str, int]] = {
     "no source": (2, (), {1: NO_SOURCE}, "Rank 1 of 2: There is no folder nowhere", 1),
     "more ranks than text": (3, ("--calibration-tokens", "256"), {}, "3 processes share 8 windows of text, 4 at", 2),
     "a part": (2, ("--part", "1/2"), {}, "--part divides what is compressed without text", 2),
-    "refining": (2, ("--refine", "model"), {}, "--refine runs in one process", 2),
+    "refining": (2, ("--refine", "model", "--refine-tokens", "64"), {}, "share the 2 windows of each step", 2),
     "a contradiction": (2, ("--keep", "0.5"), {}, "--keep and --bits contradict each other", 2),
 }
 
@@ -240,7 +240,9 @@ block.Block._solve = damaged
 
 def test_other_commands_say_that_they_run_alone(toy: Any, compressed: Any, tmp_path: Path) -> None:
     folder = compressed("llama", tokenizer=True)
-    for command in (("bench", folder), ("refine", folder, "--calibration", "self", "-o", "out")):
+    blocks = ("compress", toy("llama", tokenizer=True), "--keep", "0.5", "--refine", "blocks")
+    reads = ("--calibration", "self", "-o", "out")
+    for command in (("bench", folder), ("refine", folder, *reads), (*blocks, *reads)):
         ended = ran(2, *command, cwd=tmp_path)
         assert "runs in one process, and 2 were started. Start it without torchrun." in ended[0].complaint
         assert ended[1].err == ""

@@ -33,7 +33,7 @@ from losparse_cli.verify import verify
 from tests.hearing import Hearing
 
 TEXT = " ".join(f"Sentence {k} of the text says that {k * k % 97} is not {k}." for k in range(300))
-HOW = ModelRefinement(steps=12, lr=3e-3, tokens=128)
+HOW = ModelRefinement(steps=12, lr=3e-3, tokens=128, precision="float32")
 
 
 @pytest.fixture(scope="module")

@@ -166,6 +166,19 @@ def compress(
     refine_minutes: o.RefineMinutes = None,
     refine_steps: o.RefineSteps = None,
     refine_lr: o.RefineRate = None,
+    refine_tokens: o.RefineTokens = None,
+    refine_precision: Annotated[
+        str | None,
+        typer.Option(help=f"Of --refine model: {o.REFINE_PRECISION}", rich_help_panel=o.TEXT, show_default="auto"),
+    ] = None,
+    refine_gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option(
+            "--refine-gradient-checkpointing",
+            help="Of --refine model: less memory, more time, the same result; done anyway where memory is short.",
+            rich_help_panel=o.TEXT,
+        ),
+    ] = None,
     recipe: Annotated[
         Path | None,
         typer.Option(
@@ -247,7 +260,15 @@ def compress(
             "target_field": calibration_target_field,
             "split": calibration_split,
         },
-        refinement={"mode": refine, "minutes": refine_minutes, "steps": refine_steps, "lr": refine_lr},
+        refinement={
+            "mode": refine,
+            "minutes": refine_minutes,
+            "steps": refine_steps,
+            "lr": refine_lr,
+            "tokens": refine_tokens,
+            "gradient_checkpointing": refine_gradient_checkpointing,
+            "precision": refine_precision,
+        },
         device=device,
         memory_limit=memory_limit,
         max_shard_size=max_shard_size,

@@ -40,6 +40,17 @@ def refine(
     refine_minutes: o.RefineMinutes = None,
     refine_steps: o.RefineSteps = None,
     refine_lr: o.RefineRate = None,
+    refine_tokens: o.RefineTokens = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="Of --objective model: less memory, more time, the same result; done anyway where memory is short.",
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help=f"Of --objective model: {o.REFINE_PRECISION}", show_default="auto")
+    ] = None,
     device: o.Device = "auto",
     max_shard_size: o.MaxShardSize = "5GB",
     memory_limit: o.MemoryLimit = None,
@@ -61,7 +72,16 @@ def refine(
     from ...compression.request import make_calibration
     from ...refine import make_refinement, prepare_refinement
 
-    how = make_refinement(objective, minutes=refine_minutes, steps=refine_steps, lr=refine_lr, train=train)
+    how = make_refinement(
+        objective,
+        minutes=refine_minutes,
+        steps=refine_steps,
+        lr=refine_lr,
+        tokens=refine_tokens,
+        train=train,
+        gradient_checkpointing=gradient_checkpointing,
+        precision=precision,
+    )
     text = make_calibration(
         {
             "source": calibration,
@@ -74,33 +94,38 @@ def refine(
         }
     )
     from ...compress import run
+    from ...parallel.group import agreed, ranks
     from ...refinement.run import run_model
     from .. import console as c
     from .. import summary as s
     from ..refinement_progress import RefinementProgress
 
     assert text is not None, "its source was given"
-    out = c.Console(json=json, quiet=quiet)
+    group = ranks()
+    out = c.Console(json=json and group.rank == 0, quiet=quiet or group.rank > 0)
     c.calm_libraries()
     with out.status(f"Reading {source}"):
-        job = prepare_refinement(
-            source,
-            output,
-            calibration=text,
-            refinement=how,
-            against=against,
-            device=device,
-            revision=revision,
-            cache_dir=cache_dir,
-            trust_remote_code=trust_remote_code,
-            max_shard_size=max_shard_size,
-            memory_limit=memory_limit,
-            plan_only=dry_run,
+        job = agreed(
+            group,
+            lambda: prepare_refinement(
+                source,
+                output,
+                calibration=text,
+                refinement=how,
+                against=against,
+                device=device,
+                revision=revision,
+                cache_dir=cache_dir,
+                trust_remote_code=trust_remote_code,
+                max_shard_size=max_shard_size,
+                memory_limit=memory_limit,
+                plan_only=dry_run,
+            ),
         )
     if dry_run:
         from ...refinement.forecast import forecast_refinement
 
-        s.show_refinement_plan(out, forecast_refinement(job, resume=resume, overwrite=overwrite))
+        s.show_refinement_plan(out, forecast_refinement(job, resume=resume, overwrite=overwrite), group.size)
         return
     if job.towards is None:
         with c.interruptible(), c.LayerProgress(out) as layers:
