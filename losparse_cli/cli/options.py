@@ -133,7 +133,7 @@ RefineSteps = Annotated[
     typer.Option(
         help="Batches that a block is trained on; steps of a whole model.",
         rich_help_panel=TEXT,
-        show_default="192; as many as there is time for",
+        show_default="192 of floats, 48 of whole numbers; as many as there is time for",
     ),
 ]
 RefineMinutes = Annotated[
@@ -146,7 +146,10 @@ RefineTokens = Annotated[
 ]
 REFINE_PRECISION = "auto (bfloat16 where it is fast), float32 or bfloat16; loss and what is trained stay float32."
 RefineRate = Annotated[
-    float | None, typer.Option(help="Learning rate at its peak.", rich_help_panel=TEXT, show_default="5e-4")
+    float | None,
+    typer.Option(
+        help="Learning rate at its peak.", rich_help_panel=TEXT, show_default="5e-4; of blocks of whole numbers 1e-3"
+    ),
 ]
 
 Task = Annotated[

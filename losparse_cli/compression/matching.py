@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from ..linalg.factors import LowRankCodes, LowRankSparse
 from ..models.blocks import Call, hidden_states, run_block
 from .moving_codes import MovingCodes, Rounding
-from .request import Refinement
+from .request import Matching
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def match_block(
     targets: Sequence[Tensor],
     layers: Mapping[str, LowRankSparse | LowRankCodes],
     norms: Mapping[str, torch.dtype],
-    refinement: Refinement,
+    refinement: Matching,
     *,
     transposed: Mapping[str, bool],
     roundings: Mapping[str, Rounding] | None = None,
@@ -158,7 +158,7 @@ def _train(
     block: nn.Module,
     pairs: Sequence[tuple[Call, Tensor]],
     trained: Sequence[tuple[nn.Parameter, float]],
-    refinement: Refinement,
+    refinement: Matching,
     seed: int,
     scale: float,
     on_step: Callable[[int, float], None] | None,

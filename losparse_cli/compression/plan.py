@@ -28,7 +28,7 @@ from ..text.windows import Calibration, Sample, read_windows, settle
 from .footprint import footprint
 from .layers import find_layers, not_checked
 from .parts import Part
-from .request import ModelRefinement, Refinement, Request
+from .request import Matching, ModelRefinement, Request
 from .schedule import Schedule, part_of, schedule
 from .slices import open_experts
 
@@ -72,7 +72,7 @@ class Job:
     blocks: dict[str, range] = field(default_factory=dict)
     route: Route = field(default_factory=Route)
     unreached: range = range(0)
-    refinement: Refinement | None = None
+    refinement: Matching | None = None
     towards: ModelRefinement | None = None
     memory_limit: int | None = None
     start: Checkpoint | None = None
@@ -189,6 +189,10 @@ def prepare(
         else:
             route = find_route(skeleton.model, chosen, [] if windows is None else windows.kinds())
         entries, blocks, unreached = _by_block(source, skeleton, route)
+    if start is None:
+        coded = any(p.bits for p in plan.layers if not p.layer.rows)
+    else:
+        coded = any(spec.layout == "codes" for spec in layer_specs(start).values() if spec.kind != "embedding")
     job = Job(
         source,
         recipe,
@@ -205,7 +209,7 @@ def prepare(
         blocks,
         route,
         unreached,
-        request.blocks,
+        None if request.blocks is None else request.blocks.settled(coded=coded),
         request.towards,
         limit,
         start,

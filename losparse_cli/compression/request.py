@@ -17,20 +17,34 @@ from .parts import Part, part_named
 
 
 @dataclass(frozen=True)
+class Matching:
+    """How a block is matched. steps: of Adam, one batch of windows each. lr: at its peak, cosine decay after it."""
+
+    steps: int
+    lr: float
+
+
+OF_FLOATS, OF_CODES = Matching(192, 5e-4), Matching(48, 1e-3)
+"""Where nothing else is said: codes are nearer to where they should be, and overfit."""
+
+
+@dataclass(frozen=True)
 class Refinement:
-    """How to match a block; UsageError for numbers that train nothing.
+    """How to match a block, None for what suits its layers; UsageError for numbers that train nothing."""
 
-    steps: of Adam, one batch of windows each. lr: at its peak, cosine decay after it.
-    """
-
-    steps: int = 192
-    lr: float = 5e-4
+    steps: int | None = None
+    lr: float | None = None
 
     def __post_init__(self) -> None:
-        if not is_whole(self.steps) or self.steps < 1:
+        if self.steps is not None and (not is_whole(self.steps) or self.steps < 1):
             raise UsageError(f"--refine-steps is a whole number >= 1, not {self.steps!r}.")
-        if not is_number(self.lr) or not 0 < self.lr < 1:
+        if self.lr is not None and (not is_number(self.lr) or not 0 < self.lr < 1):
             raise UsageError(f"--refine-lr is a number between 0 and 1, not {self.lr!r}; 5e-4 is a usual choice.")
+
+    def settled(self, *, coded: bool) -> Matching:
+        """With what was left open; coded: where S is whole numbers."""
+        usual = OF_CODES if coded else OF_FLOATS
+        return Matching(self.steps or usual.steps, self.lr or usual.lr)
 
 
 PARTS = ("scales", "norms", "lowrank")

@@ -14,14 +14,14 @@ from torch.nn.utils import parametrize
 from transformers import Conv1D
 
 from losparse_cli.compression.matching import Matched, match_block
-from losparse_cli.compression.request import Refinement
+from losparse_cli.compression.request import OF_CODES, OF_FLOATS, Matching, Refinement
 from losparse_cli.errors import UsageError
 from losparse_cli.linalg.alternating import decompose
 from losparse_cli.linalg.factors import LowRankSparse
 from losparse_cli.linalg.patterns import Pattern
 from losparse_cli.models.blocks import Call, find_blocks, hidden_states, holding, run_block
 
-QUICK = Refinement(steps=20, lr=1e-3)
+QUICK = Matching(steps=20, lr=1e-3)
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Scene:
                 parameter = self.block.get_parameter(name)
                 parameter.copy_(parameter.to(self.dtype))
 
-    def match(self, refinement: Refinement = QUICK, **options: Any) -> Matched:
+    def match(self, refinement: Matching = QUICK, **options: Any) -> Matched:
         norms = options.pop("norms", self.norms)
         return match_block(
             self.block, self.calls, self.targets, self.layers, norms, refinement, transposed=self.transposed, **options
@@ -142,7 +142,7 @@ def test_what_does_not_help_leaves_the_start(lr: float, dtype: torch.dtype) -> N
     """Steps so large that they harm, or so small that they change nothing."""
     scene = Scene("llama", dtype)
     before, start = state(scene.block), deepcopy(scene.layers)
-    matched = scene.match(Refinement(steps=8, lr=lr))
+    matched = scene.match(Matching(steps=8, lr=lr))
     assert matched.loss_after == matched.loss_before > 0
     assert all(same_factors(matched.factors[n], start[n]) for n in start)
     assert all(torch.equal(tensor, before[n]) for n, tensor in state(scene.block).items())
@@ -222,6 +222,12 @@ def test_a_perfect_start_is_kept() -> None:
 def test_numbers_that_train_nothing_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="--refine-"):
         Refinement(**wrong)
+
+
+def test_what_is_not_said_is_what_suits_the_layers() -> None:
+    assert Refinement().settled(coded=False) == OF_FLOATS
+    assert Refinement().settled(coded=True) == OF_CODES
+    assert Refinement(steps=7).settled(coded=True) == Matching(7, OF_CODES.lr)
 
 
 def test_what_is_held_out_is_measured_and_trains_nothing() -> None:

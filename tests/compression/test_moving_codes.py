@@ -15,7 +15,7 @@ from losparse_cli.checkpoint.report import Report
 from losparse_cli.compress import compress
 from losparse_cli.compression.matching import match_block
 from losparse_cli.compression.moving_codes import MovingCodes, Rounding
-from losparse_cli.compression.request import Refinement
+from losparse_cli.compression.request import Matching, Refinement
 from losparse_cli.errors import UsageError
 from losparse_cli.linalg.factors import LowRankCodes
 from losparse_cli.linalg.integers import code, column_metric, limits, rounded, unrounded
@@ -62,7 +62,7 @@ def coded_scene(name: str, step: float = 0.1, **changes: Any) -> tuple[Scene, di
 
 
 def match(scene: Scene, made: dict[str, Rounding], **options: Any) -> Any:
-    how = Refinement(steps=30, lr=2e-3)
+    how = Matching(steps=30, lr=2e-3)
     return match_block(
         scene.block, scene.calls, scene.targets, scene.layers, scene.norms, how, transposed=scene.transposed,
         roundings=made, **options,
