@@ -100,7 +100,7 @@ class MovingCodes(nn.Module):
         found = replace(started, rows=rows.to(started.rows.dtype))
         if self.U is not None and self.V is not None:
             found = replace(found, U=self.U.detach().to(started.U.dtype), V=self.V.detach().to(started.V.dtype))
-        codes = self.rounded(latent).to(started.codes.dtype)
+        codes = self.rounded(latent).int()  # those read from a file are no wider than they had to be
         moved = replace(found, codes=codes)
         if self.made.fits(moved):
             return moved
