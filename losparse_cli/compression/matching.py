@@ -21,13 +21,17 @@ from .moving_codes import MovingCodes, Rounding
 from .request import Matching
 
 
+TINY = 1e-30
+
+
 @dataclass(frozen=True)
 class Matched:
     """What matching found for one block.
 
     factors: layer -> U, V and S as they are stored. loss_before, loss_after: ‖block − dense block‖² / ‖dense block's
-    change of its input‖² over all tokens it was trained on, both with factors and norms as they are stored.
-    held_out_before, held_out_after: the same over those held out, None without any.
+    change of its input‖² over all tokens it was trained on, each relative to what the dense block gives there, both
+    with factors and norms as they are stored. held_out_before, held_out_after: the same over those held out, None
+    without any.
     """
 
     factors: dict[str, LowRankSparse | LowRankCodes]
@@ -187,11 +191,16 @@ def _train(
 
 
 def _loss(block: nn.Module, call: Call, target: Tensor) -> Tensor:
-    return (hidden_states(run_block(block, call)).float() - target).square().sum()
+    return _relative(hidden_states(run_block(block, call)).float() - target, target)
+
+
+def _relative(error: Tensor, target: Tensor) -> Tensor:
+    """Squares, relative to each token's: what comes next norms it, and some tokens are a thousand times longer."""
+    return (error.square().sum(-1) / target.square().sum(-1).clamp_min(TINY)).sum()
 
 
 def _scale(pairs: Sequence[tuple[Call, Tensor]]) -> float:
-    return sum(float(_change(target, call).square().sum()) for call, target in pairs)
+    return sum(float(_relative(_change(target, call), target)) for call, target in pairs)
 
 
 def _change(target: Tensor, call: Call) -> Tensor:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from losparse_cli.budget.recipe import Recipe
 from losparse_cli.compress import compress, plan
-from losparse_cli.compression.request import ModelRefinement
 from losparse_cli.linalg.groups import round_groups
 from losparse_cli.load import load
 from losparse_cli.text.windows import read_windows, settle
@@ -32,6 +31,8 @@ OURS = tuple(f"losparse@{bits}" for bits in (4.25, 3.25, 2.5, 1.8))
 WITHOUT_TEXT = tuple(f"without-text@{bits}" for bits in (5.25, 4.25))
 TRAINED = ("trained@3.25", "trained@2.5", "trained@1.8")
 """Compressed like OURS, and then for MINUTES towards the whole dense model, at no byte more. In no run unless named."""
+MATCHED = ("matched@3.25", "both@3.25")
+"""Each block matched to the dense one as it is compressed; and then trained like TRAINED. In no run unless named."""
 MINUTES = 60
 GRIDS = ("grid@int4", "grid@int8")
 """What `losparse export --gguf` hands to llama.cpp as Q4_0 and Q8_0, at so many bits there. In no run unless named."""
@@ -60,16 +61,18 @@ def _row(options: Options, row: str, dense: Path) -> dict[str, Any] | None:
         return {"texts": measured(options, dense, None)}
     method, _, size = row.partition("@")
     output = options.folder / f"out-{row}"
-    if method in ("losparse", "without-text", "trained", "grid"):
+    if method in ("losparse", "without-text", "trained", "matched", "both", "grid"):
         text = None if method == "without-text" else options.calibration()
         budget: dict[str, Any] = {"grid": size} if method == "grid" else {"bits": float(size)}
         recipe = Recipe(**budget, **options.targets())
-        how = ModelRefinement(minutes=MINUTES) if method == "trained" else None
+        how: Any = {"trained": "model", "matched": "blocks", "both": "both"}.get(method)
+        if how in ("model", "both"):
+            how = {"mode": how, "minutes": MINUTES}
         made = compress(dense, output, recipe, calibration=text, refinement=how, resume="never", overwrite=True)
         texts = measured(options, output, dense)
         shutil.rmtree(output)
         found = {"bits": made.report.bits, "seconds": made.seconds, "peak": made.took.peak_bytes, "texts": texts}
-        return found | ({"refinement": made.report.refinement} if how is not None else {})
+        return found | ({"refinement": made.report.refinement} if made.report.refinement else {})
     if method == "gptq":
         wide = int(size)
         with solved_by(gptq_solver(wide, GROUP), row):

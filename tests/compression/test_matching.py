@@ -79,8 +79,11 @@ class Scene:
             self.block.get_parameter(f"{name}.weight").copy_(W.T if self.transposed[name] else W)
         lost = changed = 0.0
         for call, target in zip(self.calls, self.targets, strict=True):
-            lost += float((hidden_states(run_block(self.block, call)) - target).double().square().sum())
-            changed += float((target - call.args[0]).double().square().sum())
+            each = target.double().square().sum(-1)
+            lost += float(
+                ((hidden_states(run_block(self.block, call)) - target).double().square().sum(-1) / each).sum()
+            )
+            changed += float(((target - call.args[0]).double().square().sum(-1) / each).sum())
         for name in layers:
             self.block.get_parameter(f"{name}.weight").copy_(before[f"{name}.weight"])
         return lost / changed

@@ -138,14 +138,14 @@ def test_gradients_of_codes_are_those_of_what_they_round() -> None:
 
 # --- a whole run -------------------------------------------------------------------------------------
 
-HOW = Refinement(steps=24, lr=2e-3)
+HOW = Refinement(steps=48, lr=1e-3)
 
 
 @pytest.fixture
 def asked(tmp_path: Path) -> Calibration:
-    text = " ".join(f"Sentence {k} of the text says that {k * k % 97} is not {k}." for k in range(800))
+    text = " ".join(f"Sentence {k} of the text says that {k * k % 97} is not {k}." for k in range(900))
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
-    return Calibration(str(tmp_path / "text.txt"), tokens=8192, length=32, batch=8)
+    return Calibration(str(tmp_path / "text.txt"), tokens=16384, length=32, batch=8)
 
 
 def bits_of(report: Report) -> float:
@@ -167,34 +167,32 @@ def test_compressed_and_matched_nearer_in_the_bytes_asked_for(
 ) -> None:
     dense = toy("llama", tokenizer=True, dtype=torch.bfloat16)
     options: dict[str, Any] = {"recipe": size, "calibration": asked}
-    plain = compress(dense, tmp_path / "plain", **options)
     made = compress(dense, tmp_path / "made", **options, refinement=HOW)
     assert far(made.report.blocks, "after") < far(made.report.blocks, "before")
     if "bits" in size:
         assert bits_of(made.report) <= 3
     else:
+        plain = compress(dense, tmp_path / "plain", **options)
         assert bits_of(made.report) <= bits_of(plain.report) * 1.01  # errors before change what a block is fed
     assert verify(made.output).sound
     if "sparsity" in size:
         assert all(layer.density <= 0.4 for layer in made.report.layers if not layer.head)
 
 
-@pytest.mark.parametrize("blocks", [1, 2])
 def test_killed_between_blocks_it_ends_with_the_same_bytes(
-    blocks: int,
     toy: Any,
     asked: Calibration,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    dense = toy("llama", tokenizer=True, num_hidden_layers=3)
-    options: dict[str, Any] = {"bits": 3.0, "calibration": asked, "refinement": HOW}
+    dense = toy("llama", tokenizer=True, num_hidden_layers=2)
+    options: dict[str, Any] = {"bits": 3.0, "calibration": asked, "refinement": Refinement(steps=4)}
     whole = compress(dense, tmp_path / "whole" / "out", **options).output
     done = 0
 
     def killed(*args: Any, **kwargs: Any) -> Any:
         nonlocal done
-        if done == blocks:
+        if done == 1:
             raise KeyboardInterrupt
         done += 1
         return match_block(*args, **kwargs)
@@ -224,7 +222,7 @@ def test_a_checkpoint_of_whole_numbers_is_matched_later(toy: Any, asked: Calibra
 
 def test_both_one_after_the_other(toy: Any, asked: Calibration, tmp_path: Path) -> None:
     dense = toy("llama", tokenizer=True)
-    both = {"mode": "both", "steps": 24, "lr": 2e-3, "minutes": 0.02}
+    both = {"mode": "both", "steps": 48, "lr": 1e-3, "minutes": 0.02}
     how = {"mode": "model", "minutes": 0.02}
     plain = compress(dense, tmp_path / "plain", bits=3.0, calibration=asked, refinement=how)
     made = compress(dense, tmp_path / "out", bits=3.0, calibration=asked, refinement=both)
