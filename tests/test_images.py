@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -183,3 +184,68 @@ def test_a_whole_model_is_trained_on_text_alone(dense: Path, tmp_path: Path) -> 
         losparse_cli.compress(dense, tmp_path / "small", bits=5, calibration=str(rows), refinement="model")
     shutil.rmtree(tmp_path / "rows")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
+
+
+@pytest.mark.parametrize("dense", ["llava"], indirect=True)
+def test_a_tower_that_only_rows_held_out_reach_is_not_matched(dense: Path, tmp_path: Path) -> None:
+    for image in range(6):
+        folder = tmp_path / f"rows-{image}"
+        asked = Calibration(str(sighted.rows(folder, 6, alone=[k for k in range(6) if k != image])))
+        job = losparse_cli.plan(dense, tmp_path / "small", CODES, calibration=asked, refinement={"steps": 2})
+        if "pixel_values" in hold_out(inputs_of(job))[1].rows[0]:
+            break
+    report = losparse_cli.compress(
+        dense, tmp_path / "small", CODES, calibration=asked, refinement={"steps": 2}
+    ).report  # fmt: skip
+    assert report.blocks
+    assert not any(TOWERS["llava"] in block["name"] for block in report.blocks)
+
+
+@pytest.mark.parametrize("dense", ["llava"], indirect=True)
+@pytest.mark.parametrize("name", ["a\0b.png", "a" * 5000, "/".join(["a" * 200] * 100), "circle.png"])
+def test_what_is_no_path_is_said_in_a_sentence(dense: Path, name: str, tmp_path: Path) -> None:
+    rows = sighted.rows(tmp_path / "rows", 2)
+    (rows.parent / "circle.png").symlink_to("circle.png")
+    rows.write_text(json.dumps({"image": name, "text": "It"}) + "\n")
+    with pytest.raises(UsageError, match=r"line 1 names the image .* no path") as error:
+        losparse_cli.plan(dense, tmp_path / "small", CODES, calibration=str(rows))
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("dense", ["llava"], indirect=True)
+@pytest.mark.parametrize("count", [1, 5])
+def test_images_that_claim_too_many_pixels_are_not_unfolded(dense: Path, count: int, tmp_path: Path) -> None:
+    from PIL import Image
+
+    rows = sighted.rows(tmp_path / "rows", 2)
+    side = 14_000 if count == 1 else 4096
+    Image.new("1", (side, side)).save(rows.parent / "large.png")
+    rows.write_text(json.dumps({"image": ["large.png"] * count, "text": "It"}) + "\n")
+    with pytest.raises(UsageError, match=r"line 1 .*(more than [\d,]+|too many) pixels.*smaller"):
+        losparse_cli.plan(dense, tmp_path / "small", CODES, calibration=str(rows))
+
+
+@pytest.mark.parametrize("dense", ["llava"], indirect=True)
+def test_a_field_without_images_is_refused_where_it_was_named(dense: Path, tmp_path: Path) -> None:
+    asked = Calibration(str(sighted.rows(tmp_path / "rows", 3)), image_field="picture")
+    with pytest.raises(UsageError, match="no row with an image in 'picture'"):
+        losparse_cli.plan(dense, tmp_path / "small", CODES, calibration=asked)
+
+
+def test_empty_lists_of_images_are_none(toy: Any, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"image": [], "text": "Nothing to be seen. " * 20}) + "\n")
+    job = losparse_cli.plan(toy("llama", tokenizer=True), tmp_path / "small", calibration=str(path))
+    assert job.calibration is not None
+    assert job.calibration.image_field is None
+
+
+@pytest.mark.parametrize("dense", ["llava"], indirect=True)
+def test_metadata_of_images_warns_of_nothing(dense: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    rows = sighted.rows(tmp_path / "rows", 2)
+    broken = b"Exif\0\0II*\0\xff\xff\xff\xffbroken"
+    Image.new("RGB", (20, 24)).save(rows.parent / "broken.jpg", exif=broken)
+    rows.write_text(json.dumps({"image": "broken.jpg", "text": "It"}) + "\n")
+    assert losparse_cli.plan(dense, tmp_path / "small", CODES, calibration=str(rows)).windows

@@ -144,7 +144,8 @@ class CalibratedRun:
                     (call, hidden_states(its.output)) for call, its in zip(calls, dense, strict=True) if not call.absent
                 ]
                 unseen_pairs = sum(not call.absent for call in calls[solved_with:])
-                summary = block.match([call for call, _ in pairs], [target for _, target in pairs], unseen_pairs)
+                if len(pairs) > unseen_pairs:  # else only rows that are held out reach the block
+                    summary = block.match([call for call, _ in pairs], [target for _, target in pairs], unseen_pairs)
             self._write(block, summary, time.monotonic() - begun)
         else:
             self._restore(block)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,10 @@ from .files import LIMIT, open_file
 from .rows import JSON_SUFFIXES, read_file, text_of
 
 FIELD = "image"
+NOTHING: tuple[Any, ...] = (None, "", [])
 MESSAGES = "messages"
+PIXELS = 64 << 20
+"""Of a row's images together: no model sees as many, and a small file may claim any number."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """That are read: of those that Pillow knows, some start other programs."""
 
@@ -39,13 +44,23 @@ def takes_images(model: Any) -> bool:
 
 
 def first_image(path: Path, field: str = FIELD) -> str | None:
-    """Where the first row of JSON that has an image lies; None if none has, or if the file holds no JSON."""
+    """Where the first row of JSON that has an image lies; None if none has, or if the file holds no JSON.
+
+    Of a file the first 64 MiB are looked at, as no more of it is read.
+    """
     if path.suffix.lower() not in JSON_SUFFIXES:
         return None
     with open_file(path) as file:  # a file of text alone is not parsed for this
-        if not any(f'"{field}"'.encode() in raw for raw in iter(lambda: file.readline(LIMIT), b"")):
+        if f'"{field}"'.encode() not in file.read(LIMIT):
             return None
-    return next((where for where, _, row in read_file(path) if row.get(field) not in (None, "")), None)
+    size = 0
+    for where, _, row in read_file(path):
+        if row.get(field) not in NOTHING:
+            return where
+        size += sum(len(value) for value in row.values() if isinstance(value, str))
+        if size >= LIMIT:
+            break
+    return None
 
 
 def read_image_rows(path: Path, *, image_field: str, field: str, wants_text: bool) -> list[ImageRow]:
@@ -74,20 +89,28 @@ def read_image_rows(path: Path, *, image_field: str, field: str, wants_text: boo
                 size += len(text)
         if size >= LIMIT:
             break
-    if not found:
-        raise UsageError(f"{path} holds no row that the model could read. Give rows with {image_field!r}.")
+    if not any(row.images for row in found):
+        raise UsageError(
+            f"{path} holds no row with an image in {image_field!r}. Complete it, or name another column with "
+            "--calibration-image-field."
+        )
     return found
 
 
 def _names(value: Any, field: str, where: str) -> Sequence[str]:
-    names = value if isinstance(value, list) else [] if value in (None, "") else [value]
+    names = value if isinstance(value, list) else [] if value in NOTHING else [value]
     if not all(isinstance(name, str) and name for name in names):
         raise UsageError(f"{where} has in {field!r} something else than the path of an image, or a list of paths.")
     return names
 
 
 def _inside(folder: Path, name: str, where: str) -> Path:
-    path = (folder / name).resolve()
+    try:
+        path = (folder / name).resolve()
+        path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, links in a circle, a NUL
+        shown = name if len(name) < 80 else f"{name[:40]}..."
+        raise UsageError(f"{where} names the image {shown!r}, which is no path. Give a path relative to it.") from error
     if not path.is_relative_to(folder.resolve()):
         raise UsageError(
             f"{where} names the image {name}, outside the folder of the rows. Give a path within it, relative to it."
@@ -132,16 +155,27 @@ def require_pillow(source: str) -> None:
 
 
 def open_images(row: ImageRow) -> list[Any]:
-    """The images of a row, RGB; UsageError for a file that is not there, SourceError for one that is no image."""
+    """The images of a row, RGB; UsageError for those that are not there or too large, SourceError for what is none."""
     from PIL import Image, ImageOps
 
-    found = []
+    found, pixels = [], 0
     for path in row.images:
         if not path.is_file():
             raise UsageError(f"{row.where} names the image {path}, and there is no such file. Check its path.")
         try:
-            with Image.open(path, formats=FORMATS) as image:
-                found.append(ImageOps.exif_transpose(image).convert("RGB"))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of metadata that nobody reads, and of sizes, which are looked at here
+                with Image.open(path, formats=FORMATS) as image:
+                    pixels += math.prod(image.size)
+                    if pixels > PIXELS:
+                        raise UsageError(
+                            f"{row.where} has images of more than {PIXELS:,} pixels, up to {path}. Give smaller ones."
+                        )
+                    found.append(ImageOps.exif_transpose(image).convert("RGB"))
+        except UsageError:
+            raise
+        except Image.DecompressionBombError as error:
+            raise UsageError(f"{row.where} names {path}, which has too many pixels. Give a smaller one.") from error
         except Exception as error:  # whatever a file can make Pillow raise
             raise SourceError(
                 f"{row.where} names {path}, which cannot be read as an image. Give a file of the kind "
