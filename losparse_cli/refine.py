@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .budget.recipe import Recipe
 from .checkpoint.config import layer_specs
 from .checkpoint.finish import read_report
 from .checkpoint.output import output_path
@@ -142,6 +143,8 @@ def prepare_refinement(
         against or made_from["name"],
         output_path(output or f"{start.name.rpartition('/')[2]}-refined"),
         make_request(
+            # Nothing is solved anew, so that nothing is asked of the loss.
+            Recipe(values="codes", sensitivity="off") if coded else Recipe(values="float"),
             calibration=calibration,
             refinement=refinement,
             device=device,

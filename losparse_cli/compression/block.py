@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..budget.plan import LayerPlan
-from ..budget.recipe import GRIDS
 from ..calibration.moments import Fed, gather_fed, gather_moments
 from ..checkpoint.config import layer_specs, layer_tensors
 from ..checkpoint.layers import read_layer, unpack_layer
@@ -28,7 +27,7 @@ from ..shim.layouts import LayerSpec
 from .assembly import Assembly
 from .coded import Coder, coded_within, latents_of, own_steps
 from .matching import LOSSES, match_block
-from .moving_codes import Rounding
+from .moving_codes import Rounding, made_with
 from .plan import Job
 from .rounds import copies_held, rounds
 from .rows import code_rows
@@ -333,10 +332,8 @@ class Block:
         """How the layer's codes came about; they may take the bytes that they take now."""
         plan, most = self.plans[layer], self.encode(layer)[0].bytes_after
         before, width, sparse = self.solved[layer], plan.width, plan.sparse
-        if self.job.start is not None:
-            asked = self.job.start.report().get("recipe", {})
-            width = GRIDS.get(asked.get("grid"), 0)
-            sparse = plan.pattern != "unstructured" or asked.get("sparsity") is not None
+        if self.job.start is not None and isinstance(before.factors, LowRankCodes):
+            width, sparse = made_with(self.job.start, plan, before.factors)
 
         def fits(factors: LowRankCodes) -> bool:
             report, _ = encode(plan, replace(before, factors=factors), factors.U.dtype)
