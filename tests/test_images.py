@@ -207,7 +207,7 @@ def test_what_is_no_path_is_said_in_a_sentence(dense: Path, name: str, tmp_path:
     rows = sighted.rows(tmp_path / "rows", 2)
     (rows.parent / "circle.png").symlink_to("circle.png")
     rows.write_text(json.dumps({"image": name, "text": "It"}) + "\n")
-    with pytest.raises(UsageError, match="line 1 names the image .* no path") as error:
+    with pytest.raises(UsageError, match=r"line 1 names the image .* no path") as error:
         losparse_cli.plan(dense, tmp_path / "small", CODES, calibration=str(rows))
     assert len(str(error.value)) < 400
 

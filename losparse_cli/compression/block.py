@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..budget.plan import LayerPlan
-from ..budget.recipe import GRIDS, recipe_of
-from ..budget.recipe_file import read_recipe
 from ..calibration.moments import Fed, gather_fed, gather_moments
 from ..checkpoint.config import layer_specs, layer_tensors
 from ..checkpoint.layers import read_layer, unpack_layer
@@ -21,7 +19,6 @@ from ..checkpoint.source import Checkpoint
 from ..errors import CheckpointError
 from ..linalg.error import output_error, relative_error, squared_norm
 from ..linalg.factors import Decomposition, LowRankCodes, LowRankSparse
-from ..linalg.integers import limits
 from ..linalg.svd import seed_of
 from ..models.blocks import Call
 from ..parallel.group import Ranks
@@ -30,7 +27,7 @@ from ..shim.layouts import LayerSpec
 from .assembly import Assembly
 from .coded import Coder, coded_within, latents_of, own_steps
 from .matching import LOSSES, match_block
-from .moving_codes import Rounding
+from .moving_codes import Rounding, made_with
 from .plan import Job
 from .rounds import copies_held, rounds
 from .rows import code_rows
@@ -335,8 +332,8 @@ class Block:
         """How the layer's codes came about; they may take the bytes that they take now."""
         plan, most = self.plans[layer], self.encode(layer)[0].bytes_after
         before, width, sparse = self.solved[layer], plan.width, plan.sparse
-        if self.job.start is not None:
-            width, sparse = _made_with(self.job.start, plan, before.factors)
+        if self.job.start is not None and isinstance(before.factors, LowRankCodes):
+            width, sparse = made_with(self.job.start, plan, before.factors)
 
         def fits(factors: LowRankCodes) -> bool:
             report, _ = encode(plan, replace(before, factors=factors), factors.U.dtype)
@@ -407,20 +404,3 @@ class Block:
     def _set_norm(self, parameter: str, value: Tensor) -> None:
         with torch.no_grad():
             self.assembly.model.get_parameter(parameter).copy_(value)
-
-
-def _made_with(start: Checkpoint, plan: LayerPlan, factors: LowRankSparse | LowRankCodes) -> tuple[int, bool]:
-    """Width of a layer's codes in a checkpoint, and whether zeros among them are of a pattern.
-
-    By what its report says was asked for; without one by what the codes are, so that nothing is lost that they have.
-    """
-    said = start.report().get("recipe")
-    if said:
-        asked = recipe_of(read_recipe(said), {}).for_layer(plan.layer.name, plan.layer.kinds)
-        return GRIDS.get(asked.grid or "", 0), plan.pattern != "unstructured" or asked.sparsity is not None
-    assert isinstance(factors, LowRankCodes)
-    least, most = limits(8)
-    if factors.runs is not None:
-        return 4, True
-    narrow = least <= int(factors.codes.min()) and int(factors.codes.max()) <= most
-    return 8 if narrow and bool((factors.columns == 1).all()) else 0, True

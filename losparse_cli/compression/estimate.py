@@ -236,6 +236,9 @@ def estimate(job: Job, windows: Sample | None) -> Estimate:
     held_out = windows is None or len(hold_out(windows)[1]) > 0
     batches = -(-(len(windows) if windows is not None else job.calibration.windows) // job.calibration.batch)
     copies = copies_held(batches, -(-batches // HELD_OUT) if held_out else 0)
+    # What codes that are there already would have been rounded from is found by what their layers are fed.
+    relocates = not solves and job.refinement is not None and bool(job.recipe.coded)
+    seen_copies = copies_held(batches, 0)
     moments = solver = 0
     work = 0.0  # flops, weighted with their overhead
     solved, room = job.solved_blocks, job.memory // 2
@@ -245,8 +248,13 @@ def estimate(job: Job, windows: Sample | None) -> Estimate:
         here = {plan.layer.name: plan for plan in plans}
         made = rounds(here, room, copies) if solves else [list(here)]
         held_moments = (sum(moment_bytes(here[layer]) for layer in layers) for layers in made)
+        needed = int((copies if solves else held_out) * max(held_moments, default=0))
+        if relocates and here:  # of what is held out at once, and of the rest in rounds
+            made = rounds(here, room, seen_copies)
+            needed += int(seen_copies * max(sum(moment_bytes(here[layer]) for layer in layers) for layers in made))
+            work += FORWARD_OVERHEAD * 2 * tokens * sum(plan.layer.shape[1] ** 2 for plan in plans)
         if solves or job.refinement is not None:
-            moments = max(moments, int((copies if solves else held_out) * max(held_moments, default=0)))
+            moments = max(moments, needed)
         block = sum(job.entries[k].elements for k in numbers)
         for plan in plans if solves else ():
             m, n = plan.layer.shape

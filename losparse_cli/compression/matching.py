@@ -20,7 +20,6 @@ from ..models.blocks import Call, hidden_states, run_block
 from .moving_codes import MovingCodes, Rounding
 from .request import Matching
 
-
 TINY = 1e-30
 
 

@@ -14,6 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..budget.plan import LayerPlan
+from ..budget.recipe import GRIDS, recipe_of
+from ..budget.recipe_file import read_recipe
+from ..checkpoint.source import Checkpoint
 from ..linalg.factors import LowRankCodes
 from ..linalg.integers import finest_factor, limits, short, shorter, thresholds
 
@@ -138,3 +142,19 @@ class _Rounded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
+
+
+def made_with(start: Checkpoint, plan: LayerPlan, factors: LowRankCodes) -> tuple[int, bool]:
+    """Width of a layer's codes in a checkpoint, and whether zeros among them are of a pattern.
+
+    By what its report says was asked for; without one by what the codes are, so that nothing is lost that they have.
+    """
+    said = start.report().get("recipe")
+    if said:
+        asked = recipe_of(read_recipe(said), {}).for_layer(plan.layer.name, plan.layer.kinds)
+        return GRIDS.get(asked.grid or "", 0), plan.pattern != "unstructured" or asked.sparsity is not None
+    least, most = limits(8)
+    if factors.runs is not None:
+        return 4, True
+    narrow = least <= int(factors.codes.min()) and int(factors.codes.max()) <= most
+    return 8 if narrow and bool((factors.columns == 1).all()) else 0, True

@@ -15,7 +15,7 @@ from .files import LIMIT, open_file
 from .rows import JSON_SUFFIXES, read_file, text_of
 
 FIELD = "image"
-NOTHING = (None, "", [])
+NOTHING: tuple[Any, ...] = (None, "", [])
 MESSAGES = "messages"
 PIXELS = 64 << 20
 """Of a row's images together: no model sees as many, and a small file may claim any number."""
@@ -155,7 +155,7 @@ def require_pillow(source: str) -> None:
 
 
 def open_images(row: ImageRow) -> list[Any]:
-    """The images of a row, RGB; UsageError for a file that is not there or too large, SourceError for one that is no image."""
+    """The images of a row, RGB; UsageError for those that are not there or too large, SourceError for what is none."""
     from PIL import Image, ImageOps
 
     found, pixels = [], 0

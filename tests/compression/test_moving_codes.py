@@ -11,16 +11,20 @@ import pytest
 import torch
 from toys import digests, tensor_bytes
 
+from losparse_cli.checkpoint.config import layer_specs, layer_tensors
+from losparse_cli.checkpoint.layers import numbers_of, read_layer
 from losparse_cli.checkpoint.report import Report
+from losparse_cli.checkpoint.source import REPORT, open_checkpoint
 from losparse_cli.compress import compress
+from losparse_cli.compression.estimate import forecast
 from losparse_cli.compression.matching import match_block
 from losparse_cli.compression.moving_codes import MovingCodes, Rounding
 from losparse_cli.compression.request import Matching, Refinement
 from losparse_cli.errors import UsageError
 from losparse_cli.linalg.factors import LowRankCodes
-from losparse_cli.linalg.integers import code, column_metric, limits, rounded, unrounded
-from losparse_cli.refine import refine
-from losparse_cli.shim.layouts import COLUMN_FACTORS
+from losparse_cli.linalg.integers import code, column_metric, limits, rounded, short, unrounded
+from losparse_cli.refine import prepare_refinement, refine
+from losparse_cli.shim.layouts import COLUMN_FACTORS, times_runs
 from losparse_cli.text.windows import Calibration
 from losparse_cli.verify import verify
 from tests.compression.test_matching import Scene, state
@@ -232,3 +236,75 @@ def test_both_one_after_the_other(toy: Any, asked: Calibration, tmp_path: Path) 
     assert bits_of(made.report) <= 3
     with pytest.raises(UsageError, match="one thing at a time"):
         refine(made.output, tmp_path / "more", calibration=asked, against=dense, refinement={"mode": "both"})
+
+
+def test_codes_that_were_read_from_a_file_may_grow_past_a_byte() -> None:
+    scene, made = coded_scene("llama", step=1 / 127, fits=lambda one: True)
+    layer = next(iter(scene.layers))
+    factors: Any = scene.layers[layer]
+    narrow = replace(factors, codes=factors.codes.clamp(-127, 127).to(torch.int8))
+    form = MovingCodes(narrow, made[layer], transposed=False)
+    with torch.no_grad():
+        form.latent.mul_(1.1)
+    found = form.factors().codes
+    assert int(found.abs().max()) > 127
+    assert bool((found.sign() * narrow.codes.sign() >= 0).all())
+
+
+@pytest.mark.parametrize("values", ["codes", "float"])
+def test_refining_asks_nothing_of_the_loss(
+    values: str, toy: Any, asked: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = toy("llama", tokenizer=True)
+    small = compress(dense, tmp_path / "small", values=values).output
+
+    def measured(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("nothing needs it")
+
+    monkeypatch.setattr("losparse_cli.compression.steps.measure_sensitivity", measured)
+    how = Refinement(steps=1)
+    made = refine(small, tmp_path / "made", calibration=asked, against=dense, refinement=how).report
+    assert len(made.blocks) == 2  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("report", [True, False], ids=["reported", "no report"])
+def test_zeros_and_widths_of_single_layers_stay(report: bool, toy: Any, asked: Calibration, tmp_path: Path) -> None:
+    dense = toy("llama", tokenizer=True, hidden_size=64)
+    layers = {"k_proj": {"sparsity": 0.5, "value_bits": 4}, "q_proj": {"grid": "int4"}, "o_proj": {"grid": "int8"}}
+    small = compress(dense, tmp_path / "small", {"bits": 3.0, "layers": layers}, calibration=asked).output
+    if not report:
+        (small / REPORT).unlink()
+    made = refine(small, tmp_path / "made", calibration=asked, against=dense, refinement=HOW).output
+    for layer, width in (("q_proj", 4), ("k_proj", 0), ("o_proj", 8)):
+        was, now = (stored(folder, f"model.layers.0.self_attn.{layer}") for folder in (small, made))
+        assert not torch.equal(was.codes, now.codes)
+        if not width:
+            assert not bool(now.codes[was.codes == 0].any())
+            continue
+        numbers = numbers_of(now)
+        assert limits(width)[0] <= int(numbers.min()) <= int(numbers.max()) <= limits(width)[1]
+        assert torch.equal(now.rows, short(now.rows) if width == 4 else now.rows.half().float())
+        if now.runs is not None:
+            assert torch.equal(times_runs(numbers, now.runs), now.codes)
+
+
+def stored(folder: Path, name: str) -> LowRankCodes:
+    checkpoint = open_checkpoint(folder)
+    spec = layer_specs(checkpoint)[name]
+    found = read_layer(checkpoint, name, spec, layer_tensors(checkpoint, name, spec))
+    assert isinstance(found, LowRankCodes)
+    return found
+
+
+def test_a_plan_to_refine_codes_has_room_for_what_they_were_rounded_from(
+    toy: Any, asked: Calibration, tmp_path: Path
+) -> None:
+    dense = toy("llama", tokenizer=True)
+    need = []
+    for values in ("codes", "float"):
+        small = compress(dense, tmp_path / values, values=values).output
+        job = prepare_refinement(
+            small, tmp_path / "made", calibration=asked, against=dense, refinement=Refinement(steps=1)
+        )
+        need.append(forecast(job).need.fixed_bytes)
+    assert need[0] >= need[1] + 4 * 131**2  # a second moment of the widest
