@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from terminal import done, losparse
+from terminal import done
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -376,8 +376,8 @@ def test_options_that_do_not_go_together(small: Path, dense: Path, text: Calibra
         make_refinement("both")
     with pytest.raises(UsageError, match="--refine-minutes is of --objective model"):
         make_refinement("blocks", minutes=3)
-    with pytest.raises(UsageError, match="whole numbers in S"):
-        refine(small, calibration=text, against=dense, refinement=make_refinement("blocks"))
+    with pytest.raises(UsageError, match="one thing at a time"):
+        refine(small, calibration=text, against=dense, refinement="both")
     job = prepare_refinement(small, calibration=text, against=dense, refinement=make_refinement(steps=7))
     assert job.towards == ModelRefinement(steps=7)
 
@@ -411,9 +411,3 @@ def test_the_command(small: Path, dense: Path, text: Calibration, tmp_path: Path
     assert data["seconds"] == 0  # this very run had finished
     assert " 0 s" not in done(*command).out
     assert "nats a token from its predictions before" in (out / "README.md").read_text(encoding="utf-8")
-
-
-def test_blocks_of_whole_numbers_are_refused(small: Path, dense: Path, text: Calibration, tmp_path: Path) -> None:
-    command = ("refine", small, "--against", dense, "--calibration", text.source, "--objective", "blocks")
-    assert "--objective model" in losparse(*command, "-o", tmp_path / "out").complaint
-    assert not (tmp_path / "out").exists()
