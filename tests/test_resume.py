@@ -109,9 +109,8 @@ def test_ten_kills_change_nothing(model: Path, whole: dict[str, str], tmp_path: 
 
 
 DIE = """
-import os, pathlib, signal, sys
-from losparse_cli.checkpoint import finish, writer
-compress = sys.modules["losparse_cli.compress"]
+import os, pathlib, signal
+from losparse_cli.checkpoint import finish, workfolder, writer
 rename = pathlib.Path.rename
 def die(*arguments, **options):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -121,7 +120,7 @@ def die(*arguments, **options):
 WINDOWS = {
     "before the headers": "writer.ShardWriter.finish = die",
     "before the card": "finish.close = die",
-    "before publishing": "compress.WorkFolder.publish = die",
+    "before publishing": "workfolder.WorkFolder.publish = die",
     "before the rename": "pathlib.Path.rename = die",
     "after the rename": "pathlib.Path.rename = lambda *paths: (rename(*paths), die())",
 }
