@@ -144,6 +144,7 @@ RefineTokens = Annotated[
     int | None,
     typer.Option(help="Tokens of a step of a whole model.", rich_help_panel=TEXT, show_default="1024"),
 ]
+REFINE_CHECKPOINTING = "less memory, more time, the same result; done anyway where memory is short."
 REFINE_PRECISION = "auto (bfloat16 where it is fast), float32 or bfloat16; loss and what is trained stay float32."
 RefineRate = Annotated[
     float | None,

@@ -17,14 +17,14 @@ from ..errors import CheckpointError
 from ..linalg.error import output_squared, relative_error, squared_norm
 from ..linalg.factors import Decomposition, LowRankCodes, LowRankSparse
 from ..linalg.integers import (
+    Metric,
     code,
     column_metric,
-    finest_factor,
     fit_rows,
     rounded,
     row_steps,
-    short,
     steps_of_width,
+    storable,
     unrounded,
 )
 from ..linalg.patterns import parse_pattern, select
@@ -125,9 +125,7 @@ class Coder:
     def latents(self, found: Sequence[LowRankSparse | LowRankCodes]) -> list[Tensor]:
         """Of each layer as it was coded, what its codes were rounded from, (m, n) in their steps."""
         return [
-            unrounded(self._rest[k], one.codes.float(), one.rows.float(), self._metric, one.columns)
-            for k, one in enumerate(found)
-            if isinstance(one, LowRankCodes)
+            _latent(self._rest[k], one, self._metric) for k, one in enumerate(found) if isinstance(one, LowRankCodes)
         ]
 
     def _in_widths(self) -> dict[int, Decomposition]:
@@ -143,19 +141,15 @@ class Coder:
             W, support, run = self._rest[k], self._supports[k], plan.run
             weights = torch.ones_like(W[0]) if self._H is None else self._H.diagonal()
             a, runs = steps_of_width(W, weights, plan.width, run)
-            a = self._storable(a, k, run)
+            a = storable(a, self._dtypes[k], run)
             if self._metric is None:
                 q = rounded(W, a, 0.0, plan.width, runs)
                 q = q if support is None else q * support
             else:
                 q = code(W, self._metric, a, support, 0.0, plan.width, runs)
-            rows = fit_rows(W, q, self._columns, self._H, a, torch.float32).clamp_min(finest_factor(run))
-            found[k] = self._made(k, q, self._storable(rows, k, run).to(self._dtypes[k]), None, runs)
+            rows = fit_rows(W, q, self._columns, self._H, a, torch.float32)
+            found[k] = self._made(k, q, storable(rows, self._dtypes[k], run).to(self._dtypes[k]), None, runs)
         return found
-
-    def _storable(self, a: Tensor, k: int, run: int) -> Tensor:
-        """Row factors that layer k can store, and other engines' formats can as well."""
-        return short(a) if run else a.to(self._dtypes[k]).half().float()
 
     @property
     def _columns(self) -> Tensor:
@@ -205,7 +199,10 @@ def latents_of(W: Tensor, factors: LowRankCodes, H: Tensor) -> Tensor:
         metric = column_metric(H, torch.ones(1)) if bool(H.any()) else None
     except ValueError:  # its inputs are all too alike
         metric = None
-    rest = W - factors.U.float() @ factors.V.float()
+    return _latent(W - factors.U.float() @ factors.V.float(), factors, metric)
+
+
+def _latent(rest: Tensor, factors: LowRankCodes, metric: Metric | None) -> Tensor:
     return unrounded(rest, factors.codes.float(), factors.rows.float(), metric, factors.columns)
 
 

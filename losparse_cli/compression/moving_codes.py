@@ -19,7 +19,7 @@ from ..budget.recipe import GRIDS, recipe_of
 from ..budget.recipe_file import read_recipe
 from ..checkpoint.source import Checkpoint
 from ..linalg.factors import LowRankCodes
-from ..linalg.integers import finest_factor, limits, short, shorter, thresholds
+from ..linalg.integers import in_width, limits, of_entries, shorter, storable, thresholds
 
 CODE_RATE = 10.0
 """Of the learning rate: what a latent number moves, in steps between codes."""
@@ -56,9 +56,9 @@ class MovingCodes(nn.Module):
         super().__init__()
         self.started, self.made, self.transposed = factors, made, transposed
         codes = factors.codes
-        unit = torch.ones_like(factors.columns[:1]) if factors.runs is None else factors.runs.float()
+        unit = factors.columns.new_ones(1)
         if factors.runs is not None:
-            unit = unit.repeat_interleave(codes.shape[1] // factors.runs.shape[1], 1)
+            unit = of_entries(factors.runs, codes.shape[1])
         self.register_buffer("unit", unit)
         self.register_buffer("columns", factors.columns.clone())
         self.register_buffer("rows", factors.rows.float().clone())
@@ -79,10 +79,8 @@ class MovingCodes(nn.Module):
 
     def rounded(self, latent: Tensor) -> Tensor:
         """The codes, float32."""
-        if self.above is not None:
-            codes = shorter(latent, self.above)
-        else:
-            codes = (latent / self.unit).round_().clamp_(*limits(self.made.width)).mul_(self.unit)
+        above = self.above
+        codes = in_width(latent, self.made.width, self.unit) if above is None else shorter(latent, above)
         return codes if self.allowed is None else codes * self.allowed
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -100,7 +98,7 @@ class MovingCodes(nn.Module):
         rows = self.rows * (1 + self.change.detach())
         if self.made.width:
             run = 0 if started.runs is None else started.codes.shape[1] // started.runs.shape[1]
-            rows = (short(rows) if run else rows.to(started.rows.dtype).half().float()).clamp_min(finest_factor(run))
+            rows = storable(rows, started.rows.dtype, run)
         found = replace(started, rows=rows.to(started.rows.dtype))
         if self.U is not None and self.V is not None:
             found = replace(found, U=self.U.detach().to(started.U.dtype), V=self.V.detach().to(started.V.dtype))

@@ -189,10 +189,6 @@ def prepare(
         else:
             route = find_route(skeleton.model, chosen, [] if windows is None else windows.kinds())
         entries, blocks, unreached = _by_block(source, skeleton, route)
-    if start is None:
-        coded = any(p.bits for p in plan.layers if not p.layer.rows)
-    else:
-        coded = any(spec.layout == "codes" for spec in layer_specs(start).values() if spec.kind != "embedding")
     job = Job(
         source,
         recipe,
@@ -209,7 +205,7 @@ def prepare(
         blocks,
         route,
         unreached,
-        None if request.blocks is None else request.blocks.settled(coded=coded),
+        None if request.blocks is None else request.blocks.settled(coded=bool(recipe.coded)),
         request.towards,
         limit,
         start,

@@ -36,10 +36,9 @@ class Refinement:
     lr: float | None = None
 
     def __post_init__(self) -> None:
-        if self.steps is not None and (not is_whole(self.steps) or self.steps < 1):
-            raise UsageError(f"--refine-steps is a whole number >= 1, not {self.steps!r}.")
-        if self.lr is not None and (not is_number(self.lr) or not 0 < self.lr < 1):
-            raise UsageError(f"--refine-lr is a number between 0 and 1, not {self.lr!r}; 5e-4 is a usual choice.")
+        _check_steps(self.steps)
+        if self.lr is not None:
+            _check_rate(self.lr)
 
     def settled(self, *, coded: bool) -> Matching:
         """With what was left open; coded: where S is whole numbers."""
@@ -59,6 +58,16 @@ of the sum of a step, however many processes share it."""
 def passing(length: int) -> int:
     """Windows of so many tokens that pass through a whole model at once."""
     return max(1, TOGETHER // length)
+
+
+def _check_steps(steps: Any) -> None:
+    if steps is not None and (not is_whole(steps) or steps < 1):
+        raise UsageError(f"--refine-steps is a whole number >= 1, not {steps!r}.")
+
+
+def _check_rate(lr: Any) -> None:
+    if not is_number(lr) or not 0 < lr < 1:
+        raise UsageError(f"--refine-lr is a number between 0 and 1, not {lr!r}; 5e-4 is a usual choice.")
 
 
 def _parts(given: Any) -> tuple[str, ...]:
@@ -94,10 +103,8 @@ class ModelRefinement:
     def __post_init__(self) -> None:
         if self.minutes is not None and (not is_number(self.minutes) or not 0 < self.minutes < float("inf")):
             raise UsageError(f"--refine-minutes is a number above 0, not {self.minutes!r}.")
-        if self.steps is not None and (not is_whole(self.steps) or self.steps < 1):
-            raise UsageError(f"--refine-steps is a whole number >= 1, not {self.steps!r}.")
-        if not is_number(self.lr) or not 0 < self.lr < 1:
-            raise UsageError(f"--refine-lr is a number between 0 and 1, not {self.lr!r}; 5e-4 is a usual choice.")
+        _check_steps(self.steps)
+        _check_rate(self.lr)
         if not is_whole(self.tokens) or self.tokens < 1:
             raise UsageError(f"--refine-tokens is a whole number >= 1, not {self.tokens!r}.")
         if not is_whole(self.seed) or self.seed < 0:

@@ -130,8 +130,7 @@ def rounded(W: Tensor, a: Tensor, weight: float = CODE_WEIGHT, width: int = 0, r
     """q, (m, n), int32: W rounded to multiples of a_i, each entry alone; width, runs: as of `code`."""
     X = W / a[:, None]
     if runs is not None:
-        scale = runs.float().repeat_interleave(W.shape[1] // runs.shape[1], 1)
-        return (X / scale).round_().clamp_(*limits(width)).mul_(scale).int()
+        return in_width(X, width, of_entries(runs, W.shape[1])).int()
     q = _rounded(X.T, _slope(X.pow(2).mean(1), weight)).T
     return (q.clamp_(*limits(width)) if width else q).int()
 
@@ -159,6 +158,16 @@ def thresholds(q: Tensor, weight: float = CODE_WEIGHT) -> Tensor:
 def shorter(u: Tensor, above: Tensor) -> Tensor:
     """u (m, n) as whole numbers, the shorter of two by the `thresholds` that are given."""
     return _rounded(u, above)
+
+
+def of_entries(runs: Tensor, n: int) -> Tensor:
+    """The whole number of each entry's run, (m, n), float32, from those of runs, (m, n / run)."""
+    return runs.float().repeat_interleave(n // runs.shape[1], 1)
+
+
+def in_width(u: Tensor, width: int, unit: Tensor) -> Tensor:
+    """u (m, n) as the nearest multiples of `unit`, one or one for each entry, that numbers of `width` bits can say."""
+    return (u / unit).round_().clamp_(*limits(width)).mul_(unit)
 
 
 def limits(width: int) -> tuple[int, int]:
@@ -198,6 +207,11 @@ def steps_of_width(W: Tensor, weights: Tensor, width: int, run: int = 0) -> tupl
 def finest_factor(run: int) -> float:
     """The least factor of a row that is exact in 16-bit floats: of four binary digits with runs, else of eight."""
     return 2.0**-20 if run else 2.0**-16
+
+
+def storable(a: Tensor, dtype: torch.dtype, run: int) -> Tensor:
+    """Factors of rows (m,) in `dtype` that other engines' formats can store as well, float32; run: as of the codes."""
+    return (short(a) if run else a.to(dtype).half().float()).clamp_min(finest_factor(run))
 
 
 def short(a: Tensor) -> Tensor:

@@ -15,45 +15,27 @@ from terminal import done
 from torch import Tensor
 from torch.nn import functional as F
 
-from losparse_cli import Recipe, compress, load, refine
+from losparse_cli import Recipe, compress, load
 from losparse_cli.compress import plan
 from losparse_cli.compression.estimate import estimate
 from losparse_cli.compression.fingerprint import fingerprint
 from losparse_cli.compression.request import ModelRefinement
 from losparse_cli.errors import UsageError
 from losparse_cli.models import device
-from losparse_cli.refine import RefinedModel, make_refinement, prepare_refinement
+from losparse_cli.refine import make_refinement, prepare_refinement
 from losparse_cli.refinement import run
 from losparse_cli.refinement.layers import DenseCodes, unfold
 from losparse_cli.refinement.training import Training
 from losparse_cli.text.request import Calibration
+from tests.refinement.test_training import refined
 
-TEXT = " ".join(f"Sentence {k} of the text says that {k * k % 97} is not {k}." for k in range(300))
 HOW = ModelRefinement(steps=8, lr=3e-3, tokens=512, precision="float32")
 HALF = replace(HOW, precision="bfloat16")
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return Calibration(str(path), tokens=1280, length=32, batch=4)
-
-
-@pytest.fixture(scope="module")
-def dense(toy: Callable[..., Path]) -> Path:
-    return toy("llama", tokenizer=True)
-
-
-@pytest.fixture(scope="module")
 def small(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compress(dense, tmp_path_factory.mktemp("precision") / "small", Recipe(rank=2, bits=3.0)).output
-
-
-def refined(small: Path, output: Path, dense: Path, text: Calibration, how: ModelRefinement) -> RefinedModel:
-    found = refine(small, output, calibration=text, against=dense, refinement=how)
-    assert isinstance(found, RefinedModel)
-    return found
 
 
 def test_codes_in_bfloat16_are_those_that_autocast_makes(small: Path) -> None:

@@ -27,20 +27,7 @@ from losparse_cli.refinement import run
 from losparse_cli.refinement.recomputation import recompute
 from losparse_cli.text.request import Calibration
 
-TEXT = " ".join(f"Sentence {k} of the text says that {k * k % 97} is not {k}." for k in range(300))
 HOW = ModelRefinement(steps=3, lr=3e-3, tokens=128)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return Calibration(str(path), tokens=1280, length=32, batch=4)
-
-
-@pytest.fixture(scope="module")
-def dense(toy: Callable[..., Path]) -> Path:
-    return toy("llama", tokenizer=True)
 
 
 @pytest.fixture(scope="module")

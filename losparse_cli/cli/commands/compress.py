@@ -175,7 +175,7 @@ def compress(
         bool | None,
         typer.Option(
             "--refine-gradient-checkpointing",
-            help="Of --refine model: less memory, more time, the same result; done anyway where memory is short.",
+            help=f"Of --refine model: {o.REFINE_CHECKPOINTING}",
             rich_help_panel=o.TEXT,
         ),
     ] = None,

@@ -45,7 +45,7 @@ def refine(
         bool | None,
         typer.Option(
             "--gradient-checkpointing",
-            help="Of --objective model: less memory, more time, the same result; done anyway where memory is short.",
+            help=f"Of --objective model: {o.REFINE_CHECKPOINTING}",
         ),
     ] = None,
     precision: Annotated[
