@@ -141,7 +141,7 @@ def _body(report: Report, name: str, place: str, loading: str) -> str:
 {_density(report)}
 
 {len(report.layers)} layers are compressed; they hold {report.targeted_share:.1%} of the model's parameters.
-{_error(report)}Recipe: {settings}.
+{_error(report)}{_refinement(report)}Recipe: {settings}.
 {_calibration(report)}{_training(report)}"""
 
 
@@ -183,14 +183,6 @@ def _density(report: Report) -> str:
 def _error(report: Report) -> str:
     """A line with the one that says most; "" if none was measured. With calibration text, that of weights would say
     nothing of quality."""
-    if report.refinement:
-        done = report.refinement
-        where = "held-out text" if done["held_out"] else "the text that it was trained on"
-        return (
-            f"Trained towards the dense model for {done['steps']:,} steps, its codes as they were: on {where} "
-            f"{done['divergence_before']:.4f} nats a token from its predictions before, {done['divergence_after']:.4f} "
-            "after.\n"
-        )
     measure = telling_error(report.layers)
     error = error_of(report.layers, measure)
     what = {
@@ -199,6 +191,21 @@ def _error(report: Report) -> str:
         "relative_error": "Relative Frobenius error of their weights",
     }[measure]
     return "" if error is None else f"{what}: {error:.4f}.\n"
+
+
+def _refinement(report: Report) -> str:
+    """Sentences on what was trained to come nearer to the dense model, in the order in which it was; "" if nothing."""
+    told = []
+    if (matched := report.matching) is not None and matched.before:
+        told.append(
+            f"Each block was trained to match the dense one: {matched.where} {matched.change:+.0%} of their distance.\n"
+        )
+    if (found := report.divergence) is not None:
+        told.append(
+            f"Trained towards the whole dense model for {report.refinement['steps']:,} steps, its codes as they were: "
+            f"{found.where} {found.before:.4f} nats a token from its predictions before, {found.after:.4f} after.\n"
+        )
+    return "".join(told[::-1] if report.refinement.get("followed_by") else told)
 
 
 def _calibration(report: Report) -> str:

@@ -38,6 +38,7 @@ class About:
     versions: dict[str, str]
     calibration: dict[str, Any]
     fused: dict[str, dict[str, Any]]
+    refinement: dict[str, Any]
 
 
 def finish(
@@ -68,6 +69,7 @@ def finish(
             fingerprint=mark,
             calibration=about.calibration,
             blocks=tuple(line["block"] for line in stats if "block" in line),
+            refinement=about.refinement,
         )
         return close(work, report, base, place)
 

@@ -106,9 +106,10 @@ class Report:
     name: of the checkpoint, as it was opened; "" before that, and in its file, for a folder may be renamed.
     model_bytes_before and after: all tensors. parameters: of the whole dense model. source: name, commit
     and files of the dense model. recipe: the resolved request. files: name -> {size, sha256}. calibration: what text
-    was used, {} without any. blocks: per block of the model, what calibration and refinement did to its output.
+    was used, {} without any. blocks: per block of the model, what matching did to its output.
     training: how the result was trained and what it scores, {} if it was not. refinement: how it was trained towards
-    the whole dense model, and how far it was from it before and after, {} if it was not.
+    the whole dense model, and how far it was from it before and after, {} if it was not; `followed_by` blocks where
+    these were matched afterwards, not before.
     """
 
     layers: tuple[LayerReport, ...]
@@ -126,6 +127,23 @@ class Report:
     training: dict[str, Any] = field(default_factory=dict)
     refinement: dict[str, Any] = field(default_factory=dict)
     name: str = field(default="", compare=False)
+
+    @property
+    def matching(self) -> Distance | None:
+        """Squared, relative, of all matched blocks' outputs from the dense ones'; None where none was matched."""
+        if not self.blocks:
+            return None
+        held_out = self.blocks[0].get("held_out_before") is not None
+        names = ("held_out_before", "held_out_after") if held_out else ("loss_before", "loss_after")
+        before, after = (sum(block[name] for block in self.blocks) for name in names)
+        return Distance(before, after, held_out)
+
+    @property
+    def divergence(self) -> Distance | None:
+        """Nats a token, of training towards the whole dense model; None without."""
+        if not (done := self.refinement):
+            return None
+        return Distance(done["divergence_before"], done["divergence_after"], bool(done["held_out"]))
 
     @property
     def bytes_before(self) -> int:
@@ -216,6 +234,24 @@ class Report:
             return cls(**known)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{where} is incomplete ({error!r}). Compress the model again.") from error
+
+
+@dataclass(frozen=True)
+class Distance:
+    """From the dense model before and after training: on held-out text, or else on the text that was trained on."""
+
+    before: float
+    after: float
+    held_out: bool
+
+    @property
+    def where(self) -> str:
+        return "on held-out text" if self.held_out else "on the text that it was trained on"
+
+    @property
+    def change(self) -> float:
+        """Relative: -0.2 of what is a fifth nearer."""
+        return self.after / self.before - 1 if self.before else 0.0
 
 
 def _bits(layers: Collection[LayerReport]) -> float:

@@ -180,14 +180,10 @@ def show_result(out: Console, result: Result) -> None:
         )
     if report.calibration:
         out.show(f"Text: {escape(text_used(report.calibration))}")
-    if report.blocks:
-        held_out = report.blocks[0].get("held_out_before") is not None
-        names = ("held_out_before", "held_out_after") if held_out else ("loss_before", "loss_after")
-        before, after = (sum(block[name] for block in report.blocks) for name in names)
-        if before:
-            where = "on held-out text" if held_out else "on the text it was trained on"
-            out.show(f"Matching: {after / before - 1:+.0%} of the blocks' distance from the dense ones, {where}")
-    _show_refinement(out, report)
+    if (matched := report.matching) is not None and matched.before:
+        out.show(f"Matching: {matched.change:+.0%} of the blocks' distance from the dense ones, {matched.where}")
+    if not report.refinement.get("followed_by"):  # else it is of a run before this one
+        _show_refinement(out, report)
     where = short(result.output)
     out.show(f"[bold green]Done.[/] The result is in {where}. To load it:")
     _show_loading(out, where)
@@ -304,14 +300,13 @@ def _refinement(report: Report) -> dict[str, Any]:
 
 def _show_refinement(out: Console, report: Report) -> None:
     """The same in words."""
-    if not report.refinement:
+    if (found := report.divergence) is None:
         return
-    done = report.refinement
-    before, after = done["divergence_before"], done["divergence_after"]
-    change = f", {after / before - 1:+.0%}" if before else ""
-    where = "held-out text" if done["held_out"] else "the text that it was trained on"
-    out.show(f"From the dense model, on {where}: {before:.4f} nats a token before, {after:.4f} after{change}")
-    if before == after and done["steps"]:
+    change = f", {found.change:+.0%}" if found.before else ""
+    out.show(
+        f"From the dense model, {found.where}: {found.before:.4f} nats a token before, {found.after:.4f} after{change}"
+    )
+    if found.before == found.after and report.refinement["steps"]:
         out.warn("training brought it no nearer, so it is as it was. Try a lower --refine-lr, or more text.")
 
 

@@ -68,6 +68,8 @@ def hashed_here(job: Job) -> list[str]:
 
 def about(job: Job, made: Schedule, windows: Sample | None, nats: float | None) -> About:
     """What the result of the whole run says of itself. nats: the text's, a token."""
+    before = {} if job.start is None else job.start.report()
+    trained = before.get("refinement") or {}
     return About(
         order=[p.layer.name for p in made.plan.layers],  # the model's, not the files'
         skipped=made.plan.skipped,
@@ -78,10 +80,11 @@ def about(job: Job, made: Schedule, windows: Sample | None, nats: float | None) 
             "commit": job.source.commit,
             "architecture": (job.source.config.get("architectures") or [None])[0],
         },
-        recipe=job.recipe.to_dict() if job.start is None else job.start.report().get("recipe", {}),
+        recipe=job.recipe.to_dict() if job.start is None else before.get("recipe", {}),
         versions=versions(),
         calibration=account(job.calibration, windows, nats) if job.calibration is not None else {},
         fused={tensor: asdict(one) for tensor, one in fused_of(job.source.entries.values()).items()},
+        refinement=trained and trained | {"followed_by": "blocks"},
     )
 
 

@@ -27,9 +27,7 @@ def write_refined(job: Job, values: Mapping[str, Tensor], how: dict[str, Any], w
     write_config(work.path, dense_config(start.config), layer_specs(start), before.skipped, fused_tensors(start))
     changed = {name.removesuffix(".weight") for name in values}
     layers = tuple(_unmeasured(layer) if layer.name in changed else layer for layer in before.layers)
-    report = replace(
-        before, layers=layers, versions=versions(), fingerprint=mark, refinement=how, blocks=(), files={}, name=""
-    )
+    report = replace(before, layers=layers, versions=versions(), fingerprint=mark, refinement=how, files={}, name="")
     return close(work.path, report, job.source.folder, job.output.name)
 
 

@@ -235,6 +235,16 @@ def test_both_one_after_the_other(
     assert len(matched) == 2
     assert made.report.refinement["divergence_after"] <= made.report.refinement["divergence_before"]
     assert bits_of(made.report) <= 3
+    assert len(made.report.blocks) == 2
+    trained, again = "Trained towards the whole dense model", "Each block was trained to match"
+    card = (made.output / "README.md").read_text(encoding="utf-8")
+    assert 0 < card.index(again) < card.index(trained)
+    more = refine(made.output, tmp_path / "then", calibration=asked, against=dense, refinement=Refinement(steps=2))
+    assert more.report.refinement == made.report.refinement | {
+        "followed_by": "blocks"
+    }
+    card = (more.output / "README.md").read_text(encoding="utf-8")
+    assert 0 < card.index(trained) < card.index(again)
     with pytest.raises(UsageError, match="one thing at a time"):
         refine(made.output, tmp_path / "more", calibration=asked, against=dense, refinement={"mode": "both"})
 
