@@ -4,7 +4,7 @@ one backward pass, of which only one block is in memory."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, UsageError
 from ..models.backward import GradientRelay, Rerun, gradients_allowed
 from ..models.blocks import Call, run_block
+from ..models.experts import expert_layers
 from ..models.reading import output_embeddings
 from ..parallel.group import Alone, Ranks
 from ..parallel.tree import TreeSum
@@ -31,11 +32,13 @@ class Sensitivity:
     """Fisher information of a layer's outputs.
 
     g: (out_features,), float32, the mean over tokens of the squared derivative of the loss by each output. tokens: how
-    many were seen.
+    many were seen. share: how many it is to count for, as all of them cost something, in units of those that the last
+    block saw; of an expert, what one of its block sees on average, as other text is sent to others.
     """
 
     g: Tensor
     tokens: int
+    share: float = 1.0
 
 
 @dataclass(eq=False)
@@ -80,6 +83,7 @@ class SensitivityRun:
         self._kept: dict[str, list[Call]] = {}
         self._found: dict[str, Sensitivity] = {}
         self._standing = Standing()
+        self._last = 0  # tokens that the last block saw
 
     def run(self) -> dict[str, Sensitivity]:
         """By the layers' names in the model; one that is never called, or on whose outputs the loss does not depend, is
@@ -262,6 +266,9 @@ class SensitivityRun:
         self._tell(name, watch.found(self.group, self.first))
 
     def _tell(self, name: str, found: dict[str, Sensitivity]) -> None:
+        counts = self._counts(name, found)
+        self._last = self._last or round(max(counts.values(), default=0))
+        found = {layer: replace(one, share=counts[layer] / self._last) for layer, one in found.items()}
         for layer, one in found.items():
             full = f"{name}.{layer}" if name else layer
             if not bool(torch.isfinite(one.g).all()):
@@ -271,6 +278,15 @@ class SensitivityRun:
                 )
             self._found[full] = one
         self.on_backward(name, found)
+
+    def _counts(self, name: str, found: Mapping[str, Sensitivity]) -> dict[str, float]:
+        """Layer of a block -> tokens that it is to count for."""
+        counts: dict[str, float] = {layer: one.tokens for layer, one in found.items()}
+        for experts in expert_layers(self.model.get_submodule(name), self.layers[name]):
+            each = experts.layers.values()
+            mean = sum(max(found[n].tokens if n in found else 0 for n in names) for names in each) / len(each)
+            counts |= {layer: mean for names in each for layer in names if layer in found}
+        return counts
 
     def _masks(self, number: int) -> dict[str, Tensor]:
         batch = self.batches[number]

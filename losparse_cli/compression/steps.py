@@ -182,8 +182,9 @@ def _measured(
             entry = job.source.entries[plan.layer.tensor]
             W = as_matrix(files[entry.path].read(entry), plan.layer, job.device)
             columns, scale = metrics.pop(name)
-            X = W / columns / (scale * row_steps(one.g))[:, None]
-            found[name] = Foreseen(one.g.cpu(), curve_of(X, plan, support_of(X, plan) if plan.sparse else None))
+            g = one.g * one.share
+            X = W / columns / (scale * row_steps(g))[:, None]
+            found[name] = Foreseen(g.cpu(), curve_of(X, plan, support_of(X, plan) if plan.sparse else None))
 
     def text(nats: float, tokens: int) -> None:
         losses.append((nats, tokens))

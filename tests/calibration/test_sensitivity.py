@@ -12,6 +12,7 @@ import sighted
 import torch
 import transformers
 from conftest import TOYS, token_batch, toy_model
+from experts import split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -162,6 +163,8 @@ def assert_same(found: dict[str, Sensitivity], expected: dict[str, Sensitivity])
         assert found[name].tokens == one.tokens
         scale = float(one.g.max())
         torch.testing.assert_close(found[name].g, one.g, rtol=1e-4, atol=1e-6 * scale, msg=name)
+    plain = {one.tokens / one.share for name, one in found.items() if ".experts." not in name}
+    assert max(plain) == pytest.approx(min(plain))  # every token that a layer sees costs alike
 
 
 @pytest.mark.parametrize("spilled", [False, True], ids=["resident", "in files"])
@@ -216,6 +219,20 @@ def test_images_and_labels_where_text_comes_next(chunk: int, tmp_path: Path, mon
     found, _, _ = out_of_core(fresh(), batches, tmp_path, limit=0, **options)
     last = optional[-1]  # its outputs are asked of by nobody
     assert_same(found, {name: one for name, one in expected.items() if not name.startswith(last)})
+
+
+def test_experts_count_for_what_one_of_them_sees_on_average(tmp_path: Path) -> None:
+    """Other text is sent to others; all of them together count for what they see."""
+    model = prepared(split(toy_model("mixtral")))
+    found = out_of_core(model, batches_of(model)[:2], tmp_path)[0]  # without padding
+    tokens = found["model.layers.1.self_attn.q_proj"].tokens
+    assert all(one.share == 1 for name, one in found.items() if ".experts." not in name)
+    for block in range(2):
+        for matrix in ("w1", "w3", "w2"):
+            experts = [found[f"model.layers.{block}.mlp.experts.{k}.{matrix}"] for k in range(5)]
+            assert len({one.tokens for one in experts}) > 1
+            assert all(one.share == sum(one.tokens for one in experts) / 5 / tokens for one in experts)
+            assert experts[0].share == pytest.approx(2 / 5)
 
 
 class Killed(BaseException):

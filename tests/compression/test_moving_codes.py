@@ -240,9 +240,7 @@ def test_both_one_after_the_other(
     card = (made.output / "README.md").read_text(encoding="utf-8")
     assert 0 < card.index(again) < card.index(trained)
     more = refine(made.output, tmp_path / "then", calibration=asked, against=dense, refinement=Refinement(steps=2))
-    assert more.report.refinement == made.report.refinement | {
-        "followed_by": "blocks"
-    }
+    assert more.report.refinement == made.report.refinement | {"followed_by": "blocks"}
     card = (more.output / "README.md").read_text(encoding="utf-8")
     assert 0 < card.index(trained) < card.index(again)
     with pytest.raises(UsageError, match="one thing at a time"):
