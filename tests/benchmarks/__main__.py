@@ -20,6 +20,7 @@ from . import (
     kernels_gpu,
     models,
     parallel,
+    parallel_forecast,
     quality,
     sizes,
     speed,
@@ -49,6 +50,7 @@ BENCHMARKS = {
 LONG = {
     "experts": experts.experts,
     "parallel": parallel.parallel,
+    "parallel-forecast": parallel_forecast.parallel_forecast,
     "gguf": engines.gguf,
     "layer-errors": calibrated.layer_errors,
     "bits": bits.bits,
