@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint.config import layer_specs, layer_tensors
+from .checkpoint.config import layer_specs, layer_tensors, skipped_layers
 from .checkpoint.reader import BITS
 from .checkpoint.report import LayerReport, Report
 from .checkpoint.source import REPORT, Checkpoint, open_checkpoint
@@ -99,7 +99,7 @@ def compressed_report(checkpoint: Checkpoint) -> Report:
         base,
         name=checkpoint.name,
         layers=tuple(layers),
-        skipped=dict((checkpoint.quantization or {}).get("skipped") or {}),
+        skipped=skipped_layers(checkpoint),
         model_bytes_before=stored + sum(layer.bytes_before - layer.bytes_after for layer in layers),
         model_bytes_after=stored,
         parameters=base.parameters or checkpoint.elements - inside + sum(layer.parameters for layer in layers),

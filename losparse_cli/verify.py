@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint.config import fused_tensors, layer_specs, layer_tensors
+from .checkpoint.config import fused_tensors, layer_specs, layer_tensors, skipped_layers
 from .checkpoint.layers import not_finite, read_layer
 from .checkpoint.measured import problem as measured_problem
 from .checkpoint.report import Report
@@ -37,6 +37,10 @@ def verify(source: str | Path, *, progress: Progress | None = None) -> Verificat
     specs = layer_specs(checkpoint)
     told.start("layers", len(specs))
     problems: list[str] = []
+    try:
+        skipped_layers(checkpoint)
+    except CheckpointError as error:
+        problems.append(str(error))
     used: set[str] = set()
     for name, spec in specs.items():
         used.add(f"{spec.tensor or name}.weight")  # whatever else is wrong with it

@@ -15,6 +15,7 @@ from losparse_cli.budget.recipe import Recipe
 from losparse_cli.compress import compress
 from losparse_cli.errors import CheckpointError, SourceError, UsageError
 from losparse_cli.export import export
+from losparse_cli.inspection import inspect
 from losparse_cli.verify import require_sound, verify
 from tests.hearing import Hearing
 
@@ -129,6 +130,18 @@ def test_a_config_that_disagrees_with_the_weights(case: str, sound: Path) -> Non
     problems = verify(sound).problems
     assert len(problems) == 1
     assert says in problems[0]
+
+
+@pytest.mark.parametrize("wrong", [["lm_head"], {"lm_head": ["output head"]}, 5])
+def test_reasons_that_are_none(wrong: Any, sound: Path) -> None:
+    config = json.loads((sound / "config.json").read_text())
+    config["quantization_config"]["skipped"] = wrong
+    without_report(sound)
+    toys.write_json(sound / "config.json", config)
+    (problem,) = verify(sound).problems
+    assert "damaged list 'skipped'" in problem
+    with pytest.raises(CheckpointError, match="damaged list 'skipped'"):
+        inspect(sound)
 
 
 def test_every_problem_is_listed_and_the_first_one_raised(sound: Path) -> None:

@@ -247,11 +247,13 @@ def _plan_codes(layer: Layer, recipe: Recipe) -> LayerPlan:
         pool = f"{bits!r}"
     option = "--embedding-bits" if layer.rows else "--bits"
     if bits * m * n / 8 <= beside:
+        least = 8 * beside / (m * n) + 0.05
+        remedies = [f"raise {option} to {least:.2f} at least"] * (least <= MOST_BITS) + ["lower --rank"] * (rank > 0)
         raise UnfitError(
             layer.name,
             layer.shape,
             f"cannot be stored in {bits:.3g} bits a weight: factors and stream alone take {8 * beside / (m * n):.3g}",
-            f"Raise {option} to {8 * beside / (m * n) + 0.05:.2f} at least{', lower --rank' if rank else ''}",
+            ", ".join(remedies or ["say --values float"]).capitalize(),
         )
     useful = (nnz * (1 + MOST_CODE_BITS) + mask) / 8 + beside
     expected = int(min(bits * m * n / 8, useful))

@@ -63,6 +63,14 @@ def fused_tensors(checkpoint: Checkpoint) -> dict[str, FusedTensor]:
     raise CheckpointError(f"config.json of {checkpoint.address} has a damaged list 'fused'. Compress it again.")
 
 
+def skipped_layers(checkpoint: Checkpoint) -> dict[str, str]:
+    """Layer that stayed dense -> why, as config.json says it; CheckpointError if it cannot be understood."""
+    recorded = (checkpoint.quantization or {}).get("skipped") or {}
+    if isinstance(recorded, dict) and all(isinstance(reason, str) for reason in recorded.values()):
+        return dict(recorded)
+    raise CheckpointError(f"config.json of {checkpoint.address} has a damaged list 'skipped'. Compress it again.")
+
+
 def write_config(
     destination: Path,
     config: Mapping[str, Any],

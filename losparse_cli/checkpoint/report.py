@@ -8,8 +8,11 @@ from math import isfinite
 from pathlib import PurePath
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, is_number, is_whole
 from ..shim.layouts import LayerSpec
+
+MAY_BE_UNKNOWN = ("weight_squared", "residual_squared", "held_out_error", "log_step", "tokens")
+"""Figures of a layer that are None where they were not measured."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +95,18 @@ class LayerReport:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any], spec: LayerSpec) -> LayerReport:
-        """What `measured` or `to_dict` wrote of the layer that is stored as `spec` says."""
+        """What `measured` or `to_dict` wrote of the layer that is stored as `spec` says; TypeError if it is none."""
         known = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields} | {"spec": spec}
         for stages in ("errors", "output_errors"):
             known[stages] = tuple(known.get(stages, ()))
-        return cls(**known)
+        found = cls(**known)
+        unknown = (getattr(found, name) for name in MAY_BE_UNKNOWN)
+        figures = (figure for figure in unknown if figure is not None)
+        if not all(
+            map(is_number, (found.bytes_before, found.bytes_after, *found.errors, *found.output_errors, *figures))
+        ):
+            raise TypeError(f"a figure of {found.name} is no number")
+        return found
 
 
 @dataclass(frozen=True)
@@ -231,7 +241,11 @@ class Report:
                 known[name] = dict(known.get(name, {}))
             known["blocks"] = tuple(dict(block) for block in fields.get("blocks", ()))
             known["files"] = {file: dict(expected) for file, expected in known["files"].items()}
-            return cls(**known)
+            found = cls(**known)
+            for name in ("model_bytes_before", "model_bytes_after", "parameters"):
+                if not is_whole(getattr(found, name)):
+                    raise TypeError(f"{name} is no number")
+            return found
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{where} is incomplete ({error!r}). Compress the model again.") from error
 

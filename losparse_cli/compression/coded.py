@@ -263,16 +263,16 @@ def coded_within(coder: AnyCoder, pots: Sequence[Pot], log_steps: Sequence[float
     """
     finest = coder.finest()
     for pot in pots:
-        pot.finest = max(finest[k] for k in pot.members)
-    log_steps = [max(step, least) for step, least in zip(log_steps, finest, strict=True)]
+        pot.finest = min(finest[k] for k in pot.members)
+        pot.step = max(pot.finest, log_steps[pot.members[0]])
     for _ in range(TRIES):
-        found = coded_at(coder, log_steps)
+        # One of zeros, or with an outlier, takes no finer step than makes sense for it; the others may.
+        steps = {k: max(pot.step, finest[k]) for pot in pots for k in pot.members}
+        found = coded_at(coder, [steps[k] for k in range(len(finest))])
         for pot in pots:
             pot.look([found[k] for k in pot.members])
         if all(pot.settled for pot in pots):
             break
-        steps = {k: pot.next_step for pot in pots for k in pot.members}
-        log_steps = [steps[k] for k in range(len(log_steps))]
     chosen = {k: one for pot in pots for k, one in zip(pot.members, pot.best, strict=False)}
     for k, plan in enumerate(coder.plans):
         if k not in chosen:
@@ -286,20 +286,21 @@ def coded_within(coder: AnyCoder, pots: Sequence[Pot], log_steps: Sequence[float
 class Pot:
     """Bytes that layers of one step share. members: their numbers. allowed: bytes. near: share of them that will do.
 
-    finest: log2 of the finest step that is tried. best: the layers at the finest step that fits so far.
+    step: log2 of the step to look at. finest: of the finest that is tried. best: the layers at the finest step that
+    fits so far.
     """
 
     def __init__(self, members: Sequence[int], allowed: float, near: float = NEAR) -> None:
         self.members, self.allowed, self._near = members, allowed, near
         self.best: list[Coded] = []
         self.settled = False
-        self.finest, self.next_step = -math.inf, 0.0
+        self.finest, self.step = -math.inf, 0.0
         # log2 of the finest step that fits and of the coarsest that does not, and the bytes at each.
         self._fits, self._bursts = (math.inf, 0.0), (-math.inf, 0.0)
 
     def look(self, found: list[Coded]) -> None:
-        """Take in what the layers are at a step, and choose the next one."""
-        step, size = found[0].solved.log_step or 0.0, float(sum(one.report.bytes_after for one in found))
+        """Take in what the layers are at its step, and choose the next one."""
+        step, size = self.step, float(sum(one.report.bytes_after for one in found))
         if size > self.allowed:
             self._bursts = max(self._bursts, (step, size))
         elif step < self._fits[0] or not self.best:
@@ -309,17 +310,17 @@ class Pot:
         enough = enough or fits - max(bursts, self.finest) < 1e-4
         self.settled = bool(self.best) and enough
         if self.settled:
-            self.next_step = fits
+            self.step = fits
             return
         aim = (1 + self._near) / 2 * self.allowed
         if math.isfinite(fits) and math.isfinite(bursts):
             part = min(0.95, max(0.05, (aim - less) / (more - less)))
-            self.next_step = fits + part * (bursts - fits)
+            self.step = fits + part * (bursts - fits)
             return
         # A code takes a bit less at twice the step, and one that is zero hardly less.
         codes = max(1, sum(one.report.spec.nnz for one in found))
         move = min(4.0, max(-4.0, 8 * (size - aim) / codes))
-        self.next_step = max(self.finest, step + math.copysign(max(2 * abs(move), 0.02), move))
+        self.step = max(self.finest, step + math.copysign(max(2 * abs(move), 0.02), move))
 
 
 def own_pot(k: int, plan: LayerPlan) -> Pot:
@@ -343,7 +344,7 @@ def code_alone(coder: AnyCoder) -> list[Coded]:
 
 class Ledger:
     """Bytes of the layers of a section, coded one after the other, each within a few hundredths of its share: what one
-    leaves the next one takes, and the last one makes all come out."""
+    leaves the next one takes, or all of the others where it is much, and the last one makes all come out."""
 
     def __init__(self, plans: Iterable[LayerPlan]) -> None:
         self._waiting: dict[str, dict[str, int]] = {}  # pool -> layer -> its share
@@ -358,7 +359,9 @@ class Ledger:
             return code_alone(coder)[0]
         waiting, left = self._waiting[plan.pool], self._left[plan.pool]
         share, beside = waiting[plan.layer.name], code_overhead(plan.layer, plan.rank)
-        allowed = share + max(-MOST_CARRIED * share, min(MOST_CARRIED * share, left - sum(waiting.values())))
+        rest = sum(waiting.values())
+        over = left - rest  # which is much behind a layer of zeros, say
+        allowed = share + max(min(MOST_CARRIED * share, over), over * share / rest)
         [found] = coder.curves()
         step = step_within([(found, plan.layer.weights)], 8 * (allowed - beside))
         pot = Pot([0], left) if len(waiting) == 1 else Pot([0], allowed, 1 - MOST_CARRIED / 2)

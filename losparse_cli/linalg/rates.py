@@ -22,8 +22,8 @@ COARSEST, FINEST, PER_OCTAVE = 4, -10, 2
 @dataclass(frozen=True)
 class Curve:
     """Bits a code by its step. anchor: log2 of the size of the entries for which steps are meant. bits: at steps of
-    2 ** (anchor + FINEST + k / PER_OCTAVE), k = 0, 1, …; falling. density: share of the codes that may be other than
-    zero."""
+    2 ** (anchor + FINEST + k / PER_OCTAVE), k = 0, 1, …; falling. density: share of the codes that are other than zero
+    at fine steps."""
 
     anchor: float
     bits: tuple[float, ...]
@@ -42,7 +42,7 @@ class Curve:
 
     def spread(self, density: float, mask_bits: float) -> Curve:
         """Of all codes, where this is of the share `density` of them that lie where mask_bits a code say."""
-        return Curve(self.anchor, tuple(density * bits + mask_bits for bits in self.bits), density)
+        return Curve(self.anchor, tuple(density * bits + mask_bits for bits in self.bits), density * self.density)
 
 
 def curve(X: Tensor, density: float = 1.0) -> Curve:
@@ -52,7 +52,7 @@ def curve(X: Tensor, density: float = 1.0) -> Curve:
     sample = X[:, torch.arange(min(every, n) // 2, n, every, device=X.device)] if every < n else X[:, n // 2 :][:, :1]
     size = float(sample.pow(2).mean().div(density).sqrt())
     if size == 0 or not math.isfinite(size):
-        return Curve(0.0, (0.0,) * ((COARSEST - FINEST) * PER_OCTAVE + 1), density)
+        return Curve(0.0, (0.0,) * ((COARSEST - FINEST) * PER_OCTAVE + 1), 0.0)
     rows = sample.pow(2).mean(1).argsort().argsort() * CLASSES // m
     steps = [size * 2.0 ** (FINEST + k / PER_OCTAVE) for k in range((COARSEST - FINEST) * PER_OCTAVE + 1)]
     bits = tuple(_entropy((sample / step).round_().int(), rows) for step in steps)

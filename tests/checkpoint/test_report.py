@@ -56,13 +56,22 @@ def test_a_report_without_a_field_names_the_file(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("layers", 5), ("layers", [5]), ("files", []), ("files", {"x": 5}), ("recipe", "x")]
+    ("key", "value"),
+    [("layers", 5), ("layers", [5]), ("files", []), ("files", {"x": 5}), ("recipe", "x"), ("parameters", "many")],
 )
 def test_a_report_of_the_wrong_kind_names_the_file(key: str, value: object) -> None:
     fields = REPORT.to_dict() | {key: value}
     if value == []:
         assert Report.from_dict(fields, SPECS, "x").files == {}
         return
+    with pytest.raises(CheckpointError, match=r"^here is incomplete"):
+        Report.from_dict(fields, SPECS, "here")
+
+
+@pytest.mark.parametrize("figure", [name for name in A.measured() if name not in ("name", "head")])
+def test_a_figure_that_is_no_number_names_the_file(figure: str) -> None:
+    wrong = ["x"] if isinstance(getattr(A, figure), tuple) else "x"
+    fields = REPORT.to_dict() | {"layers": [A.to_dict() | {figure: wrong}]}
     with pytest.raises(CheckpointError, match=r"^here is incomplete"):
         Report.from_dict(fields, SPECS, "here")
 

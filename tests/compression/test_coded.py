@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from losparse_cli.budget.plan import Layer, LayerPlan, code_overhead, plan_layer
 from losparse_cli.budget.recipe import Recipe
 from losparse_cli.checkpoint.layers import unpack_layer
 from losparse_cli.checkpoint.report import LayerReport
-from losparse_cli.compression.coded import Coder, code_alone, coded_at, coded_within
+from losparse_cli.compression.coded import Coder, Ledger, code_alone, coded_at, coded_within
 from losparse_cli.compression.steps import Foreseen, Steps
 from losparse_cli.errors import CheckpointError, UnfitError
 from losparse_cli.linalg.error import output_squared
@@ -85,8 +86,18 @@ def test_low_rank_beside_codes_counts() -> None:
 
 
 def test_fewer_bits_than_the_factors_alone_take() -> None:
-    with pytest.raises(UnfitError, match=r"a \(8 x 8\) cannot be stored in 1 bits.*Raise --bits to \d+\.\d\d at least"):
-        planned(8, 8, 1.0)
+    with pytest.raises(UnfitError, match=r"a \(32 x 32\) cannot be stored in 1 bits.*Raise --bits to 1\.\d\d at least"):
+        planned(32, 32, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"), [({"rank": 20}, "Lower --rank"), ({"rank": 4}, r"Raise --bits to \d\.\d\d")]
+)
+def test_what_is_proposed_can_be_asked_for(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(UnfitError, match=rf"\. {says}") as error:
+        planned(64, 64, 2.0, **fields)
+    for asked in re.findall(r"--bits to (\S+)", str(error.value)):
+        planned(64, 64, float(asked), **fields)
 
 
 def test_a_bit_budget_that_only_zeros_keep_within_is_an_error() -> None:
@@ -224,8 +235,45 @@ def test_layers_share_bytes_and_the_last_one_makes_them_come_out() -> None:
     assert sizes[-1] > sizes[0] + 4
 
 
+@pytest.mark.parametrize("strange", [0, 1])
+@pytest.mark.parametrize("outlier", [0.0, 1e4])
+def test_one_strange_layer_costs_those_beside_it_nothing(strange: int, outlier: float) -> None:
+    """The last layers of a run, fed the same inputs, of which one is zeros but for an entry: it takes hardly a byte,
+    and no step that serves it alone keeps the others from theirs."""
+    bits, plans = 4.0, [planned(64, 64, 4.0, f"layer{k}") for k in range(2)]
+    weights, g = [weight(64, 64, k) * 0.01 for k in range(2)], torch.ones(64)
+    weights[strange] = (
+        torch.zeros(64, 64).bfloat16().index_put((torch.tensor(5), torch.tensor(6)), torch.tensor(outlier).bfloat16())
+    )
+    metric = column_metric(moment(64), COLUMN_FACTORS)
+    foreseen = {
+        plan.layer.name: Foreseen(g, curve(W.float() / metric.columns / metric.scale))
+        for plan, W in zip(plans, weights, strict=True)
+    }
+    steps = Steps(plans, foreseen)
+    asked = [step for step in steps.log_steps(foreseen).values() if step is not None]
+    made = coded_within(Coder(plans, weights, moment(64), [g] * 2, 0, CPU), steps.pots(plans), asked)
+    total = 8 * sum(one.report.bytes_after for one in made) / sum(plan.nnz for plan in plans)
+    assert 0.99 * bits <= total <= bits
+    assert all(one.solved.errors[-1] < 0.06 for k, one in enumerate(made) if k != strange)
+
+
 def test_a_run_that_goes_on_takes_the_same_steps() -> None:
     assert run() == run(kill_after=4)
+
+
+@pytest.mark.parametrize("empty", [None, 0, 3])
+def test_what_a_layer_of_zeros_leaves_is_for_all_that_follow(empty: int | None) -> None:
+    bits, plans = 3.0, [planned(128 if k == 0 else 64, 128, 3.0, f"layer{k}") for k in range(6)]
+    ledger, sizes = Ledger(plans), []
+    for k, plan in enumerate(plans):
+        W = torch.zeros(plan.layer.shape).half() if k == empty else weight(*plan.layer.shape, k).half()
+        one = ledger.code(Coder([plan], [W], None, [None], 0, CPU))
+        sizes.append(8 * one.report.bytes_after / plan.nnz)
+    total = sum(size * plan.nnz for size, plan in zip(sizes, plans, strict=True)) / sum(plan.nnz for plan in plans)
+    assert 0.99 * bits <= total <= bits
+    after = sizes if empty is None else sizes[empty + 1 :]
+    assert max(after) - min(after) < 0.35
 
 
 def test_layers_that_no_text_reaches_have_bytes_of_their_own() -> None:

@@ -52,9 +52,11 @@ def test_codes_of_which_a_pattern_leaves_some_take_what_the_others_do_and_their_
     assert found.at(-40.0) == pytest.approx(found.at(-30.0) + 2.5)
 
 
-def test_a_layer_of_zeros_takes_nothing() -> None:
-    assert curve(torch.zeros(8, 8)).at(-30.0) == pytest.approx(20.0)  # and is given the coarsest of steps elsewhere
-    assert curve(torch.zeros(8, 8)).at(0.0) == 0.0
+@pytest.mark.parametrize("density", [1.0, 0.25])
+def test_a_layer_of_zeros_takes_nothing_at_any_step(density: float) -> None:
+    nothing = curve(torch.zeros(40, 30), density)
+    assert [nothing.at(step) for step in (-40.0, -11.0, 0.0, 9.0)] == [0.0] * 4
+    assert nothing.spread(0.5, 0.75).at(-40.0) == 0.75
 
 
 @given(st.lists(st.tuples(st.floats(-8, 8), st.integers(1, 10_000)), min_size=1, max_size=5), st.floats(0.2, 9))
