@@ -157,6 +157,8 @@ class Block:
             last.append(self.steps.are_last(names[k], before))
         for late in (False, True):
             chosen = [layers for layers, is_last in zip(groups, last, strict=True) if is_last == late]
+            if late:  # the last one of all pays for what those before missed by, so that it is the largest
+                chosen.sort(key=lambda layers: sum(self.plans[layer].expected_bytes for layer in layers))
             # One process writes what it has as soon as it has it; the last of a pool follow one another.
             for together in [[one] for one in chosen] if late or self.group.size == 1 else [chosen]:
                 for layers in together:

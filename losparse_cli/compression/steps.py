@@ -29,6 +29,7 @@ from .solve import as_matrix
 from .team import Team
 
 SENSITIVITY_TOKENS = 16_384
+LAST = 0.1  # of a pool's bytes: what the layers before missed by is a small part of it
 NATS = "nats"  # in the file that keeps what was measured, beside names of layers
 
 
@@ -65,6 +66,7 @@ class Steps:
         for name, plan in self._plans.items():
             self._waiting.setdefault(plan.pool, {})[name] = plan
             self._left[plan.pool] = self._left.get(plan.pool, 0) + plan.expected_bytes
+        self._bytes = dict(self._left)
         # pool -> layer -> bits beyond what was foreseen of it, and of how many codes
         self._missed: dict[str, dict[str, tuple[float, int]]] = {pool: {} for pool in self._left}
 
@@ -97,9 +99,13 @@ class Steps:
         return found
 
     def are_last(self, names: Collection[str], before: Collection[str]) -> bool:
-        """Whether these layers take all that some pool has left, once those `before` have taken theirs."""
-        pools = {self._plans[name].pool for name in names if name in self._plans}
-        return any(self._waiting[pool].keys() <= {*names, *before} for pool in pools)
+        """Whether what some pool has left for these layers and others, once those `before` have taken theirs, is so
+        little that each has to heed what the one before it took."""
+        for pool in {self._plans[name].pool for name in names if name in self._plans}:
+            left = sum(p.expected_bytes for name, p in self._waiting[pool].items() if name not in before)
+            if left <= LAST * self._bytes[pool] or self._waiting[pool].keys() <= {*names, *before}:
+                return True
+        return False
 
     def pots(self, plans: Sequence[LayerPlan]) -> list[Pot]:
         """The bytes that bind these layers: their own, or for the last of many what is left; else there is no bound."""

@@ -285,6 +285,15 @@ def test_layers_that_no_text_reaches_have_bytes_of_their_own() -> None:
     assert pot.allowed == 3.0 * plans[0].nnz / 8
 
 
+def test_the_last_tenth_of_the_bytes_heeds_what_those_before_took() -> None:
+    plans = [planned(64, 64, 3.0, f"layer{k}") for k in range(40)]
+    known = Foreseen(torch.ones(64), curve(torch.randn(64, 64)))
+    names = [plan.layer.name for plan in plans]
+    steps = Steps(plans, dict.fromkeys(names, known))
+    assert [steps.are_last(names[k : k + 1], names[:k]) for k in range(40)] == [False] * 36 + [True] * 4
+    assert steps.are_last(names[20:], names[:20])  # nothing is left for others
+
+
 def test_layers_of_other_bits_have_another_step() -> None:
     plans, weights, g, steps = many()
     foreseen = {p.layer.name: Foreseen(one, curve(W.float())) for p, W, one in zip(plans, weights, g, strict=True)}
