@@ -84,6 +84,7 @@ class Block:
         self._held_out: dict[str, Tensor] = {}  # layer -> second moment of what it is fed in windows that are held out
         self._tokens: dict[str, int] = {}  # layer -> how many it is solved with
         self._asked: dict[str, float | None] = {}  # log2 of the step of each layer, as the block was begun
+        self._ceilings: dict[str, float] = {}  # bytes that layers may take before the last of their pool
         self._encoded: dict[str, tuple[LayerReport, dict[str, Tensor]]] = {}
         self._latents: dict[str, Tensor] = {}  # layer -> what its codes were rounded from, where they are to move
 
@@ -155,6 +156,9 @@ class Block:
         for k in range(len(groups)):
             before = [name for other in names[:k] for name in other]
             last.append(self.steps.are_last(names[k], before))
+        # Before any of them has taken its bytes, or several processes would allow others than one.
+        first = (name for one, is_last in zip(names, last, strict=True) if not is_last for name in one)
+        self._ceilings = self.steps.ceilings(first)
         for late in (False, True):
             chosen = [layers for layers, is_last in zip(groups, last, strict=True) if is_last == late]
             # One process writes what it has as soon as it has it; the last of a pool follow one another.
@@ -236,7 +240,7 @@ class Block:
         asked = [known[name] for name in names]
         if None in asked:
             asked = [own if step is None else step for own, step in zip(own_steps(coder), asked, strict=True)]
-        coded = coded_within(coder, steps.pots(plans), [step for step in asked if step is not None])
+        coded = coded_within(coder, steps.pots(plans, self._ceilings), [step for step in asked if step is not None])
         for layer, one in zip(layers, coded, strict=True):
             unseen = None if H is None else self._unseen_error(layer, one.solved.factors)
             self.solved[layer] = replace(one.solved, held_out_error=unseen)
