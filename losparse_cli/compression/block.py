@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,6 +84,7 @@ class Block:
         self._held_out: dict[str, Tensor] = {}  # layer -> second moment of what it is fed in windows that are held out
         self._tokens: dict[str, int] = {}  # layer -> how many it is solved with
         self._asked: dict[str, float | None] = {}  # log2 of the step of each layer, as the block was begun
+        self._ceilings: dict[str, float] = {}  # bytes that layers may take before the last of their pool
         self._encoded: dict[str, tuple[LayerReport, dict[str, Tensor]]] = {}
         self._latents: dict[str, Tensor] = {}  # layer -> what its codes were rounded from, where they are to move
 
@@ -159,14 +160,21 @@ class Block:
             chosen = [layers for layers, is_last in zip(groups, last, strict=True) if is_last == late]
             if late:  # the last one of all pays for what those before missed by, so that it is the largest
                 chosen.sort(key=lambda layers: sum(self.plans[layer].expected_bytes for layer in layers))
+            else:  # before any of them has taken its bytes, or several processes would allow others than one
+                self._ceilings = self._ceilings_of(chosen)
             # One process writes what it has as soon as it has it; the last of a pool follow one another.
             for together in [[one] for one in chosen] if late or self.group.size == 1 else [chosen]:
+                if late:
+                    self._ceilings = self._ceilings_of(together)
                 for layers in together:
                     known = fed.get(layers)
                     if self.group.rank == (0 if known is None else known.owner):
                         self._solve(layers, None if known is None else known.moments().H, late)
                 for layers in together:
                     self._make_known(layers, 0 if layers not in fed else fed[layers].owner, on_layer)
+
+    def _ceilings_of(self, groups: Iterable[Sequence[str]]) -> dict[str, float]:
+        return self.steps.ceilings(self.plans[layer].layer.name for layers in groups for layer in layers)
 
     def _solve(self, layers: Sequence[str], H: Tensor | None, late: bool) -> None:
         """Layers that are fed the same inputs, of second moment H; without data where there is none."""
@@ -238,7 +246,7 @@ class Block:
         asked = [known[name] for name in names]
         if None in asked:
             asked = [own if step is None else step for own, step in zip(own_steps(coder), asked, strict=True)]
-        coded = coded_within(coder, steps.pots(plans), [step for step in asked if step is not None])
+        coded = coded_within(coder, steps.pots(plans, self._ceilings), [step for step in asked if step is not None])
         for layer, one in zip(layers, coded, strict=True):
             unseen = None if H is None else self._unseen_error(layer, one.solved.factors)
             self.solved[layer] = replace(one.solved, held_out_error=unseen)

@@ -285,13 +285,14 @@ def coded_within(coder: AnyCoder, pots: Sequence[Pot], log_steps: Sequence[float
 
 class Pot:
     """Bytes that layers of one step share. members: their numbers. allowed: bytes. near: share of them that will do.
+    bound: whether they are a bound alone, within which the step that was asked for will do.
 
     step: log2 of the step to look at. finest: of the finest that is tried. best: the layers at the finest step that
     fits so far.
     """
 
-    def __init__(self, members: Sequence[int], allowed: float, near: float = NEAR) -> None:
-        self.members, self.allowed, self._near = members, allowed, near
+    def __init__(self, members: Sequence[int], allowed: float, near: float = NEAR, *, bound: bool = False) -> None:
+        self.members, self.allowed, self._near, self._bound = members, allowed, near, bound
         self.best: list[Coded] = []
         self.settled = False
         self.finest, self.step = -math.inf, 0.0
@@ -307,7 +308,7 @@ class Pot:
             self._fits, self.best = (step, size), found
         (fits, less), (bursts, more) = self._fits, self._bursts
         enough = math.isinf(self.allowed) or less >= self._near * self.allowed
-        enough = enough or fits - max(bursts, self.finest) < 1e-4
+        enough = enough or fits - max(bursts, self.finest) < 1e-4 or (self._bound and math.isinf(bursts))
         self.settled = bool(self.best) and enough
         if self.settled:
             self.step = fits

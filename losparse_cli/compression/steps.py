@@ -4,7 +4,7 @@ block follows what the blocks before took."""
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from ..progress import Progress
 from ..shim.layouts import COLUMN_FACTORS
 from ..text.sample import hold_out
 from ..text.windows import Sample
-from .coded import Pot, curve_of, own_pot, support_of
+from .coded import MOST_CARRIED, Pot, curve_of, own_pot, support_of
 from .plan import Job
 from .sensitivity import measure_sensitivity
 from .solve import as_matrix
@@ -30,6 +30,7 @@ from .team import Team
 
 SENSITIVITY_TOKENS = 16_384
 LAST = 0.1  # of a pool's bytes: what the layers before missed by is a small part of it
+LEAST_FORESEEN = 0.1  # bits a code, where bytes are kept for layers
 NATS = "nats"  # in the file that keeps what was measured, beside names of layers
 
 
@@ -82,10 +83,37 @@ class Steps:
         pool = self._plans[name].pool
         waiting = self._waiting[pool]
         beside = sum(code_overhead(p.layer, p.rank) for p in waiting.values())
+        curves = [(self._foreseen[other].curve, p.layer.weights) for other, p in waiting.items()]
+        return step_within(curves, 8 * (self._left[pool] - beside), self._offset(pool))
+
+    def _offset(self, pool: str) -> float:
+        """Bits that a code has taken beyond what was foreseen."""
         done = self._missed[pool].values()
         missed, codes = math.fsum(bits for bits, _ in done), sum(codes for _, codes in done)
-        curves = [(self._foreseen[other].curve, p.layer.weights) for other, p in waiting.items()]
-        return step_within(curves, 8 * (self._left[pool] - beside), missed / codes if codes else 0.0)
+        return missed / codes if codes else 0.0
+
+    def ceilings(self, names: Iterable[str]) -> dict[str, float]:
+        """Bytes that each of these layers may take at most, so that those that wait beside them have half of what is
+        foreseen of their codes: where what is foreseen is far off, a last layer might be left less than zeros take."""
+        of_pool: dict[str, set[str]] = {}
+        for name in names:
+            if name in self._plans and name in self._waiting[self._plans[name].pool]:
+                of_pool.setdefault(self._plans[name].pool, set()).add(name)
+        found: dict[str, float] = {}
+        for pool, members in of_pool.items():
+            step, offset = self.log_step(next(iter(members))), self._offset(pool)
+            assert step is not None, "layers of a pool have a step"
+            beside, codes = {}, {}  # bytes of each layer that waits
+            for name, plan in self._waiting[pool].items():
+                beside[name] = code_overhead(plan.layer, plan.rank)
+                bits = max(LEAST_FORESEEN, self._foreseen[name].curve.at(step) + offset)
+                codes[name] = bits * plan.layer.weights / 8
+            kept = math.fsum(codes[name] / 2 for name in codes if name not in members)
+            share = max(0.0, self._left[pool] - sum(beside.values()) - kept) / math.fsum(
+                codes[name] for name in members
+            )
+            found |= {name: beside[name] + share * codes[name] for name in members}
+        return found
 
     def log_steps(self, names: Iterable[str]) -> dict[str, float | None]:
         """The same of many layers, as it is now."""
@@ -107,8 +135,9 @@ class Steps:
                 return True
         return False
 
-    def pots(self, plans: Sequence[LayerPlan]) -> list[Pot]:
-        """The bytes that bind these layers: their own, or for the last of many what is left; else there is no bound."""
+    def pots(self, plans: Sequence[LayerPlan], ceilings: Mapping[str, float] | None = None) -> list[Pot]:
+        """The bytes that bind these layers: their own, or for the last of many what is left; else their `ceilings`, and
+        none without."""
         shared: dict[str, list[int]] = {}
         pots = []
         for k, plan in enumerate(plans):
@@ -117,8 +146,12 @@ class Steps:
             else:
                 pots.append(own_pot(k, plan))
         for pool, members in shared.items():
-            last = set(self._waiting[pool]) <= {plans[k].layer.name for k in members}
-            pots.append(Pot(members, self._left[pool] if last else math.inf))
+            names = {plans[k].layer.name for k in members}
+            if set(self._waiting[pool]) <= names:
+                pots.append(Pot(members, self._left[pool]))
+            else:
+                most = math.fsum((ceilings or {}).get(name, math.inf) for name in names)
+                pots.append(Pot(members, most, 1 - MOST_CARRIED, bound=True))
         return pots
 
     def spend(self, report: LayerReport) -> None:

@@ -258,6 +258,22 @@ def test_one_strange_layer_costs_those_beside_it_nothing(strange: int, outlier: 
     assert all(one.solved.errors[-1] < 0.06 for k, one in enumerate(made) if k != strange)
 
 
+def test_layers_that_take_more_than_was_foreseen_leave_the_last_one_its_bytes() -> None:
+    plans, weights, g, steps = many()
+    ceilings = steps.ceilings(plan.layer.name for plan in plans[:-1])
+    step, sizes = steps.log_step("layer0"), []
+    assert step is not None
+    for plan, W, one in zip(plans, weights, g, strict=True):
+        coder = Coder([plan], [W], moment(128), [one], 0, CPU)
+        [coded] = coded_within(coder, steps.pots([plan], ceilings), [step - 3])  # three bits more a code
+        steps.spend(coded.report)
+        sizes.append(coded.report.bytes_after)
+    allowed = sum(plan.expected_bytes for plan in plans)
+    assert 0.99 * allowed <= sum(sizes) <= allowed
+    assert sizes[-1] > code_overhead(plans[-1].layer, 0) + plans[-1].nnz / 8
+    assert all(size <= ceilings.get(plan.layer.name, allowed) for plan, size in zip(plans, sizes, strict=True))
+
+
 def test_a_run_that_goes_on_takes_the_same_steps() -> None:
     assert run() == run(kill_after=4)
 
