@@ -41,7 +41,7 @@ class Rounding:
 
 
 class MovingCodes(nn.Module):
-    """The weight of a linear layer as a function of U, V, factors of rows, and codes; a parametrization of torch.
+    """The weight of a linear layer as a function of U, V, factors of rows, and codes.
 
     Parameters: latent (m, n); change (m,), of the row factors, as a share of them; U and V where there are any.
     """
@@ -83,7 +83,7 @@ class MovingCodes(nn.Module):
         codes = in_width(latent, self.made.width, self.unit) if above is None else shorter(latent, above)
         return codes if self.allowed is None else codes * self.allowed
 
-    def forward(self, weight: Tensor) -> Tensor:
+    def forward(self) -> Tensor:
         codes: Tensor = _Rounded.apply(self.latent, self)  # type: ignore[no-untyped-call]
         W: Tensor = codes * self.columns * (self.rows * (1 + self.change))[:, None]
         if self.U is not None and self.V is not None:
