@@ -26,6 +26,7 @@ from ..parallel.shares import deal
 from ..shim.layouts import LayerSpec
 from .assembly import Assembly
 from .coded import Coder, coded_within, latents_of, own_steps
+from .exchange import Stored, decomposition, everywhere
 from .matching import LOSSES, match_block
 from .moving_codes import Rounding, made_with
 from .plan import Job
@@ -190,7 +191,7 @@ class Block:
                 if self.group.rank == self._owner_of(layers[0]):
                     find(layers)
             for layers in together:
-                self._make_known(layers, self._owner_of(layers[0]), on_layer)
+                self._make_known(layers, on_layer)
 
     def _solve(self, layers: Sequence[str], H: Tensor | None, late: bool) -> None:
         """Layers that are fed the same inputs, of second moment H; without data where there is none."""
@@ -214,37 +215,25 @@ class Block:
             unseen = None if H is None else self._unseen_error(layer, one.factors)
             self.solved[layer] = replace(one, held_out_error=unseen)
 
-    def _make_known(self, layers: Sequence[str], owner: int, on_layer: Callable[[LayerReport], None]) -> None:
+    def _make_known(self, layers: Sequence[str], on_layer: Callable[[LayerReport], None]) -> None:
         """What the owner found of these layers, on every rank."""
         if self.group.size > 1:
-            mine = [self.encode(layer) for layer in layers] if self.group.rank == owner else []
-            said = self.group.agree([[report.spec.to_dict(), report.measured()] for report, _ in mine])[owner]
-            tensors = {f"{k}.{suffix}": t for k, (_, parts) in enumerate(mine) for suffix, t in parts.items()}
-            tensors |= {f"{k}.{LATENT}": self._latents[one] for k, one in enumerate(layers) if one in self._latents}
-            tensors = self.group.broadcast(owner, tensors)
-            for k, (layer, (spec, line)) in enumerate(zip(layers, said, strict=True)):
-                if self.group.rank == owner:
-                    continue
-                report = LayerReport.from_dict(line, LayerSpec.from_dict(spec))
-                parts = {key.partition(".")[2]: t for key, t in tensors.items() if key.partition(".")[0] == str(k)}
+            owner = self._owner_of(layers[0])
+            mine = self.group.rank == owner
+            found = everywhere(self.group, owner, [self._with_latent(layer) for layer in layers] if mine else [])
+            for layer, (report, parts) in () if mine else zip(layers, found, strict=True):
                 if LATENT in parts:
                     self._latents[layer] = parts.pop(LATENT)
                 self._encoded[layer] = report, parts
-                self.solved[layer] = self._found_elsewhere(report, parts)
+                self.solved[layer] = decomposition(report, parts, self.job.device)
         for layer in layers:
             report = self.encode(layer)[0]
             self.steps.spend(report)
             on_layer(report)
 
-    def _found_elsewhere(self, report: LayerReport, parts: Mapping[str, Tensor]) -> Decomposition:
-        """What another rank found, from what it stores."""
-        factors = unpack_layer(report.spec, {suffix: t.to(self.job.device) for suffix, t in parts.items()})
-        assert report.weight_squared is not None
-        assert report.residual_squared is not None
-        return Decomposition(
-            factors, report.errors, report.weight_squared, report.residual_squared, report.output_errors,
-            report.held_out_error, report.log_step,
-        )  # fmt: skip
+    def _with_latent(self, layer: str) -> Stored:
+        report, parts = self.encode(layer)
+        return report, parts | ({LATENT: self._latents[layer]} if layer in self._latents else {})
 
     @property
     def _fed(self) -> list[str]:

@@ -67,7 +67,7 @@ class MovingCodes(nn.Module):
         self.change = nn.Parameter(torch.zeros_like(self.rows))
         # Row factors were fitted after rounding, so that some latents would round to other codes now.
         settled = torch.where(self.rounded(made.latent) == codes, made.latent, codes.float())
-        self.latent = nn.Parameter(settled)
+        self.latent = nn.Parameter(settled.contiguous())
         self.U = nn.Parameter(factors.U.float().clone()) if factors.rank else None
         self.V = nn.Parameter(factors.V.float().clone()) if factors.rank else None
 
