@@ -21,7 +21,7 @@ from ..linalg.error import output_error, relative_error, squared_norm
 from ..linalg.factors import Decomposition, LowRankCodes, LowRankSparse
 from ..linalg.svd import seed_of
 from ..models.blocks import Call
-from ..parallel.group import Ranks
+from ..parallel.group import Ranks, said_once
 from ..parallel.shares import deal
 from ..shim.layouts import LayerSpec
 from .assembly import Assembly
@@ -291,7 +291,8 @@ class Block:
         for tensor, parameter in self.norms.items():
             entry = start.entries.get(tensor)
             if entry is None:
-                raise CheckpointError(f"{start.address} has no tensor {tensor}. Compress the model again.")
+                error = CheckpointError(f"{start.address} has no tensor {tensor}. Compress the model again.")
+                raise said_once(self.group, error)
             self._set_norm(parameter, files[entry.path].read(entry))
 
     def _find_latents(self, calls: Batches) -> None:

@@ -170,9 +170,11 @@ class _Student:
         for form, parameter, part, there in zip(
             (*self._forms.values(), *self._norms), computing, parts, reached, strict=True
         ):
-            if there and isinstance(form, nn.Parameter):
+            if not there:
+                continue
+            if isinstance(form, nn.Parameter):
                 form.grad = part.view_as(form)
-            elif there:
+            else:
                 with torch.enable_grad():
                     form().backward(part.view_as(parameter))
         return float(told)
