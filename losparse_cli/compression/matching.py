@@ -149,35 +149,43 @@ class _Student:
 
     def step(self, pairs: Mapping[int, Pair], scale: float) -> float:
         """The loss of a step, and its gradient at all that is trained. pairs: its leaves that are here."""
-        computing = [*(linear.weight for linear in self._linears.values()), *self._norms]
-        sizes = [*(parameter.numel() for parameter in computing), 1]
         sums = TreeSum(min(pairs, default=0))
         for leaf, pair in pairs.items():
-            found = computing[0].new_zeros(sum(sizes))
-            *parts, told = torch.split(found, sizes)
-            for parameter, part in zip(computing, parts, strict=True):
-                parameter.grad = part.view_as(parameter)
-            with torch.enable_grad():
-                loss = _loss(self._block, *pair) / (scale or 1.0)
-                loss.backward()  # type: ignore[no-untyped-call]
-            told.copy_(loss.detach())
-            for parameter in computing:
-                parameter.grad = None
-            sums.add(leaf, found)
-        *parts, told = torch.split(sum_for_all(self._group, sums), sizes)
+            sums.add(leaf, self._gradient(pair, scale))
+        *parts, loss = torch.split(sum_for_all(self._group, sums), [*(one.numel() for one in self._computing), 1])
         # An expert that no token reached stays as it is, whatever moved it before.
         reached = torch.stack([part.any() for part in parts]).tolist()
-        for form, parameter, part, there in zip(
-            (*self._forms.values(), *self._norms), computing, parts, reached, strict=True
-        ):
+        moving = (*self._forms.values(), *self._norms)
+        for one, parameter, part, there in zip(moving, self._computing, parts, reached, strict=True):
             if not there:
                 continue
-            if isinstance(form, nn.Parameter):
-                form.grad = part.view_as(form)
+            if isinstance(one, nn.Parameter):
+                one.grad = part.view_as(one)
             else:
                 with torch.enable_grad():
-                    form().backward(part.view_as(parameter))
-        return float(told)
+                    one().backward(part.view_as(parameter))
+        return float(loss)
+
+    @property
+    def _computing(self) -> list[nn.Parameter]:
+        """The parameters that the block computes with and that change: dense weights, and norms."""
+        return [*(linear.weight for linear in self._linears.values()), *self._norms]
+
+    def _gradient(self, pair: Pair, scale: float) -> Tensor:
+        """Of the loss by these parameters, one after another; and the loss."""
+        computing = self._computing
+        sizes = [*(parameter.numel() for parameter in computing), 1]
+        found = computing[0].new_zeros(sum(sizes))
+        *parts, last = torch.split(found, sizes)
+        for parameter, part in zip(computing, parts, strict=True):
+            parameter.grad = part.view_as(parameter)  # which backward adds to where it lies
+        with torch.enable_grad():
+            loss = _loss(self._block, *pair) / (scale or 1.0)
+            loss.backward()  # type: ignore[no-untyped-call]
+        last.copy_(loss.detach())
+        for parameter in computing:
+            parameter.grad = None
+        return found
 
 
 def match_block(
