@@ -15,7 +15,6 @@ from .compress import Result, run
 from .compression.plan import Job, prepare
 from .compression.request import BothRefinements, ModelRefinement, Refinement, make_request
 from .errors import UsageError
-from .parallel.group import require_alone
 from .progress import Progress
 from .refinement.run import RefinedModel, run_model
 from .text.request import Calibration
@@ -142,8 +141,6 @@ def prepare_refinement(
         if isinstance(found, BothRefinements):
             raise UsageError("losparse refine does one thing at a time: blocks, and then model of what that wrote.")
         refinement = found
-    if isinstance(refinement, Refinement):
-        require_alone("Refining block by block")
     report = read_report(start.folder)  # CheckpointError now if it is damaged, not halfway
     made_from = report.source if report is not None else {}
     commit = made_from.get("commit")

@@ -142,9 +142,9 @@ CASES = 4
 """Of a test's other cases, so many are in it, spread over all."""
 SLOW = (
     "test_bad_input.py", "test_cli.py", "test_coded_runs.py", "test_embeddings.py", "test_finetune.py",
-    "test_generate.py", "test_gguf.py", "test_grid.py", "test_harness.py", "test_loop.py", "test_packed.py",
-    "test_peers.py", "test_plot.py", "test_push.py", "test_recovery.py", "test_refining.py", "test_resume.py",
-    "test_runs.py",
+    "test_generate.py", "test_gguf.py", "test_grid.py", "test_harness.py", "test_loop.py", "test_matching_runs.py",
+    "test_packed.py", "test_peers.py", "test_plot.py", "test_push.py", "test_recovery.py", "test_refining.py",
+    "test_resume.py", "test_runs.py",
 )  # fmt: skip
 """Files that are not in it: the command in processes of its own, for the first costs ten seconds; whole runs, refused,
 killed and begun again; coded models that are compressed first, and written for other engines; pictures; a hub; the

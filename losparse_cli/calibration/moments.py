@@ -13,6 +13,7 @@ from ..errors import CheckpointError, UsageError
 from ..models.blocks import Call, run_block
 from ..models.experts import ExpertLayers, expert_layers
 from ..parallel.group import Alone, Ranks
+from ..parallel.sums import sum_for_all
 from ..parallel.tree import TreeSum
 from .squares import add_squares, diagonals, empty_squares, whole
 
@@ -112,8 +113,7 @@ def gather_fed(
         found.append(Fed(members, tokens.get(leader, 0), 0, widths[leader], weights[leader]))
     common: dict[str, Tensor] = {}
     for module in dict.fromkeys(module for module, _ in additions.values() if module):
-        total = group.sum_to(0, local.sums.pop(module, TreeSum()))
-        common |= {module: group.broadcast(0, {} if total is None else {"H": total})["H"]}
+        common[module] = sum_for_all(group, local.sums.pop(module, TreeSum()))
     for fed, leader, owner in zip(found, ordered, owners(found), strict=True):
         fed.owner = owner
         squares = group.sum_to(owner, local.sums.pop(leader, TreeSum()))

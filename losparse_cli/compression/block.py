@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..budget.plan import LayerPlan
-from ..calibration.moments import Fed, gather_fed, gather_moments
+from ..calibration.moments import Fed, gather_fed
 from ..checkpoint.config import layer_specs, layer_tensors
 from ..checkpoint.layers import read_layer, unpack_layer
 from ..checkpoint.reader import FLOATING, TORCH_DTYPES
@@ -21,11 +21,12 @@ from ..linalg.error import output_error, relative_error, squared_norm
 from ..linalg.factors import Decomposition, LowRankCodes, LowRankSparse
 from ..linalg.svd import seed_of
 from ..models.blocks import Call
-from ..parallel.group import Ranks
+from ..parallel.group import Ranks, said_once
 from ..parallel.shares import deal
 from ..shim.layouts import LayerSpec
 from .assembly import Assembly
 from .coded import Coder, coded_within, latents_of, own_steps
+from .exchange import Stored, decomposition, everywhere
 from .matching import LOSSES, match_block
 from .moving_codes import Rounding, made_with
 from .plan import Job
@@ -34,6 +35,9 @@ from .rows import code_rows
 from .schedule import Schedule
 from .solve import as_matrix, effort, encode, solve_layer, solve_layers
 from .steps import Steps
+
+LATENT = "latent"
+"""Beside the suffixes of a layer's tensors, where ranks hand each other what its codes were rounded from."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ class Block:
             elif parameter is not None and len(entry.shape) == 1 and entry.dtype in FLOATING:
                 self.norms[entry.name] = parameter
         self.solved: dict[str, Decomposition] = {}
+        self._owner: dict[str, int] = {}  # layer -> the rank that solves and measures it, if not the first
         self._held_out: dict[str, Tensor] = {}  # layer -> second moment of what it is fed in windows that are held out
         self._tokens: dict[str, int] = {}  # layer -> how many it is solved with
         self._asked: dict[str, float | None] = {}  # log2 of the step of each layer, as the block was begun
@@ -115,7 +120,8 @@ class Block:
                 self.module, layers, calls.calls, prefix=self.prefix, group=self.group, first=calls.first,
                 owners=self._owners,
             )  # fmt: skip
-            self._hold_out(layers, unseen, {layer: fed.owner for fed in found for layer in fed.layers})
+            self._owner |= {layer: fed.owner for fed in found for layer in fed.layers}
+            self._hold_out(layers, unseen, lambda found: [self._owner_of(fed.layers[0]) for fed in found])
             self._tokens |= {layer: fed.tokens for fed in found for layer in fed.layers}
             self._share_out([fed.layers for fed in found], {fed.layers: fed for fed in found}, on_layer)
         self._share_out([(layer,) for layer in self.plans if layer not in self.solved], {}, on_layer)
@@ -126,17 +132,24 @@ class Block:
         costs = [sum(effort(self.plans[layer], self.job.recipe) for layer in fed.layers) for fed in found]
         return deal(costs, self.group.size)
 
-    def _hold_out(self, layers: Sequence[str], unseen: Batches, owner: Mapping[str, int]) -> None:
-        """What `_unseen_error` measures with, at the rank that solves a layer; for these layers and no others: so many
-        fit into memory."""
+    def _owner_of(self, layer: str) -> int:
+        return self._owner.get(layer, 0)
+
+    def _hold_out(
+        self, layers: Sequence[str], unseen: Batches, owners: Callable[[Sequence[Fed]], Sequence[int]]
+    ) -> None:
+        """What `_unseen_error` measures with, at the rank that owns a layer; for these layers and no others: so many
+        fit into memory. owners: of those layers that have none yet, too."""
         found = gather_fed(
             self.module, layers, unseen.calls, prefix=self.prefix, share=False, group=self.group, first=unseen.first,
-            owners=lambda found: [owner.get(fed.layers[0], 0) for fed in found],
+            owners=owners,
         )  # fmt: skip
         self._held_out = {}
         for fed in found:
+            for layer in fed.layers:
+                self._owner.setdefault(layer, fed.owner)
             H = fed.moments().H if fed.owner == self.group.rank else None
-            if len({owner.get(layer, 0) for layer in fed.layers}) > 1:  # some of them the other windows never reached
+            if len({self._owner_of(layer) for layer in fed.layers}) > 1:  # some of them the other windows never reached
                 H = self.group.broadcast(fed.owner, {} if H is None else {"H": H})["H"]
             if H is not None:
                 self._held_out |= dict.fromkeys(fed.layers, H)
@@ -152,26 +165,36 @@ class Block:
         First those whose step is known, then those that have to make the bytes of their pool come out.
         """
         names = [[self.plans[layer].layer.name for layer in layers] for layers in groups]
-        last = []
-        for k in range(len(groups)):
+        early, late = [], []
+        for k, layers in enumerate(groups):
             before = [name for other in names[:k] for name in other]
-            last.append(self.steps.are_last(names[k], before))
-        for late in (False, True):
-            chosen = [layers for layers, is_last in zip(groups, last, strict=True) if is_last == late]
-            if late:  # the last one of all pays for what those before missed by, so that it is the largest
-                chosen.sort(key=lambda layers: sum(self.plans[layer].expected_bytes for layer in layers))
-            else:  # before any of them has taken its bytes, or several processes would allow others than one
-                self._ceilings = self._ceilings_of(chosen)
-            # One process writes what it has as soon as it has it; the last of a pool follow one another.
-            for together in [[one] for one in chosen] if late or self.group.size == 1 else [chosen]:
-                if late:
-                    self._ceilings = self._ceilings_of(together)
-                for layers in together:
-                    known = fed.get(layers)
-                    if self.group.rank == (0 if known is None else known.owner):
-                        self._solve(layers, None if known is None else known.moments().H, late)
-                for layers in together:
-                    self._make_known(layers, 0 if layers not in fed else fed[layers].owner, on_layer)
+            (late if self.steps.are_last(names[k], before) else early).append(layers)
+
+        def solve(layers: tuple[str, ...]) -> None:
+            self._solve(layers, fed[layers].moments().H if layers in fed else None, layers in late)
+
+        # Known before any of them has taken its bytes, or several processes would allow others than one.
+        self._ceilings = self._ceilings_of(early)
+        self._by_owners(early, solve, on_layer)
+        # The last ones heed what those before took, and the last of all pays for it, so that it is the largest.
+        for one in sorted(late, key=lambda layers: sum(self.plans[layer].expected_bytes for layer in layers)):
+            self._ceilings = self._ceilings_of([one])
+            self._by_owners([one], solve, on_layer)
+
+    def _by_owners(
+        self,
+        groups: Sequence[tuple[str, ...]],
+        find: Callable[[tuple[str, ...]], None],
+        on_layer: Callable[[LayerReport], None],
+    ) -> None:
+        """Find out about each group of layers at the rank that owns them, and make that known to all."""
+        # One process writes what it has as soon as it has it.
+        for together in [[one] for one in groups] if self.group.size == 1 else [groups]:
+            for layers in together:
+                if self.group.rank == self._owner_of(layers[0]):
+                    find(layers)
+            for layers in together:
+                self._make_known(layers, on_layer)
 
     def _ceilings_of(self, groups: Iterable[Sequence[str]]) -> dict[str, float]:
         return self.steps.ceilings(self.plans[layer].layer.name for layers in groups for layer in layers)
@@ -198,34 +221,25 @@ class Block:
             unseen = None if H is None else self._unseen_error(layer, one.factors)
             self.solved[layer] = replace(one, held_out_error=unseen)
 
-    def _make_known(self, layers: Sequence[str], owner: int, on_layer: Callable[[LayerReport], None]) -> None:
+    def _make_known(self, layers: Sequence[str], on_layer: Callable[[LayerReport], None]) -> None:
         """What the owner found of these layers, on every rank."""
         if self.group.size > 1:
-            mine = [self.encode(layer) for layer in layers] if self.group.rank == owner else []
-            said = self.group.agree([[report.spec.to_dict(), report.measured()] for report, _ in mine])[owner]
-            tensors = {f"{k}.{suffix}": t for k, (_, parts) in enumerate(mine) for suffix, t in parts.items()}
-            tensors = self.group.broadcast(owner, tensors)
-            for k, (layer, (spec, line)) in enumerate(zip(layers, said, strict=True)):
-                if self.group.rank == owner:
-                    continue
-                report = LayerReport.from_dict(line, LayerSpec.from_dict(spec))
-                parts = {key.partition(".")[2]: t for key, t in tensors.items() if key.partition(".")[0] == str(k)}
+            owner = self._owner_of(layers[0])
+            mine = self.group.rank == owner
+            found = everywhere(self.group, owner, [self._with_latent(layer) for layer in layers] if mine else [])
+            for layer, (report, parts) in () if mine else zip(layers, found, strict=True):
+                if LATENT in parts:
+                    self._latents[layer] = parts.pop(LATENT)
                 self._encoded[layer] = report, parts
-                self.solved[layer] = self._found_elsewhere(report, parts)
+                self.solved[layer] = decomposition(report, parts, self.job.device)
         for layer in layers:
             report = self.encode(layer)[0]
             self.steps.spend(report)
             on_layer(report)
 
-    def _found_elsewhere(self, report: LayerReport, parts: Mapping[str, Tensor]) -> Decomposition:
-        """What another rank found, from what it stores."""
-        factors = unpack_layer(report.spec, {suffix: t.to(self.job.device) for suffix, t in parts.items()})
-        assert report.weight_squared is not None
-        assert report.residual_squared is not None
-        return Decomposition(
-            factors, report.errors, report.weight_squared, report.residual_squared, report.output_errors,
-            report.held_out_error, report.log_step,
-        )  # fmt: skip
+    def _with_latent(self, layer: str) -> Stored:
+        report, parts = self.encode(layer)
+        return report, parts | ({LATENT: self._latents[layer]} if layer in self._latents else {})
 
     @property
     def _fed(self) -> list[str]:
@@ -263,24 +277,28 @@ class Block:
 
         calls: on which layers of whole numbers were solved, or others like them.
         """
-        self._hold_out(self._fed, unseen, {})
+        self._hold_out(self._fed, unseen, self._owners)
         known = {line["name"]: line for line in start.report().get("layers", ())}
         files = {file.path: file for file in start.files}
         specs = layer_specs(start)
-        for layer, plan in self.plans.items():
-            name = plan.layer.name
+
+        def read(layers: tuple[str, ...]) -> None:
+            (layer,) = layers
+            name = self.plans[layer].layer.name
             factors = read_layer(start, name, specs[name], layer_tensors(start, name, specs[name])).to(self.job.device)
             line = known.get(name, {})
             if line.get("tokens") is not None:
                 self._tokens[layer] = line["tokens"]
             self.solved[layer] = self._measured(layer, factors, line.get("errors", ()), line.get("output_errors", ()))
-            on_layer(self.encode(layer)[0])
+
+        self._by_owners([(layer,) for layer in self.plans], read, on_layer)
         self._find_latents(calls)
         self._install()
         for tensor, parameter in self.norms.items():
             entry = start.entries.get(tensor)
             if entry is None:
-                raise CheckpointError(f"{start.address} has no tensor {tensor}. Compress the model again.")
+                error = CheckpointError(f"{start.address} has no tensor {tensor}. Compress the model again.")
+                raise said_once(self.group, error)
             self._set_norm(parameter, files[entry.path].read(entry))
 
     def _find_latents(self, calls: Batches) -> None:
@@ -289,12 +307,21 @@ class Block:
         for layer in self._fed:
             if isinstance(factors := self.solved[layer].factors, LowRankCodes):
                 coded[layer] = factors
-        copies = copies_held(len(calls.calls), 0)
+        copies = max(self.group.agree(copies_held(len(calls.calls), 0)))
         for layers in rounds({layer: self.plans[layer] for layer in coded}, self.job.memory // 2, copies):
-            for moments in gather_moments(self.module, layers, calls.calls, prefix=self.prefix):
-                for layer in moments.layers:
+            found = gather_fed(
+                self.module, layers, calls.calls, prefix=self.prefix, group=self.group, first=calls.first,
+                owners=self._owners,
+            )  # fmt: skip
+            mine = [fed for fed in found if fed.owner == self.group.rank]
+            for fed in mine:
+                H = fed.moments().H
+                for layer in fed.layers:
                     W = as_matrix(self._stored(layer), self.plans[layer].layer, self.job.device)
-                    self._latents[layer] = latents_of(W, coded[layer], moments.H)
+                    self._latents[layer] = latents_of(W, coded[layer], H)
+            for fed in found:
+                own = {layer: self._latents[layer] for layer in fed.layers} if fed in mine else {}
+                self._latents |= self.group.broadcast(fed.owner, own)
         for layer in coded.keys() - self._latents.keys():  # text never reaches it
             self._latents[layer] = coded[layer].codes.float()
 
@@ -308,11 +335,16 @@ class Block:
             elif entry.name in self.norms and entry.name in tensors[number]:
                 self._set_norm(self.norms[entry.name], tensors[number][entry.name])
 
-    def match(self, calls: Sequence[Call], targets: Sequence[Tensor], held_out: int) -> dict[str, Any]:
-        """Train layers and norms towards `targets`; a line of the report with the loss before and after.
+    def match(
+        self, calls: Sequence[Call], targets: Sequence[Tensor], places: Sequence[tuple[int, int]]
+    ) -> dict[str, Any]:
+        """Train layers and norms towards `targets`; a line of the report with the loss before and after, {} where no
+        rank has anything to train on.
 
-        held_out: of the calls, how many at the end are only measured on.
+        places: step and place in it of those calls that are trained on; the others, at the end, are only measured on.
         """
+        if not any(self.group.agree(len(places))):
+            return {}
         refinement = self.job.refinement
         assert refinement is not None
         dtypes = {tensor: TORCH_DTYPES[self.job.source.entries[tensor].dtype] for tensor in self.norms}
@@ -320,22 +352,30 @@ class Block:
             self.module,
             calls,
             targets,
-            {layer: one.factors for layer, one in self.solved.items() if not self.plans[layer].layer.rows},
+            {layer: self.solved[layer].factors for layer in self._fed},  # in the same order on all ranks
             {parameter.removeprefix(self.prefix): dtypes[tensor] for tensor, parameter in self.norms.items()},
             refinement,
-            held_out=held_out,
+            held_out=len(calls) - len(places),
             transposed={layer: plan.layer.transposed for layer, plan in self.plans.items()},
             roundings={layer: self._rounding(layer, latent) for layer, latent in self._latents.items()},
             seed=seed_of(self.job.recipe.seed, self.name),
             on_step=lambda step, loss: self._say(f"matching, step {step} of {refinement.steps}, loss {loss:.4f}"),
+            places=places,
+            group=self.group,
         )
-        for layer, factors in matched.factors.items():
-            before = self.solved[layer]
+
+        def measure(layers: tuple[str, ...]) -> None:
+            (layer,) = layers
+            before, factors = self.solved[layer], matched.factors[layer]
             self.solved[layer] = self._measured(layer, factors, before.errors, before.output_errors, before.log_step)
             del self._encoded[layer]
-            self.steps.spend(self.encode(layer)[0])
+
         self._latents.clear()
+        self._by_owners([(layer,) for layer in matched.factors], measure, lambda report: None)
         self._install()
+        norms = {name: self.assembly.model.get_parameter(name).detach() for name in self.norms.values()}
+        for name, value in self.group.broadcast(0, norms).items():
+            self._set_norm(name, value)
         return {"name": self.name, **{name: getattr(matched, name) for name in LOSSES}}
 
     def _rounding(self, layer: str, latent: Tensor) -> Rounding:

@@ -12,7 +12,7 @@ from ..checkpoint.writer import ShardWriter, tensor_part
 from ..linalg.precision import fast_float32
 from ..models.blocks import Call, Relay, hidden_states
 from ..models.device import memory_errors
-from ..parallel.shares import share
+from ..parallel.shares import share, spread
 from ..progress import Progress
 from ..shim.layouts import LayerSpec
 from ..text.sample import hold_out
@@ -49,9 +49,16 @@ class CalibratedRun:
         size, device = job.calibration.batch, job.device
         self._batches: list[dict[str, Tensor]] = []
         self._first: list[int] = []  # number of the first batch here among all that are seen, and that are held out
+        self._places: list[tuple[int, int]] = []  # of batches that are seen, the steps of matching that they are for
         for part in hold_out(windows):
-            every = part.batches(size, device)
+            if job.refinement is None:
+                every, places = part.batches(size, device), []
+            else:  # one by one, and in an order in which every rank has a share of each step
+                together = part.together(size)
+                places = spread([len(one) for one in together])
+                every = part.take([together[step][place] for step, place in places]).batches(1, device)
             mine = share(len(every), self.group.rank, self.group.size)
+            self._places += places[mine.start : mine.stop]
             self._first.append(mine.start)
             self._batches += every[mine.start : mine.stop]
             self._held_out = len(mine)
@@ -140,12 +147,12 @@ class CalibratedRun:
                 block.solve(seen, unseen, self.told.layer)
             summary = {}
             if self.job.refinement is not None:
-                pairs = [
-                    (call, hidden_states(its.output)) for call, its in zip(calls, dense, strict=True) if not call.absent
-                ]
-                unseen_pairs = sum(not call.absent for call in calls[solved_with:])
-                if len(pairs) > unseen_pairs:  # else only rows that are held out reach the block
-                    summary = block.match([call for call, _ in pairs], [target for _, target in pairs], unseen_pairs)
+                there = [k for k, call in enumerate(calls) if not call.absent]
+                summary = block.match(
+                    [calls[k] for k in there],
+                    [hidden_states(dense[k].output) for k in there],
+                    [self._places[k] for k in there if k < solved_with],
+                )
             self._write(block, summary, time.monotonic() - begun)
         else:
             self._restore(block)

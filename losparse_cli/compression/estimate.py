@@ -45,7 +45,7 @@ BLOCK_WIDTHS = 30  # of what flows through a block, that it leaves behind for th
 TRAINED_COPIES = 9  # of what is trained: as it was, as it is and its best state, gradients, Adam's two moments
 BURSTS, BURST_SECONDS = 7, 0.01
 UNSTEADY = 1.25  # of the second fastest burst's speed and the second slowest's; alone on a machine it is below 1.1
-TRAINING_COPIES = 8  # of the block: U V + S, S, its mask, gradients, Adam's two moments, and the weights put aside
+MATCHING_COPIES = 5  # of the block: U V + S, S, its mask, Adam's two moments; and gradients that wait to be summed
 
 
 @dataclass(frozen=True)
@@ -234,8 +234,10 @@ def estimate(job: Job, windows: Sample | None) -> Estimate:
     solves = job.start is None  # else layers are those of a compressed checkpoint
     felt = min(tokens, SENSITIVITY_TOKENS) if solves and job.recipe.sensitivity == "on" else 0
     held_out = windows is None or len(hold_out(windows)[1]) > 0
-    batches = -(-(len(windows) if windows is not None else job.calibration.windows) // job.calibration.batch)
-    copies = copies_held(batches, -(-batches // HELD_OUT) if held_out else 0)
+    together = 1 if job.refinement is not None else job.calibration.batch  # windows in a pass through a block
+    batches = -(-(len(windows) if windows is not None else job.calibration.windows) // together)
+    unseen = -(-batches // HELD_OUT) if held_out else 0
+    copies = copies_held(batches, unseen)
     # What codes that are there already would have been rounded from is found by what their layers are fed.
     relocates = not solves and job.refinement is not None and bool(job.recipe.coded)
     seen_copies = copies_held(batches, 0)
@@ -248,7 +250,7 @@ def estimate(job: Job, windows: Sample | None) -> Estimate:
         here = {plan.layer.name: plan for plan in plans}
         made = rounds(here, room, copies) if solves else [list(here)]
         held_moments = (sum(moment_bytes(here[layer]) for layer in layers) for layers in made)
-        needed = int((copies if solves else held_out) * max(held_moments, default=0))
+        needed = int((copies if solves else held_out * copies_held(unseen, 0)) * max(held_moments, default=0))
         if relocates and here:  # of what is held out at once, and of the rest in rounds
             made = rounds(here, room, seen_copies)
             needed += int(seen_copies * max(sum(moment_bytes(here[layer]) for layer in layers) for layers in made))
@@ -270,10 +272,11 @@ def estimate(job: Job, windows: Sample | None) -> Estimate:
         work += FORWARD_OVERHEAD * 2 * 4 * block * felt
         if job.refinement is not None and plans:
             work += TRAINING_OVERHEAD * 6 * block * batch * job.refinement.steps
-    training = TRAINING_COPIES * 4 * widest if job.refinement is not None else 0
-    passing = 4 * batch * 16 * hidden  # what one batch leaves behind inside a block
+    matching = MATCHING_COPIES + job.calibration.batch.bit_length()
+    training = matching * 4 * widest if job.refinement is not None else 0
+    left = 4 * (batch // job.calibration.batch) * together * 16 * hidden  # what one pass leaves behind inside a block
     given = windows.nbytes if windows is not None else 0
-    fixed = RESIDENT_BASE + given + 4 * (outside + widest) + moments + max(solver, training + passing)
+    fixed = RESIDENT_BASE + given + 4 * (outside + widest) + moments + max(solver, training + left)
     if felt:
         backward = BACKWARD_COPIES * 4 * batch * hidden + _loss_bytes(job, batch)
         fixed = max(fixed, RESIDENT_BASE + 4 * (outside + widest) + backward)

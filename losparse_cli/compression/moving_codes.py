@@ -41,7 +41,7 @@ class Rounding:
 
 
 class MovingCodes(nn.Module):
-    """The weight of a linear layer as a function of U, V, factors of rows, and codes; a parametrization of torch.
+    """The weight of a linear layer as a function of U, V, factors of rows, and codes.
 
     Parameters: latent (m, n); change (m,), of the row factors, as a share of them; U and V where there are any.
     """
@@ -67,7 +67,7 @@ class MovingCodes(nn.Module):
         self.change = nn.Parameter(torch.zeros_like(self.rows))
         # Row factors were fitted after rounding, so that some latents would round to other codes now.
         settled = torch.where(self.rounded(made.latent) == codes, made.latent, codes.float())
-        self.latent = nn.Parameter(settled)
+        self.latent = nn.Parameter(settled.contiguous())
         self.U = nn.Parameter(factors.U.float().clone()) if factors.rank else None
         self.V = nn.Parameter(factors.V.float().clone()) if factors.rank else None
 
@@ -83,7 +83,7 @@ class MovingCodes(nn.Module):
         codes = in_width(latent, self.made.width, self.unit) if above is None else shorter(latent, above)
         return codes if self.allowed is None else codes * self.allowed
 
-    def forward(self, weight: Tensor) -> Tensor:
+    def forward(self) -> Tensor:
         codes: Tensor = _Rounded.apply(self.latent, self)  # type: ignore[no-untyped-call]
         W: Tensor = codes * self.columns * (self.rows * (1 + self.change))[:, None]
         if self.U is not None and self.V is not None:

@@ -127,11 +127,6 @@ def require_shared(group: Ranks, job: Job) -> None:
             "--part is for processes that know nothing of each other, and these were started together: leave it out, "
             "and they divide the run themselves."
         )
-    elif job.refinement is not None:
-        wrong = (
-            f"--refine blocks runs in one process, and {group.size} were started. Start it without torchrun. Without "
-            "--refine they share the run, and losparse refine does the rest afterwards."
-        )
     elif job.calibration is None:
         made = job.scheduled()
         if group.size > len(made.sections):
@@ -140,7 +135,8 @@ def require_shared(group: Ranks, job: Job) -> None:
                 f"{group.size}. Start {len(made.sections)}."
             )
     elif job.windows is not None:
-        wrong = None if job.start is not None else _too_few(group, job.windows, job.calibration)
+        trained = job.start is not None and job.refinement is None
+        wrong = None if trained else _too_few(group, job.windows, job.calibration)
         wrong = wrong or _too_small(group, job.windows, job.towards)
     if wrong:
         raise said_once(group, UsageError(wrong))

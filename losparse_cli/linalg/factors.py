@@ -16,6 +16,12 @@ class _Factors:
     U: Tensor
     V: Tensor
 
+    def __post_init__(self) -> None:
+        """Row by row, as files hold them: last bits of what is computed from them depend on it."""
+        for name, value in vars(self).items():
+            if value is not None and not value.is_contiguous():
+                object.__setattr__(self, name, value.contiguous())
+
     def to(self, device: torch.device) -> Self:
         held = {name: value for name, value in vars(self).items() if value is not None}
         return replace(self, **{name: value.to(device) for name, value in held.items()})

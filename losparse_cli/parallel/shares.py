@@ -31,6 +31,14 @@ def share(count: int, rank: int, size: int) -> range:
     return range(min(count, rank * each), min(count, (rank + 1) * each))
 
 
+def spread(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """(group, place) of all members of groups of these sizes: the first of each group, then the second ones, and so on.
+
+    Ranks that have a share of these in a row have about as many members of every group.
+    """
+    return [(group, place) for place in range(max(sizes, default=0)) for group, n in enumerate(sizes) if place < n]
+
+
 def deal(costs: Sequence[float], size: int) -> list[int]:
     """For each cost the rank that takes it: the dearest first, each to whoever has least so far."""
     taken = [0.0] * size

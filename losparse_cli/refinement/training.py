@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from ..errors import CheckpointError, UsageError
 from ..models.head import Head
 from ..parallel.group import Alone, Ranks, said_once
 from ..parallel.shares import share
+from ..parallel.sums import add_for_all, sum_for_all
 from ..parallel.tree import TreeSum
 from ..progress import Progress, listener
 from ..text.windows import Windows
@@ -178,11 +178,10 @@ class Training:
             value, gradient = self._gradient(part, tokens)
             lost.append(value)
             sums.add(number, gradient)
-        total = self._total(lost)
+        total = add_for_all(self._group, lost)
         if not math.isfinite(total):
             return total
-        summed = self._group.sum_to(0, sums)
-        whole = self._group.broadcast(0, {} if summed is None else {"gradient": summed})["gradient"]
+        whole = sum_for_all(self._group, sums)
         moving = list(self.moving.values())
         for one, gradient in zip(moving, torch.split(whole, [one.s.numel() for one in moving]), strict=True):
             one.s.grad = gradient.view_as(one.s) * one.scale
@@ -197,10 +196,6 @@ class Training:
         """Number of each pass over some windows that is for this rank, and its windows."""
         parts = list(_parts(numbers, self._batch))
         return {number: parts[number] for number in share(len(parts), self._group.rank, self._group.size)}
-
-    def _total(self, own: list[float]) -> float:
-        """What all ranks found, added up in the order of passes."""
-        return float(sum(chain.from_iterable(self._group.agree(own))))
 
     def _gradient(self, part: list[int], tokens: int) -> tuple[float, Tensor]:
         """The loss summed over the windows of a pass, and the gradient of its share in a mean over `tokens`, in one
@@ -270,7 +265,7 @@ class Training:
         for part in self._leaves(numbers).values():
             states = self._states(part)
             lost.append(divergence(self._head, states, self._goals(part), self.teacher, gradients=False)[0])
-        return self._total(lost) / (len(numbers) * self._length)
+        return add_for_all(self._group, lost) / (len(numbers) * self._length)
 
     def _save(self, path: Path) -> None:
         tensors: dict[str, Tensor] = {}

@@ -69,8 +69,8 @@ class Inputs:
         return Inputs(rows, counts, self.image_tokens)  # type: ignore[arg-type]
 
     def batches(self, size: int, device: torch.device | None = None) -> list[Row]:
-        """Keyword arguments for the model; neighbours whose tensors have the same shapes go together, up to `size`."""
-        made = ([self.rows[k] for k in numbers] for numbers in self._together(size))
+        """Keyword arguments for the model, of the rows that go `together`."""
+        made = ([self.rows[k] for k in numbers] for numbers in self.together(size))
         return [{name: torch.cat([row[name] for row in rows]).to(device) for name in rows[0]} for rows in made]
 
     def said(self, size: int) -> list[Tensor | None]:
@@ -91,7 +91,8 @@ class Inputs:
         numbers = [int.from_bytes(_digest(row)[:8], "little", signed=True) for row in self.rows]
         return torch.tensor(numbers, dtype=torch.long)
 
-    def _together(self, size: int) -> list[range]:
+    def together(self, size: int) -> list[range]:
+        """Neighbours whose tensors have the same shapes, up to `size`."""
         shapes = [{name: tensor.shape for name, tensor in row.items()} for row in self.rows]
         starts = [0] if shapes else []
         for k in range(1, len(shapes)):

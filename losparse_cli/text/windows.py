@@ -53,6 +53,9 @@ class Sample(Protocol):
     def take(self, numbers: Sequence[int]) -> Self:
         """The units of these numbers, in this order; there may be none."""
 
+    def together(self, size: int) -> list[range]:
+        """Numbers of the units of each of `batches`."""
+
     def batches(self, size: int, device: torch.device | None = None) -> list[dict[str, Tensor]]:
         """Keyword arguments for the model, up to `size` units at a time, on `device` (None: where they are)."""
 
@@ -119,6 +122,10 @@ class Windows:
         targets = self.target_ids
         chosen = torch.tensor(numbers, dtype=torch.long)
         return Windows(self.ids[chosen], None if targets is None else targets[chosen])
+
+    def together(self, size: int) -> list[range]:
+        """So many windows in a row."""
+        return [range(start, min(start + size, len(self))) for start in range(0, len(self), size)]
 
     def batches(self, size: int, device: torch.device | None = None) -> list[dict[str, Tensor]]:
         """Keyword arguments for the model, `size` windows at a time, on `device` (None: where they are)."""

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from losparse_cli.parallel.shares import cut, deal, share
+from losparse_cli.parallel.shares import cut, deal, share, spread
 
 COSTS = some.lists(some.integers(0, 10**9), min_size=1, max_size=60)
 
@@ -52,3 +52,18 @@ def test_what_is_dealt_is_no_more_uneven_than_the_dearest_piece(costs: list[floa
     owners = deal(costs, size)
     taken = [sum(c for c, o in zip(costs, owners, strict=True) if o == rank) for rank in range(size)]
     assert max(taken) <= sum(costs) / size + max(costs, default=0.0) + 1e-3
+
+
+@given(some.lists(some.integers(0, 6), max_size=20))
+def test_members_of_groups_are_spread_each_once(sizes: list[int]) -> None:
+    found = spread(sizes)
+    assert sorted(found) == [(group, place) for group, n in enumerate(sizes) for place in range(n)]
+    assert [place for _, place in found] == sorted(place for _, place in found)
+
+
+@given(some.integers(1, 20), some.integers(1, 6), some.integers(1, 6))
+def test_ranks_have_about_as_many_of_each_group(groups: int, members: int, size: int) -> None:
+    found = spread([members] * groups)
+    for rank in range(size):
+        mine = [found[k][0] for k in share(len(found), rank, size)]
+        assert all(mine.count(group) <= -(-members // size) + 1 for group in range(groups))
