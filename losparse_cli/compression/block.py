@@ -165,7 +165,8 @@ class Block:
         First those whose step is known, then those that have to make the bytes of their pool come out.
         """
         names = [[self.plans[layer].layer.name for layer in layers] for layers in groups]
-        early, late = [], []
+        early: list[tuple[str, ...]] = []
+        late: list[tuple[str, ...]] = []
         for k, layers in enumerate(groups):
             before = [name for other in names[:k] for name in other]
             (late if self.steps.are_last(names[k], before) else early).append(layers)

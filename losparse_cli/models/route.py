@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -176,8 +177,12 @@ def _plain_experts(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _zeros(model: nn.Module) -> Iterator[None]:
-    """Zeros in place of what lies on the meta device, a single one in memory for each parameter."""
+    """Zeros in place of what lies on the meta device, a single one in memory for each parameter. Linear layers give
+    zeros at once: the products of a large model would take minutes, and copies of its weights."""
     before: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    linears = [module for module in model.modules() if type(module) is nn.Linear and module.weight.is_meta]
+    for linear in linears:
+        linear.forward = partial(_zero_output, linear.out_features)  # type: ignore[method-assign]
     for module in model.modules():
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for kept in tables:
@@ -190,5 +195,11 @@ def _zeros(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        for linear in linears:
+            del linear.forward
         for kept, key, tensor in before:
             kept[key] = tensor
+
+
+def _zero_output(width: int, x: torch.Tensor) -> torch.Tensor:
+    return x.new_zeros(*x.shape[:-1], width)

@@ -32,6 +32,15 @@ def test_blocks_in_the_order_of_their_calls() -> None:
     assert route_of(lambda: toy_model("t5")) == Route(expected)
 
 
+@pytest.mark.parametrize("name", ["llama", "t5", "bert"])
+def test_no_product_is_computed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a model looks at values zeros flow through it, and products would take those of billions minutes."""
+    monkeypatch.setattr(
+        nn.Linear, "forward", lambda self, x: pytest.fail("a product") if x.device.type == "cpu" else x @ self.weight.T
+    )
+    assert len(route_of(lambda: toy_model(name)).blocks) > 1
+
+
 @pytest.mark.parametrize("make", [peculiar.gemma3, peculiar.paligemma], ids=["gemma3", "paligemma"])
 def test_a_tower_is_never_reached_by_text(make: Callable[[], Any]) -> None:
     """ModelCloud/GPTQModel#1303, vllm-project/llm-compressor#2039."""
