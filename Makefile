@@ -15,7 +15,7 @@ help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
 $(BIN)/python:
-	@echo "Setting up $(VENV) (once; two to ten minutes, which are those of the downloads)"
+	@echo "Setting up $(VENV) (once; two to ten minutes, to download torch and unpack it)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "losparse needs Python 3.11 or newer: make PYTHON=python3.11")'
 	@$(PYTHON) -m venv $(VENV)
 

@@ -26,6 +26,7 @@ from .checkpoint.report import Report
 from .errors import MissingExtraError, SourceError
 from .evaluation.scores import Sums, compare, exponential, mean, score
 from .evaluation.windows import Window, cut
+from .kernels import native
 from .linalg.groups import GROUP, round_groups
 from .tasks.paired import Estimate
 from .text.request import LENGTH, Calibration
@@ -82,6 +83,9 @@ def demo(
     from .compress import compress
 
     dense = smollm2(lambda message: on_step(message, None))
+    if not native.is_ready():
+        on_step("Compiling kernels (the first time only; a minute, or several where the machine is busy)", None)
+    native.library()  # before anything is timed
     on_step("Measuring the dense model. All of this takes minutes; how many is known once that is done", None)
     for_calibration, held_out = encyclopedia_text()
     text = spread(held_out)

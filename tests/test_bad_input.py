@@ -166,6 +166,7 @@ def test_a_recipe_that_is_a_folder(model: Path, tmp_path: Path) -> None:
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     refused(tmp_path, "compress", "./absent", says=("There is no folder", "./absent", "user/name"))
+    refused(tmp_path, "generate", "/absent/model", "Hello", says=("There is no folder", "/absent/model", "user/name"))
 
 
 @pytest.mark.parametrize(

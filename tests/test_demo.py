@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,42 @@ from losparse_cli.verify import verify
 from tests.printed import printed
 
 TEXT = "\n\n".join(f"{number} bottles of beer on the wall, {number} bottles of beer." for number in range(99, 0, -1))
+
+
+NO_BARS = """
+import sys, types
+import subprocess
+import sys
+from pathlib import Path
+from losparse_cli.cli.commands.demo import demo
+verb = types.ModuleType("losparse_cli.demo")
+def show(*_, **__):
+    import torch
+    from tqdm import tqdm
+    raise SystemExit(0 if tqdm([]).disable else "tqdm draws bars")
+verb.demo = show
+sys.modules["losparse_cli.demo"] = verb
+demo(Path("out"))
+"""
+
+
+def test_unpacking_draws_no_bar_between_the_lines() -> None:
+    done = subprocess.run([sys.executable, "-c", NO_BARS], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_compiling_is_told_and_comes_before_the_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def stop() -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(demo, "smollm2", lambda on_step: tmp_path)
+    monkeypatch.setattr(demo.native, "is_ready", lambda: False)
+    monkeypatch.setattr(demo.native, "library", stop)
+    said: list[str] = []
+    with pytest.raises(InterruptedError):
+        demo.demo(tmp_path, on_step=lambda message, _: said.append(message))
+    assert len(said) == 1
+    assert said[0].startswith("Compiling")
 
 
 def test_two_sizes_beside_dense_and_rounding(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,9 @@ def hub_errors(repository: str, *, local_only: bool = False) -> Iterator[None]:
             f"{repository} has no such revision. Leave out --revision, or name a branch or tag."
         ) from error
     except hub.HFValidationError as error:
-        raise SourceError(f"{repository!r} is neither a folder nor a Hub id such as user/name.") from error
+        raise SourceError(
+            f"There is no folder {repository!r}. Check the path, or give a Hub id such as user/name."
+        ) from error
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
         raise SourceError(f"There is no folder {repository}, and {_why_not_fetched(local_only)}") from error
     except hub.HfHubHTTPError as error:

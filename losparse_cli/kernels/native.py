@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 SOURCE = Path(__file__).with_name("c") / "sparse.c"
+PATIENCE = 1800
+"""Seconds after which a compiler is given up: it takes a minute of an idle core, and many of one that others want."""
 FLAGS = ("-O3", "-fPIC", "-std=gnu11", "-Wno-psabi", "-fno-math-errno")
 LEVELS = ("plain", "AVX2", "AVX-512", "AVX-512 with bfloat16")
 """Instructions that sparse.c chooses from, by its number."""
@@ -129,20 +131,33 @@ def library() -> Library | None:
         return None
 
 
+def is_ready() -> bool:
+    """Whether `library` takes no time: it is compiled, or cannot be."""
+    try:
+        return _plan()[0].is_file()
+    except OSError:
+        return True
+
+
 def folder() -> Path:
     """Where compiled kernels are kept: $LOSPARSE_CACHE or ~/.cache/losparse, and kernels in it."""
     cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("LOSPARSE_CACHE") or Path(cache_home) / "losparse") / "kernels"
 
 
-def _compiled() -> Path:
+def _plan() -> tuple[Path, tuple[str, ...], tuple[str, ...]]:
+    """Where the library lies or is to lie, the compiler, and its flags."""
     compiler = _compiler()
     openmp = _openmp()
     flags = (*FLAGS, "-fopenmp") if openmp else FLAGS
     # The processor is no part of the name: the code for each kind is in the library, and chosen when it runs.
     sources = [path.read_text(encoding="utf-8") for path in sorted(SOURCE.parent.glob("*.[ch]"))]
     made_of = (*sources, *compiler, *flags, platform.system(), platform.machine())
-    path = folder() / f"sparse-{hashlib.sha256(chr(0).join(made_of).encode()).hexdigest()[:16]}.so"
+    return folder() / f"sparse-{hashlib.sha256(chr(0).join(made_of).encode()).hexdigest()[:16]}.so", compiler, flags
+
+
+def _compiled() -> Path:
+    path, compiler, flags = _plan()
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
@@ -153,7 +168,7 @@ def _compiled() -> Path:
                 (*compiler, *flags, "-c", str(SOURCE), "-o", str(unlinked)),
                 (*compiler, "-shared", *undefined, str(unlinked), "-o", str(linked)),
             ):
-                subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+                subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
             os.replace(linked, path)
     return path
 

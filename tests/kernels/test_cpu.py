@@ -327,7 +327,9 @@ def test_a_compiler_that_fails_leaves_nothing_behind(
 def test_compiled_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LOSPARSE_CACHE", str(tmp_path))
     monkeypatch.setattr(native, "FLAGS", ("-O0", *native.FLAGS[1:]))  # in a tenth of the time
+    assert not native.is_ready()
     first = native._compiled()
+    assert native.is_ready()
     made = first.stat().st_mtime_ns
     assert native._compiled() == first
     assert first.stat().st_mtime_ns == made

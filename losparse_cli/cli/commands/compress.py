@@ -116,7 +116,7 @@ def compress(
     iterations: Annotated[
         int | None,
         typer.Option(
-            help="Passes of the solver over a layer; of magnitude 1 is the paper's one.",
+            help="Passes of the solver over a layer; the paper makes one, of magnitude.",
             rich_help_panel=o.SIZE,
             show_default=o.ITERATIONS,
         ),
@@ -186,7 +186,12 @@ def compress(
         ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of the randomized SVD.", rich_help_panel=o.RUN, show_default=str(Recipe.seed))
+        int | None,
+        typer.Option(
+            help="Of all that is random: what is drawn from the text, text of --calibration self, the SVD.",
+            rich_help_panel=o.RUN,
+            show_default=str(Recipe.seed),
+        ),
     ] = None,
     device: o.RecipeDevice = None,
     max_shard_size: o.RecipeShardSize = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ def demo(
     debug: o.Debug = False,
 ) -> None:
     """Compress a small real model to 4.25 and 3.25 bits a weight, beside dense and plain rounding to 4 bits."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read where torch imports tqdm; of unpacking, which has its own bar
     from ...demo import demo as show
     from .. import console as c
     from .. import tables
