@@ -167,9 +167,10 @@ class Block:
         names = [[self.plans[layer].layer.name for layer in layers] for layers in groups]
         early: list[tuple[str, ...]] = []
         late: list[tuple[str, ...]] = []
+        block = {plan.layer.name for plan in self.plans.values()}
         for k, layers in enumerate(groups):
             before = [name for other in names[:k] for name in other]
-            (late if self.steps.are_last(names[k], before) else early).append(layers)
+            (late if self.steps.are_last(names[k], before, block) else early).append(layers)
 
         def solve(layers: tuple[str, ...]) -> None:
             self._solve(layers, fed[layers].moments().H if layers in fed else None, layers in late)

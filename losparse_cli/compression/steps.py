@@ -4,7 +4,7 @@ block follows what the blocks before took."""
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -29,8 +29,8 @@ from .solve import as_matrix
 from .team import Team
 
 SENSITIVITY_TOKENS = 16_384
-LAST = 0.1  # of a pool's bytes: what the layers before missed by is a small part of it
-LEAST_FORESEEN = 0.1  # bits a code, where bytes are kept for layers
+LAST = 0.1  # of a pool's bytes, within the last block: what those before missed by is a small part of it
+LEAST_BITS = 0.1  # a code, that are kept for layers
 NATS = "nats"  # in the file that keeps what was measured, beside names of layers
 
 
@@ -93,8 +93,11 @@ class Steps:
         return missed / codes if codes else 0.0
 
     def ceilings(self, names: Iterable[str]) -> dict[str, float]:
-        """Bytes that each of these layers may take at most, so that those that wait beside them have half of what is
-        foreseen of their codes: where what is foreseen is far off, a last layer might be left less than zeros take."""
+        """Bytes that each of these layers may take at most, so that some are left for those that wait beside them:
+        where what is foreseen is far off, a last layer might be left less than zeros take.
+
+        What may be missed by is shared by the number of codes: where few bits are foreseen, twice them is little.
+        """
         of_pool: dict[str, set[str]] = {}
         for name in names:
             if name in self._plans and name in self._waiting[self._plans[name].pool]:
@@ -103,16 +106,16 @@ class Steps:
         for pool, members in of_pool.items():
             step, offset = self.log_step(next(iter(members))), self._offset(pool)
             assert step is not None, "layers of a pool have a step"
-            beside, codes = {}, {}  # bytes of each layer that waits
-            for name, plan in self._waiting[pool].items():
-                beside[name] = code_overhead(plan.layer, plan.rank)
-                bits = max(LEAST_FORESEEN, self._foreseen[name].curve.at(step) + offset)
-                codes[name] = bits * plan.layer.weights / 8
-            kept = math.fsum(codes[name] / 2 for name in codes if name not in members)
-            share = max(0.0, self._left[pool] - sum(beside.values()) - kept) / math.fsum(
-                codes[name] for name in members
-            )
-            found |= {name: beside[name] + share * codes[name] for name in members}
+            waiting = self._waiting[pool]
+            beside = {name: code_overhead(plan.layer, plan.rank) for name, plan in waiting.items()}
+            weights = {name: plan.layer.weights / 8 for name, plan in waiting.items()}
+            kept = math.fsum(LEAST_BITS * weights[name] for name in waiting if name not in members)
+            left = self._left[pool] - sum(beside.values()) - kept
+            bits = {name: max(LEAST_BITS, self._foreseen[name].curve.at(step) + offset) for name in members}
+            foreseen = math.fsum(bits[name] * weights[name] for name in members)
+            more = max(0.0, left - foreseen) / math.fsum(weights[name] for name in members)
+            part = min(1.0, max(0.0, left / foreseen))
+            found |= {name: beside[name] + (part * bits[name] + more) * weights[name] for name in members}
         return found
 
     def log_steps(self, names: Iterable[str]) -> dict[str, float | None]:
@@ -126,12 +129,16 @@ class Steps:
             found[name] = None if pool is None else of_pool[pool]
         return found
 
-    def are_last(self, names: Collection[str], before: Collection[str]) -> bool:
-        """Whether what some pool has left for these layers and others, once those `before` have taken theirs, is so
-        little that each has to heed what the one before it took."""
+    def are_last(self, names: Collection[str], before: Collection[str], block: Set[str]) -> bool:
+        """Whether what some pool has left for these layers of a block and others, once those `before` have taken
+        theirs, is so little that each has to heed what the one before it took. block: all of its layers."""
         for pool in {self._plans[name].pool for name in names if name in self._plans}:
-            left = sum(p.expected_bytes for name, p in self._waiting[pool].items() if name not in before)
-            if left <= LAST * self._bytes[pool] or self._waiting[pool].keys() <= {*names, *before}:
+            waiting = self._waiting[pool]
+            if len(waiting) > len(block) or not waiting.keys() <= block:
+                continue
+            done = {*before}
+            left = sum(p.expected_bytes for name, p in waiting.items() if name not in done)
+            if left <= LAST * self._bytes[pool] or waiting.keys() <= {*names, *before}:
                 return True
         return False
 
