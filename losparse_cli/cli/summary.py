@@ -182,8 +182,7 @@ def show_result(out: Console, result: Result) -> None:
         out.show(f"Text: {escape(text_used(report.calibration))}")
     if (matched := report.matching) is not None and matched.before:
         out.show(f"Matching: {matched.change:+.0%} of the blocks' distance from the dense ones, {matched.where}")
-    if not report.refinement.get("followed_by"):  # else it is of a run before this one
-        _show_refinement(out, report)
+    _show_refinement(out, report)
     where = short(result.output)
     out.show(f"[bold green]Done.[/] The result is in {where}. To load it:")
     _show_loading(out, where)
@@ -293,14 +292,17 @@ def show_refined(out: Console, result: RefinedModel) -> None:
 
 
 def _refinement(report: Report) -> dict[str, Any]:
-    """What training towards the whole dense model did, in numbers; {} without any."""
+    """What training towards the whole dense model did, in numbers; {} without any, and where blocks followed it: that
+    was a run before this one."""
+    if not report.refinement or report.refinement.get("followed_by"):
+        return {}
     names = ("steps", "tokens", "held_out", "divergence_before", "divergence_after")
-    return {name: report.refinement[name] for name in names if report.refinement}
+    return {name: report.refinement[name] for name in names}
 
 
 def _show_refinement(out: Console, report: Report) -> None:
     """The same in words."""
-    if (found := report.divergence) is None:
+    if not _refinement(report) or (found := report.divergence) is None:
         return
     change = f", {found.change:+.0%}" if found.before else ""
     out.show(
