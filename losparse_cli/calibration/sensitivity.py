@@ -17,6 +17,7 @@ from ..models.blocks import Call, run_block
 from ..models.experts import expert_layers
 from ..models.reading import output_embeddings
 from ..parallel.group import Alone, Ranks
+from ..parallel.sums import sum_for_all
 from ..parallel.tree import TreeSum
 from .activations import Activations, trim
 from .likelihood import categorical, drawn_loss, logits_of, next_token_loss, shown, uniform
@@ -376,9 +377,7 @@ class _Watch:
             device = next((one.device for one in sums.values()), torch.device("cpu"))
             none = {n: torch.zeros(widths[n], dtype=torch.float64, device=device) for n in names if n not in sums}
             tree.add(leaf, torch.cat([(none | sums)[name] for name in names]))
-        total = group.sum_to(0, tree)
-        total = group.broadcast(0, {} if total is None else {"g": total})["g"]
-        parts = torch.split(total, [widths[name] for name in names])
+        parts = torch.split(sum_for_all(group, tree), [widths[name] for name in names])
         return {
             name: Sensitivity((squares / tokens[name]).float(), tokens[name])
             for name, squares in zip(names, parts, strict=True)

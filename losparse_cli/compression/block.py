@@ -164,13 +164,14 @@ class Block:
 
         First those whose step is known, then those that have to make the bytes of their pool come out.
         """
-        names = [[self.plans[layer].layer.name for layer in layers] for layers in groups]
         early: list[tuple[str, ...]] = []
         late: list[tuple[str, ...]] = []
         block = {plan.layer.name for plan in self.plans.values()}
-        for k, layers in enumerate(groups):
-            before = [name for other in names[:k] for name in other]
-            (late if self.steps.are_last(names[k], before, block) else early).append(layers)
+        before: set[str] = set()
+        for layers in groups:
+            names = {self.plans[layer].layer.name for layer in layers}
+            (late if self.steps.are_last(names, before, block) else early).append(layers)
+            before |= names
 
         def solve(layers: tuple[str, ...]) -> None:
             self._solve(layers, fed[layers].moments().H if layers in fed else None, layers in late)

@@ -227,7 +227,8 @@ def estimate(job: Job, windows: Sample | None) -> Estimate:
     hidden = job.hidden_size
     tokens = windows.tokens if windows is not None else job.calibration.tokens
     units = job.scheduled().units
-    batch = job.calibration.batch * (job.calibration.length if windows is None else windows.length)
+    length = job.calibration.length if windows is None else windows.length
+    batch = job.calibration.batch * length
     inside = set(job.unreached).union(*(set(numbers) for numbers in job.blocks.values()))
     outside = sum(e.elements for k, e in enumerate(job.entries) if k not in inside)
     widest = max(sum(job.entries[k].elements for k in numbers) for numbers in job.blocks.values())
@@ -274,7 +275,7 @@ def estimate(job: Job, windows: Sample | None) -> Estimate:
             work += TRAINING_OVERHEAD * 6 * block * batch * job.refinement.steps
     matching = MATCHING_COPIES + job.calibration.batch.bit_length()
     training = matching * 4 * widest if job.refinement is not None else 0
-    left = 4 * (batch // job.calibration.batch) * together * 16 * hidden  # what one pass leaves behind inside a block
+    left = 4 * together * length * 16 * hidden  # what one pass leaves behind inside a block
     given = windows.nbytes if windows is not None else 0
     fixed = RESIDENT_BASE + given + 4 * (outside + widest) + moments + max(solver, training + left)
     if felt:

@@ -129,15 +129,14 @@ class Steps:
             found[name] = None if pool is None else of_pool[pool]
         return found
 
-    def are_last(self, names: Collection[str], before: Collection[str], block: Set[str]) -> bool:
+    def are_last(self, names: Collection[str], before: Set[str], block: Set[str]) -> bool:
         """Whether what some pool has left for these layers of a block and others, once those `before` have taken
         theirs, is so little that each has to heed what the one before it took. block: all of its layers."""
         for pool in {self._plans[name].pool for name in names if name in self._plans}:
             waiting = self._waiting[pool]
             if len(waiting) > len(block) or not waiting.keys() <= block:
                 continue
-            done = {*before}
-            left = sum(p.expected_bytes for name, p in waiting.items() if name not in done)
+            left = sum(p.expected_bytes for name, p in waiting.items() if name not in before)
             if left <= LAST * self._bytes[pool] or waiting.keys() <= {*names, *before}:
                 return True
         return False

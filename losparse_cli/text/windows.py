@@ -147,10 +147,11 @@ class Windows:
         return (self.ids.unfold(1, SEQUENCE, 1) * weights).sum(-1).flatten()  # modulo 2**64
 
     def _batches(self, size: int) -> Iterator[dict[str, Tensor]]:
-        for start in range(0, len(self.ids), size):
-            batch = {"input_ids": self.ids[start : start + size]}
+        for numbers in self.together(size):
+            part = slice(numbers.start, numbers.stop)
+            batch = {"input_ids": self.ids[part]}
             if self.target_ids is not None:
-                batch["decoder_input_ids"] = self.target_ids[start : start + size]
+                batch["decoder_input_ids"] = self.target_ids[part]
             yield batch
 
 

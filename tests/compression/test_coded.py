@@ -306,10 +306,10 @@ def test_the_last_tenth_of_the_bytes_heeds_what_those_before_took() -> None:
     known = Foreseen(torch.ones(64), curve(torch.randn(64, 64)))
     names = [plan.layer.name for plan in plans]
     steps = Steps(plans, dict.fromkeys(names, known))
-    of_all = [steps.are_last(names[k : k + 1], names[:k], {*names}) for k in range(40)]
+    of_all = [steps.are_last(names[k : k + 1], {*names[:k]}, {*names}) for k in range(40)]
     assert of_all == [False] * 36 + [True] * 4
-    assert steps.are_last(names[20:], names[:20], {*names})  # nothing is left for others
-    assert not steps.are_last(names[38:39], names[:38], {*names[20:]})  # others wait, before this block
+    assert steps.are_last(names[20:], {*names[:20]}, {*names})  # nothing is left for others
+    assert not steps.are_last(names[38:39], {*names[:38]}, {*names[20:]})  # others wait, before this block
 
 
 def test_layers_of_other_bits_have_another_step() -> None:

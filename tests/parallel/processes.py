@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from terminal import Ended, Running, shared
+import toys
+from terminal import Ended, Running, done, shared
 
 
 def free_port() -> int:
@@ -71,3 +72,35 @@ def started(
 def ran(size: int, *arguments: object, cwd: Path, **options: Any) -> list[Ended]:
     """The same, to their end."""
     return [running.wait() for running in started(size, *arguments, cwd=cwd, **options)]
+
+
+def by_one(*command: object, cwd: Path) -> dict[str, str]:
+    """Digests of what one process makes of it, in a folder `alone`: cards name the folder they were written for."""
+    done(*command, "-o", "out", cwd=cwd)
+    (cwd / "out").rename(cwd / "alone")
+    return toys.digests(cwd / "alone")
+
+
+def assert_done(ended: list[Ended], said: str = "Done.") -> None:
+    """All ranks did what they were to do, and the first alone speaks: `said` at the end."""
+    assert [one.code for one in ended] == [0] * len(ended), "\n".join(one.err for one in ended)
+    assert all(one.out == "" and one.err == "" for one in ended[1:])
+    assert said in ended[0].out
+
+
+def killed_at(owner: str, method: str, call: int) -> str:
+    """Code with which a rank kills itself when this method of the class `owner`, a path, is called for the call-th
+    time."""
+    module, _, name = owner.rpartition(".")
+    return f"""
+import os, signal
+from {module} import {name}
+one, left = {name}.{method}, {call}
+def die(self, *arguments):
+    global left
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return one(self, *arguments)
+{name}.{method} = die
+"""

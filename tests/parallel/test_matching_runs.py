@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import sighted
 import toys
-from processes import ran
-from terminal import Ended, done
+from processes import assert_done, by_one, killed_at, ran
+from terminal import done
 
 TEXT = " ".join(f"Sentence {k} of the text says that {k * k % 97} is not {k}." for k in range(300))
 READS = ("--calibration", "text.txt", "--calibration-tokens", "512", "--calibration-length", "32")
@@ -23,19 +23,6 @@ BLOCKS = ("--refine", "blocks", "--refine-steps", "6", "--refine-lr", "1e-3")
 def cwd(tmp_path: Path) -> Path:
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     return tmp_path
-
-
-def by_one(*command: object, cwd: Path) -> dict[str, str]:
-    """Digests of what one process makes of it."""
-    done(*command, "-o", "out", cwd=cwd)
-    (cwd / "out").rename(cwd / "alone")
-    return toys.digests(cwd / "alone")
-
-
-def assert_done(ended: list[Ended]) -> None:
-    assert [one.code for one in ended] == [0] * len(ended), "\n".join(one.err for one in ended)
-    assert all(one.out == "" and one.err == "" for one in ended[1:])
-    assert "Done." in ended[0].out
 
 
 @pytest.mark.parametrize(
@@ -64,19 +51,8 @@ def test_a_checkpoint_that_is_matched_later(options: tuple[str, ...], toy: Calla
     assert toys.digests(cwd / "small")["model.safetensors"] != expected["model.safetensors"]
 
 
-# A rank ends in one of the steps of the second block.
-ENDS = """
-import os, signal
-from losparse_cli.compression import matching
-one, left = matching._Student.step, 9
-def die(self, *arguments):
-    global left
-    left -= 1
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return one(self, *arguments)
-matching._Student.step = die
-"""
+# In one of the steps of the second block.
+ENDS = killed_at("losparse_cli.compression.matching._Student", "step", 9)
 
 
 def test_a_killed_run_goes_on_with_another_number_of_ranks(toy: Callable[..., Path], cwd: Path) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import toys
-from processes import ran
-from terminal import Ended, done
+from processes import assert_done, by_one, killed_at, ran
+from terminal import done
 
 from losparse_cli import Recipe, compress
 
@@ -45,12 +45,6 @@ def cwd(place: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def by_one(*command: object, cwd: Path) -> None:
-    """What one process makes of it, in a folder `alone`; cards name the folder that they were written for."""
-    done(*command, "-o", "out", cwd=cwd)
-    (cwd / "out").rename(cwd / "alone")
-
-
 def refining(dense: Path) -> tuple[object, ...]:
     return ("refine", "small", "--against", dense, *READS, *STEPS)
 
@@ -63,15 +57,9 @@ def known(folder: Path) -> dict[str, Any]:
     return toys.digests(folder) | {REPORT: report}
 
 
-def assert_done(ended: list[Ended]) -> None:
-    assert [one.code for one in ended] == [0] * len(ended), "\n".join(one.err for one in ended)
-    assert all(one.out == "" and one.err == "" for one in ended[1:])
-    assert "Done" in ended[0].out
-
-
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_files_are_those_of_one_process(size: int, dense: Path, place: Path, cwd: Path) -> None:
-    assert_done(ran(size, *refining(dense), "-o", "out", cwd=cwd))
+    assert_done(ran(size, *refining(dense), "-o", "out", cwd=cwd), "Done")
     assert known(cwd / "out") == known(place / "alone")
     before, after = toys.digests(cwd / "small"), toys.digests(cwd / "out")
     assert before["model.safetensors"] != after["model.safetensors"]
@@ -82,30 +70,22 @@ def test_the_files_are_those_of_one_process(size: int, dense: Path, place: Path,
 def test_other_architectures(name: str, toy: Callable[..., Path], cwd: Path) -> None:
     command = ("compress", toy(name, tokenizer=True), *READS, "--bits", "4", "--refine", "model", "--refine-steps", "3")
     by_one(*command, cwd=cwd)
-    assert_done(ran(2, *command, "-o", "out", cwd=cwd))
+    assert_done(ran(2, *command, "-o", "out", cwd=cwd), "Done")
     assert known(cwd / "out") == known(cwd / "alone")
 
 
 def test_a_text_of_fewer_batches_than_ranks(dense: Path, cwd: Path) -> None:
     command = tuple("256" if word == "1280" else word for word in refining(dense))
     by_one(*command, cwd=cwd)
-    assert_done(ran(3, *command, "-o", "out", cwd=cwd))
+    assert_done(ran(3, *command, "-o", "out", cwd=cwd), "Done")
     assert known(cwd / "out") == known(cwd / "alone")
 
 
 # A rank ends in one of its passes, or when the dense model is asked.
-ENDS = """
-import os, signal
-from losparse_cli.refinement import training
-one, left = training.Training._gradient, {left}
-def die(self, *arguments):
-    global left
-    left -= 1
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return one(self, *arguments)
-training.Training._gradient = die
-"""
+def in_pass(number: int) -> str:
+    return killed_at("losparse_cli.refinement.training.Training", "_gradient", number)
+
+
 ENDS_EARLY = """
 import os, signal
 from losparse_cli.refinement import teacher
@@ -116,7 +96,7 @@ teacher._asked = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 def test_a_killed_run_goes_on_with_other_numbers_of_ranks(dense: Path, place: Path, cwd: Path) -> None:
     """Of two the second ends while the dense model is asked; of four the third, of two the first in later steps."""
     command = (*refining(dense), "-o", "out")
-    for size, rank, before in ((2, 1, ENDS_EARLY), (4, 2, ENDS.format(left=3)), (2, 0, ENDS.format(left=7))):
+    for size, rank, before in ((2, 1, ENDS_EARLY), (4, 2, in_pass(3)), (2, 0, in_pass(7))):
         begun = time.monotonic()
         ended = ran(size, *command, cwd=cwd, before={rank: before})
         assert time.monotonic() - begun < 60
@@ -128,7 +108,7 @@ def test_a_killed_run_goes_on_with_other_numbers_of_ranks(dense: Path, place: Pa
         assert all("Rank" not in one for one in said[1:])
         assert not (cwd / "out").exists()
     ended = ran(4, *command, "--resume", "required", cwd=cwd)
-    assert_done(ended)
+    assert_done(ended, "Done")
     assert "At first" not in ended[0].err
     assert known(cwd / "out") == known(place / "alone")
     again = ran(2, *command, "--json", cwd=cwd)
@@ -139,7 +119,7 @@ def test_a_killed_run_goes_on_with_other_numbers_of_ranks(dense: Path, place: Pa
 
 def test_one_process_goes_on_where_two_were_killed(dense: Path, place: Path, cwd: Path) -> None:
     command = (*refining(dense), "-o", "out")
-    assert ran(2, *command, cwd=cwd, before={0: ENDS.format(left=8)})[0].code == -signal.SIGKILL
+    assert ran(2, *command, cwd=cwd, before={0: in_pass(8)})[0].code == -signal.SIGKILL
     assert "At first" not in done(*command, cwd=cwd).err
     assert known(cwd / "out") == known(place / "alone")
 
@@ -147,9 +127,9 @@ def test_one_process_goes_on_where_two_were_killed(dense: Path, place: Path, cwd
 def test_compressing_and_refining_in_one_go(dense: Path, cwd: Path) -> None:
     command = ("compress", dense, *READS, "--bits", "3", "--refine", "model", *STEPS)
     by_one(*command, cwd=cwd)
-    ended = ran(2, *command, "-o", "out", cwd=cwd, before={1: ENDS.format(left=5)})
+    ended = ran(2, *command, "-o", "out", cwd=cwd, before={1: in_pass(5)})
     assert "Rank 1 of 2 ended before the run did." in ended[0].err
-    assert_done(ran(4, *command, "-o", "out", cwd=cwd))
+    assert_done(ran(4, *command, "-o", "out", cwd=cwd), "Done")
     assert known(cwd / "out") == known(cwd / "alone")
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import sighted
 import toys
-from processes import ran
-from terminal import Ended, done, signalled_after
+from processes import assert_done, killed_at, ran
+from terminal import done, signalled_after
 
 TEXT = ("--calibration", "text.txt", "--calibration-tokens", "512", "--calibration-length", "32")
 CASES: dict[str, tuple[str, int, tuple[object, ...]]] = {
@@ -65,12 +65,6 @@ def in_folder(place: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def assert_done(ended: list[Ended]) -> None:
-    assert [one.code for one in ended] == [0] * len(ended), "\n".join(one.err for one in ended)
-    assert all(one.out == "" and one.err == "" for one in ended[1:])  # the first alone speaks
-    assert "Done." in ended[0].out
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_the_files_are_those_of_one_process(case: str, toy: Any, alone: Any, place: Path, tmp_path: Path) -> None:
     name, size, options = CASES[case]
@@ -116,18 +110,7 @@ def test_a_killed_run_goes_on_with_other_numbers_of_ranks(
     assert toys.digests(cwd / "out") == alone(name, options)
 
 
-LOST = """
-import os, signal
-from losparse_cli.compression import block
-solve, left = block.Block._solve, 2
-def die(self, *arguments):
-    global left
-    left -= 1
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-    solve(self, *arguments)
-block.Block._solve = die
-"""
+LOST = killed_at("losparse_cli.compression.block.Block", "_solve", 2)
 
 
 def test_one_process_goes_on_where_two_were_killed(toy: Any, alone: Any, place: Path, tmp_path: Path) -> None:
