@@ -55,6 +55,7 @@ def compress(
     memory_limit: str | None = None,
     max_shard_size: str | None = None,
     part: str | Part | None = None,
+    sensitivity_file: str | Path | None = None,
     resume: str = "auto",
     overwrite: bool = False,
     revision: str | None = None,
@@ -90,6 +91,7 @@ def compress(
         memory_limit=memory_limit,
         max_shard_size=max_shard_size,
         part=part,
+        sensitivity_file=sensitivity_file,
         revision=revision,
         cache_dir=cache_dir,
         trust_remote_code=trust_remote_code,
@@ -120,6 +122,7 @@ def plan(
     memory_limit: str | None = None,
     max_shard_size: str | None = None,
     part: str | Part | None = None,
+    sensitivity_file: str | Path | None = None,
     revision: str | None = None,
     cache_dir: Path | None = None,
     trust_remote_code: bool = False,
@@ -129,9 +132,10 @@ def plan(
 
     recipe: a Recipe, a mapping such as {"bits": 3.25}, or the path of a YAML file, which may describe the whole run;
     what is given beside it wins. calibration: or its source alone: a file, a Hub dataset, or "self". refinement: or
-    "blocks". part: such as "2/3", the second of three parts of a run without text, which `join` makes one. plan_only: a
-    Hub model is not downloaded, and the job cannot be run. Raises as `compression.plan.prepare`,
-    and RecipeError for a recipe that is wrong.
+    "blocks". part: such as "2/3", the second of three parts of a run without text, which `join` makes one.
+    sensitivity_file: written with what the loss minds, and read by runs of other sizes, which need not measure it.
+    plan_only: a Hub model is not downloaded, and the job cannot be run. Raises as `compression.plan.prepare`, and
+    RecipeError for a recipe that is wrong.
     """
     sizes = {
         "rank": rank,
@@ -156,6 +160,7 @@ def plan(
         memory_limit=memory_limit,
         max_shard_size=max_shard_size,
         part=part,
+        sensitivity_file=sensitivity_file,
     )
     return prepare(
         model,

@@ -47,6 +47,7 @@ def test_compiling_is_told_and_comes_before_the_clock(monkeypatch: pytest.Monkey
         raise InterruptedError
 
     monkeypatch.setattr(demo, "smollm2", lambda on_step: tmp_path)
+    monkeypatch.setattr(demo, "encyclopedia_text", lambda: (TEXT, TEXT))
     monkeypatch.setattr(demo.native, "is_ready", lambda: False)
     monkeypatch.setattr(demo.native, "library", stop)
     said: list[str] = []

@@ -19,7 +19,7 @@ EXCLUSIVE = (RANK_CHOICES, ("sparsity", "size", "keep", "keep_parameters"), BUDG
 PER_LAYER = (*RANK_CHOICES, *(name for name in SIZE_CHOICES if name != "size"), "pattern", "threshold_scope",
              "iterations")  # fmt: skip
 WHOLE_RUN = ("size", "targets", "ignore", "values", "embedding_bits", "solver", "sensitivity", "allocate", "seed")
-RUN = ("calibration", "refine", "device", "memory_limit", "max_shard_size")
+RUN = ("calibration", "refine", "device", "memory_limit", "max_shard_size", "sensitivity_file")
 """What a recipe may say of a run beside its layers."""
 LEADING = ("source", "mode")
 """Of these settings the part that an option by their own name gives."""

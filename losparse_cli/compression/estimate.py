@@ -25,13 +25,13 @@ from ..text.sample import HELD_OUT, account, doubts, hold_out
 from ..text.windows import Sample
 from .fingerprint import fingerprint
 from .footprint import footprint
+from .foreseen import SENSITIVITY_TOKENS
 from .pace import seconds_alone
 from .plan import RESIDENT_BASE, Job
 from .request import passing
 from .rounds import copies_held, moment_bytes, rounds
 from .schedule import Schedule
 from .solve import effort
-from .steps import SENSITIVITY_TOKENS
 
 # Measured on SmolLM2-135M, two cores: time of the whole over that of its products alone at full speed.
 FORWARD_OVERHEAD, TRAINING_OVERHEAD = 1.6, 1.6
@@ -233,7 +233,8 @@ def estimate(job: Job, windows: Sample | None) -> Estimate:
     outside = sum(e.elements for k, e in enumerate(job.entries) if k not in inside)
     widest = max(sum(job.entries[k].elements for k in numbers) for numbers in job.blocks.values())
     solves = job.start is None  # else layers are those of a compressed checkpoint
-    felt = min(tokens, SENSITIVITY_TOKENS) if solves and job.recipe.sensitivity == "on" else 0
+    known = job.sensitivity_file is not None and job.sensitivity_file.exists()
+    felt = min(tokens, SENSITIVITY_TOKENS) if solves and job.recipe.sensitivity == "on" and not known else 0
     held_out = windows is None or len(hold_out(windows)[1]) > 0
     together = 1 if job.refinement is not None else job.calibration.batch  # windows in a pass through a block
     batches = -(-(len(windows) if windows is not None else job.calibration.windows) // together)

@@ -53,8 +53,9 @@ class Job:
     flows between blocks. bias_heads: of the biases of positions that flow along. refinement: how blocks
     are matched. towards: how the whole model is trained when its layers are compressed. start: the compressed
     checkpoint whose layers are refined, None if they are solved anew. part: that is to be done, None for all; the plan
-    is of the whole run, and `scheduled` says what is written. unseen, masks: tensors that are copied whatever
-    they hold, and those that may hold infinities (`layers.not_checked`).
+    is of the whole run, and `scheduled` says what is written. sensitivity_file: has what the loss minds, or is to have
+    it (`foreseen.foresee`). unseen, masks: tensors that are copied whatever they hold, and those that may hold
+    infinities (`layers.not_checked`).
     """
 
     source: Checkpoint
@@ -77,6 +78,7 @@ class Job:
     memory_limit: int | None = None
     start: Checkpoint | None = None
     part: Part | None = None
+    sensitivity_file: Path | None = None
     unseen: frozenset[str] = frozenset()
     masks: frozenset[str] = frozenset()
 
@@ -210,6 +212,7 @@ def prepare(
         limit,
         start,
         request.part,
+        None if request.sensitivity_file is None else Path(request.sensitivity_file).expanduser().absolute(),
         *not_checked(source, skeleton, recipe),
     )
     job.scheduled()  # CheckpointError where two tensors would have one name, UsageError for too many parts

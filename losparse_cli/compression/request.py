@@ -143,8 +143,8 @@ AnyRefinement = Refinement | ModelRefinement | BothRefinements
 class Request:
     """recipe: for the layers, not settled yet. calibration: None without text. refinement: None to train nothing.
     device: auto, cpu, cuda or cuda:N. memory_limit: such as 8GB, None for three quarters of what is free.
-    max_shard_size: of a weight file. part: that is to be done, None for all. file: that all this comes from, but for
-    what was `given` beside it."""
+    max_shard_size: of a weight file. part: that is to be done, None for all. sensitivity_file: that keeps what the loss
+    minds for runs of other sizes. file: that all this comes from, but for what was `given` beside it."""
 
     recipe: Recipe = field(default_factory=Recipe)
     calibration: Calibration | None = None
@@ -153,6 +153,7 @@ class Request:
     memory_limit: str | None = None
     max_shard_size: str = "5GB"
     part: Part | None = None
+    sensitivity_file: str | Path | None = None
     file: RecipeFile = field(default_factory=RecipeFile, compare=False)
     given: frozenset[str] = field(default=frozenset(), compare=False)
 
@@ -201,6 +202,11 @@ class Request:
                 "--part divides what is compressed without text: leave out --calibration, or start the whole run with "
                 "torchrun, whose processes share the text."
             )
+        if self.sensitivity_file is not None and recipe.sensitivity != "on":
+            raise UsageError(
+                f"--sensitivity-file {self.sensitivity_file} keeps what --sensitivity on measures, which is for whole "
+                "numbers in S and takes --calibration text: add it, or leave out the file."
+            )
         sized = recipe.keep is not None or recipe.keep_parameters is not None
         if recipe.allocate == "error" and (not sized or ":" in recipe.pattern or recipe.rank is not None):
             raise UsageError(
@@ -219,6 +225,7 @@ def make_request(
     memory_limit: str | None = None,
     max_shard_size: str | None = None,
     part: str | Part | None = None,
+    sensitivity_file: str | Path | None = None,
 ) -> Request:
     """The request of a recipe (a Recipe, a mapping, or the path of a YAML file) under what was given beside it.
 
@@ -240,7 +247,13 @@ def make_request(
             "recipe is a Recipe, a mapping such as {'bits': 3.25}, or the path of a YAML file, not "
             f"{type(recipe).__name__}."
         )
-    run, beside = file.run, {"device": device, "memory_limit": memory_limit, "max_shard_size": max_shard_size}
+    run = file.run
+    beside = {
+        "device": device,
+        "memory_limit": memory_limit,
+        "max_shard_size": max_shard_size,
+        "sensitivity_file": sensitivity_file,
+    }
     options = frozenset(
         (*wanted, *asked(beside), *_options("calibration", calibration), *_options("refine", refinement))
     )
@@ -263,6 +276,7 @@ def make_request(
         _first(memory_limit, run.get("memory_limit")),
         _first(max_shard_size, run.get("max_shard_size"), Request.max_shard_size),
         part_named(part),
+        _first(sensitivity_file, run.get("sensitivity_file")),
         file,
         options,
     )

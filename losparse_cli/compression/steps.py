@@ -1,53 +1,24 @@
-"""One step for the codes of a whole model: how each layer's bits fall with it is measured once, and the step of each
-block follows what the blocks before took."""
+"""One step for the codes of a whole model: the step of each block follows what the blocks before took."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
 
-import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..budget.plan import LayerPlan, Plan, code_overhead
-from ..calibration.moments import Fed
-from ..calibration.sensitivity import Sensitivity
-from ..checkpoint.output import BACKWARD, SENSITIVITY
 from ..checkpoint.report import LayerReport
-from ..linalg.integers import column_metric, row_steps
-from ..linalg.rates import Curve, step_within
+from ..linalg.rates import step_within
 from ..progress import Progress
-from ..shim.layouts import COLUMN_FACTORS
-from ..text.sample import hold_out
 from ..text.windows import Sample
-from .coded import MOST_CARRIED, Pot, curve_of, own_pot, support_of
+from .coded import MOST_CARRIED, Pot, own_pot
+from .foreseen import Foreseen, foresee
 from .plan import Job
-from .sensitivity import measure_sensitivity
-from .solve import as_matrix
 from .team import Team
 
-SENSITIVITY_TOKENS = 16_384
 LAST = 0.1  # of a pool's bytes, within the last block: what those before missed by is a small part of it
 LEAST_BITS = 0.1  # a code, that are kept for layers
-NATS = "nats"  # in the file that keeps what was measured, beside names of layers
-
-
-@dataclass(frozen=True)
-class Foreseen:
-    """Of a layer. g: (out,), Fisher information of its outputs. curve: bits a code by the step."""
-
-    g: Tensor
-    curve: Curve
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """layers: what is foreseen of each that text reaches. nats: the text's loss a token, None if it is not known."""
-
-    layers: dict[str, Foreseen]
-    nats: float | None
 
 
 class Steps:
@@ -175,101 +146,9 @@ class Steps:
 
 
 def foreseen_steps(job: Job, plan: Plan, windows: Sample, team: Team, told: Progress, fixed_bytes: int) -> Steps:
-    """The steps of a job whose codes follow the loss; fixed_bytes: of memory beside activations.
-
-    What was measured is kept for a run that goes on with this one; see `WorkFolder.recall`. One process that is ended
-    while it measures goes on after the last block that was run backwards.
-    """
+    """The steps of a job whose codes follow the loss; fixed_bytes: of memory beside activations."""
     coded = [p for p in plan.layers if p.bits and not p.layer.rows and not p.width]
     if job.recipe.sensitivity != "on":
         return Steps(coded, {})
-    known, found = team.recalled(lambda work: work.recall(SENSITIVITY, lambda path: _measures(load_file(path))))
-    if known:
-        found = _measures(team.heard({} if found is None else _tensors(found)))
-    else:
-        found = measured = _measured(job, coded, windows, team, told, fixed_bytes)
-        if team.work is not None:
-            team.work.keep(SENSITIVITY, lambda path: save_file(_tensors(measured), path))
-    if team.work is not None:
-        (team.work.path / BACKWARD).unlink(missing_ok=True)
+    found = foresee(job, coded, windows, team, told, fixed_bytes)
     return Steps(coded, found.layers, found.nats)
-
-
-def _measured(
-    job: Job, plans: Sequence[LayerPlan], windows: Sample, team: Team, told: Progress, fixed_bytes: int
-) -> _Measured:
-    seen = hold_out(windows)[0]
-    seen = seen.take(range(max(1, min(len(seen), SENSITIVITY_TOKENS * len(seen) // max(1, seen.seen)))))
-    by_name = {p.layer.name: p for p in plans}
-    files = {file.path: file for file in job.source.files}
-    group = team.group
-    metrics: dict[str, tuple[Tensor | float, float]] = {}  # of the layers whose second moments lie here
-    found: dict[str, Foreseen] = {}
-    losses: list[tuple[float, int]] = []
-
-    def forward(block: str, fed: list[Fed]) -> None:
-        for moments in (one.moments() for one in fed if one.owner == group.rank):
-            metric = None
-            if job.recipe.solver == "feedback" and bool(moments.H.any()):
-                try:
-                    metric = column_metric(moments.H, COLUMN_FACTORS)
-                except ValueError:  # then the solver will say so, of what the layer is fed by then
-                    continue
-            for layer in moments.layers:
-                metrics[_full(block, layer)] = (1.0, 1.0) if metric is None else (metric.columns, metric.scale)
-
-    def backward(block: str, sensitivities: dict[str, Sensitivity]) -> None:
-        for layer, one in sensitivities.items():
-            name = _full(block, layer)
-            if name not in metrics or name not in by_name or not bool(one.g.any()):
-                continue  # nothing that it puts out matters for the loss: it gets bytes of its own
-            plan = by_name[name]
-            entry = job.source.entries[plan.layer.tensor]
-            W = as_matrix(files[entry.path].read(entry), plan.layer, job.device)
-            columns, scale = metrics.pop(name)
-            g = one.g * one.share
-            X = W / columns / (scale * row_steps(g))[:, None]
-            found[name] = Foreseen(g.cpu(), curve_of(X, plan, support_of(X, plan) if plan.sparse else None))
-
-    def text(nats: float, tokens: int) -> None:
-        losses.append((nats, tokens))
-
-    # What several know, each of its own windows, another number of them could not go on with.
-    state = team.work.path / BACKWARD if team.work is not None and group.size == 1 else None
-    measure_sensitivity(
-        job, seen, told, group, folder=team.folder, fixed_bytes=fixed_bytes, on_forward=forward, on_backward=backward,
-        on_text=text, state=state,
-    )  # fmt: skip
-    of_all = [loss for its in group.agree(losses) for loss in its]  # in the order of the text
-    predicted = sum(tokens for _, tokens in of_all)
-    nats = sum(nats for nats, _ in of_all) / predicted if predicted else None
-    layers: dict[str, Foreseen] = {}
-    for rank in range(group.size):
-        layers |= _measures(group.broadcast(rank, _tensors(_Measured(found, None)))).layers
-    return _Measured(layers, nats)
-
-
-def _full(block: str, layer: str) -> str:
-    return f"{block}.{layer}" if block else layer
-
-
-def _tensors(found: _Measured) -> dict[str, Tensor]:
-    tensors = {} if found.nats is None else {NATS: torch.tensor(found.nats, dtype=torch.float64)}
-    for name, one in found.layers.items():
-        tensors[f"{name}.g"] = one.g.contiguous()
-        tensors[f"{name}.curve"] = torch.tensor(
-            [one.curve.anchor, one.curve.density, *one.curve.bits], dtype=torch.float64
-        )
-    return tensors
-
-
-def _measures(tensors: dict[str, Tensor]) -> _Measured:
-    """What `_tensors` made of it."""
-    nats = tensors.pop(NATS, None)
-    found = {}
-    for key, tensor in tensors.items():
-        if key.endswith(".curve"):
-            anchor, density, *bits = tensor.tolist()
-            name = key.removesuffix(".curve")
-            found[name] = Foreseen(tensors[f"{name}.g"], Curve(anchor, tuple(bits), density))
-    return _Measured(found, None if nats is None else float(nats))

@@ -17,9 +17,9 @@ from typing import Any
 from losparse_cli.budget.plan import LayerPlan
 from losparse_cli.compress import plan
 from losparse_cli.compression.estimate import FORWARD_OVERHEAD
+from losparse_cli.compression.foreseen import SENSITIVITY_TOKENS
 from losparse_cli.compression.plan import Job
 from losparse_cli.compression.solve import effort
-from losparse_cli.compression.steps import SENSITIVITY_TOKENS
 from losparse_cli.demo import smollm2
 from losparse_cli.parallel.shares import deal, share
 from losparse_cli.text.windows import Calibration

@@ -24,7 +24,7 @@ from losparse_cli.checkpoint.output import SENSITIVITY
 from losparse_cli.checkpoint.report import Report
 from losparse_cli.checkpoint.writer import ShardWriter
 from losparse_cli.compress import compress, plan, run
-from losparse_cli.compression import steps
+from losparse_cli.compression import foreseen
 from losparse_cli.compression.estimate import forecast
 from losparse_cli.errors import CheckpointError, UsageError
 from losparse_cli.export import export
@@ -388,7 +388,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
         return toys.digests(made.output)
 
     whole = run(tmp_path / "whole")
-    append, measured = ShardWriter.append, steps.measure_sensitivity
+    append, measured = ShardWriter.append, foreseen.measure_sensitivity
     count = 0
 
     def dying(self: ShardWriter, *args: Any, **options: Any) -> Any:
@@ -404,7 +404,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
     for stop in (0, 5, 9, 15, 20):  # noqa: B007 - dying reads it
         with monkeypatch.context() as patched:
             patched.setattr(ShardWriter, "append", dying)
-            patched.setattr(steps, "measure_sensitivity", counted)
+            patched.setattr(foreseen, "measure_sensitivity", counted)
             with pytest.raises(Killed):
                 run(tmp_path / "killed")
     assert count == 1, "what the loss minds is measured once"

@@ -270,7 +270,7 @@ def test_refining_asks_nothing_of_the_loss(
     def measured(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("nothing needs it")
 
-    monkeypatch.setattr("losparse_cli.compression.steps.measure_sensitivity", measured)
+    monkeypatch.setattr("losparse_cli.compression.foreseen.measure_sensitivity", measured)
     how = Refinement(steps=1)
     made = refine(small, tmp_path / "made", calibration=asked, against=dense, refinement=how).report
     assert len(made.blocks) == 2  # type: ignore[union-attr]

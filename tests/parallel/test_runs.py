@@ -74,6 +74,27 @@ def test_the_files_are_those_of_one_process(case: str, toy: Any, alone: Any, pla
     assert sorted(path.name for path in cwd.iterdir()) == ["out", "text.txt"]
 
 
+def test_sensitivities_of_several_ranks_serve_any_number(toy: Any, alone: Any, place: Path, tmp_path: Path) -> None:
+    """Two measure them; three, and one, make other sizes of them, measuring nothing."""
+    cwd = in_folder(place, tmp_path)
+    command = ("compress", toy("llama", tokenizer=True), *TEXT, "--sensitivity-file", "known.safetensors", "--bits")
+    assert_done(ran(2, *command, "5", "-o", "first", cwd=cwd))
+    known = (cwd / "known.safetensors").read_bytes()
+    ended = ran(3, *command, "4", "-o", "second/out", cwd=cwd)
+    assert_done(ended)
+    assert "sensitivity:" not in ended[0].err
+    assert toys.digests(cwd / "second/out") == alone("llama", CASES["codes"][2])
+    done(*command, "4", "-o", "third/out", cwd=cwd)
+    assert toys.digests(cwd / "third/out") == toys.digests(cwd / "second/out")
+    assert (cwd / "known.safetensors").read_bytes() == known
+    (cwd / "known.safetensors").write_bytes(known[:-1])
+    ended = ran(2, *command, "6", "-o", "fourth", cwd=cwd)
+    assert [one.code for one in ended] == [2, 2]
+    assert "known.safetensors holds no sensitivities" in ended[0].complaint
+    assert ended[1].err == ""
+    assert not list(cwd.glob("fourth*"))
+
+
 def test_rows_of_which_some_go_past_a_tower(tmp_path: Path) -> None:
     pytest.importorskip("PIL")
     dense = sighted.write(sighted.llava, tmp_path / "dense")

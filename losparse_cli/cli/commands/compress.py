@@ -139,6 +139,14 @@ def compress(
             show_default="on with text",
         ),
     ] = None,
+    sensitivity_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keeps what --sensitivity on measures: runs of other sizes read it, and need not measure it.",
+            rich_help_panel=o.TEXT,
+            show_default=False,
+        ),
+    ] = None,
     calibration: o.CalibrationSource = None,
     calibration_tokens: o.CalibrationTokens = None,
     calibration_length: o.CalibrationLength = None,
@@ -278,6 +286,7 @@ def compress(
         memory_limit=memory_limit,
         max_shard_size=max_shard_size,
         part=part,
+        sensitivity_file=sensitivity_file,
     )
     if part is not None and push_to_hub:
         raise UsageError("--push-to-hub uploads a whole result, and --part makes a part of one: join the parts first.")
