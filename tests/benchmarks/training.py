@@ -327,7 +327,7 @@ def training_speed(options: Options, rows: Sequence[str] = ()) -> None:
     task = polarity_task(options.folder)
     dense: dict[str, float] = {}
     for precision in ("float32", "bfloat16"):
-        for form in ("dense", "losparse", "low rank alone", "compressed"):
+        for form in ("dense", "dense, weights frozen", "losparse", "low rank alone", "compressed", "whole numbers"):
             call = f"speed_of({form!r}, {precision!r}, {task.train_file!r}, {str(options.folder)!r})"
             command = [sys.executable, "-c", f"from tests.benchmarks.training import speed_of; {call}"]
             printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -351,12 +351,16 @@ def speed_of(form: str, precision: str, train_file: str, folder: str) -> None:
 
     request = TaskRequest("text-classification", train_file=train_file)
     how = Finetuning(max_steps=30, precision=precision, save_steps=10**6)
-    output = Path(folder) / f"speed-{form.replace(' ', '-')}"
-    if form == "dense":
+    output = Path(folder) / f"speed-{form.replace(',', '').replace(' ', '-')}"
+    if form.startswith("dense"):
         task = open_task(request)
         rows = read_rows(request, "train")
         transformers.set_seed(0)
         model, tokenizer = load(minilm(), model_class=task.auto_class, dtype=torch.float32, **task.config_changes(rows))
+        if form != "dense":  # as over whole numbers: what is left are biases, norms and the head
+            for module in model.base_model.modules():
+                if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+                    module.weight.requires_grad_(False)
         features = task.prepare(rows, tokenizer, model, training=True)
         trainer = FinetuneTrainer(
             model, how, Pruner([], [], how.pruning, how.max_steps or 0), folder=output, steps=30,
@@ -366,10 +370,13 @@ def speed_of(form: str, precision: str, train_file: str, folder: str) -> None:
         trainer.train()
     else:
         source = minilm()
-        if form == "compressed":
+        recipe = None
+        made = {"compressed": Recipe(rank=8, sparsity=0.9), "whole numbers": Recipe(bits=3.25)}.get(form)
+        if made is not None:
             source = Path(folder) / "speed-start"
-            compress(minilm(), source, Recipe(rank=8, sparsity=0.9), resume="never", overwrite=True)
-        sizes = {"rank_ratio": 1.0} if form == "low rank alone" else {"rank_ratio": 0.25}
-        recipe = None if form == "compressed" else Recipe(keep_parameters=0.2, pattern="rows", **sizes)
+            compress(minilm(), source, made, resume="never", overwrite=True)
+        else:
+            ratio = 1.0 if form == "low rank alone" else 0.25
+            recipe = Recipe(keep_parameters=0.2, pattern="rows", rank_ratio=ratio)
         finetune(source, output, task=request, how=how, recipe=recipe, resume="never", overwrite=True, progress=Watch())
     print(json.dumps({"seconds": float(np.median(np.diff(times[5:]))), "bytes": peak_memory()}))
