@@ -74,12 +74,13 @@ def foresee(
     def recalled() -> Measured | None:
         if work is None:
             return None
+        known = None if file is None else _read(file, mark)
         found = work.recall(SENSITIVITY, lambda path: _measures(load_file(path)))
-        if found is None and file is not None:
-            found = _read(file, mark)
-            if found is not None:
-                _keep(work, found)
-        return found
+        if found is None and known is not None:
+            _keep(work, known)
+        elif found is not None and known is None and file is not None:
+            _write(file, found, mark)  # the run before came no further
+        return found or known
 
     found = agreed(team.group, recalled)
     if team.said(found is not None):
@@ -131,7 +132,10 @@ def _read(file: Path, mark: dict[str, Any]) -> Measured | None:
             found = json.loads((opened.metadata() or {})[OF])
         different = [name for name in mark if found.get(name) != mark[name]]
         if not different:
-            return _measures(load_file(file))
+            tensors = load_file(file)
+            if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+                raise ValueError("not finite")
+            return _measures(tensors)
     except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(
             f"--sensitivity-file {file} holds no sensitivities: it is another file, or damaged. Name one that is not "

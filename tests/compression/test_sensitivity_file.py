@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import toys
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from losparse_cli.checkpoint.writer import ShardWriter
@@ -84,6 +85,7 @@ def test_a_run_that_has_read_it_goes_on_without_it(
     mine.unlink()
     again = compress(dense, tmp_path / "out", bits=5, calibration=asked, sensitivity_file=mine)
     assert again.resumed
+    assert mine.read_bytes() == file.read_bytes()
     assert toys.tensor_bytes(again.output) == toys.tensor_bytes(whole)
 
 
@@ -122,11 +124,16 @@ def test_of_something_else_it_is_refused(
     assert not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.parametrize("how", ["cut", "other", "empty", "folder"])
+@pytest.mark.parametrize("how", ["cut", "other", "empty", "folder", "infinite"])
 def test_what_is_none_is_refused(how: str, dense: Path, asked: Calibration, file: Path, tmp_path: Path) -> None:
     place = tmp_path / "known.safetensors"
     if how == "folder":
         place.mkdir()
+    elif how == "infinite":
+        tensors = load_file(file)
+        tensors[next(name for name in tensors if name.endswith(".g"))][0] = float("inf")
+        with safe_open(file, "pt") as opened:
+            save_file(tensors, place, metadata=opened.metadata())
     elif how == "other":
         save_file({name: x for name, x in load_file(file).items() if name.endswith(".g")}, place)
     else:
