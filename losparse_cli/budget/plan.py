@@ -122,14 +122,24 @@ class Plan:
 
     @property
     def workspace_bytes(self) -> int:
-        """Most memory that solving one layer takes: measured at up to 41 bytes an entry, by pattern and scope."""
-        return max((_workspace(p) * p.layer.weights for p in self.layers), default=0)
+        """Most memory that solving one layer takes without text."""
+        return workspace(self.layers)
+
+    @property
+    def row_workspace_bytes(self) -> int:
+        """The same of embeddings and output heads alone, which need no text."""
+        return workspace(p for p in self.layers if p.layer.rows)
+
+
+def workspace(plans: Iterable[LayerPlan]) -> int:
+    """Most memory that one of these layers takes: measured at up to 41 bytes an entry, by pattern and scope."""
+    return max((_workspace(p) * p.layer.weights for p in plans), default=0)
 
 
 def _workspace(plan: LayerPlan) -> int:
     """Bytes an entry: float32 copies, masks and 64-bit indices, and the stored weight twice."""
-    if plan.layer.rows:  # codes, those of the step before, and 32-bit ones that are written; floats are of a few rows
-        return 16 + 2 * plan.layer.itemsize
+    if plan.layer.rows:  # codes, those of the step before, their counts by row, and streams; floats are of a few rows
+        return 12 + 2 * plan.layer.itemsize
     sorted_in_groups = ":" in plan.pattern or plan.scope == "row"
     return (44 if sorted_in_groups else 30) + 2 * plan.layer.itemsize
 

@@ -18,8 +18,15 @@ BLOCK = 1 << 22  # entries that are counted at a time
 
 
 def bins_of(codes: Tensor) -> Tensor:
-    """Of each code the number of its magnitude's bin, uint8."""
-    return torch.tensor(bin_of(), dtype=torch.uint8)[_clamped(codes, WIDEST).abs().int()]
+    """Of each code (m, n) the number of its magnitude's bin, uint8."""
+    m, n = codes.shape
+    of_magnitude = torch.tensor(bin_of(), dtype=torch.uint8)
+    found = torch.empty(m, n, dtype=torch.uint8)
+    step = max(1, BLOCK // n)
+    for begin in range(0, m, step):
+        part = slice(begin, begin + step)
+        found[part] = of_magnitude[_clamped(codes[part], WIDEST).abs().int()]
+    return found
 
 
 def _clamped(codes: Tensor, most: int) -> Tensor:
@@ -42,13 +49,15 @@ def counts_in(bins: Tensor, classes: Tensor) -> Tensor:
     m, n = bins.shape
     size = int(bins.max()) + 1
     offsets = classes.int() * size
-    step = max(1, BLOCK // n)
-    found = []
+    step = max(1, BLOCK // max(n, 16 * size))
+    found = torch.empty(m, 16 * size)
     for begin in range(0, m, step):
         part = bins[begin : begin + step]
         places = part + offsets + torch.arange(len(part), dtype=torch.int32)[:, None] * (16 * size)
-        found.append(torch.bincount(places.view(-1), minlength=len(part) * 16 * size))
-    return torch.cat(found).view(m, 16, size).float()
+        found[begin : begin + step] = torch.bincount(places.view(-1), minlength=len(part) * 16 * size).view(
+            len(part), -1
+        )
+    return found.view(m, 16, size)
 
 
 def joint_counts(codes: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, int]:

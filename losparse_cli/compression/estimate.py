@@ -279,6 +279,8 @@ def estimate(job: Job, windows: Sample | None) -> Estimate:
     left = 4 * together * length * 16 * hidden  # what one pass leaves behind inside a block
     given = windows.nbytes if windows is not None else 0
     fixed = RESIDENT_BASE + given + 4 * (outside + widest) + moments + max(solver, training + left)
+    if solves:  # rows of embeddings are coded while the weights that lie outside blocks are there
+        fixed = max(fixed, RESIDENT_BASE + given + 4 * outside + job.plan.row_workspace_bytes)
     if felt:
         backward = BACKWARD_COPIES * 4 * batch * hidden + _loss_bytes(job, batch)
         fixed = max(fixed, RESIDENT_BASE + 4 * (outside + widest) + backward)

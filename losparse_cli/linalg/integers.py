@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DAMPING = 0.03
+DAMPING = 0.01
 """Of the mean of the diagonal of H, added to it."""
 CODE_WEIGHT = 0.05
 """How much of a step the threshold between two whole numbers moves for each bit that the larger one costs more."""
@@ -98,10 +98,7 @@ def code(
     order, R = metric.order, metric.R
     steps = metric.columns[order]
     left = W.T[order].contiguous()  # columns of W lie together
-    squares = (left / steps[:, None]).div_(a).square_()
-    of_rows = squares.mean(0)
-    # Of codes that hand no error on; contexts of a stream know rows and columns, too.
-    of_columns = (squares.mean(1) / of_rows.mean().clamp_min(1e-38)).tolist()
+    slope = _slope((left / steps[:, None]).pow_(2).mean(0) / a.square(), weight)
     allowed = None if support is None else support.T[order]
     codes = torch.empty(n, m, dtype=torch.int32, device=W.device)
     scale = torch.ones(1, m, device=W.device) if runs is None else runs.T.float().contiguous()
@@ -113,7 +110,7 @@ def code(
         errors = torch.empty(end - begin, m, device=W.device)
         for j in range(begin, end):
             step = float(steps[j])
-            q = _rounded(left[j] * (inverse[run[j]] / step), _slope(of_rows * of_columns[j], weight))
+            q = _rounded(left[j] * (inverse[run[j]] / step), slope)
             if width:
                 q.clamp_(*limits(width)).mul_(scale[run[j]])
             if allowed is not None:

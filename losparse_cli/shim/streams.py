@@ -11,8 +11,8 @@ from __future__ import annotations
 import ctypes
 import struct
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ MOST_IN_LANE = 1 << 16
 WIDTHS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 ESCAPED = -(1 << 15)
 BATCH = 1 << 24  # entries that plain torch holds at a time
+AT_ONCE = 1 << 24  # entries that are encoded at a time
 BLOCK_ROWS = 256
 LOOKS = 64  # steps between two looks at whether the words are used up
 
@@ -246,13 +247,30 @@ def _row_offsets(contexts: Contexts, first: int, last: int) -> Tensor:
 
 def encode(codes: Tensor, contexts: Contexts) -> Tensor:
     """The stream, uint8 on the CPU, of codes (m, n) of any whole dtype that fit into 32 bits."""
-    codes = codes.cpu().int().contiguous()
-    parts = kernels().coded(codes, contexts)
-    return _put_together(codes, contexts, parts or _encode(codes, contexts))
-
-
-def _put_together(codes: Tensor, contexts: Contexts, parts: Parts) -> Tensor:
+    codes = codes.cpu()
     m, n = codes.shape
+    chunk = LANES * contexts.lane_rows  # rows; chunks know nothing of each other
+    step = chunk * max(1, AT_ONCE // (chunk * n))
+    found = []
+    for begin in range(0, m, step):
+        part = codes[begin : begin + step].int().contiguous()
+        of_part = replace(contexts, rows=contexts.rows[begin : begin + step])
+        found.append(kernels().coded(part, of_part) or _encode(part, of_part))
+    return _put_together(contexts, _joined(found))
+
+
+def _joined(parts: Sequence[Parts]) -> Parts:
+    """Of chunks that follow each other."""
+    if len(parts) == 1:
+        return parts[0]
+    counts, states, words, escapes = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("counts", "states", "words", "escapes")
+    )
+    return Parts(counts, states, words, escapes, max(part.width for part in parts))
+
+
+def _put_together(contexts: Contexts, parts: Parts) -> Tensor:
+    m, n = contexts.rows.numel(), contexts.columns.numel()
     escape_width = width_of(parts.escapes)
     stored = write_tables(contexts.tables) if contexts.tables else b""
     body = torch.cat(

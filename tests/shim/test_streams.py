@@ -16,7 +16,7 @@ from torch import Tensor
 
 from losparse_cli import kernels
 from losparse_cli.kernels import native
-from losparse_cli.shim import installed
+from losparse_cli.shim import installed, streams
 from losparse_cli.shim.streams import HEADER, Contexts, decode, encode
 from losparse_cli.shim.tables import SHAPES
 
@@ -220,3 +220,18 @@ def test_each_byte_counts(name: str) -> None:
                 decode(torch.tensor(list(sealed(blob[:end])), dtype=torch.uint8), tuple(codes.shape))
         with pytest.raises(ValueError, match="layer of 5 x 7"):
             decode(torch.tensor(list(blob), dtype=torch.uint8), (7, 5))
+
+
+@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize(("m", "lane_rows"), [(500, 2), (256, 1), (129, 4)])
+def test_chunks_make_the_stream_of_the_whole(
+    m: int, lane_rows: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contexts = contexts_of((m, 7), 3, lane_rows=lane_rows, base=0)
+    contexts = replace(contexts, rows=contexts.rows.sort().values)  # the last chunks alone have the widest tables
+    codes = codes_of(contexts, 4)
+    with way(name):
+        whole = encode(codes, contexts)
+        monkeypatch.setattr(streams, "AT_ONCE", 1)
+        assert torch.equal(encode(codes, contexts), whole)
+    assert torch.equal(decode(whole, tuple(codes.shape))[0].int(), codes)
