@@ -74,7 +74,7 @@ def foresee(
     def recalled() -> Measured | None:
         if work is None:
             return None
-        known = None if file is None else _read(file, mark)
+        known = None if file is None else _read(file, job, mark)
         found = work.recall(SENSITIVITY, lambda path: _measures(load_file(path)))
         if found is None and known is not None:
             _keep(work, known)
@@ -120,9 +120,11 @@ def _decided_by(job: Job, plans: Sequence[LayerPlan], seen: Sample) -> dict[str,
     return json.loads(json.dumps(made))  # type: ignore[no-any-return]
 
 
-def _read(file: Path, mark: dict[str, Any]) -> Measured | None:
+def _read(file: Path, job: Job, mark: dict[str, Any]) -> Measured | None:
     """What the file holds, None where it is to be written; UsageError if it is something else, or of something else, or
     has no place."""
+    if job.output in file.parents:
+        raise UsageError(f"--sensitivity-file {file} lies inside the result, which is replaced. Name another place.")
     if not file.exists():
         if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
             raise UsageError(f"--sensitivity-file {file} cannot be written: {file.parent} is no folder that takes it.")

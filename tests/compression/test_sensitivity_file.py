@@ -155,5 +155,8 @@ def test_where_nothing_is_measured_it_is_refused(
 def test_without_text_or_a_place_for_it_it_is_refused(dense: Path, asked: Calibration, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--calibration text"):
         compress(dense, tmp_path / "out", bits=5, sensitivity_file=tmp_path / "file")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UsageError, match="lies inside the result"):
+        compress(dense, tmp_path / "out", bits=5, calibration=asked, sensitivity_file=tmp_path / "out" / "file")
     with pytest.raises(UsageError, match="cannot be written"):
         compress(dense, tmp_path / "out", bits=5, calibration=asked, sensitivity_file=tmp_path / "none" / "file")
