@@ -181,6 +181,14 @@ def write_errors(place: Path) -> Iterator[None]:
         ) from error
 
 
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make the file at `path`, which is there whole or not at all; OutputError if it cannot be written."""
+    part = path.with_name(path.name + ".part")
+    with write_errors(path):
+        write(part)
+        part.replace(path)
+
+
 # --- in Python, where options are arguments ---------------------------------------------------------
 
 

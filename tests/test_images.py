@@ -18,11 +18,11 @@ from torch import Tensor
 
 import losparse_cli
 from losparse_cli import Calibration, Recipe
-from losparse_cli.checkpoint.writer import ShardWriter
 from losparse_cli.compression.plan import Job
 from losparse_cli.errors import UsageError
 from losparse_cli.text.inputs import Inputs
 from losparse_cli.text.sample import hold_out
+from tests.killing import Killed, kill_at
 
 pytest.importorskip("PIL")
 FIRST = (r"re:.*\.0\.",)
@@ -122,24 +122,15 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
     rows = sighted.rows(tmp_path / "rows", 6, alone=(1, 3))
     how: dict[str, Any] = {"recipe": CODES} if refinement is None else {"recipe": FLOATS, "refinement": {"steps": 4}}
 
-    class Killed(BaseException):
-        pass
-
     def run(name: str) -> dict[str, str]:
         made = losparse_cli.compress(dense, tmp_path / name / "out", calibration=str(rows), **how)
         assert refinement is None or made.report.blocks
         return toys.digests(made.output)
 
-    whole, append = run("whole"), ShardWriter.append
-
-    def dying(self: ShardWriter, *args: Any, **options: Any) -> Any:
-        if self.done == stop:
-            raise Killed
-        return append(self, *args, **options)
-
-    for stop in (0, 30, 60, 75):  # noqa: B007 - dying reads it
+    whole = run("whole")
+    for stop in (0, 30, 60, 75):
         with monkeypatch.context() as patched:
-            patched.setattr(ShardWriter, "append", dying)
+            kill_at(patched, stop)
             with pytest.raises(Killed):
                 run("killed")
     assert run("killed") == whole

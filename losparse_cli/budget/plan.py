@@ -123,15 +123,15 @@ class Plan:
     @property
     def workspace_bytes(self) -> int:
         """Most memory that solving one layer takes without text."""
-        return workspace(self.layers)
+        return _most_workspace(self.layers)
 
     @property
     def row_workspace_bytes(self) -> int:
         """The same of embeddings and output heads alone, which need no text."""
-        return workspace(p for p in self.layers if p.layer.rows)
+        return _most_workspace(p for p in self.layers if p.layer.rows)
 
 
-def workspace(plans: Iterable[LayerPlan]) -> int:
+def _most_workspace(plans: Iterable[LayerPlan]) -> int:
     """Most memory that one of these layers takes: measured at up to 41 bytes an entry, by pattern and scope."""
     return max((_workspace(p) * p.layer.weights for p in plans), default=0)
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import write_errors
+from ..errors import write_whole
 from ..models.backward import floating
 from ..models.blocks import Call
 
@@ -61,10 +61,7 @@ class Standing:
         told = {"done": self.done, "tokens": self.tokens, "texts": self.texts, "gradients": [p for p, _ in found]}
         tensors = {f"g:{name}": g.contiguous() for name, g in self.g.items()}
         tensors |= {f"gradient:{number}": grad.contiguous() for number, (_, grad) in enumerate(found)}
-        part = path.with_name(path.name + ".part")
-        with write_errors(path):
-            save_file(tensors, part, {KEY: json.dumps(told)})
-            part.replace(path)
+        write_whole(path, lambda part: save_file(tensors, part, {KEY: json.dumps(told)}))
 
     def restore(self, kept: Mapping[str, Sequence[Call]], keep: Callable[[Tensor], Tensor]) -> None:
         """Hand the gradients to what the blocks of `kept` returned now; `keep` keeps them."""

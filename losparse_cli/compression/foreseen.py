@@ -11,27 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .. import __version__
 from ..budget.plan import LayerPlan
 from ..calibration.moments import Fed
 from ..calibration.sensitivity import Sensitivity
-from ..checkpoint.fingerprint import digest, file_states
+from ..checkpoint.fingerprint import digest
 from ..checkpoint.output import BACKWARD, SENSITIVITY
 from ..checkpoint.workfolder import WorkFolder
-from ..errors import UsageError, write_errors
+from ..errors import UsageError, write_whole
 from ..linalg.integers import column_metric, row_steps
 from ..linalg.rates import Curve
-from ..parallel.group import agreed
 from ..progress import Progress
 from ..shim.layouts import COLUMN_FACTORS
 from ..text.sample import hold_out
 from ..text.windows import Sample
 from .coded import curve_of, support_of
+from .fingerprint import fingerprint
 from .plan import Job
 from .sensitivity import measure_sensitivity
 from .solve import as_matrix
@@ -68,12 +66,10 @@ def foresee(
     that was run backwards. UsageError if that file is of another model or text, OutputError if it cannot be written.
     """
     seen = _seen(windows)
-    file, work = job.sensitivity_file, team.work
+    file = job.sensitivity_file
     mark = {} if file is None else _decided_by(job, plans, seen)
 
-    def recalled() -> Measured | None:
-        if work is None:
-            return None
+    def recall(work: WorkFolder) -> Measured | None:
         known = None if file is None else _read(file, job, mark)
         found = work.recall(SENSITIVITY, lambda path: _measures(load_file(path)))
         if found is None and known is not None:
@@ -82,15 +78,17 @@ def foresee(
             _write(file, found, mark)  # the run before came no further
         return found or known
 
-    found = agreed(team.group, recalled)
-    if team.said(found is not None):
-        return _measures(team.heard({} if found is None else _tensors(found)))
-    found = _measured(job, plans, seen, team, told, fixed_bytes)
-    if work is not None:
-        _keep(work, found)
-        (work.path / BACKWARD).unlink(missing_ok=True)
-        if file is not None:
-            _write(file, found, mark)
+    is_known, found = team.recalled(recall)
+    if is_known:
+        found = _measures(team.heard({} if found is None else _tensors(found)))
+    else:
+        found = _measured(job, plans, seen, team, told, fixed_bytes)
+        if team.work is not None:
+            _keep(team.work, found)
+            if file is not None:
+                _write(file, found, mark)
+    if team.work is not None:
+        (team.work.path / BACKWARD).unlink(missing_ok=True)
     return found
 
 
@@ -107,17 +105,17 @@ def _seen(windows: Sample) -> Sample:
 def _decided_by(job: Job, plans: Sequence[LayerPlan], seen: Sample) -> dict[str, Any]:
     """What decides what is measured; of it, what a person would call it -> JSON."""
     assert job.calibration is not None
+    run = fingerprint(job)
     sparse = {p.layer.name: [p.nnz, p.pattern, p.scope] for p in plans if p.sparse}
-    made = {
-        "version": [__version__, torch.__version__, transformers.__version__],
-        "model": [job.source.commit or file_states(job.source), digest(job.source.config)],
+    return {
+        "version": [run["losparse"], run["torch"], run["transformers"]],
+        "model": [run["source"], run["config"]],
         "text": [seen.digest(), seen.length, job.calibration.batch],
         "seed": job.recipe.seed,
         "solver": job.recipe.solver,
         "layers": digest([[p.layer.name, list(p.layer.shape)] for p in plans]),
         "zeros": digest(sparse),
     }
-    return json.loads(json.dumps(made))  # type: ignore[no-any-return]
 
 
 def _read(file: Path, job: Job, mark: dict[str, Any]) -> Measured | None:
@@ -150,10 +148,7 @@ def _read(file: Path, job: Job, mark: dict[str, Any]) -> Measured | None:
 
 
 def _write(file: Path, found: Measured, mark: dict[str, Any]) -> None:
-    with write_errors(file):
-        partial = file.with_name(f"{file.name}.partial")
-        save_file(_tensors(found), partial, metadata={OF: json.dumps(mark)})
-        os.replace(partial, file)
+    write_whole(file, lambda part: save_file(_tensors(found), part, metadata={OF: json.dumps(mark)}))
 
 
 def _measured(

@@ -51,8 +51,8 @@ class Team:
         return self.group.broadcast(0, tensors)
 
     def recalled(self, recall: Callable[[WorkFolder], T | None]) -> tuple[bool, T | None]:
-        """Whether the first rank recalls a decision, and what it is there."""
-        found = None if self.work is None else recall(self.work)
+        """Whether the first rank recalls a decision, and what it is there; where it fails, all end."""
+        found = agreed(self.group, lambda: None if self.work is None else recall(self.work))
         return bool(self.said(found is not None)), found
 
 

@@ -36,6 +36,7 @@ from losparse_cli.parallel.group import Alone
 from losparse_cli.progress import Progress
 from losparse_cli.text.sample import hold_out
 from losparse_cli.text.windows import Calibration
+from tests.killing import Killed, kill_at
 
 RECIPE = Recipe(keep=0.6, rank_ratio=0.2, iterations=8)
 LENGTH = 32
@@ -74,22 +75,6 @@ def far(folder: Path, dense: Path, ids: Tensor) -> float:
     """How far what the checkpoint says is from what the dense one says, relative to how that varies."""
     model, expected = (logits(losparse_cli.load(place)[0], ids) for place in (folder, dense))
     return float((model - expected).norm() / (expected - expected.mean(dim=tuple(range(expected.dim() - 1)))).norm())
-
-
-class Killed(Exception):
-    pass
-
-
-def kill_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Let a run die when so many units are finished and it is about to write the next."""
-    append = ShardWriter.append
-
-    def dying(self: ShardWriter, *args: Any, **options: Any) -> Any:
-        if self.done == number:
-            raise Killed
-        return append(self, *args, **options)
-
-    monkeypatch.setattr(ShardWriter, "append", dying)
 
 
 def killed_then_resumed(

@@ -22,7 +22,6 @@ from losparse_cli.budget.recipe import CALIBRATED_BITS, DEFAULT_BITS
 from losparse_cli.budget.units import parse_size
 from losparse_cli.checkpoint.output import SENSITIVITY
 from losparse_cli.checkpoint.report import Report
-from losparse_cli.checkpoint.writer import ShardWriter
 from losparse_cli.compress import compress, plan, run
 from losparse_cli.compression import foreseen
 from losparse_cli.compression.estimate import forecast
@@ -33,6 +32,7 @@ from losparse_cli.text import sample
 from losparse_cli.text.windows import Calibration
 from losparse_cli.verify import verify
 from tests.hearing import Hearing
+from tests.killing import Killed, kill_at
 
 LAYERS = 14  # of the toy llama
 
@@ -222,15 +222,8 @@ def test_a_killed_run_with_zeros_ends_with_the_same_bytes(
         how = {"value_bits": 5, "pattern": "2:4"}
         return toys.digests(compress(toy("llama", tokenizer=True), folder / "out", how, calibration=asked).output)
 
-    append = ShardWriter.append
-
-    def dying(self: ShardWriter, *args: Any, **options: Any) -> Any:
-        if self.done == 9:
-            raise Killed
-        return append(self, *args, **options)
-
     with monkeypatch.context() as patched:
-        patched.setattr(ShardWriter, "append", dying)
+        kill_at(patched, 9)
         with pytest.raises(Killed):
             made(tmp_path / "killed")
     assert made(tmp_path / "killed") == made(tmp_path / "whole")
@@ -374,10 +367,6 @@ def test_figures_of_whole_numbers_beside_the_dense_model(coded: Path, toy: Any, 
 # --- killed ------------------------------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.slow
 def test_killed_anywhere_it_ends_with_the_same_bytes(
     toy: Any, asked: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -388,22 +377,17 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
         return toys.digests(made.output)
 
     whole = run(tmp_path / "whole")
-    append, measured = ShardWriter.append, foreseen.measure_sensitivity
+    measured = foreseen.measure_sensitivity
     count = 0
-
-    def dying(self: ShardWriter, *args: Any, **options: Any) -> Any:
-        if self.done == stop:
-            raise Killed
-        return append(self, *args, **options)
 
     def counted(*args: Any, **options: Any) -> Any:
         nonlocal count
         count += 1
         return measured(*args, **options)
 
-    for stop in (0, 5, 9, 15, 20):  # noqa: B007 - dying reads it
+    for stop in (0, 5, 9, 15, 20):
         with monkeypatch.context() as patched:
-            patched.setattr(ShardWriter, "append", dying)
+            kill_at(patched, stop)
             patched.setattr(foreseen, "measure_sensitivity", counted)
             with pytest.raises(Killed):
                 run(tmp_path / "killed")

@@ -12,17 +12,13 @@ import toys
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from losparse_cli.checkpoint.writer import ShardWriter
 from losparse_cli.compress import compress, plan
 from losparse_cli.compression import foreseen
 from losparse_cli.compression.estimate import forecast
 from losparse_cli.errors import RecipeError, UsageError
 from losparse_cli.text.windows import Calibration
 from tests.hearing import Hearing
-
-
-class Killed(BaseException):
-    """What no except clause of the code under test expects."""
+from tests.killing import Killed, kill_at
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +38,7 @@ def dense(toy: Any) -> Path:
 def file(dense: Path, asked: Calibration, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("measured")
     compress(dense, folder / "out", bits=6, calibration=asked, sensitivity_file=folder / "known.safetensors")
-    assert not list(folder.glob("*.partial"))
+    assert not list(folder.glob("*.part*"))
     return folder / "known.safetensors"
 
 
@@ -71,15 +67,8 @@ def test_a_run_that_has_read_it_goes_on_without_it(
     whole = compress(dense, tmp_path / "whole", bits=5, calibration=asked, sensitivity_file=file).output
     mine = tmp_path / "mine.safetensors"
     mine.write_bytes(file.read_bytes())
-    append = ShardWriter.append
-
-    def dying(self: ShardWriter, *args: Any, **options: Any) -> Any:
-        if self.done == 5:
-            raise Killed
-        return append(self, *args, **options)
-
     with monkeypatch.context() as patch:
-        patch.setattr(ShardWriter, "append", dying)
+        kill_at(patch, 5)
         with pytest.raises(Killed):
             compress(dense, tmp_path / "out", bits=5, calibration=asked, sensitivity_file=mine)
     mine.unlink()
