@@ -46,7 +46,12 @@ def export(
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
-    """Write a compressed checkpoint for other engines: plain weights, or its whole numbers as they know them."""
+    """Write a compressed checkpoint for other engines: plain weights, or its whole numbers as they know them.
+
+    [dim]losparse export model-small -o model-dense[/dim]
+
+    [dim]losparse export model-small --gguf -o model.gguf[/dim]
+    """
     from ...errors import UsageError
     from ...export import export as write
     from ...export import export_gguf, export_packed

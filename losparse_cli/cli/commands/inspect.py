@@ -36,7 +36,12 @@ def inspect(
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Show what a compressed checkpoint holds, or what compress would do to a dense one."""
+    """Show what a compressed checkpoint holds, or what compress would do to a dense one.
+
+    [dim]losparse inspect model-small --layers --sort error[/dim]
+
+    [dim]losparse inspect model --spectrum[/dim]
+    """
     from ...inspection import inspect as look
     from .. import console as c
     from .. import tables

@@ -18,7 +18,10 @@ def push(
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
-    """Verify a compressed checkpoint and upload it to the Hub in one commit."""
+    """Verify a compressed checkpoint and upload it to the Hub in one commit.
+
+    [dim]losparse push model-small user/model-small[/dim]
+    """
     from .. import console as c
 
     out = c.Console(json=json, quiet=quiet)

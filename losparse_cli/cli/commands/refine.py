@@ -64,7 +64,10 @@ def refine(
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
-    """Train a compressed model to match its dense one, as a whole or block by block; its size stays."""
+    """Train a compressed model to match its dense one, as a whole or block by block; its size stays.
+
+    [dim]losparse refine model-small --against user/model --calibration text.txt --refine-minutes 20[/dim]
+    """
     from ...errors import UsageError
 
     if calibration is None:

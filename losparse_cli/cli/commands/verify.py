@@ -13,7 +13,10 @@ def verify(
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
-    """Check hashes, headers, config, every index and every stream of codes, without loading a model."""
+    """Check hashes, headers, config, every index and every stream of codes, without loading a model.
+
+    [dim]losparse verify model-small[/dim]
+    """
     from dataclasses import asdict
 
     from ...verify import verify as check
