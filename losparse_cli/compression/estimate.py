@@ -19,13 +19,12 @@ from ..checkpoint.config import layer_specs
 from ..checkpoint.output import check_space, free_bytes
 from ..checkpoint.workfolder import WorkFolder
 from ..linalg.precision import fast_float32
-from ..models.device import chosen_dtype
 from ..text.documents import SELF
 from ..text.sample import HELD_OUT, account, doubts, hold_out
 from ..text.windows import Sample
 from .fingerprint import fingerprint
 from .footprint import footprint
-from .foreseen import SENSITIVITY_TOKENS
+from .foreseen import SENSITIVITY_TOKENS, check_known
 from .pace import seconds_alone
 from .plan import RESIDENT_BASE, Job
 from .request import passing
@@ -168,6 +167,7 @@ def forecast(job: Job, *, resume: str = "auto", overwrite: bool = False) -> Fore
     """
     work = WorkFolder(job.output, fingerprint(job), resume=resume, overwrite=overwrite, reads=job.reads)
     work.check()
+    check_known(job)
     made = job.scheduled()
     space, free = space_needed(job), free_bytes(job.output)
     if not work.finished and not work.path.is_dir():  # else a part of it is written
@@ -316,15 +316,13 @@ def _training_seconds(job: Job, speed: float, again: bool) -> float:
 
 
 def _training_bytes(job: Job, tokens: int, again: bool) -> int:
-    """Of memory, while the whole model is trained: its weights as floats, what moves, what it leaves for the way back,
-    and what the dense one said. again: whether blocks run twice, and leave what flows into them."""
+    """Of memory, while the whole model is trained: its weights, codes in a byte and the rest as floats, what moves,
+    what it leaves for the way back, and what the dense one said. again: whether blocks run twice, and leave what flows
+    into them."""
     if job.towards is None:
         return 0
-    dtype = chosen_dtype(job.towards.precision, job.device)
-    coded = sum(p.layer.weights for p in job.plan.layers if p.bits and not p.layer.rows)
-    weights = 4 * job.parameters - (4 - dtype.itemsize) * coded
-    if weights > job.memory // 2:  # then each layer is unfolded when it computes
-        weights = job.source.nbytes
+    coded = [p.layer.weights for p in job.plan.layers if p.bits]
+    weights = 4 * job.parameters - 3 * sum(coded) + 4 * max(coded, default=0)  # of which one is unfolded at a time
     assert job.calibration is not None
     assert job.calibration.length is not None
     together = passing(job.calibration.length) * job.calibration.length

@@ -3,6 +3,7 @@ layer, and how a layer's bits fall with the step. None of it depends on the size
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..budget.plan import LayerPlan
+from ..budget.plan import LayerPlan, Plan
 from ..calibration.moments import Fed
 from ..calibration.sensitivity import Sensitivity
 from ..checkpoint.fingerprint import digest
@@ -38,6 +39,7 @@ from .team import Team
 SENSITIVITY_TOKENS = 16_384
 NATS = "nats"  # in the file that keeps what was measured, beside names of layers
 OF = "losparse"  # in its metadata: what it was measured of
+CONTENTS = "sha256"  # of what is in it, there, too
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,18 @@ def foresee(
     return found
 
 
+def coded_layers(plan: Plan) -> list[LayerPlan]:
+    """Those whose codes follow the loss."""
+    return [p for p in plan.layers if p.bits and not p.layer.rows and not p.width]
+
+
+def check_known(job: Job) -> None:
+    """UsageError if the job's `sensitivity_file` is of another model or text, as far as the text is there."""
+    if job.sensitivity_file is not None and job.windows is not None:
+        plans = coded_layers(job.scheduled().plan)
+        _read(job.sensitivity_file, job, _decided_by(job, plans, _seen(job.windows)))
+
+
 def _keep(work: WorkFolder, found: Measured) -> None:
     work.keep(SENSITIVITY, lambda path: save_file(_tensors(found), path))
 
@@ -133,8 +147,8 @@ def _read(file: Path, job: Job, mark: dict[str, Any]) -> Measured | None:
         different = [name for name in mark if found.get(name) != mark[name]]
         if not different:
             tensors = load_file(file)
-            if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-                raise ValueError("not finite")
+            if found[CONTENTS] != _contents(tensors):
+                raise ValueError("other numbers than were written")
             return _measures(tensors)
     except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(
@@ -148,7 +162,14 @@ def _read(file: Path, job: Job, mark: dict[str, Any]) -> Measured | None:
 
 
 def _write(file: Path, found: Measured, mark: dict[str, Any]) -> None:
-    write_whole(file, lambda part: save_file(_tensors(found), part, metadata={OF: json.dumps(mark)}))
+    tensors = _tensors(found)
+    told = json.dumps(mark | {CONTENTS: _contents(tensors)})  # one entry, as several come in any order
+    write_whole(file, lambda part: save_file(tensors, part, metadata={OF: told}))
+
+
+def _contents(tensors: dict[str, Tensor]) -> str:
+    """By which damage is noticed: safetensors has no checksums."""
+    return digest({name: hashlib.sha256(x.numpy().tobytes()).hexdigest() for name, x in tensors.items()})
 
 
 def _measured(

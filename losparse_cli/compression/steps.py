@@ -13,7 +13,7 @@ from ..linalg.rates import step_within
 from ..progress import Progress
 from ..text.windows import Sample
 from .coded import MOST_CARRIED, Pot, own_pot
-from .foreseen import Foreseen, foresee
+from .foreseen import Foreseen, coded_layers, foresee
 from .plan import Job
 from .team import Team
 
@@ -147,7 +147,7 @@ class Steps:
 
 def foreseen_steps(job: Job, plan: Plan, windows: Sample, team: Team, told: Progress, fixed_bytes: int) -> Steps:
     """The steps of a job whose codes follow the loss; fixed_bytes: of memory beside activations."""
-    coded = [p for p in plan.layers if p.bits and not p.layer.rows and not p.width]
+    coded = coded_layers(plan)
     if job.recipe.sensitivity != "on":
         return Steps(coded, {})
     found = foresee(job, coded, windows, team, told, fixed_bytes)

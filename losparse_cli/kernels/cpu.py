@@ -5,6 +5,9 @@ Every function takes x (rows, in) and gives (rows, out), contiguous.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -87,15 +90,28 @@ def tile(
     code: Library, layer: Layer, x: Tensor, U: Tensor | None, V: Tensor | None, bias: Tensor | None
 ) -> Tensor | None:
     """Some rows of S dense at a time; with U V in them where x has so many rows that this is less work."""
+
+    def fill(W: Tensor, begin: int) -> bool:
+        end, threads = begin + len(W), torch.get_num_threads()
+        return not code.expand(layer, W.data_ptr(), begin, end, W.itemsize, threads, code.level)
+
+    return _tiled(layer, x, U, V, bias, TILE_ENTRIES, fill)
+
+
+def _tiled(
+    layer: Layer, x: Tensor, U: Tensor | None, V: Tensor | None, bias: Tensor | None, entries: int,
+    fill: Callable[[Tensor, int], bool],
+) -> Tensor | None:  # fmt: skip
+    """fill: puts the rows of S from a number on into a dense tile of so many entries; whether it could."""
     rows, m, n = x.shape[0], layer.m, layer.n
     merged = U is None or (4 * layer.rank <= rows and n <= 2 * rows)
-    step = max(1, TILE_ENTRIES // n)
-    scratch = x.new_empty(min(step, m), n)
+    step = max(1, entries // n)
+    scratch = _scratch(min(step, m), n, x.dtype)
     y = x.new_empty(rows, m) if merged else low_rank(x, U, V, bias, m)
     for begin in range(0, m, step):
         end = min(begin + step, m)
         W = scratch[: end - begin]
-        if code.expand(layer, W.data_ptr(), begin, end, x.itemsize, torch.get_num_threads(), code.level):
+        if not fill(W, begin):
             return None
         if not merged:
             y[:, begin:end] += F.linear(x, W)
@@ -107,6 +123,19 @@ def tile(
             return part
         y[:, begin:end] = part
     return y
+
+
+_kept = threading.local()
+
+
+def _scratch(rows: int, n: int, dtype: torch.dtype) -> Tensor:
+    """A tile, with anything in it, in memory that each thread keeps: fresh pages cost as much as what is put there."""
+    size = rows * n * dtype.itemsize
+    memory: Tensor | None = getattr(_kept, "memory", None)
+    if memory is None or memory.numel() < size:
+        with torch.inference_mode(False):  # or it could not be changed outside again
+            memory = _kept.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+    return memory[:size].view(dtype).view(rows, n)
 
 
 def dense(code: Library, layer: Layer, S: Tensor) -> Tensor | None:
@@ -132,7 +161,17 @@ def tile_of_codes(
     code: Library, layer: Layer, x: Tensor, values: Tensor, U: Tensor | None, V: Tensor | None, bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor | None:  # fmt: skip
-    """Some rows of codes dense at a time, in the dtype that this processor multiplies fastest; factors beside them."""
+    """Some rows of codes dense at a time, in the dtype that this processor multiplies fastest. Factors stay beside them
+    in bfloat16, where codes are exact and their products with factors are not; in float32 they are in the tile, which
+    spares two passes over what flows."""
+    if dtype == torch.float32:
+
+        def fill(W: Tensor, begin: int) -> bool:
+            return rows_of_codes(code, layer, None, begin, W) is not None
+
+        U, V, bias = (t if t is None else t.to(dtype) for t in (U, V, bias))
+        found = _tiled(layer, x.to(dtype), U, V, bias, CODED_ENTRIES, fill)
+        return None if found is None else found.to(x.dtype)
     alone = U is None and bias is None
     y = x.new_empty(x.shape[0], layer.m) if alone else low_rank(x, U, V, bias, layer.m)
     wide = torch.empty_like(x, dtype=dtype)
@@ -140,7 +179,7 @@ def tile_of_codes(
     if code.scale(layer, x.data_ptr(), x.shape[0], DTYPES[dtype], wide.data_ptr(), threads, code.level):
         return None
     step = max(1, CODED_ENTRIES // layer.n)
-    scratch = wide.new_empty(min(step, layer.m), layer.n)
+    scratch = _scratch(min(step, layer.m), layer.n, dtype)
     for begin in range(0, layer.m, step):
         end = min(begin + step, layer.m)
         if rows_of_codes(code, layer, None, begin, scratch[: end - begin], scaled=False) is None:
@@ -151,6 +190,21 @@ def tile_of_codes(
         else:
             into.addcmul_(part.to(y.dtype), values[begin:end])
     return y
+
+
+def times_codes(code: Library, layer: Layer, g: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """g (rows, out) S -> (rows, in), for the way back: some rows of S dense at a time, in this dtype."""
+    m, n = layer.m, layer.n
+    wide, step = g.to(dtype), max(1, CODED_ENTRIES // n)
+    scratch = _scratch(min(step, m), n, dtype)
+    found: Tensor | None = None
+    for begin in range(0, m, step):
+        S = scratch[: min(step, m - begin)]
+        if rows_of_codes(code, layer, None, begin, S) is None:
+            return None
+        part = wide[:, begin : begin + len(S)] @ S
+        found = part if found is None else found.float().add_(part)  # in bfloat16 each tile would be rounded once more
+    return None if found is None else found.to(g.dtype)
 
 
 def rows_of_codes(

@@ -113,8 +113,20 @@ class Kernels:
             return cpu.digits(code, layer, x, rows)
         if way != "tile":
             return None
-        dtype = x.dtype if code.level >= AVX512_BF16 else torch.float32
+        dtype = _multiplied(code, x.dtype)
         return _shaped(cpu.tile_of_codes(code, layer, x.view(rows, layer.n), values, U, V, bias, dtype), x)
+
+    def times_sparse(
+        self, g: Tensor, values: Tensor, index: Tensor, starts: Tensor, shape: tuple[int, int], form: str
+    ) -> Tensor | None:
+        code = library()
+        fits = _plain(g) and g.device.type == "cpu" and g.dtype == values.dtype and g.numel()
+        if code is None or not (bits_of(form) and fits):
+            return None
+        layer = self.described(values, index, starts, None, None, None, shape, form)
+        if layer is None or layer.dtype < 0:
+            return None
+        return cpu.times_codes(code, layer, g, _multiplied(code, g.dtype))
 
     def _codes_way(self, code: Library, rows: int) -> str:
         return self.forced or codes_way(rows, multiplies_half=code.level >= AVX512_BF16)
@@ -237,6 +249,11 @@ class Kernels:
             return None
         found = cpu.rows_of_codes(code, layer, rows, 0, values.new_empty(rows.numel(), shape[1]))
         return None if found is None else found.view(*rows.shape, shape[1]).to(dtype)
+
+
+def _multiplied(code: Library, dtype: torch.dtype) -> torch.dtype:
+    """What this processor multiplies numbers of this dtype in."""
+    return dtype if code.level >= AVX512_BF16 else torch.float32
 
 
 def _plain(tensor: Tensor) -> bool:

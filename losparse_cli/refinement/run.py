@@ -27,14 +27,13 @@ from ..errors import UsageError
 from ..finetuning.states import disk_errors
 from ..linalg.precision import fast_float32
 from ..load import load
-from ..models.device import available, chosen_dtype, chosen_precision
+from ..models.device import chosen_dtype, chosen_precision
 from ..models.names import NameMap
 from ..models.skeleton import empty_model
 from ..parallel.group import agreed, ranks
 from ..progress import Progress, listener
 from ..text.sample import account, held_out
 from ..text.windows import Windows
-from .layers import unfold
 from .recomputation import recompute
 from .result import write_refined
 from .teacher import FILE as TEACHER
@@ -142,12 +141,9 @@ def check_moving(job: Job) -> None:
 def _student(job: Job) -> Any:
     """The compressed model, of which nothing is to be trained yet."""
     assert job.start is not None
-    assert job.towards is not None
     options = {"trust_remote_code": True} if job.trust_remote_code else {}
     model, _ = load(job.start.folder, dtype=torch.float32, **options)
     model.requires_grad_(False).to(job.device)
-    room = (available(job.device) if job.memory_limit is None else job.memory_limit) // 2
-    unfold(model, room, chosen_dtype(job.towards.precision, job.device))
     keeps_no_cache(model)
     return model
 

@@ -131,6 +131,7 @@ class Training:
         self._begun = time.monotonic() - self._before
         if not self._looks:
             self._look(state)
+        self._told.phase("the first step")
         last, percent = 0.0, int(100 * self._progress(0))
         self._told.start("percent", 100, percent)
         while (progress := self._progress(last)) < 1:
@@ -248,7 +249,7 @@ class Training:
                 error = CheckpointError("The compressed model gives no numbers on its text, so it cannot be trained.")
                 raise said_once(self._group, error)
             measured = math.inf
-        when = f"After {self._step} steps" if self._step else "At first"
+        when = f"After {self._step} step{'s' * (self._step > 1)}" if self._step else "At first"
         where = "held-out text" if self._unseen else "the text that it is trained on"
         self._told.tell(f"{when}: {measured:.4f} nats a token from the dense model on {where}")
         self._looks.append(Look(self._step, time.monotonic() - self._begun, measured))

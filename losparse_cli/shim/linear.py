@@ -6,11 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .installed import kernels
 from .layouts import LayerSpec
 from .operator import product, sparse
 from .stored import StoredIndex
+
+MOST_ROWS = 8
+"""For each column, of layers inside a block; vocabularies are wider."""
 
 
 class LowRankSparseLinear(StoredIndex, nn.Linear):  # type: ignore[misc]
@@ -55,11 +59,29 @@ class LowRankSparseLinear(StoredIndex, nn.Linear):  # type: ignore[misc]
         values: Tensor = self.weight
         U, V, bias = self.U, self.V, self.bias
         kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-            x, values = x.to(dtype), values.to(dtype)
+        casts = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if casts else values.dtype
+        apart = self._trains_rows(dtype)
+        if casts:
+            x = x.to(dtype)
             U, V, bias = (t if t is None else t.to(dtype) for t in (U, V, bias))
-        return product(x, values, index, starts, U, V, bias, self.out_features, self.form)
+            values = values if apart else values.to(dtype)
+        if not apart or x.dtype != dtype:  # which the operator refuses
+            return product(x, values, index, starts, U, V, bias, self.out_features, self.form)
+        # Factors of rows after the product: their gradient is then a sum over tokens of what was computed already, and
+        # they, which move by less than bfloat16 resolves, are not rounded.
+        ones = values.new_ones(self.out_features, dtype=x.dtype)
+        y = product(x, ones, index, starts, None, None, None, self.out_features, self.form)
+        y = y * values if bias is None else torch.addcmul(bias, y, values)
+        if U is not None and V is not None:
+            y = y + F.linear(F.linear(x, V), U)
+        return y.to(x.dtype)
+
+    def _trains_rows(self, dtype: torch.dtype) -> bool:
+        """Whether gradients of the factors of coded rows are computed, in a way that holds each product without them:
+        not of float16, which is too narrow for that, nor of an output head, where it takes more than it spares."""
+        fits = dtype != torch.float16 and self.out_features <= MOST_ROWS * self.in_features
+        return fits and torch.is_grad_enabled() and self.weight.requires_grad and self.form.startswith("codes")
 
     def sparse(self) -> Tensor:
         """S as a dense (out, in) matrix, without gradients."""

@@ -7,6 +7,7 @@ S is held in one of FORMS, whatever layout it was stored in. The computations he
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -70,31 +71,34 @@ def _(
 @torch.library.custom_op(
     f"{NAMESPACE}::linear_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, Tensor x, {_S}, bool[] wanted, str form) -> Tensor[]",
+    schema=f"(Tensor grad, Tensor? x, int in_features, {_S}, bool[] wanted, str form) -> Tensor[]",
 )
 def _linear_backward(
-    grad: Tensor, x: Tensor, values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None,
-    wanted: list[bool], form: str,
+    grad: Tensor, x: Tensor | None, in_features: int, values: Tensor, index: Tensor, starts: Tensor | None,
+    U: Tensor | None, V: Tensor | None, wanted: list[bool], form: str,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of x, values, U, V and bias, those of them that are wanted; S is made dense for a moment at most."""
-    shape = (grad.shape[-1], x.shape[-1])
-    flat, g = x.reshape(-1, shape[1]), grad.reshape(-1, shape[0])
+    """Gradients of x, values, U, V and bias, those of them that are wanted; S is made dense for a moment at most.
+
+    x: None where it is not needed, for x and the bias.
+    """
+    shape = (grad.shape[-1], in_features)
+    g, flat = grad.reshape(-1, shape[0]), None if x is None else x.reshape(-1, in_features)
     for_x, for_values, for_U, for_V, for_bias = wanted
     found: list[Tensor] = []
     if for_x:
         found.append(_times_sparse(g, values, index, starts, shape, form))
-    if for_values:
+    if for_values and flat is not None:
         found.append(_values_of_outer(g, flat, index, starts, values.numel(), form))
     if U is not None and V is not None:
         inner = g @ U
         if for_x:
             found[0] = found[0] + inner @ V
-        if for_U:
+        if for_U and flat is not None:
             found.append(g.T @ F.linear(flat, V))
-        if for_V:
+        if for_V and flat is not None:
             found.append(inner.T @ flat)
     if for_x:
-        found[0] = found[0].reshape(x.shape)
+        found[0] = found[0].reshape(*grad.shape[:-1], in_features)
     if for_bias:
         found.append(g.sum(0))
     return found
@@ -102,22 +106,25 @@ def _linear_backward(
 
 @_linear_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None,
-    wanted: list[bool], form: str,
+    grad: Tensor, x: Tensor | None, in_features: int, values: Tensor, index: Tensor, starts: Tensor | None,
+    U: Tensor | None, V: Tensor | None, wanted: list[bool], form: str,
 ) -> list[Tensor]:  # fmt: skip
-    like = (x, values, U, V, None)
-    made = [torch.empty_like(t) for t, w in zip(like, wanted, strict=True) if w and t is not None]
+    made = [grad.new_empty((*grad.shape[:-1], in_features))] if wanted[0] else []
+    made += [torch.empty_like(t) for t, w in zip((values, U, V), wanted[1:4], strict=True) if w and t is not None]
     return [*made, grad.new_empty(grad.shape[-1])] if wanted[4] else made
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, values, index, starts, U, V, _, _, form = inputs
-    ctx.form, ctx.wanted = form, [ctx.needs_input_grad[k] for k in (0, 1, 4, 5, 6)]
-    ctx.save_for_backward(x, values, index, starts, U, V)
+    ctx.form, ctx.in_features = form, x.shape[-1]
+    ctx.wanted = [ctx.needs_input_grad[k] for k in (0, 1, 4, 5, 6)]
+    # Of frozen weights nothing is kept that flowed in, as of a dense layer.
+    ctx.save_for_backward(x if any(ctx.wanted[1:4]) else None, values, index, starts, U, V)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    found = iter(_linear_backward(grad, *ctx.saved_tensors, ctx.wanted, ctx.form))
+    x, *parts = ctx.saved_tensors
+    found = iter(_linear_backward(grad, x, ctx.in_features, *parts, ctx.wanted, ctx.form))
     x, values, U, V, bias = (next(found) if wanted else None for wanted in ctx.wanted)
     return x, values, None, None, U, V, bias, None, None
 
@@ -186,9 +193,9 @@ def reference(
         part = F.linear(x, values.view(-1, n))
         y = part.new_zeros(*x.shape[:-1], out_features).index_copy(-1, index.long(), part)
     elif form.startswith("codes") and out_features * n > BLOCK:
-        step, shape = max(1, BLOCK // n), (out_features, n)
-        parts = (slice(begin, begin + step) for begin in range(0, out_features, step))
-        y = torch.cat([F.linear(x, rows_of_codes(part, values, index, starts, shape, form)) for part in parts], -1)
+        shape = (out_features, n)
+        parts = (rows_of_codes(rows, values, index, starts, shape, form) for rows in _pieces(shape))
+        y = torch.cat([F.linear(x, S) for S in parts], -1)
     else:
         y = F.linear(x, sparse(values, index, starts, (out_features, n), form))
     if U is not None and V is not None:
@@ -297,12 +304,6 @@ def _held(codes: Tensor, width: int) -> tuple[Tensor, str]:
     return (codes, form_of(0)) if index is None else (index, form_of(bits))
 
 
-def _whole(index: Tensor, starts: Tensor | None, shape: tuple[int, int], form: str) -> Tensor:
-    """Codes times the factors of their columns, float32."""
-    ones = torch.ones(shape[0], device=index.device)
-    return rows_of_codes(slice(None), ones, index, starts, shape, form)
-
-
 def _times_sparse(
     g: Tensor, values: Tensor, index: Tensor, starts: Tensor | None, shape: tuple[int, int], form: str
 ) -> Tensor:
@@ -314,7 +315,23 @@ def _times_sparse(
     if form == "columns":
         part = g @ values.view(shape[0], -1)
         return part.new_zeros(g.shape[0], shape[1]).index_copy(1, index.long(), part)
+    if form.startswith("codes") and starts is not None:
+        found = kernels().times_sparse(g, values, index, starts, shape, form)
+        for rows in _pieces(shape) if found is None else ():
+            S = rows_of_codes(rows, values, index, starts, shape, form)
+            part = g[:, rows] @ S
+            wide = torch.promote_types(g.dtype, torch.float32)  # in which no piece is rounded once more
+            found = part if found is None else found.to(wide).add_(part)
+        assert found is not None, "a layer has rows"
+        return found.to(g.dtype)
     return g @ sparse(values, index, starts, shape, form)
+
+
+def _pieces(shape: tuple[int, int]) -> Iterator[slice]:
+    """Rows of a matrix of codes, some at a time, that are floats of BLOCK entries at most where a row has no more."""
+    m, n = shape
+    step = max(1, BLOCK // n)
+    return (slice(begin, min(begin + step, m)) for begin in range(0, m, step))
 
 
 def _values_of_outer(g: Tensor, x: Tensor, index: Tensor, starts: Tensor | None, nnz: int, form: str) -> Tensor:
@@ -326,5 +343,7 @@ def _values_of_outer(g: Tensor, x: Tensor, index: Tensor, starts: Tensor | None,
     if form == "columns":
         return (g.T @ x.index_select(1, index)).reshape(-1)
     if form.startswith("codes"):
-        return ((g.T @ x) * _whole(index, starts, (g.shape[1], x.shape[1]), form)).sum(1).to(g.dtype)
+        shape, ones = (g.shape[1], x.shape[1]), torch.ones(g.shape[1], device=g.device)
+        pieces = ((rows, rows_of_codes(rows, ones, index, starts, shape, form)) for rows in _pieces(shape))
+        return torch.cat([((g[:, rows].T @ x) * C).sum(1) for rows, C in pieces]).to(g.dtype)
     return (g.T @ x)[support(index, starts, (g.shape[1], x.shape[1]), form)]

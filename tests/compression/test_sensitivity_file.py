@@ -113,14 +113,18 @@ def test_of_something_else_it_is_refused(
     assert not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.parametrize("how", ["cut", "other", "empty", "folder", "infinite"])
+@pytest.mark.parametrize("how", ["cut", "other", "empty", "folder", "infinite", "negative", "missing"])
 def test_what_is_none_is_refused(how: str, dense: Path, asked: Calibration, file: Path, tmp_path: Path) -> None:
     place = tmp_path / "known.safetensors"
     if how == "folder":
         place.mkdir()
-    elif how == "infinite":
+    elif how in ("infinite", "negative", "missing"):
         tensors = load_file(file)
-        tensors[next(name for name in tensors if name.endswith(".g"))][0] = float("inf")
+        name = next(name for name in tensors if name.endswith(".g"))
+        if how == "missing":
+            del tensors[name], tensors[name.removesuffix(".g") + ".curve"]
+        else:
+            tensors[name][0] = float("inf") if how == "infinite" else -tensors[name][0]
         with safe_open(file, "pt") as opened:
             save_file(tensors, place, metadata=opened.metadata())
     elif how == "other":
@@ -149,3 +153,8 @@ def test_without_text_or_a_place_for_it_it_is_refused(dense: Path, asked: Calibr
         compress(dense, tmp_path / "out", bits=5, calibration=asked, sensitivity_file=tmp_path / "out" / "file")
     with pytest.raises(UsageError, match="cannot be written"):
         compress(dense, tmp_path / "out", bits=5, calibration=asked, sensitivity_file=tmp_path / "none" / "file")
+
+
+def test_a_forecast_refuses_what_a_run_would(dense: Path, asked: Calibration, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no sensitivities"):
+        forecast(plan(dense, tmp_path / "out", bits=4, calibration=asked, sensitivity_file=asked.source))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from products import TOLERANCE, coded, needs_compiler
 from torch import Tensor
 
 from losparse_cli import kernels
-from losparse_cli.kernels import native
-from losparse_cli.shim import kept
+from losparse_cli.kernels import cpu, dispatch, native
+from losparse_cli.shim import kept, operator
 from losparse_cli.shim.layouts import column_factors
 
 pytestmark = pytest.mark.usefixtures("installed_kernels")
@@ -55,6 +56,61 @@ def test_every_instruction_set_is_the_product(level: int, monkeypatch: pytest.Mo
         x = torch.randn(rows, 333).to(dtype)
         with torch.no_grad():
             assert close(layer(x), x, W, None)
+
+
+@needs_compiler
+@pytest.mark.parametrize("entries", [1000, cpu.CODED_ENTRIES], ids=["tiles", "whole"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_products_in_tiles_and_the_way_back(dtype: torch.dtype, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "CODED_ENTRIES", entries)
+    for k, bits in enumerate(range(2, 9)):
+        layer, W = coded((70, 333), bits, rank=k % 2 * 4, bias=k % 3 == 0, dtype=dtype)
+        x = torch.randn(2, 90, 333).to(dtype)
+        with torch.inference_mode():  # in which nothing may be made that is changed afterwards
+            y = layer(x)
+        assert close(y.clone().view(180, 70), x.view(180, 333), W, layer.bias)
+        leaf, target = x.clone().requires_grad_(), torch.randn(90, 2, 70).to(dtype).transpose(0, 1)
+        layer(leaf).backward(target)
+        assert leaf.grad is not None
+        assert close(leaf.grad.view(180, 333), target.reshape(180, 70), W.T, None)
+
+
+@pytest.mark.parametrize("way", ["reference", None])
+def test_many_tiles_round_no_more_than_one(way: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On processors that multiply bfloat16 themselves, and in plain torch."""
+    if way:
+        monkeypatch.setenv("LOSPARSE_KERNEL", way)
+    kernels.install()
+    monkeypatch.setattr(dispatch, "_multiplied", lambda code, dtype: dtype)
+    layer, W = coded((2048, 64), 4, dtype=torch.bfloat16)
+    target, errors = torch.randn(70, 2048).bfloat16(), list[float]()
+    for entries in (1 << 22, 2048):
+        monkeypatch.setattr(cpu, "CODED_ENTRIES", entries)
+        monkeypatch.setattr(operator, "BLOCK", entries)
+        x = torch.randn(70, 64).bfloat16().requires_grad_()
+        layer(x).backward(target)
+        expected = target.double() @ W
+        errors.append(float((x.grad.double() - expected).norm() / expected.norm()))  # type: ignore[union-attr]
+    assert errors[1] < 1.5 * errors[0]
+
+
+@needs_compiler
+def test_what_is_kept_for_tiles_lies_where_the_kernels_run() -> None:
+    """Whatever device torch makes tensors on otherwise."""
+    layer, W = coded((70, 333), 4)
+    x = torch.randn(90, 333)
+    cpu._kept.__dict__.clear()
+    with torch.device("meta"), torch.no_grad():
+        assert close(layer(x), x, W, None)
+
+
+@needs_compiler
+def test_the_way_back_needs_no_dense_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, _ = coded((64, 128), 4)
+    monkeypatch.setattr(operator, "sparse", lambda *arguments: pytest.fail("a tile at a time is enough"))
+    x = torch.randn(5, 128, requires_grad=True)
+    layer.requires_grad_(False)(x).sum().backward()
+    assert x.grad is not None
 
 
 @needs_compiler
@@ -116,3 +172,31 @@ def test_what_is_stored_again_is_what_was_read() -> None:
         assert again.form == layer.form == f"codes{bits}"
         assert torch.equal(again.dense(), layer.dense())
         assert int(codes.count_nonzero()) == layer.spec.nnz == int(layer.support().sum())
+
+
+@pytest.mark.parametrize("way", ["reference", None])
+def test_of_a_wide_head_some_rows_are_floats_at_a_time(way: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forwards and backwards, with gradients of the factors of its rows."""
+    if way:
+        monkeypatch.setenv("LOSPARSE_KERNEL", way)
+    kernels.install()
+    layer, W = coded((700, 48), 5)
+    plain, asked = operator.rows_of_codes, list[int]()
+
+    def watched(rows: slice, *arguments: Any) -> Tensor:
+        found = plain(rows, *arguments)
+        asked.append(found.numel())
+        return found
+
+    monkeypatch.setattr(operator, "BLOCK", 4800)
+    monkeypatch.setattr(operator, "rows_of_codes", watched)
+    x, target = torch.randn(9, 48, requires_grad=True), torch.randn(9, 700)
+    assert not layer._trains_rows(torch.float32)
+    layer(x).backward(target)
+    assert x.grad is not None
+    assert layer.weight.grad is not None
+    assert close(x.grad, target, W.T, None)
+    of_rows = ((target.double().T @ x.detach().double()) * W).sum(1) / layer.weight.detach().double()
+    torch.testing.assert_close(layer.weight.grad.double(), of_rows, rtol=1e-4, atol=1e-4)
+    assert asked
+    assert max(asked) <= 4800

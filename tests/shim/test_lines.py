@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from products import TOLERANCE, needs_compiler
 from torch import Tensor
 
-from losparse_cli.shim import installed, kept, streams
+from losparse_cli.shim import installed, kept, linear, operator, streams
 from losparse_cli.shim.layouts import LayerSpec, column_factors
 from losparse_cli.shim.linear import LowRankSparseLinear
 
@@ -44,9 +44,7 @@ def layer_of(pattern: str, count: int, *, rank: int = 3, dtype: torch.dtype = to
 
 def dense_of(layer: LowRankSparseLinear) -> Tensor:
     S = layer.codes * column_factors(layer._starts).double() * layer.weight.double()[:, None]  # type: ignore[operator, arg-type]
-    assert layer.U is not None
-    assert layer.V is not None
-    return S + layer.U.double() @ layer.V.double()
+    return S if layer.U is None or layer.V is None else S + layer.U.double() @ layer.V.double()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -73,20 +71,90 @@ def test_products_gradients_and_what_is_stored_again(pattern: str, count: int, d
     assert torch.equal(again._index, layer._index)
 
 
-@pytest.mark.parametrize(("pattern", "count"), [("rows", 40), ("columns", 70)])
-def test_gradients_are_those_of_the_dense_weight(pattern: str, count: int) -> None:
-    layer = layer_of(pattern, count)
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize(("pattern", "count"), [("rows", 40), ("columns", 70), ("rows", M)])
+@pytest.mark.parametrize("rows", ["many", "few"])
+def test_gradients_are_those_of_the_dense_weight(
+    pattern: str, count: int, rank: int, rows: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether factors of rows come after the product, or in it as in an output head."""
+    monkeypatch.setattr(linear, "MOST_ROWS", 8 if rows == "few" else 0)
+    layer = layer_of(pattern, count, rank=rank)
+    assert layer._trains_rows(torch.float32) == (rows == "few")
     x = torch.randn(5, N, requires_grad=True)
     target = torch.randn(5, M)
-    (layer(x) * target).sum().backward()
+    y = layer(x)
+    (y * target).sum().backward()
     with torch.no_grad():
+        whole = F.linear(x.double(), dense_of(layer), layer.bias.double())
+        torch.testing.assert_close(y.double(), whole, rtol=1e-4, atol=1e-3)
         expected = target.double() @ dense_of(layer)
         codes = layer.codes * column_factors(layer._starts).double()
         of_rows = ((target.double().T @ x.double()) * codes).sum(1)
     torch.testing.assert_close(x.grad, expected.float(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(layer.weight.grad, of_rows.float(), rtol=1e-4, atol=1e-4)
-    assert layer.V is not None
-    assert layer.V.grad is not None
+    torch.testing.assert_close(layer.bias.grad, target.sum(0))
+    if rank:
+        assert layer.V is not None
+        torch.testing.assert_close(layer.V.grad, layer.U.T @ target.T @ x, rtol=1e-4, atol=1e-4)
+
+
+def test_the_gradient_of_factors_of_rows_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = layer_of("rows", M)
+    monkeypatch.setattr(operator, "_values_of_outer", lambda *arguments: pytest.fail("gᵀ x is not needed"))
+    layer(torch.randn(5, N)).sum().backward()
+    assert layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("trained", [(), ("bias",), ("weight",), ("U",), ("V",)], ids=str)
+def test_what_flowed_in_is_kept_for_the_way_back_where_it_is_needed(trained: tuple[str, ...]) -> None:
+    layer = layer_of("rows", M).requires_grad_(False)
+    for name in trained:
+        getattr(layer, name).requires_grad_()
+    x, kept_ones = torch.randn(5, N, requires_grad=True), list[int]()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept_ones.append(t.data_ptr()) or t, lambda t: t):
+        y = layer(x)
+    assert (x.data_ptr() in kept_ones) == (trained in (("U",), ("V",)))
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, dense_of(layer).sum(0).float().expand(5, N), rtol=1e-4, atol=1e-4)
+
+
+def test_small_changes_of_the_factors_of_rows_are_felt_in_training() -> None:
+    """Below what bfloat16 resolves, about one in 256."""
+    layer = layer_of("rows", M, rank=0)
+    layer.bias = None
+    x = torch.randn(64, N, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        before = layer(x)
+        with torch.no_grad():
+            layer.weight.mul_(1 + 2**-10)
+        after = layer(x)
+    assert before.dtype == torch.bfloat16
+    before, after = before.detach(), after.detach()
+    assert float(after.float().abs().sum() / before.float().abs().sum()) == pytest.approx(1 + 2**-10, abs=2**-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.int64])
+@pytest.mark.parametrize("trains", [False, True])
+def test_another_dtype_is_refused_in_training_as_without(trains: bool, dtype: torch.dtype) -> None:
+    layer = layer_of("rows", M, rank=0)
+    layer.bias = None
+    with torch.set_grad_enabled(trains), pytest.raises(RuntimeError):
+        layer(torch.ones(130, N).to(dtype))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_float16_is_too_narrow_for_products_without_factors(autocast: bool) -> None:
+    layer = layer_of("rows", M, rank=0, dtype=torch.float32 if autocast else torch.float16)
+    with torch.no_grad():
+        layer.weight.mul_(2**-13)
+        layer.bias.zero_()
+    x = torch.randn(64, N, generator=torch.Generator().manual_seed(0)) * 2**12
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        y = layer(x.to(layer.weight.dtype))
+    (y.float() * 2**-12).sum().backward()
+    assert y.isfinite().all()
+    assert layer.weight.grad.isfinite().all()
 
 
 def test_memory_is_that_of_the_lines_that_are_kept() -> None:
