@@ -29,7 +29,7 @@ from losparse_cli.demo import cache_folder
 PACKAGE = Path(__file__).parent.parent
 
 PROGRESS = re.compile(
-    r"layer \d+/\d+  \S+  error \d\.\d+|Going on after layer \d+ of \d+\.|warning: .*|sensitivity: block 1 of .*"
+    r"layer \d+/\d+  \S+  error \d\.\d+|Going on after layer \d+ of \d+\.|warning: .*|sensitivity: 1/.*"
 )
 
 

@@ -62,8 +62,9 @@ def plan_within(
         if least.plan is None:
             plan(most)  # nothing can be planned, whatever the size, and this says why
         wrong = f"no less than the {written_size(dense)} of the dense model" if wanted >= dense else "too little"
+        unit = " (bytes)" if str(recipe.size).strip().isdigit() else ""
         raise UsageError(
-            f"--size {recipe.size} is {wrong}: with these settings {written_size(int(least.nbytes))} is the "
+            f"--size {recipe.size}{unit} is {wrong}: with these settings {written_size(int(least.nbytes))} is the "
             "smallest result that there is. Give that much or more, and less than the dense model takes."
         )
     found = _nearest(trial, tried, wanted)

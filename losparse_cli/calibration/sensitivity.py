@@ -106,13 +106,13 @@ class SensitivityRun:
         head = output_embeddings(self.model)
         with GradientRelay(self.model, list(self.layers), self.batches, head, self.optional) as relay:
             for number, (name, calls) in enumerate(relay):
-                self.say(f"sensitivity: block {number + 1} of {len(self.layers)}, forwards")
+                self.say(f"sensitivity: {number + 1}/{len(self.layers)} forwards")
                 self.load(name)
                 self.on_forward(name, self._moments(name, calls))
                 self.drop(name)
                 trim()
             for number in range(len(self.batches) if earlier is None else 0):
-                self.say(f"sensitivity: the loss of batch {number + 1} of {len(self.batches)}")
+                self.say(f"sensitivity: {number + 1}/{len(self.batches)} losses")
                 self._end(relay, number, head)
                 self.activations.release()
             self._kept = relay.kept
@@ -218,7 +218,7 @@ class SensitivityRun:
         names = list(self.layers)
         first = next(number for number, name in enumerate(names) if self.layers[name])
         for number, name in reversed(list(enumerate(names))[first : len(self._kept)]):
-            self.say(f"sensitivity: block {number + 1} of {len(names)}, backwards")
+            self.say(f"sensitivity: {len(names) - number}/{len(names)} backwards")
             self.load(name)
             block = self.model.get_submodule(name)
             calls = self._kept.pop(name)[::-1]

@@ -267,6 +267,8 @@ def _read_header(path: Path) -> tuple[dict[str, TensorEntry], int]:
             if not 2 <= length <= min(size - 8, MAX_HEADER):
                 raise CheckpointError(f"{path} is no safetensors file, or its beginning is damaged. {again}")
             header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
+    except PermissionError as error:
+        raise CheckpointError(f"Cannot read {path}: {error.strerror}. Its owner can allow it: chmod a+r.") from error
     except OSError as error:
         raise CheckpointError(f"Cannot read {path}: {error.strerror}. {again}") from error
     except (ValueError, RecursionError) as error:
