@@ -321,26 +321,44 @@ def _steps_in(options: Options, before: Path, text: TaskRequest) -> int:
 # --- speed ------------------------------------------------------------------------------------------
 
 
+FORMS = ("dense", "dense, weights frozen", "losparse", "low rank alone", "compressed", "whole numbers")
+LANGUAGE = ("dense", "dense, weights frozen", "whole numbers")
+"""Of a language model, in float32, with a window of LENGTH tokens a step."""
+STARTS = {"compressed": Recipe(rank=8, sparsity=0.9), "whole numbers": Recipe(bits=3.25)}
+"""Forms that begin with a compressed checkpoint."""
+
+
 def training_speed(options: Options, rows: Sequence[str] = ()) -> None:
-    """Time of a step and peak memory, MiniLM dense and in parts, each in a process of its own, in turn."""
-    print("| model | precision | ms a step (median) | of dense | peak memory |\n|---|---|---|---|---|")
-    task = polarity_task(options.folder)
-    dense: dict[str, float] = {}
-    for precision in ("float32", "bfloat16"):
-        for form in ("dense", "dense, weights frozen", "losparse", "low rank alone", "compressed", "whole numbers"):
-            call = f"speed_of({form!r}, {precision!r}, {task.train_file!r}, {str(options.folder)!r})"
-            command = [sys.executable, "-c", f"from tests.benchmarks.training import speed_of; {call}"]
-            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            found = json.loads(printed.splitlines()[-1])
-            dense.setdefault(precision, found["seconds"])
-            print(
-                f"| {form} | {precision} | {1000 * found['seconds']:.0f} | {found['seconds'] / dense[precision]:.2f} | "
-                f"{found['bytes'] / 1e6:.0f} MB |"
-            )
+    """Time of a step and peak memory, models dense and in parts, each in a process of its own, in turn."""
+    print("| model | form | precision | ms a step (median) | of dense | peak memory |\n|---|---|---|---|---|---|")
+    files = {"MiniLM": polarity_task(options.folder).train_file, "SmolLM2": options.calibration().source}
+    runs = [("MiniLM", form, precision) for precision in ("float32", "bfloat16") for form in FORMS]
+    dense: dict[tuple[str, str], float] = {}
+    for model, form, precision in [*runs, *(("SmolLM2", form, "float32") for form in LANGUAGE)]:
+        if form in STARTS:  # here, so that what this takes is not counted
+            compress(_original(model), _start(options.folder, form), STARTS[form], resume="never", overwrite=True)
+        call = f"speed_of({model!r}, {form!r}, {precision!r}, {files[model]!r}, {str(options.folder)!r})"
+        command = [sys.executable, "-c", f"from tests.benchmarks.training import speed_of; {call}"]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found = json.loads(printed.splitlines()[-1])
+        times = found["seconds"] / dense.setdefault((model, precision), found["seconds"])
+        print(
+            f"| {model} | {form} | {precision} | {1000 * found['seconds']:.0f} | {times:.2f} | "
+            f"{found['bytes'] / 1e6:.0f} MB |",
+            flush=True,
+        )
 
 
-def speed_of(form: str, precision: str, train_file: str, folder: str) -> None:
-    """Train for a few steps and print what they take."""
+def _original(name: str) -> Path:
+    return minilm() if name == "MiniLM" else smollm2()
+
+
+def _start(folder: Path, form: str) -> Path:
+    return folder / f"speed-start-{form.replace(' ', '-')}"
+
+
+def speed_of(name: str, form: str, precision: str, train_file: str, folder: str) -> None:
+    """Train MiniLM to tell polarity, or SmolLM2 on text, for a few steps, and print what they take."""
     import transformers
 
     times: list[float] = []
@@ -349,34 +367,36 @@ def speed_of(form: str, precision: str, train_file: str, folder: str) -> None:
         def step(self, step: Any) -> None:
             times.append(time.monotonic())
 
-    request = TaskRequest("text-classification", train_file=train_file)
-    how = Finetuning(max_steps=30, precision=precision, save_steps=10**6)
+    steps, original = 30 if name == "MiniLM" else 8, _original(name)
+    if name == "MiniLM":
+        request, batch = TaskRequest("text-classification", train_file=train_file), 32
+    else:
+        request, batch = TaskRequest("causal-lm", train_file=train_file, max_length=LENGTH), 1
+    how = Finetuning(max_steps=steps, batch_size=batch, precision=precision, save_steps=10**6)
     output = Path(folder) / f"speed-{form.replace(',', '').replace(' ', '-')}"
     if form.startswith("dense"):
         task = open_task(request)
         rows = read_rows(request, "train")
         transformers.set_seed(0)
-        model, tokenizer = load(minilm(), model_class=task.auto_class, dtype=torch.float32, **task.config_changes(rows))
+        model, tokenizer = load(original, model_class=task.auto_class, dtype=torch.float32, **task.config_changes(rows))
         if form != "dense":  # as over whole numbers: what is left are biases, norms and the head
             for module in model.base_model.modules():
                 if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
                     module.weight.requires_grad_(False)
         features = task.prepare(rows, tokenizer, model, training=True)
         trainer = FinetuneTrainer(
-            model, how, Pruner([], [], how.pruning, how.max_steps or 0), folder=output, steps=30,
+            model, how, Pruner([], [], how.pruning, how.max_steps or 0), folder=output, steps=steps,
             device=torch.device("cpu"), train=features, collate=task.collator(tokenizer, model), within=fast_float32,
             on_step=Watch().step,
         )  # fmt: skip
         trainer.train()
     else:
-        source = minilm()
+        source = original
         recipe = None
-        made = {"compressed": Recipe(rank=8, sparsity=0.9), "whole numbers": Recipe(bits=3.25)}.get(form)
-        if made is not None:
-            source = Path(folder) / "speed-start"
-            compress(minilm(), source, made, resume="never", overwrite=True)
+        if form in STARTS:
+            source = _start(Path(folder), form)
         else:
             ratio = 1.0 if form == "low rank alone" else 0.25
             recipe = Recipe(keep_parameters=0.2, pattern="rows", rank_ratio=ratio)
         finetune(source, output, task=request, how=how, recipe=recipe, resume="never", overwrite=True, progress=Watch())
-    print(json.dumps({"seconds": float(np.median(np.diff(times[5:]))), "bytes": peak_memory()}))
+    print(json.dumps({"seconds": float(np.median(np.diff(times[steps // 6 :]))), "bytes": peak_memory()}))
