@@ -94,13 +94,13 @@ def test_too_small_a_size_is_refused_with_the_least_there_is(fields: dict[str, A
     assert least is not None
     assert total(within(least[1], **fields)) <= parse_size(least[1])
     less = f"{0.9 * parse_size(least[1]):.0f}"
-    with pytest.raises(UsageError, match=f"--size {less} is too little"):
+    with pytest.raises(UsageError, match=rf"--size {less} \(bytes\) is too little"):
         within(less, **fields)
 
 
 def test_no_less_than_the_dense_model_is_refused() -> None:
     for size in (DENSE, "1GB"):
-        with pytest.raises(UsageError, match=rf"--size {size} is no less than the 3.064MB of the dense"):
+        with pytest.raises(UsageError, match=rf"--size {size}( \(bytes\))? is no less than the 3.064MB of the dense"):
             within(size)
 
 

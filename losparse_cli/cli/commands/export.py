@@ -126,8 +126,8 @@ def _show_gguf(out: Console, made: GgufFile) -> None:
     )
     if made.floats and not (made.exact or made.nearly):
         out.show(
-            "In floats it is as large as the dense model. What compress makes with --grid int4 or int8 goes into such a "
-            "file in 4 or 8 bits as it is."
+            "In floats it is as large as the dense model. What compress makes with --grid int4 or int8 goes into such "
+            "a file in 4 or 8 bits as it is."
         )
     beside = "" if made.adapter is None else f" --lora {c.short(made.adapter)}"
     out.show(f"Run it: llama-server -m {c.short(made.path)}{beside}", whole=True)
