@@ -167,7 +167,8 @@ def forecast(job: Job, *, resume: str = "auto", overwrite: bool = False) -> Fore
     """
     work = WorkFolder(job.output, fingerprint(job), resume=resume, overwrite=overwrite, reads=job.reads)
     work.check()
-    check_known(job)
+    if not work.finished:  # else nothing is read
+        check_known(job)
     made = job.scheduled()
     space, free = space_needed(job), free_bytes(job.output)
     if not work.finished and not work.path.is_dir():  # else a part of it is written

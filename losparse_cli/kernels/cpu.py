@@ -6,7 +6,7 @@ Every function takes x (rows, in) and gives (rows, out), contiguous.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -105,37 +105,39 @@ def _tiled(
     """fill: puts the rows of S from a number on into a dense tile of so many entries; whether it could."""
     rows, m, n = x.shape[0], layer.m, layer.n
     merged = U is None or (4 * layer.rank <= rows and n <= 2 * rows)
-    step = max(1, entries // n)
-    scratch = _scratch(min(step, m), n, x.dtype)
     y = x.new_empty(rows, m) if merged else low_rank(x, U, V, bias, m)
-    for begin in range(0, m, step):
-        end = min(begin + step, m)
-        W = scratch[: end - begin]
-        if not fill(W, begin):
+    for here, W in _tiles(layer, entries, x.dtype):
+        if not fill(W, here.start):
             return None
         if not merged:
-            y[:, begin:end] += F.linear(x, W)
+            y[:, here] += F.linear(x, W)
             continue
         if U is not None and V is not None:
-            W.addmm_(U[begin:end], V)
-        part = F.linear(x, W, None if bias is None else bias[begin:end])
-        if step >= m:
+            W.addmm_(U[here], V)
+        part = F.linear(x, W, None if bias is None else bias[here])
+        if len(W) == m:
             return part
-        y[:, begin:end] = part
+        y[:, here] = part
     return y
 
 
 _kept = threading.local()
 
 
-def _scratch(rows: int, n: int, dtype: torch.dtype) -> Tensor:
-    """A tile, with anything in it, in memory that each thread keeps: fresh pages cost as much as what is put there."""
-    size = rows * n * dtype.itemsize
+def _tiles(layer: Layer, entries: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows of a layer in turn, and a tile for them, with anything in it: all of them in the same memory, which
+    each thread keeps, for fresh pages cost as much as what is put there."""
+    m, n = layer.m, layer.n
+    step = min(max(1, entries // n), m)
+    size = step * n * dtype.itemsize
     memory: Tensor | None = getattr(_kept, "memory", None)
     if memory is None or memory.numel() < size:
         with torch.inference_mode(False):  # or it could not be changed outside again
             memory = _kept.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
-    return memory[:size].view(dtype).view(rows, n)
+    scratch = memory[:size].view(dtype).view(step, n)
+    for begin in range(0, m, step):
+        end = min(begin + step, m)
+        yield slice(begin, end), scratch[: end - begin]
 
 
 def dense(code: Library, layer: Layer, S: Tensor) -> Tensor | None:
@@ -178,31 +180,24 @@ def tile_of_codes(
     threads = torch.get_num_threads()
     if code.scale(layer, x.data_ptr(), x.shape[0], DTYPES[dtype], wide.data_ptr(), threads, code.level):
         return None
-    step = max(1, CODED_ENTRIES // layer.n)
-    scratch = _scratch(min(step, layer.m), layer.n, dtype)
-    for begin in range(0, layer.m, step):
-        end = min(begin + step, layer.m)
-        if rows_of_codes(code, layer, None, begin, scratch[: end - begin], scaled=False) is None:
+    for here, W in _tiles(layer, CODED_ENTRIES, dtype):
+        if rows_of_codes(code, layer, None, here.start, W, scaled=False) is None:
             return None
-        part, into = F.linear(wide, scratch[: end - begin]), y[:, begin:end]
+        part, into = F.linear(wide, W), y[:, here]
         if alone:
-            torch.mul(part, values[begin:end], out=into)
+            torch.mul(part, values[here], out=into)
         else:
-            into.addcmul_(part.to(y.dtype), values[begin:end])
+            into.addcmul_(part.to(y.dtype), values[here])
     return y
 
 
 def times_codes(code: Library, layer: Layer, g: Tensor, dtype: torch.dtype) -> Tensor | None:
     """g (rows, out) S -> (rows, in), for the way back: some rows of S dense at a time, in this dtype."""
-    m, n = layer.m, layer.n
-    wide, step = g.to(dtype), max(1, CODED_ENTRIES // n)
-    scratch = _scratch(min(step, m), n, dtype)
-    found: Tensor | None = None
-    for begin in range(0, m, step):
-        S = scratch[: min(step, m - begin)]
-        if rows_of_codes(code, layer, None, begin, S) is None:
+    wide, found = g.to(dtype), None
+    for here, S in _tiles(layer, CODED_ENTRIES, dtype):
+        if rows_of_codes(code, layer, None, here.start, S) is None:
             return None
-        part = wide[:, begin : begin + len(S)] @ S
+        part = wide[:, here] @ S
         found = part if found is None else found.float().add_(part)  # in bfloat16 each tile would be rounded once more
     return None if found is None else found.to(g.dtype)
 
