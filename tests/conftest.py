@@ -26,12 +26,15 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
 }
 
+import arm
 import hypothesis
 import pytest
 import torch
 import transformers
 from characters import character_tokenizer as character_tokenizer
 from torch import Tensor
+
+from losparse_cli.kernels import native
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -248,6 +251,38 @@ def installed_kernels() -> Iterator[None]:
     kernels.install()
     yield
     kernels.install()
+
+
+@pytest.fixture(scope="session")
+def arm_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The C code for ARM."""
+    pytest.importorskip("ziglang")
+    pytest.importorskip("unicorn")
+    return arm.compiled(tmp_path_factory.mktemp("arm"))
+
+
+@pytest.fixture(params=[*native.LEVELS, *arm.LEVELS])
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Those that the C code runs on, of ARM in an emulator; skips what this processor has not."""
+    name: str = request.param
+    if name in native.LEVELS:
+        library, level = native.library(), native.LEVELS.index(name)
+        if library is None:
+            pytest.skip("needs a C compiler")
+        if level > library.level:
+            pytest.skip(f"this processor has no {name}")
+        monkeypatch.setattr(library, "level", level)
+        yield name
+        return
+    program = request.getfixturevalue("arm_program")
+    emulated = arm.Emulated(program, arm.LEVELS.index(name))
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "_compiled", lambda: program)
+        patch.setattr(native, "Library", lambda path: emulated)
+        native.library.cache_clear()
+        yield name
+    native.library.cache_clear()
+    assert emulated.calls
 
 
 @pytest.fixture

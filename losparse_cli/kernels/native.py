@@ -23,8 +23,11 @@ SOURCE = Path(__file__).with_name("c") / "sparse.c"
 PATIENCE = 1800
 """Seconds after which a compiler is given up: it takes a minute of an idle core, and many of one that others want."""
 FLAGS = ("-O3", "-fPIC", "-std=gnu11", "-Wno-psabi", "-fno-math-errno")
+RUNTIMES = {"gcc": ("GOMP_parallel", ("-fopenmp",)), "clang": ("__kmpc_fork_call", ("-Xclang", "-fopenmp"))}
+"""Compiler -> a name in the OpenMP that its code asks for, and the flags for it, which Apple's clang takes, too."""
+ARM = ("aarch64", "arm64")
 LEVELS = ("plain", "AVX2", "AVX-512", "AVX-512 with bfloat16")
-"""Instructions that sparse.c chooses from, by its number."""
+"""Instructions that sparse.c chooses from on x86, by its number. On ARM 1 is NEON with products of bytes, 0 without."""
 
 logger = logging.getLogger("losparse")
 
@@ -145,32 +148,59 @@ def folder() -> Path:
     return Path(os.environ.get("LOSPARSE_CACHE") or Path(cache_home) / "losparse") / "kernels"
 
 
-def _plan() -> tuple[Path, tuple[str, ...], tuple[str, ...]]:
-    """Where the library lies or is to lie, the compiler, and its flags."""
-    compiler = _compiler()
-    openmp = _openmp()
-    flags = (*FLAGS, "-fopenmp") if openmp else FLAGS
+def _plan() -> tuple[Path, tuple[str, ...], frozenset[str]]:
+    """Where the library lies or is to lie, the compiler, and those of RUNTIMES that are there."""
+    compiler, runtimes = _compiler(), _runtimes()
     # The processor is no part of the name: the code for each kind is in the library, and chosen when it runs.
     sources = [path.read_text(encoding="utf-8") for path in sorted(SOURCE.parent.glob("*.[ch]"))]
-    made_of = (*sources, *compiler, *flags, platform.system(), platform.machine())
-    return folder() / f"sparse-{hashlib.sha256(chr(0).join(made_of).encode()).hexdigest()[:16]}.so", compiler, flags
+    binary = os.path.realpath(shutil.which(compiler[0]) or "")  # cc may be another one tomorrow
+    machine = (platform.system(), platform.machine())
+    made_of = (*sources, *compiler, binary, *FLAGS, str(RUNTIMES), *sorted(runtimes), *machine)
+    return folder() / f"sparse-{hashlib.sha256(chr(0).join(made_of).encode()).hexdigest()[:16]}.so", compiler, runtimes
 
 
 def _compiled() -> Path:
-    path, compiler, flags = _plan()
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            unlinked, linked = Path(scratch) / "sparse.o", Path(scratch) / path.name
-            # Linked without -fopenmp: the only OpenMP in the process shall be torch's, whose threads are there already.
-            undefined = ("-undefined", "dynamic_lookup") if platform.system() == "Darwin" else ()
-            for command in (
-                (*compiler, *flags, "-c", str(SOURCE), "-o", str(unlinked)),
-                (*compiler, "-shared", *undefined, str(unlinked), "-o", str(linked)),
-            ):
-                subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
-            os.replace(linked, path)
+    path, compiler, runtimes = _plan()
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        ways = _ways(compiler, runtimes)
+        for way in ways:
+            try:
+                linked = _linked(compiler, way, Path(scratch))
+                break
+            except (OSError, subprocess.CalledProcessError):
+                if way is ways[-1]:
+                    raise
+        if not any("openmp" in flag for flag in way):
+            logger.warning("Compressed layers run on one thread: %s and torch share no OpenMP.", compiler[0])
+        os.replace(linked, path)
     return path
+
+
+def _ways(compiler: tuple[str, ...], runtimes: frozenset[str]) -> list[tuple[str, ...]]:
+    """Flags beside FLAGS, the best first: old compilers know no products of bytes on ARM, or another OpenMP."""
+    said = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=PATIENCE).stdout
+    kind = "clang" if "clang" in said.lower() else "gcc"
+    threads = [RUNTIMES[kind][1], ()] if kind in runtimes else [()]
+    known = ((), ("-DNO_DOT",)) if platform.machine() in ARM else ((),)
+    return [(*some, *less) for some in threads for less in known]
+
+
+def _linked(compiler: tuple[str, ...], way: tuple[str, ...], scratch: Path) -> Path:
+    """The library, which this process could load. CalledProcessError, or OSError if it cannot be loaded."""
+    unlinked, linked = scratch / "sparse.o", scratch / "sparse.so"
+    # Linked without -fopenmp: the only OpenMP in the process shall be torch's, whose threads are there already.
+    undefined = ("-undefined", "dynamic_lookup") if platform.system() == "Darwin" else ()
+    _run([*compiler, *FLAGS, *way, "-c", str(SOURCE), "-o", str(unlinked)])
+    _run([*compiler, "-shared", *undefined, str(unlinked), "-o", str(linked)])
+    ctypes.CDLL(str(linked))
+    return linked
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def _compiler() -> tuple[str, ...]:
@@ -181,14 +211,28 @@ def _compiler() -> tuple[str, ...]:
     raise OSError("no C compiler found (cc, gcc or clang, or one named by CC)")
 
 
-def _openmp() -> bool:
-    """Whether torch's OpenMP was found; its names are then there for what is loaded later."""
+def _runtimes() -> frozenset[str]:
+    """Those of RUNTIMES that torch's OpenMP is; its names are then there for what is loaded later."""
+    found = [path for path in dict.fromkeys(_loaded()) if re.match(r"lib[gi]?omp.*\.(so|dylib)", Path(path).name)]
+    for path in sorted(found, key=lambda path: "torch" not in path):  # others may have brought their own
+        try:
+            handle = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+        except OSError:
+            continue
+        there = frozenset(kind for kind, (name, _) in RUNTIMES.items() if hasattr(handle, name))
+        if there:
+            return there
+    return frozenset()
+
+
+def _loaded() -> list[str]:
+    """Paths of the libraries of this process."""
+    system: Any = ctypes.CDLL(None)
+    if hasattr(system, "_dyld_image_count"):  # macOS
+        system._dyld_get_image_name.restype = ctypes.c_char_p
+        return [os.fsdecode(system._dyld_get_image_name(k) or b"") for k in range(system._dyld_image_count())]
     try:
-        mapped = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+        mapped = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return False
-    for path in dict.fromkeys(re.findall(r"/\S*/lib(?:g|i)omp[^/\s]*\.so[^/\s]*", mapped)):
-        handle = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-        if hasattr(handle, "GOMP_parallel"):
-            return True
-    return False
+        return []
+    return [parts[5] for line in mapped if len(parts := line.split(maxsplit=5)) == 6]

@@ -88,6 +88,14 @@ def test_every_known_type(name: str, tmp_path: Path) -> None:
     assert furthest(steps(model, rows=3)) < 1e-5
 
 
+@pytest.mark.usefixtures("instructions")
+def test_every_instruction_set(tmp_path: Path) -> None:
+    made = losparse_cli.compress(known("qwen3", tmp_path / "dense"), tmp_path / "small", Recipe(bits=4.0)).output
+    model, _ = losparse_cli.load(made)
+    assert furthest(steps(model)) < 1e-5
+    assert furthest(steps(model, rows=3, count=3)) < 1e-5
+
+
 def test_every_known_type_is_tried() -> None:
     assert CONFIGS.keys() == NORM_OFFSETS.keys()
 

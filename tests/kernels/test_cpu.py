@@ -106,20 +106,23 @@ def test_every_way_is_the_product(
                 assert_close(layer(x), exact(layer, x), dtype)
 
 
-@needs_compiler
-@pytest.mark.parametrize("level", range(len(native.LEVELS)))
-def test_every_instruction_set_is_the_product(level: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    library = native.library()
-    assert library is not None
-    if level > library.level:
-        pytest.skip(f"this processor has no {native.LEVELS[level]}")
-    monkeypatch.setattr(library, "level", level)
+@pytest.mark.usefixtures("instructions")
+def test_every_instruction_set_is_the_product() -> None:
     for dtype, form, rows in itertools.product((torch.bfloat16, torch.float32), ("bits", "gaps"), (1, 4, 16, 33)):
         for density in (0.05, 0.3):
             layer = layer_of((70, 333), density, dtype=dtype, form=form)
             x = torch.randn(rows, 333).to(dtype)
             with torch.no_grad():
                 assert_close(layer(x), exact(layer, x), dtype)
+
+
+@pytest.mark.usefixtures("instructions")
+def test_every_instruction_set_is_the_product_where_s_is_structured() -> None:
+    for dtype, pattern, rows in itertools.product((torch.bfloat16, torch.float32), ("rows", "columns", "2:4"), (1, 17)):
+        layer = layer_of((48, 132), 0.3, rank=8, bias=True, dtype=dtype, pattern=pattern)
+        x = torch.randn(rows, 132).to(dtype)
+        with torch.no_grad():
+            assert_close(layer(x), exact(layer, x), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -334,6 +337,27 @@ def test_compiled_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert native._compiled() == first
     assert first.stat().st_mtime_ns == made
     assert [p.name for p in (tmp_path / "kernels").iterdir()] == [first.name]
+
+
+@needs_compiler
+def test_a_compiler_without_torchs_openmp(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    poor, (usual, *_) = tmp_path / "cc", native._compiler()
+    poor.write_text(f'#!/bin/sh\ncase "$*" in *openmp*) exit 1;; esac\nexec {usual} "$@"\n')
+    poor.chmod(0o755)
+    monkeypatch.setenv("LOSPARSE_CACHE", str(tmp_path))
+    monkeypatch.setenv("CC", str(poor))
+    monkeypatch.setattr(native, "FLAGS", ("-O0", *native.FLAGS[1:]))
+    native.library.cache_clear()
+    try:
+        assert native.library() is not None
+        assert "run on one thread" in caplog.text
+        layer, x = layer_of((24, 40), 0.3), torch.randn(5, 40)
+        with torch.no_grad():
+            assert_close(layer(x), exact(layer, x), torch.float32)
+    finally:
+        native.library.cache_clear()
 
 
 def test_an_unknown_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

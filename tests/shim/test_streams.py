@@ -82,6 +82,16 @@ def check(codes: Tensor, contexts: Contexts) -> Tensor:
     return made[0]
 
 
+@pytest.mark.usefixtures("instructions")
+def test_every_instruction_set_writes_and_reads_the_same() -> None:
+    """Rows that share lanes, more lanes than are read at once, and codes that escape."""
+    for seed, (shape, lane_rows) in enumerate((((70, 333), 1), ((9, 40), 4), ((1, 7), 1))):
+        contexts = contexts_of(shape, seed, lane_rows=lane_rows)
+        codes = codes_of(contexts, seed)
+        codes.view(-1)[5::97] = 70000
+        check(codes, contexts)
+
+
 @given(
     st.tuples(st.integers(1, 90), st.integers(1, 40)),
     st.integers(1, 9),

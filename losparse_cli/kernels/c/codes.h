@@ -6,7 +6,6 @@
    product of bytes wants it; what that adds is known from the sum of the digits. */
 
 enum { STRIP = 8, LINE = 32, BLOCK = 8, MOST_DIGITS = 3, ROWS_AT_ONCE = 16 };
-#define ROLLED _Pragma("GCC unroll 1") /* unrolled, what is summed up would not stay in registers */
 #define UNIT (1 << 7) /* of the next digit */
 
 typedef struct {
@@ -31,6 +30,17 @@ INLINE const int32_t *rest_of(const Layer *layer) {
     return (const int32_t *)strip_of(layer, (layer->m + STRIP - 1) / STRIP);
 }
 
+/* root[which] of each; GCC has a builtin for this, and clang makes the same of it. */
+INLINE word8 chosen(word8 root, word8 which) {
+#if defined(__clang__)
+    word8 found;
+    for (int l = 0; l < 8; l++) found[l] = root[which[l]];
+    return found;
+#else
+    return __builtin_shuffle(root, which);
+#endif
+}
+
 /* factors[j] = 2^((e_j - 128) / 8) for all n columns, as COLUMN_FACTORS has it; room for a multiple of 8 of them. */
 INLINE void column_factors(const uint8_t *exponents, int64_t n, float *factors) {
     static const float roots[8] = {1.0f, 1.0905077326652577f, 1.189207115002721f, 1.2968395546510096f,
@@ -42,7 +52,7 @@ INLINE void column_factors(const uint8_t *exponents, int64_t n, float *factors) 
         if (j + 8 <= n) memcpy(&e, exponents + j, sizeof e);
         else memcpy(&e, exponents + j, n - j);
         const word8 wide = __builtin_convertvector(e, word8), power = (wide / 8 + 127 - 16) << 23;
-        const vec8 line = (vec8)power * (vec8)__builtin_shuffle(root, wide & 7);
+        const vec8 line = (vec8)power * (vec8)chosen(root, wide & 7);
         memcpy(factors + j, &line, sizeof line);
     }
 }
@@ -274,6 +284,17 @@ static void strip_plain(const Layer *layer, const Whole *w, int64_t k0, int64_t 
         }
 }
 
+/* A function of each number of bits, for two digits and for three, of one that is inlined. */
+#define STRIP_OF(WAY, TARGET, BITS)                                                                                   \
+    TARGET static void WAY##_##BITS(const Layer *layer, const Whole *w, int64_t k0, int64_t k1, int64_t strip,        \
+                                    int32_t *sums) {                                                                  \
+        if (w->digits == 2) WAY(layer, w, k0, k1, strip, sums, BITS, 2);                                              \
+        else WAY(layer, w, k0, k1, strip, sums, BITS, 3);                                                             \
+    }
+#define STRIPS(WAY, TARGET)                                                                                           \
+    STRIP_OF(WAY, TARGET, 2) STRIP_OF(WAY, TARGET, 3) STRIP_OF(WAY, TARGET, 4) STRIP_OF(WAY, TARGET, 5)               \
+    STRIP_OF(WAY, TARGET, 6) STRIP_OF(WAY, TARGET, 7) STRIP_OF(WAY, TARGET, 8)
+
 #if defined(__x86_64__)
 /* A line of row t; of 8 bits the lower or upper half. */
 AVX2 INLINE __m256i code_line(const uint8_t *p, int bits, int t, int upper) {
@@ -406,20 +427,11 @@ AVX2 INLINE void strip_avx2(const Layer *layer, const Whole *w, int64_t k0, int6
     for (int64_t e = 0; e < rows * digits; e++) put_sums(acc + e * STRIP, sums + e * STRIP);
 }
 
-/* A function of each number of bits, for two digits and for three, of one that is inlined. */
-#define STRIP_OF(WAY, TARGET, BITS)                                                                                   \
-    TARGET static void WAY##_##BITS(const Layer *layer, const Whole *w, int64_t k0, int64_t k1, int64_t strip,        \
-                                    int32_t *sums) {                                                                  \
-        if (w->digits == 2) WAY(layer, w, k0, k1, strip, sums, BITS, 2);                                              \
-        else WAY(layer, w, k0, k1, strip, sums, BITS, 3);                                                             \
-    }
-#define STRIPS(WAY, TARGET)                                                                                           \
-    STRIP_OF(WAY, TARGET, 2) STRIP_OF(WAY, TARGET, 3) STRIP_OF(WAY, TARGET, 4) STRIP_OF(WAY, TARGET, 5)               \
-    STRIP_OF(WAY, TARGET, 6) STRIP_OF(WAY, TARGET, 7) STRIP_OF(WAY, TARGET, 8)
 STRIPS(strip_avx2, AVX2)
 #endif
 
 #include "codes_vnni.h"
+#include "codes_neon.h"
 
 typedef void Strip(const Layer *, const Whole *, int64_t, int64_t, int64_t, int32_t *);
 
@@ -429,9 +441,16 @@ static Strip *strip_way(const Layer *layer, int level) {
     static Strip *const vnni[] = {strip_vnni_2, strip_vnni_3, strip_vnni_4, strip_vnni_5, strip_vnni_6, strip_vnni_7, strip_vnni_8};
     if (level >= LEVEL_AVX512) return vnni[layer->bits - 2];
     if (level >= LEVEL_AVX2) return avx2[layer->bits - 2];
+#elif defined(__aarch64__)
+    static Strip *const neon[] = {strip_neon_2, strip_neon_3, strip_neon_4, strip_neon_5, strip_neon_6, strip_neon_7, strip_neon_8};
+#if !defined(NO_DOT)
+    static Strip *const dot[] = {strip_dot_2, strip_dot_3, strip_dot_4, strip_dot_5, strip_dot_6, strip_dot_7, strip_dot_8};
+    if (level >= LEVEL_DOT) return dot[layer->bits - 2];
+#endif
+    return neon[layer->bits - 2];
 #endif
     (void)layer, (void)level;
-    return strip_plain;
+    return strip_plain; /* where there is nothing better */
 }
 
 /* What one product needs beside the layer, in one piece of memory. */

@@ -64,10 +64,12 @@ int losparse_few(const Layer *layer, const void *x, void *y, int64_t rows, int t
         {
             uint16_t *columns = spread ? NULL : malloc((n + 32) * sizeof *columns);
             failed |= !spread && columns == NULL;
+#if defined(__x86_64__)
             if (spread) {
 #pragma omp for schedule(static) nowait
                 for (int64_t j = 0; j < padded; j += 128) pack(x, n, rows, R, size, j, j + 128, ready);
             }
+#endif
             if (rank) {
 #pragma omp for schedule(static) nowait
                 for (int64_t r = 0; r < rank; r++) project(layer, x, t, rows, r, level);

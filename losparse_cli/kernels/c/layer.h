@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 #if defined(__linux__)
+#include <sys/auxv.h>
 #include <sys/mman.h>
 #endif
 
@@ -16,11 +17,18 @@
     __attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vnni,avx2,fma,bmi,bmi2,popcnt")))
 #endif
 #define INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#define ROLLED _Pragma("nounroll")
+#else
 #define UNROLL _Pragma("GCC unroll 32")
+#define ROLLED _Pragma("GCC unroll 1") /* unrolled, what is summed up would not stay in registers */
+#endif
 #define AHEAD 1024 /* bytes that values are asked for ahead of their use */
 
 enum { BFLOAT16 = 0, FLOAT32 = 1 };
 enum { PLAIN = 0, LEVEL_AVX2 = 1, LEVEL_AVX512 = 2, LEVEL_AVX512_BF16 = 3 };
+enum { LEVEL_DOT = 1 }; /* of ARM, whose plain one has NEON: products of bytes, four by four */
 
 #define CHUNK 128 /* rows of S that a thread takes at a time */
 #define GROUP 16 /* of them, those whose sums are kept side by side */
@@ -110,6 +118,10 @@ int losparse_level(void) {
         return __builtin_cpu_supports("avx512bf16") ? LEVEL_AVX512_BF16 : LEVEL_AVX512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
         return LEVEL_AVX2;
+#elif defined(__ARM_FEATURE_DOTPROD)
+    return LEVEL_DOT; /* the compiler was told, or knows it, as of Apple's processors */
+#elif defined(__aarch64__) && defined(__linux__)
+    if (getauxval(AT_HWCAP) >> 20 & 1) return LEVEL_DOT; /* HWCAP_ASIMDDP */
 #endif
     return PLAIN;
 }
