@@ -19,6 +19,7 @@ from ..checkpoint.config import layer_specs
 from ..checkpoint.output import check_space, free_bytes
 from ..checkpoint.workfolder import WorkFolder
 from ..linalg.precision import fast_float32
+from ..models.route import Flow
 from ..text.documents import SELF
 from ..text.sample import HELD_OUT, account, doubts, hold_out
 from ..text.windows import Sample
@@ -232,7 +233,11 @@ def estimate(job: Job, windows: Sample | None) -> Estimate:
     batch = job.calibration.batch * length
     inside = set(job.unreached).union(*(set(numbers) for numbers in job.blocks.values()))
     outside = sum(e.elements for k, e in enumerate(job.entries) if k not in inside)
-    widest = max(sum(job.entries[k].elements for k in numbers) for numbers in job.blocks.values())
+    sizes = {name: sum(job.entries[k].elements for k in numbers) for name, numbers in job.blocks.items()}
+    widest = max(sizes.values())
+    flows = {name: job.route.flows.get(name, Flow(size, hidden)) for name, size in sizes.items()}
+    used = outside + sum(flow.products for flow in flows.values())  # weights that a token is multiplied with
+    wide = max(flow.width for flow in flows.values())  # numbers that flow for a token, where they are most
     solves = job.start is None  # else layers are those of a compressed checkpoint
     known = job.sensitivity_file is not None and job.sensitivity_file.exists()
     felt = min(tokens, SENSITIVITY_TOKENS) if solves and job.recipe.sensitivity == "on" and not known else 0
@@ -257,62 +262,64 @@ def estimate(job: Job, windows: Sample | None) -> Estimate:
         if relocates and here:  # of what is held out at once, and of the rest in rounds
             made = rounds(here, room, seen_copies)
             needed += int(seen_copies * max(sum(moment_bytes(here[layer]) for layer in layers) for layers in made))
-            work += FORWARD_OVERHEAD * 2 * tokens * sum(plan.layer.shape[1] ** 2 for plan in plans)
+            squares = sum(plan.layer.shape[1] ** 2 for plan in plans)
+            work += FORWARD_OVERHEAD * 2 * tokens * squares * flows[name].products / sizes[name]
         if solves or job.refinement is not None:
             moments = max(moments, needed)
-        block = sum(job.entries[k].elements for k in numbers)
+        products = flows[name].products
         for plan in plans if solves else ():
             m, n = plan.layer.shape
             # Two matrices are often solved side by side: gate and up, or k and v.
             solver = max(solver, 4 * (2 * SOLVER_COPIES * m * n + 4 * n * n))
             work += effort(plan, job.recipe)
-            work += FORWARD_OVERHEAD * 2 * n * n * tokens
+            work += FORWARD_OVERHEAD * 2 * n * n * tokens * products / sizes[name]
         passes = int(job.towards is not None)  # what the dense model says is asked of all blocks
         if solves or job.refinement is not None:
             passes += len(made) * bool(plans) + (name in solved)
-        work += FORWARD_OVERHEAD * 2 * passes * block * tokens
+        work += FORWARD_OVERHEAD * 2 * passes * products * tokens
         # Forwards, and backwards, for which it runs forwards again.
-        work += FORWARD_OVERHEAD * 2 * 4 * block * felt
+        work += FORWARD_OVERHEAD * 2 * 4 * products * felt
         if job.refinement is not None and plans:
-            work += TRAINING_OVERHEAD * 6 * block * batch * job.refinement.steps
+            work += TRAINING_OVERHEAD * 6 * products * batch * job.refinement.steps
     matching = MATCHING_COPIES + job.calibration.batch.bit_length()
     training = matching * 4 * widest if job.refinement is not None else 0
-    left = 4 * together * length * 16 * hidden  # what one pass leaves behind inside a block
+    left = 4 * together * length * 16 * wide  # what one pass leaves behind inside a block
     given = windows.nbytes if windows is not None else 0
     fixed = RESIDENT_BASE + given + 4 * (outside + widest) + moments + max(solver, training + left)
     if solves:  # rows of embeddings are coded while the weights that lie outside blocks are there
         fixed = max(fixed, RESIDENT_BASE + given + 4 * outside + job.plan.row_workspace_bytes)
     if felt:
-        backward = BACKWARD_COPIES * 4 * batch * hidden + _loss_bytes(job, batch)
+        backward = BACKWARD_COPIES * 4 * batch * wide + _loss_bytes(job, batch)
         fixed = max(fixed, RESIDENT_BASE + 4 * (outside + widest) + backward)
         work += FORWARD_OVERHEAD * 2 * 3 * outside * felt
     if windows is None and job.calibration.source == SELF:  # before the rest all of the model, with keys and values
         fixed = max(fixed, RESIDENT_BASE + job.source.nbytes + GENERATION_BYTES)
-        work += FORWARD_OVERHEAD * GENERATION_OVERHEAD * 2 * job.parameters * tokens
+        work += FORWARD_OVERHEAD * GENERATION_OVERHEAD * 2 * used * tokens
     held = 3 if job.refinement is not None else 2
     biases = 4 * job.bias_heads * job.calibration.length**2 * batches * (held - 1)
-    carried = 4 * tokens * hidden * held + biases
+    carried = 4 * tokens * wide * held + biases
     if felt:  # what every block returned waits for the way back
-        carried = max(carried, 4 * felt * hidden * (len(job.blocks) + held))
+        carried = max(carried, 4 * felt * (sum(flow.width for flow in flows.values()) + held * wide))
     speeds = _speeds(job.device)
     slow, middle, fast = speeds[1], statistics.median(speeds), speeds[-2]
     busy = _is_busy(job.device) or fast > UNSTEADY * slow
     whole, recomputed = (_training_bytes(job, tokens, again) for again in (False, True))
     again = job.towards is not None and (job.towards.gradient_checkpointing or whole > job.memory)
-    about, least, most = (work / speed + _training_seconds(job, speed, again) for speed in (middle, fast, slow))
+    about, least, most = (work / speed + _training_seconds(job, used, speed, again) for speed in (middle, fast, slow))
     bound = None if job.towards is None else job.towards.seconds
-    timed = bound if bound is not None and _training_seconds(job, middle, again) == bound else 0.0
+    timed = bound if bound is not None and _training_seconds(job, used, middle, again) == bound else 0.0
     trained, otherwise = (recomputed, whole) if again else (whole, recomputed)
-    return Estimate(fixed, carried, about, least, most, busy, trained, timed, again, otherwise)
+    return Estimate(round(fixed), round(carried), about, least, most, busy, trained, timed, again, otherwise)
 
 
-def _training_seconds(job: Job, speed: float, again: bool) -> float:
-    """Of training the whole model: until its time or its steps are up. again: whether blocks run twice."""
+def _training_seconds(job: Job, used: float, speed: float, again: bool) -> float:
+    """Of training the whole model: until its time or its steps are up. used: weights that a token is multiplied with.
+    again: whether blocks run twice."""
     how = job.towards
     if how is None:
         return 0.0
     # Codes stand still, so that backwards takes no more products than forwards.
-    step = TRAINING_OVERHEAD * (6 if again else 4) * job.parameters * how.tokens / speed
+    step = TRAINING_OVERHEAD * (6 if again else 4) * used * how.tokens / speed
     return min(how.seconds or math.inf, math.inf if how.steps is None else how.steps * step)
 
 

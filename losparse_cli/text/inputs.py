@@ -79,12 +79,17 @@ class Inputs:
         images = torch.tensor(self.image_tokens, dtype=torch.long)
         return [None if one is None else ~torch.isin(one, images) for one in ids]
 
-    def kinds(self) -> list[Row]:
-        """The shortest row with each set of arguments, those with most of them first."""
-        shortest: dict[tuple[str, ...], int] = {}
+    def kinds(self) -> list[tuple[Row, float, float]]:
+        """The shortest row with each set of arguments, those with most of them first; and for each token of all, how
+        many of its length those with the same would be, and how many they are."""
+        alike: dict[tuple[str, ...], list[int]] = {}
         for k in sorted(range(len(self)), key=lambda k: self.counts[k]):
-            shortest.setdefault(tuple(sorted(self.rows[k])), k)
-        return [self.rows[k] for _, k in sorted(shortest.items(), key=lambda found: -len(found[0]))]
+            alike.setdefault(tuple(sorted(self.rows[k])), []).append(k)
+        found = []
+        for of in sorted(alike.values(), key=lambda of: -len(self.rows[of[0]])):
+            tokens = sum(self.counts[k] for k in of)
+            found.append((self.rows[of[0]], tokens / self.counts[of[0]] / self.tokens, len(of) / self.tokens))
+        return found
 
     def pieces(self) -> Tensor:
         """A number for each row; equal ones have the same."""

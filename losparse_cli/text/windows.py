@@ -62,8 +62,9 @@ class Sample(Protocol):
     def said(self, size: int) -> list[Tensor | None]:
         """Of each of `batches`, which tokens are text: (units, tokens); None where all are, or none is a token."""
 
-    def kinds(self) -> list[dict[str, Tensor]]:
-        """A batch of each kind that goes another way through the model, beside which text alone is nothing new."""
+    def kinds(self) -> list[tuple[dict[str, Tensor], float, float]]:
+        """A unit of each kind that goes another way through the model, beside which text alone is nothing new; and for
+        each token of all, how many of its length those of its kind would be, and how many they are."""
 
     def pieces(self) -> Tensor:
         """A number for each of the pieces by which it is judged whether something was there before."""
@@ -135,7 +136,7 @@ class Windows:
         """All tokens are text."""
         return [None] * -(-len(self) // size)
 
-    def kinds(self) -> list[dict[str, Tensor]]:
+    def kinds(self) -> list[tuple[dict[str, Tensor], float, float]]:
         """None but text alone."""
         return []
 

@@ -69,7 +69,7 @@ def batches_of(model: Any) -> list[dict[str, Tensor]]:
 
 def layers_of(model: Any, kinds: Sequence[dict[str, Tensor]] = ()) -> dict[str, list[str]]:
     names = list(classify(model)[0])
-    blocks = find_route(model, names, kinds).blocks
+    blocks = find_route(model, names, [(batch, 1.0, 1.0) for batch in kinds]).blocks
     return {
         block: [n.removeprefix(f"{block}.") if block else n for n in names if block_of(n, [block]) == block]
         for block in blocks
@@ -204,7 +204,7 @@ def test_images_and_labels_where_text_comes_next(chunk: int, tmp_path: Path, mon
     said = [batch["input_ids"] != sighted.IMAGE for batch in batches]
     labels = [torch.cat((text[:, 1:], text[:, -1:]), dim=1) for text in said]
     kinds = batches[:2]
-    optional = find_route(model, list(classify(model)[0]), kinds).optional
+    optional = find_route(model, list(classify(model)[0]), [(batch, 1.0, 1.0) for batch in kinds]).optional
     assert len(optional) == 3
     expected = in_core(model, batches, 5, labels)
     state = tmp_path / "state"

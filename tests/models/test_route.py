@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import peculiar
 import pytest
+import sighted
 import torch
 import transformers
 from conftest import toy_model
 from torch import nn
 
 from losparse_cli.errors import UsageError
-from losparse_cli.models.route import Route, find_route
+from losparse_cli.models.route import Flow, Route, find_route
 from losparse_cli.models.skeleton import classify
+from losparse_cli.shim.experts import fused_experts, split_experts
+from losparse_cli.text.inputs import Inputs
 
 
 def route_of(make: Callable[[], Any]) -> Route:
@@ -63,6 +67,50 @@ def test_blocks_of_a_tower_without_a_layer_to_compress_are_not_spoken_of() -> No
 
 def test_layers_that_are_entries_of_a_list_are_no_blocks() -> None:
     assert route_of(peculiar.gemma3n) == Route(tuple(f"model.layers.{k}" for k in range(4)))
+
+
+def taken(block: nn.Module) -> int:
+    """Weights of a block's matrices, of its experts those of two."""
+    found = 0
+    for name, parameter in block.named_parameters():
+        number = re.search(r"experts\.(\d+)\.", name)
+        found += parameter.numel() * (parameter.dim() == 2 and (number is None or int(number[1]) < 2))
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "bart", "gpt2", "mixtral"])
+def test_what_a_token_takes(name: str) -> None:
+    model = toy_model(name).to("meta").eval()
+    split_experts(model, fused_experts(model))
+    route = find_route(model, classify(model)[0])
+    expected = {name: Flow(taken(model.get_submodule(name)), model.config.hidden_size) for name in route.blocks}
+    assert route.flows == expected
+
+
+def test_what_a_token_takes_where_there_are_images() -> None:
+    """A tower sees five vectors of 48 numbers an image, one of which is in each of two rows of 10 and 70 tokens."""
+    model = sighted.llava()[0].to("meta").eval()
+    short, long = (torch.full((1, length), 5) for length in (10, 70))
+    for ids in (short, long):
+        ids[:, 2:6] = sighted.IMAGE
+    seen = {"pixel_values": torch.zeros(1, 3, 16, 16)}
+    kinds = Inputs(({"input_ids": short} | seen, {"input_ids": long} | seen, {"input_ids": long}), (10, 70, 70)).kinds()
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "layers" in name]
+    route = find_route(model, layers, kinds)
+    assert len(route.optional) == 3
+    for name, flow in route.flows.items():
+        vectors, width = (2 * 5 / 150, 48) if name in route.optional else (1, 64)
+        assert flow.products == pytest.approx(vectors * taken(model.get_submodule(name)))
+        assert flow.width == pytest.approx(vectors * width)
+
+
+def test_what_a_token_takes_of_experts_in_one_tensor() -> None:
+    model = toy_model("mixtral").to("meta").eval()
+    together = find_route(model, classify(model)[0]).flows
+    split_experts(model, fused_experts(model))
+    apart = find_route(model, classify(model)[0]).flows
+    assert together.keys() == apart.keys()
+    assert all(together[block].products == pytest.approx(apart[block].products) for block in apart)
 
 
 def albert() -> Any:
