@@ -46,14 +46,14 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def experts(options: Options, rows: Sequence[str] = ()) -> None:
-    """Gaps at BITS with much text, and with one window of it, of each of KINDS or those named."""
+    """Divergence at BITS with much text, with one window of it and with none, of each of KINDS or those named."""
     text, held_out = encyclopedia_text()
     (options.folder / "letters.txt").write_text(text, encoding="utf-8")
     for row in list(rows) or [kind for kind in KINDS if kind not in results_of(options, "experts")]:
         dense = _trained(options.folder / f"experts-{row}", row, text, 0.2 if options.small else MINUTES)
         found: dict[str, Any] = {}
-        for name, tokens in (("much", 65536), ("little", WINDOW)):
-            asked = Calibration(str(options.folder / "letters.txt"), tokens, WINDOW)
+        for name, tokens in (("much", 65536), ("little", WINDOW), ("none", 0)):
+            asked = Calibration(str(options.folder / "letters.txt"), tokens, WINDOW) if tokens else None
             for bits in BITS:
                 output = options.folder / f"experts-{row}-{name}-{bits}"
                 made = compress(dense, output, bits=bits, calibration=asked, overwrite=True)
@@ -100,13 +100,12 @@ def _outside_embeddings(folder: Path) -> int:
 
 
 def _print_table(found: dict[str, dict[str, Any]]) -> None:
-    print("gap: log-perplexity a letter above dense, with its standard error\n")
-    print("| model | compressed | bits | gap, 65,536 letters | of the dense kind's | one window of text | of that |")
+    print("in thousandths of a nat a letter\n")
+    print("| model | compressed | bits | gap, 65,536 letters | divergence | one window of text | without text |")
     print("|---|---|---|---|---|---|---|")
     for row, line in found.items():
         for bits in BITS:
-            much, little = (line[f"{name}@{bits}"]["log_difference"] for name in ("much", "little"))
-            base = found.get("dense", {}).get(f"much@{bits}", {}).get("log_difference")
-            beside = f"{much['value'] / base['value']:.2f}" if base else ""
-            print(f"| {row} | {line['share']:.1%} | {bits} | {much['value']:.4f} ± {much['error']:.4f} | {beside} "
-                  f"| {little['value']:.4f} | {little['value'] / much['value']:.2f} |")  # fmt: skip
+            much, little, none = (1e3 * line[f"{name}@{bits}"]["kl"]["value"] for name in ("much", "little", "none"))
+            gap, error = (1e3 * line[f"much@{bits}"]["log_difference"][key] for key in ("value", "error"))
+            shown = f"{gap:.2f} ± {error:.2f} | {much:.4f} | {little:.4f} | {none:.3f}"
+            print(f"| {row} | {line['share']:.1%} | {bits} | {shown} |")

@@ -16,7 +16,10 @@ from losparse_cli.demo import smollm2
 from ..toys import digests
 from .results import LENGTH, Options, add_result, results_of
 
-RUNS: dict[str, tuple[str, ...]] = {"coded@3.25": ("--bits", "3.25"), "admm@0.5": ("--keep", "0.5")}
+RUNS: dict[str, tuple[str, ...]] = {
+    "coded@3.25": ("--bits", "3.25"),
+    "admm@0.5": ("--keep", "0.5", "--values", "float"),
+}
 SIZES = (1, 2)
 MORE = (8, 64)
 """Numbers of ranks for which a time is foreseen."""

@@ -35,6 +35,7 @@ from losparse_cli.tasks.kinds import open_task
 from losparse_cli.tasks.request import TaskRequest
 from losparse_cli.tasks.rows import read_rows
 from losparse_cli.tasks.text_classification import TextClassification
+from losparse_cli.text.windows import Calibration
 
 from .results import LENGTH, Options, add_result, measured, results_of
 
@@ -46,6 +47,10 @@ METHODS = ("losparse", "itp", "svd", "losparse+distill", "losparse-plain", "svd-
 of the weights; in losparse and svd-outputs they begin nearest to the outputs."""
 PLAIN = ("svd", "losparse-plain")
 LOW_RANK = 0.05  # share of the parameters in U and V, as in the paper; ours has DEFAULTS
+WHOLE_NUMBERS = ("whole-numbers", "whole-numbers+trained")
+"""At so many bits a weight, calibrated with what is trained on; and then their factors, norms and head trained, too."""
+BITS, WHOLE_EPOCHS = 2.25, 1
+REVIEW_TOKENS = 128  # of a window of sentences
 
 
 # --- the task ---------------------------------------------------------------------------------------
@@ -150,10 +155,13 @@ def _record(options: Options, row: str, folder: Path, seconds: float, **more: An
 
 
 def _row(options: Options, row: str) -> None:
-    """`method@size/seed` with an optional `xEPOCHS` behind."""
+    """`method@size/seed` with an optional `xEPOCHS` behind; size: a share of the parameters, or bits a weight."""
     name, _, rest = row.partition("@")
     size, _, rest = rest.partition("/")
     seed, _, epochs = rest.partition("x")
+    if name in WHOLE_NUMBERS:
+        _whole_numbers(options, row, float(size), int(seed), float(epochs or WHOLE_EPOCHS))
+        return
     method, _, distilled = name.partition("+")
     share = float(size)
     ratio = {"itp": 0.0, "svd": 1.0, "svd-outputs": 1.0, "losparse-plain": LOW_RANK / share}.get(method)
@@ -173,9 +181,28 @@ def _row(options: Options, row: str) -> None:
     shutil.rmtree(output)
 
 
+def _whole_numbers(options: Options, row: str, bits: float, seed: int, epochs: float) -> None:
+    """A row of one of WHOLE_NUMBERS."""
+    dense, task = dense_polarity(options), polarity_task(options.folder)
+    output = options.folder / f"polarity-{row.replace('/', '-')}"
+    text = Calibration(str(task.train_file), options.calibration().tokens, REVIEW_TOKENS)
+    begun = time.monotonic()
+    compress(dense, output, recipe=Recipe(bits=bits, seed=seed), calibration=text, overwrite=True)
+    if row.startswith(WHOLE_NUMBERS[1]):
+        how = _how(seed, 0.1 if options.small else epochs)
+        task = replace(task, validation_file=None)  # scored once, below
+        trained = options.folder / f"{output.name}-trained"
+        finetune(output, trained, task=task, how=how, resume="never", overwrite=True)
+        shutil.rmtree(output)
+        output = trained
+    _record(options, row, output, time.monotonic() - begun)
+    shutil.rmtree(output)
+
+
 def polarity(options: Options, rows: Sequence[str] = ()) -> None:
     """Accuracy on the test fifth at a few sizes, LoSparse beside its parts alone and beside distillation."""
-    all_rows = [f"{m}@{size}/{seed}" for seed in SEEDS for size in SIZES for m in METHODS]
+    all_rows = [f"{method}@{BITS}/0" for method in WHOLE_NUMBERS]
+    all_rows += [f"{m}@{size}/{seed}" for seed in SEEDS for size in SIZES for m in METHODS]
     all_rows += [f"losparse@0.2/{seed}x{epochs}" for seed in SEEDS[:2] for epochs in (1, 2, 8)]
     dense_polarity(options)
     for row in rows or [row for row in all_rows if row not in results_of(options, "polarity")]:
@@ -202,9 +229,11 @@ def print_polarity(options: Options) -> None:
         if pairs:
             low, middle, high = _bootstrap([(right[a], right[b]) for a, b in pairs])
             other = f"{middle:+.2f} ({low:+.2f} to {high:+.2f})"
-        share = f"{float(size):.0%}" if size else "100 %"
+        whole = name in WHOLE_NUMBERS
+        share = f"{size} bits" if whole else f"{float(size):.0%}" if size else "100 %"
+        usual = WHOLE_EPOCHS * name.endswith("+trained") if whole else EPOCHS if size else 3
         print(
-            f"| {share} | {name.partition('/')[0]} | {epochs or (EPOCHS if size else 3)} | {len(members)} | "
+            f"| {share} | {name.partition('/')[0]} | {epochs or usual} | {len(members)} | "
             f"{accuracy:.2%} | {other} | {minutes:.1f} |"
         )
 
