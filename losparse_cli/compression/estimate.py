@@ -254,6 +254,8 @@ def estimate(job: Job, windows: Sample | None) -> Estimate:
     solved, room = job.solved_blocks, job.memory // 2
     for name, numbers in job.blocks.items():
         plans = [plan for k in numbers if (plan := units[k][1]) is not None]
+        products = flows[name].products
+        often = products / max(1, sizes[name])  # vectors that a layer sees for each token, on average
         # Of what it is solved with, and of what is held out.
         here = {plan.layer.name: plan for plan in plans}
         made = rounds(here, room, copies) if solves else [list(here)]
@@ -263,16 +265,15 @@ def estimate(job: Job, windows: Sample | None) -> Estimate:
             made = rounds(here, room, seen_copies)
             needed += int(seen_copies * max(sum(moment_bytes(here[layer]) for layer in layers) for layers in made))
             squares = sum(plan.layer.shape[1] ** 2 for plan in plans)
-            work += FORWARD_OVERHEAD * 2 * tokens * squares * flows[name].products / sizes[name]
+            work += FORWARD_OVERHEAD * 2 * tokens * squares * often
         if solves or job.refinement is not None:
             moments = max(moments, needed)
-        products = flows[name].products
         for plan in plans if solves else ():
             m, n = plan.layer.shape
             # Two matrices are often solved side by side: gate and up, or k and v.
             solver = max(solver, 4 * (2 * SOLVER_COPIES * m * n + 4 * n * n))
             work += effort(plan, job.recipe)
-            work += FORWARD_OVERHEAD * 2 * n * n * tokens * products / sizes[name]
+            work += FORWARD_OVERHEAD * 2 * n * n * tokens * often
         passes = int(job.towards is not None)  # what the dense model says is asked of all blocks
         if solves or job.refinement is not None:
             passes += len(made) * bool(plans) + (name in solved)
