@@ -159,6 +159,11 @@ class Interrupted(LosparseError):
     told = True
 
 
+def reason_of(error: BaseException) -> str:
+    """What an error of another library says, for the middle of a sentence: its first line, or its kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip(" .")
+
+
 @contextmanager
 def write_errors(place: Path) -> Iterator[None]:
     """Turns an OSError while writing under `place` into an OutputError with a remedy."""

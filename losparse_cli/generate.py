@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from .errors import UsageError
+from .errors import UsageError, reason_of
 from .generation.clock import Clock
 from .generation.loop import decode, why_not
 from .load import dtype_named, load
@@ -168,7 +168,7 @@ def _tokens(tokenizer: Any, prompt: str, system: str | None, raw: bool, name: st
                 add_generation_prompt=True, return_tensors="pt", return_dict=True,
             )  # fmt: skip
         except Exception as error:  # whatever a checkpoint's own template raises
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            reason = reason_of(error)
             raise UsageError(f"The chat template of {name} fails: {reason}. Give --raw.") from error
     if not found["input_ids"].numel():
         raise UsageError("The prompt has no tokens. Give a text to go on from.")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.source import Checkpoint
-from ..errors import MissingExtraError, SourceError, UsageError
+from ..errors import MissingExtraError, SourceError, UsageError, reason_of
 from ..load import load
 from ..models.device import find_device, memory_errors, release
 from ..parallel.group import require_alone
@@ -238,7 +238,7 @@ class _Run:
 
 
 def _reason(error: Exception) -> str:
-    said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    said = reason_of(error)
     return said if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {said}"
 
 

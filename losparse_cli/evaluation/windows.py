@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..text.files import lines_of, pieces_of
-from ..text.tokenizer import frame, tokenize
+from ..text.tokenizer import frame, read_tokens, tokenize
 
 # A token stands for fewer characters than this in any common text: enough of a long file is read, and not all.
 CHARACTERS_A_TOKEN = 16
@@ -160,7 +160,7 @@ def _tokens(tokenizer: Any, text: str | Path, enough: int | None) -> Tensor:
         while len(part) < wanted and not whole:
             piece = next(pieces, None)
             part, whole = part + (piece or ""), piece is None
-        ids = tokenizer(part[:wanted], add_special_tokens=False, verbose=False).input_ids
+        ids = read_tokens(tokenizer, text=part[:wanted], add_special_tokens=False, verbose=False)
         # Where the text was cut through a word its last tokens are wrong, so that a few must be left over.
         if len(ids) >= enough + CHARACTERS_A_TOKEN or (whole and len(part) <= wanted):
             return torch.tensor(ids, dtype=torch.int32)

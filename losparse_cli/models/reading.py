@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import LosparseError, UsageError
+from ..errors import LosparseError, UsageError, reason_of
 
 TEXT_MODELS = "Give a language model or a text encoder."
 """The remedy where a model that reads something else was given."""
@@ -72,4 +72,4 @@ def code_errors(said: Callable[[str], str]) -> Iterator[None]:
     except Exception as error:
         if "allocate memory" in str(error):
             raise
-        raise UsageError(said((str(error).strip() or type(error).__name__).splitlines()[0].rstrip("."))) from error
+        raise UsageError(said(reason_of(error))) from error

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import LosparseError, SourceError, UsageError
+from ..errors import LosparseError, SourceError, UsageError, reason_of
 from .images import ImageRow, open_images, read_image_rows, require_pillow, takes
 from .request import Calibration
 from .tokenizer import check_tokens
@@ -169,7 +169,7 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
                 "torch: pip install torchvision"
             ) from error
         raise SourceError(
-            f"The processor of {folder} cannot be loaded: {_reason(error)}. Download it again."
+            f"The processor of {folder} cannot be loaded: {reason_of(error)}. Download it again."
         ) from error
     if not hasattr(found, "image_processor") and not hasattr(found, "image_mean") and not hasattr(found, "resample"):
         raise none  # a tokenizer: transformers takes what is there
@@ -201,7 +201,7 @@ class _Maker:
             raise
         except Exception as error:  # whatever a text or an image can make a processor raise
             raise UsageError(
-                f"{row.where} cannot be read by {type(self._processor).__name__} ({_reason(error)}). Give text and "
+                f"{row.where} cannot be read by {type(self._processor).__name__} ({reason_of(error)}). Give text and "
                 "images as the model's processor takes them."
             ) from error
         kept = {
@@ -267,7 +267,3 @@ class _Maker:
                 "raise --calibration-length."
             )
         return {name: value[:, :length] if value.shape[:2] == ids.shape else value for name, value in row.items()}
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].strip(" .")

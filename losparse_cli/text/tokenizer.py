@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import SourceError, UsageError
+from ..errors import SourceError, UsageError, reason_of
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
@@ -44,7 +44,7 @@ def load_tokenizer(source: str | Path, **where: Any) -> Any:
     except Exception as error:  # whatever a file can make a tokenizer raise
         if not tokenizer_is_there(source, where):
             raise _none(source) from error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].strip(" .")
+        reason = reason_of(error)
         if isinstance(error, TypeError) or reason.endswith(
             ":"
         ):  # of a vocabulary whose name is None, or a list cut off
@@ -75,10 +75,7 @@ def _none(source: str | Path) -> SourceError:
 
 def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The special tokens with which the tokenizer begins and ends a text."""
-    plain, framed = (
-        tokenizer("a", return_tensors="pt", add_special_tokens=special).input_ids[0].tolist()
-        for special in (False, True)
-    )
+    plain, framed = (list(read_tokens(tokenizer, text="a", add_special_tokens=special)) for special in (False, True))
     for start in range(len(framed) - len(plain) + 1):
         if framed[start : start + len(plain)] == plain:
             return framed[:start], framed[start + len(plain) :]
@@ -95,7 +92,18 @@ def tokenize(tokenizer: Any, pieces: Iterable[str]) -> array[int]:
     found = array("i")
     for part in _parts(pieces):
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        found.extend(tokenizer(part, **options).input_ids)
+        found.extend(read_tokens(tokenizer, text=part, **options))
+    return found
+
+
+def read_tokens(tokenizer: Any, **given: Any) -> list[int]:
+    """The tokens that a tokenizer, so called, finds; SourceError where it lacks what its own files ask for."""
+    try:
+        found: list[int] = tokenizer(**given).input_ids
+    except Exception as error:  # whatever a file can make a tokenizer raise
+        source = getattr(tokenizer, "name_or_path", "") or "this model"
+        reason = reason_of(error)
+        raise SourceError(f"The tokenizer of {source} cannot read text: {reason}. Download it again.") from error
     return found
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import UsageError
 from .documents import SELF, Documents, read_documents
 from .request import Calibration, settle
-from .tokenizer import check_tokens, frame, load_tokenizer
+from .tokenizer import check_tokens, frame, load_tokenizer, read_tokens
 
 __all__ = ["Calibration", "Sample", "Windows", "pack", "pack_pairs", "read_windows", "settle"]
 
@@ -259,7 +259,7 @@ def _join(
     for number, document in enumerate(documents):
         text = document if number == len(documents) - 1 else document + GAP
         given = {"text_target": text} if target else {"text": text}
-        stream += tokenizer(**given, add_special_tokens=False, verbose=False).input_ids
+        stream += read_tokens(tokenizer, **given, add_special_tokens=False, verbose=False)
         starts.append(len(stream))
         if enough is not None and len(stream) >= enough:
             break

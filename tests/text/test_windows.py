@@ -16,6 +16,8 @@ import torch
 import toys
 from conftest import LENGTH, character_tokenizer, toy_model
 from terminal import Ended, done, losparse
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from losparse_cli.errors import MissingExtraError, SourceError, UsageError
 from losparse_cli.text import documents as sources
@@ -507,6 +509,9 @@ def test_a_model_without_a_tokenizer(model: Path, tmp_path: Path) -> None:
     )
     (bare / "tokenizer.json").write_text("{}")
     refused(tmp_path, bare, "a.txt", says=("The tokenizer of", "cannot be loaded"), code=1)
+    unknown = Tokenizer(models.WordLevel({"a": 0}, unk_token="<unk>"))  # which its vocabulary lacks
+    PreTrainedTokenizerFast(tokenizer_object=unknown).save_pretrained(bare)
+    refused(tmp_path, bare, "a.txt", says=("bare cannot read text", "[UNK]", "Download it again"), code=1)
 
 
 def test_text_in_another_script_is_fine(model: Path, tmp_path: Path) -> None:
