@@ -6,13 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ..kernels.step import ACTIVATIONS, Program, Unsuited
+from ..kernels.step import ACTIVATIONS, Expert, Program, Unsuited
+from ..shim.experts import SplitExperts
 
-NORM_OFFSETS = {"llama": 0.0, "mistral": 0.0, "qwen2": 0.0, "qwen3": 0.0, "smollm3": 0.0, "gemma3_text": 1.0}
+NORM_OFFSETS = {
+    "llama": 0.0, "mistral": 0.0, "qwen2": 0.0, "qwen3": 0.0, "smollm3": 0.0, "gemma3_text": 1.0, "mixtral": 0.0,
+    "qwen2_moe": 0.0, "qwen3_moe": 0.0, "olmoe": 0.0, "gpt_oss": 0.0,
+}  # fmt: skip
 """Model types that are known, and what their norms add to their weights."""
+WINDOWED = ("mistral", "mixtral")
+"""Those whose configuration has one window for all blocks."""
+OWN = ("self_attn", "mlp", "gate", "router", "experts", "shared_expert")
+"""Modules of a block that are classes of the model's own."""
 
 
 def _check_modules(model: Any) -> None:
@@ -27,11 +35,12 @@ def _check_modules(model: Any) -> None:
     for name, module in model.named_modules():
         if module is embeddings:
             continue
-        hooks = module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
-        if hooks or "forward" in vars(module):
+        held = vars(module)  # asking the module itself for what it lacks takes longer than all the rest
+        if held["_forward_hooks"] or held["_forward_pre_hooks"] or "_hf_hook" in held or "forward" in held:
             raise Unsuited(f"something watches or replaces {name or 'it'}")
-        own = name.rpartition(".")[2] in ("self_attn", "mlp") or name.rpartition(".")[0] == "model.layers"
-        if (own or name == "model") and type(module).__module__ != type(model).__module__:
+        own = name.rpartition(".")[2] in OWN or name.rpartition(".")[0] == "model.layers" or name == "model"
+        kind = module.kind if type(module) is SplitExperts else type(module)
+        if own and kind.__module__ != type(model).__module__:
             raise Unsuited(f"{name} is of type {type(module).__name__}")
 
 
@@ -50,29 +59,29 @@ class Decoder:
         if not kind.__name__.endswith("ForCausalLM"):
             raise Unsuited("it is no causal language model")
         _check_modules(model)
-        for name in ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"):
+        for name in ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention", "clip_qkv"):
             if getattr(config, name, None):
                 raise Unsuited(f"its configuration has {name}")
         activation = getattr(config, "hidden_activation", None) or config.hidden_act
         if activation not in ACTIVATIONS:
             raise Unsuited(f"its activation is {activation}")
-        self._offset = NORM_OFFSETS[config.model_type]
+        self._offset, self._activation = NORM_OFFSETS[config.model_type], activation
         program = self.program = Program(model.get_input_embeddings().weight.dtype, rows, room)
-        hidden, inside = config.hidden_size, config.intermediate_size
+        hidden = config.hidden_size
         head = model.get_output_embeddings()
         self.width, self.outputs = hidden, head.out_features
         self._stream, normed, made = (program.vector(hidden) for _ in range(3))
         base, stream = model.model, self._stream
         types = getattr(config, "layer_types", None) or [""] * len(base.layers)
         self._turns: dict[str, Tensor] = {}
-        gate, up, down = program.vector(inside), program.vector(inside), program.vector(hidden)
+        self._inside: dict[int, tuple[int, int]] = {}
+        self.routes = False  # tokens to experts
+        down = program.vector(hidden)
         if not len(base.layers) == len(types) == config.num_hidden_layers:
             raise Unsuited("it has not as many blocks as its configuration says")
         for k, (block, layer_type) in enumerate(zip(base.layers, types, strict=True)):
             if block.self_attn.layer_idx != k:
                 raise Unsuited("its blocks stand in another order, or one stands twice")
-            if type(block.mlp.act_fn) is not type(ACT2FN[activation]):
-                raise Unsuited(f"an activation is {type(block.mlp.act_fn).__name__}")
             self._norm(block.input_layernorm, stream, normed)
             self._attention(block.self_attn, layer_type, normed, made)
             after = getattr(block, "pre_feedforward_layernorm", None)
@@ -80,9 +89,10 @@ class Decoder:
                 self._norm(block.post_attention_layernorm, made, made)
             program.add(made, stream, hidden)
             self._norm(after or block.post_attention_layernorm, stream, normed)
-            program.products((block.mlp.gate_proj, block.mlp.up_proj), normed, (gate, up))
-            program.gate(gate, up, inside, activation)
-            program.products((block.mlp.down_proj,), up, (down,))
+            if hasattr(block.mlp, "experts"):
+                self._experts(block.mlp, normed, down)
+            else:
+                self._gated(block.mlp, normed, down)
             if after is not None:
                 self._norm(block.post_feedforward_layernorm, down, down)
             program.add(down, stream, hidden)
@@ -101,6 +111,45 @@ class Decoder:
         epsilon = module.eps if hasattr(module, "eps") else module.variance_epsilon
         self.program.norm(source, to, module.weight.detach().float() + self._offset, epsilon, count)
 
+    def _gated(self, mlp: Any, source: int, to: int) -> None:
+        program, width = self.program, mlp.gate_proj.out_features
+        self._check_activation(mlp)
+        if width not in self._inside:
+            self._inside[width] = program.vector(width), program.vector(width)
+        gate, up = self._inside[width]
+        program.products((mlp.gate_proj, mlp.up_proj), source, (gate, up))
+        program.gate(gate, up, width, self._activation)
+        program.products((mlp.down_proj,), up, (to,))
+
+    def _experts(self, mlp: Any, source: int, to: int) -> None:
+        """A router, which chooses among experts for each token, and what all of them share, if anything."""
+        program, experts = self.program, mlp.experts
+        router: Any = mlp.router if hasattr(mlp, "router") else mlp.gate
+        self.routes = True
+        clamps = self.model.config.model_type == "gpt_oss"
+        if not clamps:
+            self._check_activation(experts)
+        if not type(router).__name__.endswith("TopKRouter"):
+            raise Unsuited(f"its router is of type {type(router).__name__}")
+        if not hasattr(self, "_router"):
+            self._router = program.vector(len(router.weight)), program.vector(1), program.vector(self.width)
+        logits, share, shared = self._router
+        program.products((_linear(router.weight, getattr(router, "bias", None)),), source, (logits,))
+        program.experts(
+            logits, source, to, _apart(experts, clamps), most=router.top_k,
+            whole=getattr(router, "norm_topk_prob", True),
+            activation=(experts.limit, experts.alpha) if clamps else self._activation,
+        )  # fmt: skip
+        if hasattr(mlp, "shared_expert"):
+            self._gated(mlp.shared_expert, source, shared)
+            program.products((mlp.shared_expert_gate,), source, (share,))
+            program.share(share, shared, self.width)
+            program.add(shared, to, self.width)
+
+    def _check_activation(self, module: Any) -> None:
+        if type(module.act_fn) is not type(ACT2FN[self._activation]):
+            raise Unsuited(f"an activation is {type(module.act_fn).__name__}")
+
     def _attention(self, attention: Any, layer_type: str, normed: int, made: int) -> None:
         program, config, width = self.program, self.model.config, attention.head_dim
         heads, kept = config.num_attention_heads, config.num_key_value_heads
@@ -111,16 +160,18 @@ class Decoder:
         program.products((attention.q_proj, attention.k_proj, attention.v_proj), normed, (query, key, value))
         for name, place, count in (("q_norm", query, heads), ("k_norm", key, kept)):
             if hasattr(attention, name):
-                self._norm(getattr(attention, name), place, place, count)
+                norm = getattr(attention, name)  # of each head, or of all of them together
+                self._norm(norm, place, place, count if norm.weight.numel() == width else 1)
         if getattr(attention, "use_rope", True):
             turn = self._turns.setdefault(layer_type, torch.zeros(2, width, dtype=torch.float32))
             program.rotate(query, heads, turn)
             program.rotate(key, kept, turn)
-        everywhere = config.sliding_window if config.model_type == "mistral" else None
+        everywhere = config.sliding_window if config.model_type in WINDOWED else None
         window = getattr(attention, "sliding_window", None) or everywhere or 0
         program.attend(
-            query, key, value, found, heads=heads, kept=kept, width=width, scale=attention.scaling, window=window
-        )
+            query, key, value, found, heads=heads, kept=kept, width=width, scale=attention.scaling, window=window,
+            sinks=getattr(attention, "sinks", None),
+        )  # fmt: skip
         program.products((attention.o_proj,), found, (made,))
 
     def __call__(self, tokens: Tensor) -> Tensor | None:
@@ -136,6 +187,42 @@ class Decoder:
         for layer_type, turn in self._turns.items():
             more = (layer_type,) if self.model.config.model_type == "gemma3_text" else ()
             cosine, sine = model.rotary_emb(model.norm.weight, places, *more)
+            if model.config.model_type == "gpt_oss":  # whose halves turn alike
+                cosine, sine = cosine.repeat(1, 1, 2), sine.repeat(1, 1, 2)
             if cosine.shape[-1] != turn.shape[1]:
                 raise Unsuited("it turns a part of each head alone")
             turn[0], turn[1] = cosine[0, 0], sine[0, 0]
+
+
+def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """A layer of this weight, (out, in), and this bias, (out,)."""
+    m, n = weight.shape
+    layer = nn.Linear(n, m, bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    layer.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+    return layer
+
+
+def _apart(experts: Any, clamps: bool) -> list[Expert]:
+    """The layers of each expert, of compressed ones and of those that lie in one tensor for all.
+
+    clamps: as those of gpt-oss, whose gate and up are one matrix, with biases; else neither is known.
+    """
+    found: list[Expert] = []
+    if not isinstance(experts, SplitExperts):
+        if clamps:
+            raise Unsuited("its experts are dense, and turned")
+        for first, last in zip(experts.gate_up_proj, experts.down_proj, strict=True):
+            upper, lower = first.chunk(2)
+            found.append(Expert((_linear(upper), _linear(lower)), _linear(last)))
+        return found
+    gate, up, down = experts.names
+    if (gate is None) != clamps:
+        raise Unsuited("gate and up of its experts are one matrix" if gate is None else "its experts have gates apart")
+    parts: Any = experts
+    biases = (parts.gate_up_proj_bias, parts.down_proj_bias) if clamps else ()
+    for number in range(experts.count):
+        one = experts.get_submodule(str(number))
+        into = tuple(getattr(one, name) for name in (gate, up) if name is not None)
+        found.append(Expert(into, getattr(one, down), tuple(bias[number] for bias in biases)))
+    return found

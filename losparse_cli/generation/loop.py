@@ -19,6 +19,9 @@ FIRST_ROOM = 256
 """Tokens beyond the prompt that there is memory for at first."""
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 1e-3}
 """How far logits may be from the model's own, relatively: its own roundings to bfloat16 come to 1 to 2 percent."""
+TRIES = 8
+"""Steps of a mixture of experts, one of which is to agree: where two experts are as good, rounding decides which one a
+token goes to, and another one says something else."""
 NO_NUMBERS = "What the model says after {} tokens is no number. Check the checkpoint with losparse verify."
 KNOWN = {"attention_mask", "past_key_values", "use_cache", "cache_position", "logits_to_keep", "position_ids"}
 
@@ -40,11 +43,11 @@ def decode(
     """For `model.generate(…, custom_generate=losparse_cli.decode)`: what the model would write, up to rounding, sooner.
 
     A step of a decoder that is known (`generation.decoder`) runs in one call on a CPU. The first step of each model is
-    computed by the model, too: where its logits are others, the model goes on alone, with a warning. What is asked of
-    `generate` holds: processors, criteria, sampling, streamers. Whatever else is asked or given (beams, padding,
-    another cache, outputs beside the tokens, other models and devices) goes to transformers' own loop, and `on_plain`
-    hears why. transformers hands no streamer on: where there is one, give
-    `functools.partial(losparse_cli.decode, streamer=streamer)`.
+    computed by the model, too (of mixtures of experts the first eight, until one agrees): where its logits are others,
+    the model goes on alone, with a warning. What is asked of `generate` holds: processors, criteria, sampling,
+    streamers. Whatever else is asked or given (beams, padding, another cache, outputs beside the tokens, other models
+    and devices) goes to transformers' own loop, and `on_plain` hears why. transformers hands no streamer on: where
+    there is one, give `functools.partial(losparse_cli.decode, streamer=streamer)`.
 
     LosparseError where logits are no numbers.
     """
@@ -111,6 +114,7 @@ def _write(
         raise LosparseError(NO_NUMBERS.format(ids.shape[1]))
     decoder.begin(past)
     step: Callable[[Tensor], Tensor | None] | None = decoder if model in _proven else None
+    tries = TRIES if decoder.routes else 1
     ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
     unfinished = torch.ones(len(ids), dtype=torch.long)
     while True:
@@ -125,7 +129,8 @@ def _write(
         if not unfinished.any():
             break
         if step is None:
-            step, scores = _prove(model, decoder, tokens, past, on_plain)
+            tries -= 1
+            step, scores = _prove(model, decoder, tokens, past, on_plain if tries == 0 else None)
         else:
             found = step(tokens)
             if found is None:
@@ -137,9 +142,10 @@ def _write(
 
 
 def _prove(
-    model: Any, decoder: Decoder, tokens: Tensor, past: Any, on_plain: Callable[[str], object]
+    model: Any, decoder: Decoder, tokens: Tensor, past: Any, on_plain: Callable[[str], object] | None
 ) -> tuple[Any, Tensor]:
-    """How to go on after a first step in both ways, and its logits by the model."""
+    """How to go on after a first step in both ways, and its logits by the model. on_plain: None where the next step may
+    prove what this one did not, which is then what to do: None."""
 
     def alone(tokens: Tensor) -> Tensor:
         logits: Tensor = model(tokens[:, None], past_key_values=past, use_cache=True).logits
@@ -150,6 +156,8 @@ def _prove(
     if found is not None and (found - expected).norm() <= limit * expected.norm():
         _proven.add(model)
         return decoder, expected
+    if on_plain is None:
+        return None, expected
     logger.warning(
         "The fast way of writing does not compute what %s does, and is left out. Please report this.",
         type(model).__name__,

@@ -20,7 +20,7 @@ WIDEST = 1 << 16
 """Columns that sparse.c can number."""
 AVX512 = LEVELS.index("AVX-512")
 AVX512_BF16 = LEVELS.index("AVX-512 with bfloat16")
-MOST_DESCRIBED = 10_000
+MOST_DESCRIBED = 50_000
 
 
 class Kernels:

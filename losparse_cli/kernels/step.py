@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,9 +19,32 @@ from .native import Layer, library
 
 TOGETHER = 3
 """Most layers that read the same x in one operation."""
-NORM, PRODUCT, ROTATE, ATTEND, GATE, ADD = range(6)
+NORM, PRODUCT, ROTATE, ATTEND, GATE, ADD, EXPERTS, SHARE = range(8)
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "relu": 2}
+CLAMPED = 3
 CODED, SPREAD, KEPT_COLUMNS, KEPT_ROWS, DENSE = range(5)
+
+
+class Step(ctypes.Structure):
+    """`Step` of step.h."""
+
+    _fields_ = (
+        ("memory", ctypes.c_void_p),
+        ("scores", ctypes.c_void_p),
+        ("narrow", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("position", ctypes.c_int64),
+        ("widest", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("level", ctypes.c_int32),
+    )
+
+
+class Part(ctypes.Structure):
+    """`Part` of step.h."""
+
+    _fields_ = (("operations", ctypes.c_void_p), ("count", ctypes.c_int64))
 
 
 class Operation(ctypes.Structure):
@@ -41,23 +65,19 @@ class Operation(ctypes.Structure):
         ("room", ctypes.c_int64),
         ("window", ctypes.c_int64),
         ("number", ctypes.c_float),
+        ("parts", ctypes.POINTER(Part)),
+        ("inside", ctypes.POINTER(Step)),
     )
 
 
-class Step(ctypes.Structure):
-    """`Step` of step.h."""
+@dataclass(frozen=True)
+class Expert:
+    """into: its gate and up; or both as one layer, its outputs (gate, up) in turns. biases: of these and of `down`,
+    where the layers themselves have none."""
 
-    _fields_ = (
-        ("memory", ctypes.c_void_p),
-        ("scores", ctypes.c_void_p),
-        ("narrow", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("position", ctypes.c_int64),
-        ("widest", ctypes.c_int64),
-        ("dtype", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-        ("level", ctypes.c_int32),
-    )
+    into: tuple[nn.Module, ...]
+    down: nn.Module
+    biases: tuple[Tensor, ...] = ()
 
 
 class Unsuited(Exception):
@@ -84,6 +104,8 @@ class Program:
         self._widths: dict[int, int] = {}  # of the vector that begins there
         self._size, self._widest, self._heads = 0, 1, 1
         self._array: Any = None
+        self._inside: _Inside | None = None
+        self.step = Step()
 
     # --- what is written down ---------------------------------------------------------------------------
 
@@ -102,11 +124,14 @@ class Program:
         self._add(NORM, source, (to,), width=weight.numel(), count=count, weight=weight.data_ptr(), number=epsilon)
         self._held.append(weight)
 
-    def products(self, layers: Sequence[nn.Module], source: int, to: Sequence[int]) -> None:
-        """What each layer makes of the same vector. Unsuited for a layer that there is no kernel for."""
+    def products(
+        self, layers: Sequence[nn.Module], source: int, to: Sequence[int], biases: Sequence[Tensor] = ()
+    ) -> None:
+        """What each layer makes of the same vector, with its own bias or that of `biases`. Unsuited for a layer that
+        there is no kernel for."""
         pending: list[tuple[Layer, int, int]] = []
-        for layer, place in zip(layers, to, strict=True):
-            described, choice = self._described(layer)
+        for k, (layer, place) in enumerate(zip(layers, to, strict=True)):
+            described, choice = self._described(layer, biases[k] if biases else None)
             if (described.n, described.m) != (self._widths[source], self._widths[place]):
                 raise Unsuited("a layer is of another size than its configuration says")
             self._widest = max(self._widest, described.n, described.m * TOGETHER)
@@ -125,16 +150,24 @@ class Program:
         self._held.append(turn)
 
     def attend(
-        self, query: int, key: int, value: int, to: int, *, heads: int, kept: int, width: int, scale: float, window: int
-    ) -> None:
+        self, query: int, key: int, value: int, to: int, *, heads: int, kept: int, width: int, scale: float,
+        window: int, sinks: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Attention of `heads` heads to the `kept` ones of keys and values up to this position, which they join.
 
-        window: how many positions back, this one included; 0: all.
+        window: how many positions back, this one included; 0: all. sinks: (heads,), a score for each beside those of
+        the positions, which takes a share of the attention and gives nothing.
         """
         keys, values = (torch.zeros(self.rows, kept, self.room, width, dtype=self.dtype) for _ in range(2))
         operation = self._add(
             ATTEND, query, (to, key, value), width=width, count=heads, kept=kept, window=window, number=scale
         )
+        if sinks is not None:
+            sinks = sinks.detach().float().contiguous()
+            if sinks.shape != (heads,):
+                raise Unsuited("it has another number of sinks than of heads")
+            operation.weight = sinks.data_ptr()
+            self._held.append(sinks)
         self._heads = max(self._heads, heads)
         self._caches.append((operation, keys, values))
 
@@ -142,9 +175,42 @@ class Program:
         """to = activation(source) * to."""
         self._add(GATE, source, (to,), width=width, choice=ACTIVATIONS[activation])
 
+    def clamped_gate(self, source: int, to: int, width: int, settings: tuple[float, float]) -> None:
+        """Of source (width, 2), gates and what they let through: to = (up + 1) gate sigmoid(steepness gate), with
+        gate at most `limit`, and up within it. settings: limit, steepness."""
+        weight = torch.tensor(settings, dtype=torch.float32)
+        self._add(GATE, source, (to,), width=width, choice=CLAMPED, weight=weight.data_ptr())
+        self._held.append(weight)
+
     def add(self, source: int, to: int, width: int) -> None:
         """to = to + source."""
         self._add(ADD, source, (to,), width=width)
+
+    def experts(
+        self, logits: int, source: int, to: int, experts: Sequence[Expert], *, most: int, whole: bool,
+        activation: str | tuple[float, float],
+    ) -> None:  # fmt: skip
+        """to = the sum of what the `most` experts with the largest logits make of source, by their softmax.
+
+        whole: shares of the chosen sum to 1; else those of all do. activation: as of `gate`, or the settings of
+        `clamped_gate`. Unsuited as `products`.
+        """
+        if not 0 < most <= len(experts) == self._widths[logits]:
+            raise Unsuited("its router knows another number of experts than there are")
+        hidden, width = self._widths[source], int(experts[0].down.in_features)  # type: ignore[arg-type]
+        if self._inside is None:
+            self._inside = _Inside(self.dtype, hidden, width)
+        inside = self._inside
+        parts = (Part * len(experts))(*(inside.part(expert, activation) for expert in experts))
+        operation = self._add(
+            EXPERTS, logits, (source, to, inside.made), width=hidden, count=len(experts), kept=most, choice=int(whole)
+        )
+        operation.parts, operation.inside = parts, ctypes.pointer(inside.step)
+        self._held.append(parts)
+
+    def share(self, source: int, to: int, width: int) -> None:
+        """to = to times the sigmoid of source, one number a row."""
+        self._add(SHARE, source, (to,), width=width)
 
     def _add(self, kind: int, source: int, to: Sequence[int], **fields: Any) -> Operation:
         operation = Operation(kind=kind, source=source, **fields)
@@ -153,10 +219,10 @@ class Program:
         self._operations.append(operation)
         return operation
 
-    def _described(self, layer: nn.Module) -> tuple[Layer, int]:
-        """The layer as step.h sees it, and which kernel takes it."""
+    def _described(self, layer: nn.Module, given: Tensor | None = None) -> tuple[Layer, int]:
+        """The layer as step.h sees it, and which kernel takes it. given: its bias, if it has none of its own."""
         if type(layer) is nn.Linear:
-            W, bias = layer.weight.detach(), layer.bias
+            W, bias = layer.weight.detach(), layer.bias if given is None else given
             self._check(W, *(() if bias is None else (bias,)))
             self._held.append((W, bias))
             m, n = W.shape
@@ -165,7 +231,7 @@ class Program:
         if type(layer) is not LowRankSparseLinear:
             raise Unsuited(f"it holds a layer of type {type(layer).__name__}")
         index, starts = layer._index_and_starts()
-        parts = (layer.weight, index, starts, layer.U, layer.V, layer.bias)
+        parts = (layer.weight, index, starts, layer.U, layer.V, layer.bias if given is None else given)
         self._check(layer.weight)
         self._held.append(parts)
         described = self._makers.described(*parts, layer.spec.shape, layer.form)
@@ -195,8 +261,7 @@ class Program:
             for cache, given in zip(caches, pair, strict=True):
                 cache[:, :, position - given.shape[2] : position] = given
         self.position = position
-        self._memory = torch.zeros(self.rows * self._size, dtype=torch.float32)
-        self._narrow = torch.zeros(2 * self.rows * self._widest, dtype=self.dtype)
+        self.allocate()
         self._array = (Operation * len(self._operations))(*self._operations)
         for k, operation in enumerate(self._operations):
             self._operations[k] = self._array[k]  # the same memory from now on
@@ -204,6 +269,23 @@ class Program:
                 (self._array[k] if known is operation else known, keys, values) for known, keys, values in self._caches
             ]
         self._place()
+
+    def allocate(self) -> None:
+        """Memory for all vectors, zeros."""
+        self._memory = torch.zeros(self.rows * self._size, dtype=torch.float32)
+        self._narrow = torch.zeros(2 * self.rows * self._widest, dtype=self.dtype)
+        if self._inside is not None:
+            self._inside.allocate()
+
+    def ready(self) -> Step:
+        """What step.h is to know of this program, now."""
+        step = self.step
+        step.memory, step.narrow, step.widest = self._memory.data_ptr(), self._narrow.data_ptr(), self._widest
+        step.rows, step.dtype = self.rows, DTYPES[self.dtype]
+        step.threads, step.level = torch.get_num_threads(), self._code.level
+        if self._inside is not None:
+            self._inside.ready()
+        return step
 
     def _place(self) -> None:
         self._scores = torch.zeros(self.rows * self._heads * self.room, dtype=torch.float32)
@@ -230,12 +312,34 @@ class Program:
         """All operations for the next position; False where a number was none or infinite. MemoryError."""
         if self.position >= self.room:
             self.grow(2 * self.room)
-        step = Step(
-            self._memory.data_ptr(), self._scores.data_ptr(), self._narrow.data_ptr(), self.rows, self.position,
-            self._widest, DTYPES[self.dtype], torch.get_num_threads(), self._code.level,
-        )  # fmt: skip
+        step = self.ready()
+        step.scores, step.position = self._scores.data_ptr(), self.position
         failed = self._code.step(self._array, len(self._array), ctypes.byref(step))
         if failed == 1:
             raise MemoryError("there is no memory for a product")
         self.position += 1
         return not failed
+
+
+class _Inside(Program):
+    """Experts, each by itself, on one row: from the vector at 0 to that at `made`."""
+
+    def __init__(self, dtype: torch.dtype, hidden: int, width: int) -> None:
+        super().__init__(dtype, 1, 0)
+        self._fed, self.made = self.vector(hidden), self.vector(hidden)
+        self._gate, self._up, self._both = self.vector(width), self.vector(width), self.vector(2 * width)
+        self._width = width
+
+    def part(self, expert: Expert, activation: str | tuple[float, float]) -> Part:
+        """What one expert does."""
+        if isinstance(activation, str):
+            self.products(expert.into, self._fed, (self._gate, self._up))
+            self.gate(self._gate, self._up, self._width, activation)
+        else:
+            self.products(expert.into, self._fed, (self._both,), expert.biases[:-1])
+            self.clamped_gate(self._both, self._up, self._width, activation)
+        self.products((expert.down,), self._up, (self.made,), expert.biases[-1:])
+        array = (Operation * len(self._operations))(*self._operations)
+        self._held.append(array)
+        self._operations.clear()
+        return Part(ctypes.addressof(array), len(array))

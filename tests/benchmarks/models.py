@@ -39,6 +39,17 @@ def mixtral(folder: Path) -> Path:
     return _generated(folder / "mixtral", transformers.MixtralForCausalLM, config)
 
 
+def qwen3_moe(folder: Path) -> Path:
+    """A Qwen3-MoE of two billion random parameters in bfloat16, 64 experts of which a token is sent to 8."""
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=6,
+        num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=64, num_experts_per_tok=8,
+        norm_topk_prob=True, vocab_size=32000, max_position_embeddings=2048, dtype="bfloat16",
+        tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return _generated(folder / "qwen3-moe", transformers.Qwen3MoeForCausalLM, config)
+
+
 def gpt_oss(folder: Path) -> Path:
     """A gpt-oss of half a billion random parameters in bfloat16, 16 experts of which a token is sent to 4."""
     config = transformers.GptOssConfig(
@@ -156,6 +167,7 @@ def models_experts() -> None:
         print(f"|{'---|' * 7}")
         for name, dense in (
             ("Mixtral, 2.0 billion, 8 experts", mixtral(folder)),
+            ("Qwen3-MoE, 2.0 billion, 64 experts", qwen3_moe(folder)),
             ("gpt-oss, 0.5 billion, 16 experts", gpt_oss(folder)),
         ):
             _show_experts(name, dense, folder)

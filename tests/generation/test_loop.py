@@ -153,6 +153,22 @@ def test_a_step_that_is_wrong_is_found_and_left_out(
     assert "does not compute what LlamaForCausalLM does" in caplog.text
 
 
+@pytest.mark.parametrize(("wrong", "left_out"), [(3, False), (8, True)])
+def test_a_mixture_of_experts_may_choose_others_for_some_steps(
+    wrong: int, left_out: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    mixture, _ = losparse_cli.load(known("mixtral", tmp_path))
+    plain, steps = loop.Decoder.__call__, iter(range(100))
+    monkeypatch.setattr(
+        loop.Decoder, "__call__", lambda self, tokens: plain(self, tokens) * (1.1 if next(steps) < wrong else 1.0)
+    )
+    with caplog.at_level(logging.WARNING, "losparse"):
+        ours, theirs = both(mixture, do_sample=False)
+    assert torch.equal(ours, theirs)
+    assert ("does not compute what MixtralForCausalLM does" in caplog.text) == left_out
+    assert next(steps) == (8 if left_out else 19)  # of 20 tokens the first comes with the prompt
+
+
 def test_numbers_that_are_none_are_an_error(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     both(model, do_sample=False)  # proven
     monkeypatch.setattr(loop.Decoder, "__call__", lambda self, tokens: None)

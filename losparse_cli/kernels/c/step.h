@@ -4,29 +4,43 @@
    memory holds vectors (rows, width) one behind the other, one row for each sequence; an operation names them by where
    they begin in the memory of one row, so that a vector that begins at `from` lies at memory + from * rows. */
 
-enum { NORM = 0, PRODUCT = 1, ROTATE = 2, ATTEND = 3, GATE = 4, ADD = 5 };
-enum { SILU = 0, GELU_TANH = 1, RELU = 2 };
+enum { NORM = 0, PRODUCT = 1, ROTATE = 2, ATTEND = 3, GATE = 4, ADD = 5, EXPERTS = 6, SHARE = 7 };
+enum { SILU = 0, GELU_TANH = 1, RELU = 2, CLAMPED = 3 };
 enum { CODED = 0, SPREAD = 1, KEPT_COLUMNS = 2, KEPT_ROWS = 3, DENSE = 4 };
 
+typedef struct Operation Operation;
+typedef struct Step Step;
+
+/* Operations of one expert, on vectors of their own. */
 typedef struct {
-    int32_t kind, choice; /* choice: of an activation, or of a form */
+    const Operation *operations;
+    int64_t count;
+} Part;
+
+struct Operation {
+    int32_t kind, choice; /* choice: of an activation, or of a form; EXPERTS: whether the shares of the chosen sum to 1 */
     int64_t from, to[TOGETHER];
     int64_t width;            /* of a vector; of one head for ROTATE and ATTEND */
-    int64_t count;            /* NORM: vectors of a row, side by side; PRODUCT: layers; ROTATE and ATTEND: heads */
-    const float *weight;      /* NORM (width,); ROTATE: cosines, then sines, (width,) each */
+    int64_t count;            /* NORM: vectors of a row, side by side; PRODUCT: layers; ROTATE and ATTEND: heads;
+                                 EXPERTS: how many there are */
+    const float *weight;      /* NORM (width,); ROTATE: cosines, then sines, (width,) each; ATTEND: a score for each head
+                                 that nothing is read for, or NULL; GATE, if CLAMPED: its limit and its steepness */
     const Layer *layers[TOGETHER];
     void *keys, *values;      /* ATTEND: (rows, kept, room, width) each */
-    int64_t kept, room;       /* ATTEND: heads of keys, and positions there is memory for */
+    int64_t kept, room;       /* ATTEND: heads of keys, and positions there is memory for; EXPERTS, kept: how many are
+                                 chosen */
     int64_t window;           /* ATTEND: how many positions back it looks, itself included; 0: all */
     float number;             /* NORM: epsilon; ATTEND: what scores are multiplied by */
-} Operation;
+    const Part *parts;        /* EXPERTS: each one's, from the vector at 0 of what is `inside` to that at to[2] */
+    const Step *inside;       /* EXPERTS: for one row */
+};
 
-typedef struct {
+struct Step {
     float *memory, *scores; /* scores: (rows, heads, room) */
     char *narrow;           /* what a product of `dtype` reads and writes: two vectors (rows, widest) */
     int64_t rows, position, widest;
     int32_t dtype, threads, level;
-} Step;
+};
 
 /* The first `count` of them, the others zero. */
 INLINE vec8 some8(const float *p, int64_t count) {
@@ -96,12 +110,25 @@ INLINE void gate(float *to, const float *x, int64_t n, int choice) {
     }
 }
 
-/* One head: q (width,) against keys and values (positions, width) from `first` on. */
+/* As gpt-oss has it: x (n, 2), each gate beside what it lets through. */
+INLINE void clamped_gate(float *to, const float *x, int64_t n, const float *settings) {
+    const vec8 limit = (vec8){0} + settings[0];
+    for (int64_t j = 0; j < n; j += 8) {
+        vec8 v = {0}, up = {0};
+        for (int l = 0; l < 8 && j + l < n; l++) v[l] = x[2 * (j + l)], up[l] = x[2 * (j + l) + 1];
+        v = CHOSEN(v > limit, limit, v);
+        up = CHOSEN(up > limit, limit, up);
+        up = CHOSEN(up < -limit, -limit, up);
+        put8(to + j, v / (1.0f + exp8(-settings[1] * v)) * (up + 1.0f), n - j);
+    }
+}
+
+/* One head: q (width,) against keys and values (positions, width) from `first` on; sink: a score, or NULL. */
 INLINE void attend_head(const Operation *op, const float *q, const void *keys, const void *values, float *scores,
-                        float *to, int64_t first, int64_t end, int dtype) {
+                        float *to, int64_t first, int64_t end, int dtype, const float *sink) {
     enum { SIDE_BY_SIDE = 64 };
     const int64_t n = op->width, count = end - first;
-    float largest = -3.4e38f;
+    float largest = sink ? *sink : -3.4e38f;
     for (int64_t p = 0; p < count; p++) {
         const int64_t at = (first + p) * n;
         vec8 sum = {0}, more = {0};
@@ -121,7 +148,7 @@ INLINE void attend_head(const Operation *op, const float *q, const void *keys, c
         put8(scores + p, e, count - p);
         total += some8(scores + p, count - p); /* without what is beyond the end */
     }
-    const float scale = 1.0f / sum8(total);
+    const float scale = 1.0f / (sum8(total) + (sink ? exp8((vec8){0} + (*sink - largest))[0] : 0.0f));
     int64_t j0 = 0;
     for (; j0 + SIDE_BY_SIDE <= n; j0 += SIDE_BY_SIDE) { /* of all positions before the next, to stay in registers */
         vec8 sums[SIDE_BY_SIDE / 8];
@@ -146,16 +173,21 @@ INLINE void work_on(const Operation *op, const Step *s, int64_t row, int64_t hea
             norm_of(to + k * n, from + k * n, op->weight, n, op->number);
     } else if (op->kind == ROTATE) {
         for (int64_t k = row * op->count; k < (row + 1) * op->count; k++) rotate(to + k * n, op->weight, n);
+    } else if (op->kind == GATE && op->choice == CLAMPED) {
+        clamped_gate(to + row * n, from + row * 2 * n, n, op->weight);
     } else if (op->kind == GATE) {
         gate(to + row * n, from + row * n, n, op->choice);
     } else if (op->kind == ADD) {
         for (int64_t j = row * n; j < (row + 1) * n; j++) to[j] += from[j];
+    } else if (op->kind == SHARE) {
+        const float share = 1.0f / (1.0f + exp8((vec8){0} - from[row])[0]);
+        for (int64_t j = row * n; j < (row + 1) * n; j++) to[j] *= share;
     } else {
         const int64_t end = s->position + 1, first = op->window && end > op->window ? end - op->window : 0;
         const int64_t k = row * op->kept + head / (op->count / op->kept), at = row * op->count + head;
         const int64_t size = op->room * n * (dtype == BFLOAT16 ? 2 : 4);
         attend_head(op, from + at * n, (const char *)op->keys + k * size, (const char *)op->values + k * size,
-                    s->scores + at * op->room, to + at * n, first, end, dtype);
+                    s->scores + at * op->room, to + at * n, first, end, dtype, op->weight ? op->weight + head : NULL);
     }
 }
 
@@ -240,6 +272,41 @@ static int products(const Operation *op, const Step *s) {
     return failed;
 }
 
+int losparse_step(const Operation *operations, int64_t count, const Step *s);
+
+/* Each row's sum of what the experts with the largest logits make of it, by their shares in a softmax over all of
+   them, or over the chosen. A row at a time: there are few. */
+static int experts(const Operation *op, const Step *s) {
+    const int64_t n = op->width, all = op->count;
+    const Step *inside = op->inside;
+    float *left = malloc(all * sizeof *left); /* of the softmax, -1 for those that are chosen */
+    float *shares = malloc(op->kept * sizeof *shares);
+    int64_t *chosen = malloc(op->kept * sizeof *chosen);
+    int failed = !left || !shares || !chosen;
+    for (int64_t row = 0; row < s->rows && !failed; row++) {
+        const float *logits = s->memory + op->from * s->rows + row * all;
+        float *to = s->memory + op->to[1] * s->rows + row * n, largest = logits[0], total = 0.0f, ours = 0.0f;
+        for (int64_t e = 1; e < all; e++) largest = logits[e] > largest ? logits[e] : largest;
+        for (int64_t e = 0; e < all; e += 8) put8(left + e, exp8(some8(logits + e, all - e) - largest), all - e);
+        for (int64_t e = 0; e < all; e++) total += left[e];
+        for (int64_t k = 0; k < op->kept; k++) {
+            int64_t best = 0;
+            for (int64_t e = 1; e < all; e++) best = left[e] > left[best] ? e : best;
+            chosen[k] = best, shares[k] = left[best], ours += left[best], left[best] = -1.0f;
+        }
+        memset(to, 0, n * sizeof *to);
+        memcpy(inside->memory, s->memory + op->to[0] * s->rows + row * n, n * sizeof *to);
+        for (int64_t k = 0; k < op->kept && !failed; k++) {
+            const Part *part = op->parts + chosen[k];
+            const float share = shares[k] / (op->choice ? ours : total), *made = inside->memory + op->to[2];
+            failed = losparse_step(part->operations, part->count, inside);
+            for (int64_t j = 0; j < n; j++) to[j] += share * made[j];
+        }
+    }
+    free(left), free(shares), free(chosen);
+    return failed;
+}
+
 /* All operations in turn. Returns 0, or what a product returned that failed. */
 int losparse_step(const Operation *operations, int64_t count, const Step *s) {
     Work *work = work_plain;
@@ -250,6 +317,11 @@ int losparse_step(const Operation *operations, int64_t count, const Step *s) {
     for (const Operation *op = operations; op < operations + count; op++) {
         if (op->kind == PRODUCT) {
             const int failed = products(op, s);
+            if (failed) return failed;
+            continue;
+        }
+        if (op->kind == EXPERTS) {
+            const int failed = experts(op, s);
             if (failed) return failed;
             continue;
         }
