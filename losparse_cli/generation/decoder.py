@@ -74,7 +74,6 @@ class Decoder:
         base, stream = model.model, self._stream
         types = getattr(config, "layer_types", None) or [""] * len(base.layers)
         self._turns: dict[str, Tensor] = {}
-        self._inside: dict[int, tuple[int, int]] = {}
         self.routes = False  # tokens to experts
         down = program.vector(hidden)
         if not len(base.layers) == len(types) == config.num_hidden_layers:
@@ -112,14 +111,9 @@ class Decoder:
         self.program.norm(source, to, module.weight.detach().float() + self._offset, epsilon, count)
 
     def _gated(self, mlp: Any, source: int, to: int) -> None:
-        program, width = self.program, mlp.gate_proj.out_features
         self._check_activation(mlp)
-        if width not in self._inside:
-            self._inside[width] = program.vector(width), program.vector(width)
-        gate, up = self._inside[width]
-        program.products((mlp.gate_proj, mlp.up_proj), source, (gate, up))
-        program.gate(gate, up, width, self._activation)
-        program.products((mlp.down_proj,), up, (to,))
+        layers = Expert((mlp.gate_proj, mlp.up_proj), mlp.down_proj)
+        self.program.feed_forward(layers, source, to, self._activation)
 
     def _experts(self, mlp: Any, source: int, to: int) -> None:
         """A router, which chooses among experts for each token, and what all of them share, if anything."""
@@ -138,7 +132,7 @@ class Decoder:
         program.experts(
             logits, source, to, _apart(experts, clamps), most=router.top_k,
             whole=getattr(router, "norm_topk_prob", True),
-            activation=(experts.limit, experts.alpha) if clamps else self._activation,
+            activation=torch.tensor([experts.limit, experts.alpha]).float() if clamps else self._activation,
         )  # fmt: skip
         if hasattr(mlp, "shared_expert"):
             self._gated(mlp.shared_expert, source, shared)

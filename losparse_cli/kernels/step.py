@@ -104,6 +104,7 @@ class Program:
         self._widths: dict[int, int] = {}  # of the vector that begins there
         self._size, self._widest, self._heads = 0, 1, 1
         self._array: Any = None
+        self._between: dict[int, tuple[int, int]] = {}  # vectors of `feed_forward`, by the width of its first
         self._inside: _Inside | None = None
         self.step = Step()
 
@@ -175,12 +176,29 @@ class Program:
         """to = activation(source) * to."""
         self._add(GATE, source, (to,), width=width, choice=ACTIVATIONS[activation])
 
-    def clamped_gate(self, source: int, to: int, width: int, settings: tuple[float, float]) -> None:
+    def clamped_gate(self, source: int, to: int, width: int, settings: Tensor) -> None:
         """Of source (width, 2), gates and what they let through: to = (up + 1) gate sigmoid(steepness gate), with
-        gate at most `limit`, and up within it. settings: limit, steepness."""
-        weight = torch.tensor(settings, dtype=torch.float32)
-        self._add(GATE, source, (to,), width=width, choice=CLAMPED, weight=weight.data_ptr())
-        self._held.append(weight)
+        gate at most `limit`, and up within it. settings: (2,), float32, limit and steepness."""
+        self._add(GATE, source, (to,), width=width, choice=CLAMPED, weight=settings.data_ptr())
+        self._held.append(settings)
+
+    def feed_forward(self, layers: Expert, source: int, to: int, activation: str | Tensor) -> None:
+        """to = what down makes of gate and up of source. activation: as of `gate`, or the settings of `clamped_gate`,
+        where gate and up are one layer. Unsuited as `products`."""
+        width = getattr(layers.down, "in_features", None)
+        if not isinstance(width, int):
+            raise Unsuited(f"it holds a layer of type {type(layers.down).__name__}")
+        first = 2 * width if isinstance(activation, Tensor) else width
+        if first not in self._between:
+            self._between[first] = self.vector(first), self.vector(width)
+        gate, up = self._between[first]
+        if isinstance(activation, Tensor):
+            self.products(layers.into, source, (gate,), layers.biases[:-1])
+            self.clamped_gate(gate, up, width, activation)
+        else:
+            self.products(layers.into, source, (gate, up))
+            self.gate(gate, up, width, activation)
+        self.products((layers.down,), up, (to,), layers.biases[-1:])
 
     def add(self, source: int, to: int, width: int) -> None:
         """to = to + source."""
@@ -188,18 +206,18 @@ class Program:
 
     def experts(
         self, logits: int, source: int, to: int, experts: Sequence[Expert], *, most: int, whole: bool,
-        activation: str | tuple[float, float],
+        activation: str | Tensor,
     ) -> None:  # fmt: skip
         """to = the sum of what the `most` experts with the largest logits make of source, by their softmax.
 
-        whole: shares of the chosen sum to 1; else those of all do. activation: as of `gate`, or the settings of
-        `clamped_gate`. Unsuited as `products`.
+        whole: shares of the chosen sum to 1; else those of all do. activation: as of `feed_forward`. Unsuited as
+        `products`.
         """
         if not 0 < most <= len(experts) == self._widths[logits]:
             raise Unsuited("its router knows another number of experts than there are")
-        hidden, width = self._widths[source], int(experts[0].down.in_features)  # type: ignore[arg-type]
+        hidden = self._widths[source]
         if self._inside is None:
-            self._inside = _Inside(self.dtype, hidden, width)
+            self._inside = _Inside(self.dtype, hidden)
         inside = self._inside
         parts = (Part * len(experts))(*(inside.part(expert, activation) for expert in experts))
         operation = self._add(
@@ -324,21 +342,13 @@ class Program:
 class _Inside(Program):
     """Experts, each by itself, on one row: from the vector at 0 to that at `made`."""
 
-    def __init__(self, dtype: torch.dtype, hidden: int, width: int) -> None:
+    def __init__(self, dtype: torch.dtype, hidden: int) -> None:
         super().__init__(dtype, 1, 0)
         self._fed, self.made = self.vector(hidden), self.vector(hidden)
-        self._gate, self._up, self._both = self.vector(width), self.vector(width), self.vector(2 * width)
-        self._width = width
 
-    def part(self, expert: Expert, activation: str | tuple[float, float]) -> Part:
+    def part(self, expert: Expert, activation: str | Tensor) -> Part:
         """What one expert does."""
-        if isinstance(activation, str):
-            self.products(expert.into, self._fed, (self._gate, self._up))
-            self.gate(self._gate, self._up, self._width, activation)
-        else:
-            self.products(expert.into, self._fed, (self._both,), expert.biases[:-1])
-            self.clamped_gate(self._both, self._up, self._width, activation)
-        self.products((expert.down,), self._up, (self.made,), expert.biases[-1:])
+        self.feed_forward(expert, self._fed, self.made, activation)
         array = (Operation * len(self._operations))(*self._operations)
         self._held.append(array)
         self._operations.clear()

@@ -174,6 +174,10 @@ def _of_another_class(model: Any) -> None:
     model.model.layers[0].mlp.up_proj = nn.Sequential(model.model.layers[0].mlp.up_proj)
 
 
+def _last_of_another_class(model: Any) -> None:
+    model.model.layers[0].mlp.down_proj = nn.Sequential(model.model.layers[0].mlp.down_proj)
+
+
 def _of_another_dtype(model: Any) -> None:
     model.model.layers[0].mlp.up_proj.double()
 
@@ -257,7 +261,8 @@ def test_what_is_not_as_a_mixture_has_it_is_left_alone(change: Any, reason: str,
             "", "model", "model.norm", "model.layers.1", "model.layers.1.self_attn", "model.layers.0.mlp.up_proj",
             "lm_head")],
         *[(_patched(part), "watches or replaces") for part in ("", "model.layers.1", "model.layers.2.mlp")],
-        (_of_another_class, "of type Sequential"), (_of_another_dtype, "are not all"),
+        (_of_another_class, "of type Sequential"), (_last_of_another_class, "of type Sequential"),
+        (_of_another_dtype, "are not all"),
         (_wider_inside, "of another size"), (_wider_norm, "as wide as no vector"),
         (_other_activation, "an activation is ReLU"), (_reversed, "another order"), (_twice, "another order"),
         (_fewer, "as many blocks"), (_earlier, "as many blocks"), (_own_block, "is of type Block"),
