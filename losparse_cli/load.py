@@ -15,7 +15,7 @@ from . import kernels
 from .checkpoint import foreign
 from .checkpoint.hub import hub_errors, remote_files
 from .checkpoint.source import identifier_of
-from .errors import CheckpointError, SourceError, UsageError
+from .errors import CheckpointError, SourceError, UsageError, reason_of
 from .shim import quantizer
 from .text.tokenizer import load_tokenizer, tokenizer_is_there
 
@@ -154,7 +154,7 @@ def _load_errors(name: str, *, local_only: bool) -> Iterator[None]:
                 raise
             if cause is not None and "huggingface_hub" in type(cause).__module__:
                 raise cause from error
-            raise SourceError(f"Cannot load {name}: {str(error).splitlines()[0]}") from error
+            raise SourceError(f"Cannot load {name}: {reason_of(error)}.") from error
 
 
 def _class_of(config: Any) -> Any:

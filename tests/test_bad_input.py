@@ -421,6 +421,18 @@ def test_an_index_that_lists_too_much(sharded: Path, tmp_path: Path) -> None:
     refused(tmp_path, "compress", sharded, says=says)
 
 
+def test_weights_of_another_class(tmp_path: Path) -> None:
+    model = toys.llama(tmp_path / "model")
+    file = model / "model.safetensors"
+    save_file({f"inner.{name}": tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    refused(
+        tmp_path,
+        "compress",
+        model,
+        says=("LlamaForCausalLM", "holds 0", "inner.model.embed_tokens.weight", "architectures"),
+    )
+
+
 @pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 5}}', "{"])
 def test_an_index_of_the_wrong_kind(content: str, sharded: Path, tmp_path: Path) -> None:
     (sharded / "model.safetensors.index.json").write_text(content)

@@ -32,10 +32,7 @@ def find_layers(source: Checkpoint, skeleton: Skeleton, recipe: Recipe) -> tuple
         tensors = names.disk.get(parameter, [])
         if len(tensors) != 1 or not tensors[0].endswith(".weight"):
             if not tensors and parameter not in names.converted:
-                raise CheckpointError(
-                    f"The tensor {parameter} ({linear.shape[0]} x {linear.shape[1]}) is missing from {source.folder}. "
-                    "Download the checkpoint again, or leave the layer out with --ignore."
-                )
+                raise _missing(parameter, linear.shape, skeleton, names, source)
             skipped[linear.name] = "assembled from other tensors at load"
             continue
         entry = source.entries[tensors[0]]
@@ -68,6 +65,23 @@ def find_layers(source: Checkpoint, skeleton: Skeleton, recipe: Recipe) -> tuple
         for name in (one.name, *one.twins):
             skipped.pop(name, None)
     return layers, skipped
+
+
+def _missing(
+    parameter: str, shape: tuple[int, int], skeleton: Skeleton, names: NameMap, source: Checkpoint
+) -> CheckpointError:
+    """Why a layer has no tensor: the files are not whole, or config.json names a class that they are not of."""
+    found = sum(f"{name}.weight" in names.disk for name in skeleton.linears)
+    if 2 * found < len(skeleton.linears):
+        return CheckpointError(
+            f"{type(skeleton.model).__name__} has {len(skeleton.linears)} linear layers, of which {source.folder} holds "
+            f"{found}: there is no {parameter}, and there are names such as {min(source.entries)}. Name the class that "
+            "these weights were saved from in 'architectures' of config.json."
+        )
+    return CheckpointError(
+        f"The tensor {parameter} ({shape[0]} x {shape[1]}) is missing from {source.folder}. "
+        "Download the checkpoint again, or leave the layer out with --ignore."
+    )
 
 
 def _refuse_routers(kinds: Kinds, skeleton: Skeleton, recipe: Recipe) -> None:

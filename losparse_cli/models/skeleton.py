@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import SourceError
+from ..errors import SourceError, reason_of
 from ..shim.experts import SplitExperts, fused_experts, split_experts
 from .ownership import read_by_others
 from .reading import output_embeddings
@@ -85,7 +85,6 @@ def empty_model(
     except SourceError:
         raise
     except Exception as error:  # whatever a config can make transformers raise
-        known = str(error).strip().splitlines() or [type(error).__name__]
         if own_code and not trust_remote_code:
             raise SourceError(
                 f"{folder} needs the model's own code ({', '.join(own_code)}). Read that code, then add "
@@ -93,7 +92,7 @@ def empty_model(
             ) from error
         raise SourceError(
             f"transformers {transformers.__version__} cannot build {architecture or 'the model'} from "
-            f"{folder / 'config.json'}: {known[0]} Check the file, or upgrade transformers."
+            f"{folder / 'config.json'}: {reason_of(error)}. Check the file, or upgrade transformers."
         ) from error
     split_experts(model, fused_experts(model, [*(quantization.get("fused") or {}), *together]))
     model.tie_weights()

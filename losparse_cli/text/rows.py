@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingExtraError, SourceError, UsageError
+from ..errors import MissingExtraError, SourceError, UsageError, reason_of
 from .files import LIMIT, decode, lines_of, open_file, read_pieces, read_text
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -183,5 +183,6 @@ def _parquet_file(path: Path) -> Iterator[Any]:
         with parquet.ParquetFile(path) as file:
             yield file
     except (pyarrow.ArrowException, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise SourceError(f"{path} cannot be read as Parquet ({reason}). Write or download it again.") from error
+        raise SourceError(
+            f"{path} cannot be read as Parquet ({reason_of(error)}). Write or download it again."
+        ) from error

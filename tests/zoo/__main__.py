@@ -54,7 +54,13 @@ def main() -> None:
     for child in jobs:
         os.waitpid(child, 0)
     lines = known(given.results)
-    write_page(lines, ROOT / "docs" / "architectures.md")
+    missing = set(transformers.CONFIG_MAPPING.keys()) - {line["type"] for line in lines}
+    if missing:
+        print(
+            f"docs/architectures.md stays as it is: {given.results} lacks {len(missing)} types. make test-zoo has all."
+        )
+    else:
+        write_page(lines, ROOT / "docs" / "architectures.md")
     failed = [line for line in lines if outcome(line) == "fails"]
     for line in failed:
         print(f"{line['type']}, {line['class']}: {short(line)}")

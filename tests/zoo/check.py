@@ -197,6 +197,7 @@ def _rounding(model: Any, batch: Batch, answered: dict[str, Tensor]) -> float:
 def with_losparse(model_type: str, model_class: type[Any], auto: str, folder: Path) -> dict[str, Any]:
     """Steps a to f but for loading without losparse. Keys: layers, skipped, moved, faults, calibrated, seconds."""
     import losparse_cli
+    from losparse_cli.errors import CheckpointError
     from losparse_cli.models.skeleton import classify
 
     model, batch = build(model_type, model_class)
@@ -225,6 +226,8 @@ def with_losparse(model_type: str, model_class: type[Any], auto: str, folder: Pa
     try:
         result = losparse_cli.compress(dense, small, recipe)
     except losparse_cli.LosparseError as error:
+        if "note" in found and isinstance(error, CheckpointError):
+            raise Stop(f"{found['note']}; losparse: {error}") from error
         if not str(error).startswith("No layer "):
             raise
         return {**found, "layers": 0, "skipped": _counted(classify(model)[1].values())}

@@ -23,7 +23,7 @@ text, too, and that result gave what its dense export gives.
 Outputs are compared to a thousandth of their largest entry, or, where float32 itself takes them further from those of
 float64, to four times that. There is one batch: a model that takes text alone gets nothing else, so of its towers for
 pictures and sounds only the tensors are compared. A class that no Auto class knows was not loaded with the checkpoint's
-own loader. Rows of earlier runs stay until their type is tried again.
+own loader.
 
 """
 
