@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from ..errors import CheckpointError, LosparseError, ResumeError, SourceError, UsageError, write_errors
+from ..errors import CheckpointError, LosparseError, ResumeError, SourceError, UsageError, write_errors, write_whole
 from .fingerprint import digest
 from .finish import read_report
 from .journal import FILE as JOURNAL
@@ -105,10 +105,7 @@ class WorkFolder:
 
     def keep(self, name: str, write: Callable[[Path], object]) -> None:
         """Keep what was decided in the file `name`, whole or not at all."""
-        with write_errors(self.path):
-            part = self.path / (name + ".part")
-            write(part)
-            part.replace(self.path / name)
+        write_whole(self.path / name, write)
 
     def decided(
         self, name: str, read: Callable[[Path], T], make: Callable[[], T], write: Callable[[T, Path], object]

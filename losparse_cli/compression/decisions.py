@@ -53,8 +53,7 @@ def own_text(job: Job, team: Team, told: Progress) -> Windows:
     )
     del model
     release(job.device)
-    with write_errors(team.work.path):
-        write_windows(windows, team.work.path / GENERATED)
+    team.work.keep(GENERATED, lambda path: write_windows(windows, path))
     return _of_the_first(team, windows)
 
 

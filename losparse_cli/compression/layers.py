@@ -74,9 +74,9 @@ def _missing(
     found = sum(f"{name}.weight" in names.disk for name in skeleton.linears)
     if 2 * found < len(skeleton.linears):
         return CheckpointError(
-            f"{type(skeleton.model).__name__} has {len(skeleton.linears)} linear layers, of which {source.folder} holds "
-            f"{found}: there is no {parameter}, and there are names such as {min(source.entries)}. Name the class that "
-            "these weights were saved from in 'architectures' of config.json."
+            f"{type(skeleton.model).__name__} has {len(skeleton.linears)} linear layers, of which {source.folder} "
+            f"holds {found}: there is no {parameter}, and there are names such as {min(source.entries)}. Name the "
+            "class that these weights were saved from in 'architectures' of config.json."
         )
     return CheckpointError(
         f"The tensor {parameter} ({shape[0]} x {shape[1]}) is missing from {source.folder}. "

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..compression.request import ModelRefinement
-from ..errors import CheckpointError, UsageError
+from ..errors import CheckpointError, UsageError, write_whole
 from ..models.head import Head
 from ..parallel.group import Alone, Ranks, said_once
 from ..parallel.shares import share
@@ -275,9 +275,8 @@ class Training:
             tensors |= {f"{name}:s": one.s, f"{name}:best": self._best[name]}
             tensors |= {f"{name}:{key}": value for key, value in held.items()}
         looks = torch.tensor([[look.step, look.seconds, look.divergence] for look in self._looks], dtype=torch.float64)
-        part = path.with_name(path.name + ".part")
-        save_file({k: v.contiguous() for k, v in (tensors | {":looks": looks}).items()}, part)
-        part.replace(path)
+        kept = {key: value.contiguous() for key, value in (tensors | {":looks": looks}).items()}
+        write_whole(path, lambda part: save_file(kept, part))
 
     def _resume(self, path: Path | None) -> None:
         """From what the first rank saved, if anything is there, and whole."""

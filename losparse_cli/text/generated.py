@@ -148,12 +148,10 @@ def _seed(seed: int, device: torch.device) -> None:
 
 
 def write_windows(windows: Windows, path: Path) -> None:
-    """Keep the tokens, with their digest, in a safetensors file that is there whole or not at all."""
+    """Write the tokens, with their digest, into a safetensors file."""
     from safetensors.torch import save_file
 
-    part = path.with_name(path.name + ".part")
-    save_file({"ids": windows.ids}, part, {"sha256": windows.digest()})
-    part.replace(path)
+    save_file({"ids": windows.ids}, path, {"sha256": windows.digest()})
 
 
 def kept_windows(calibration: Calibration, path: Path) -> Windows | None:
