@@ -16,8 +16,8 @@ from typing import Any
 
 from losparse_cli.budget.plan import LayerPlan
 from losparse_cli.compress import plan
-from losparse_cli.compression.estimate import FORWARD_OVERHEAD
 from losparse_cli.compression.foreseen import SENSITIVITY_TOKENS
+from losparse_cli.compression.needs import FORWARD_OVERHEAD
 from losparse_cli.compression.plan import Job
 from losparse_cli.compression.solve import effort
 from losparse_cli.demo import smollm2
