@@ -205,7 +205,7 @@ class Recipe:
                 # Layers that --targets names are all that is meant, unless something is said of embeddings, too.
                 embedding_bits=self.embedding_bits or (None if self.targets else own),
                 iterations=1,
-                threshold_scope=self.threshold_scope or "matrix",
+                threshold_scope=self.threshold_scope or ("row" if self.sparse and calibrated else "matrix"),
             )
         solver = self.solver or ("admm" if calibrated else "magnitude")
         changes: dict[str, Any] = {

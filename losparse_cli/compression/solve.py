@@ -21,6 +21,7 @@ from ..linalg.svd import seed_of
 # Measured on SmolLM2-135M, two cores: time of the whole over that of its products alone at full speed.
 SOLVER_OVERHEAD = 2.2
 FEEDBACK_OVERHEAD = 6  # column by column, which no product is as slow as
+JOINT_STEPS = 120  # of ADMM, before what is sparse is rounded to whole numbers
 POLISH = 45  # products with H besides those of the iterations
 
 
@@ -30,8 +31,9 @@ def effort(plan: LayerPlan, recipe: Recipe) -> float:
     found = float(m * n)
     if plan.bits and recipe.solver == "feedback":
         found += FEEDBACK_OVERHEAD * 2 * m * n * n
-    if recipe.solver == "admm":
-        steps = plan.iterations
+    rounds_sparse = plan.bits and plan.sparse and recipe.solver == "feedback"
+    if recipe.solver == "admm" or rounds_sparse:
+        steps = JOINT_STEPS if rounds_sparse else plan.iterations
         found += SOLVER_OVERHEAD * (2 * m * n * n * (steps + POLISH) + 2 * n**3 * steps / 5)
     return found
 

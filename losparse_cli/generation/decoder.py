@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels.step import ACTIVATIONS, Expert, Program, Unsuited
+from ..shim.experts import Expert as OneExpert
 from ..shim.experts import SplitExperts
+from ..shim.linear import LowRankSparseLinear
 
 NORM_OFFSETS = {
     "llama": 0.0, "mistral": 0.0, "qwen2": 0.0, "qwen3": 0.0, "smollm3": 0.0, "gemma3_text": 1.0, "mixtral": 0.0,
@@ -19,8 +23,12 @@ NORM_OFFSETS = {
 """Model types that are known, and what their norms add to their weights."""
 WINDOWED = ("mistral", "mixtral")
 """Those whose configuration has one window for all blocks."""
-OWN = ("self_attn", "mlp", "gate", "router", "experts", "shared_expert")
-"""Modules of a block that are classes of the model's own."""
+PLAIN = (nn.Linear, LowRankSparseLinear, *(type(ACT2FN[name]) for name in ACTIVATIONS))
+"""Classes of which a model may hold modules, beside those that are its type's own."""
+HOLDERS = (nn.ModuleList, OneExpert)
+"""Those that compute nothing."""
+HARMLESS = "transformers.utils.output_capturing"
+"""Whose hooks stay for good where outputs beside logits were once asked for, and do nothing until they are again."""
 
 
 def _check_modules(model: Any) -> None:
@@ -31,17 +39,36 @@ def _check_modules(model: Any) -> None:
         raise Unsuited("autocast is on")
     if torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks:
         raise Unsuited("something watches every module")
-    embeddings = model.get_input_embeddings()  # is called as it is
+    if "prepare_inputs_for_generation" in vars(model):
+        raise Unsuited("something writes its inputs, as prompt tuning does")
+    config = model.config
+    for functions, chosen in (
+        (ALL_ATTENTION_FUNCTIONS, config._attn_implementation),
+        (ALL_EXPERTS_FUNCTIONS, config._experts_implementation),
+    ):
+        if chosen not in (None, "eager") and not _is_its_own(functions.get(chosen), "transformers"):
+            raise Unsuited(f"{chosen} is no implementation of transformers")
+    called = set(model.get_input_embeddings().modules())  # as they are
+    home, known = type(model).__module__, dict[type[nn.Module], bool]()
     for name, module in model.named_modules():
-        if module is embeddings:
+        if module in called:
             continue
         held = vars(module)  # asking the module itself for what it lacks takes longer than all the rest
-        if held["_forward_hooks"] or held["_forward_pre_hooks"] or "_hf_hook" in held or "forward" in held:
+        hooks = (*held["_forward_hooks"].values(), *held["_forward_pre_hooks"].values())
+        if any(hook.__module__ != HARMLESS for hook in hooks) or "_hf_hook" in held or "forward" in held:
             raise Unsuited(f"something watches or replaces {name or 'it'}")
-        own = name.rpartition(".")[2] in OWN or name.rpartition(".")[0] == "model.layers" or name == "model"
         kind = module.kind if type(module) is SplitExperts else type(module)
-        if own and kind.__module__ != type(model).__module__:
-            raise Unsuited(f"{name} is of type {type(module).__name__}")
+        if kind not in known:
+            known[kind] = kind in HOLDERS or (
+                (kind in PLAIN or kind.__module__ == home) and _is_its_own(kind.forward, kind.__module__)
+            )
+        if not known[kind]:
+            raise Unsuited(f"{name} is of type {type(module).__name__}, or computes otherwise than that")
+
+
+def _is_its_own(function: Any, home: str) -> bool:
+    """Whether a function is of the module `home`, or a package of that name, and was not put there."""
+    return f"{getattr(function, '__module__', '')}.".startswith(f"{home}.")
 
 
 class Decoder:
@@ -66,7 +93,10 @@ class Decoder:
         if activation not in ACTIVATIONS:
             raise Unsuited(f"its activation is {activation}")
         self._offset, self._activation = NORM_OFFSETS[config.model_type], activation
-        program = self.program = Program(model.get_input_embeddings().weight.dtype, rows, room)
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+        if not isinstance(weight, Tensor):
+            raise Unsuited(f"its embeddings are of type {type(model.get_input_embeddings()).__name__}")
+        program = self.program = Program(weight.dtype, rows, room)
         hidden = config.hidden_size
         head = model.get_output_embeddings()
         self.width, self.outputs = hidden, head.out_features
@@ -74,6 +104,7 @@ class Decoder:
         base, stream = model.model, self._stream
         types = getattr(config, "layer_types", None) or [""] * len(base.layers)
         self._turns: dict[str, Tensor] = {}
+        self._windows: list[int] = []
         self.routes = False  # tokens to experts
         down = program.vector(hidden)
         if not len(base.layers) == len(types) == config.num_hidden_layers:
@@ -100,6 +131,13 @@ class Decoder:
         program.products((head,), normed, (self._logits,))
         self._turn(0)
 
+    def check(self, past: Any) -> None:
+        """Unsuited where this cache, which follows the configuration as it is now, keeps other positions than blocks
+        here look back at."""
+        kept = [getattr(layer, "sliding_window", None) or 0 for layer in past.layers]
+        if kept != self._windows[: len(kept)]:
+            raise Unsuited("its configuration has other windows than its blocks")
+
     def begin(self, past: Any) -> None:
         """Go on after what the model has read: `past` is its cache, a DynamicCache of transformers."""
         self.program.begin([(layer.keys, layer.values) for layer in past.layers], past.get_seq_length())
@@ -125,6 +163,8 @@ class Decoder:
             self._check_activation(experts)
         if not type(router).__name__.endswith("TopKRouter"):
             raise Unsuited(f"its router is of type {type(router).__name__}")
+        if _has_twins(router.weight):
+            raise Unsuited("two of its experts are as good for every token")  # and which goes first is left to chance
         if not hasattr(self, "_router"):
             self._router = program.vector(len(router.weight)), program.vector(1), program.vector(self.width)
         logits, share, shared = self._router
@@ -162,6 +202,9 @@ class Decoder:
             program.rotate(key, kept, turn)
         everywhere = config.sliding_window if config.model_type in WINDOWED else None
         window = getattr(attention, "sliding_window", None) or everywhere or 0
+        if window == 1:  # of which transformers' caches keep everything
+            raise Unsuited("its window is a single token")
+        self._windows.append(window)
         program.attend(
             query, key, value, found, heads=heads, kept=kept, width=width, scale=attention.scaling, window=window,
             sinks=getattr(attention, "sinks", None),
@@ -195,6 +238,13 @@ def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
     layer.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
     return layer
+
+
+def _has_twins(weight: Tensor) -> bool:
+    """Whether two rows of a matrix are equal."""
+    probe = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sums = weight.detach().double() @ probe
+    return len(set(sums.tolist())) < len(sums)
 
 
 def _apart(experts: Any, clamps: bool) -> list[Expert]:

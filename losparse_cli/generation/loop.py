@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..errors import LosparseError
+from ..errors import LosparseError, UsageError
 from ..kernels.step import Unsuited
 from .decoder import Decoder
 
@@ -49,13 +49,15 @@ def decode(
     and devices) goes to transformers' own loop, and `on_plain` hears why. transformers hands no streamer on: where
     there is one, give `functools.partial(losparse_cli.decode, streamer=streamer)`.
 
-    LosparseError where logits are no numbers.
+    LosparseError where logits are no numbers. UsageError for contrastive search, DoLa, and a streamer beside beams.
     """
+    _refuse(generation_config, streamer)
     kernels.install()
     reason = _reason(input_ids, generation_config, model_kwargs)
     if reason is None:
         try:
             decoder = Decoder(model, len(input_ids), input_ids.shape[1] + FIRST_ROOM)
+            decoder.check(model_kwargs["past_key_values"])
         except Unsuited as unsuited:  # later the cache would no longer be empty
             reason = str(unsuited)
         else:
@@ -74,9 +76,11 @@ def decode(
 
 def why_not(model: Any) -> str | None:
     """Why `decode` leaves this model to transformers' loop; None if it does not."""
+    from transformers import DynamicCache
+
     kernels.install()
     try:
-        Decoder(model, 1, 1)
+        Decoder(model, 1, 1).check(DynamicCache(config=model.config))
     except Unsuited as unsuited:
         return str(unsuited)
     return None
@@ -90,10 +94,12 @@ def _reason(input_ids: Tensor, settings: Any, given: dict[str, Any]) -> str | No
         return "several beams are followed"
     if settings.return_dict_in_generate:
         return "more than tokens is asked for"
-    if mask is not None and not bool((mask == 1).all()):
+    if not input_ids.numel():
+        return "there is no prompt"
+    if mask is not None and (mask.shape != input_ids.shape or not bool((mask == 1).all())):
         return "prompts are padded"
     places = given.get("position_ids")
-    if places is not None and not torch.equal(places, torch.arange(input_ids.shape[1]).expand(places.shape)):
+    if places is not None and not bool((places == torch.arange(places.shape[-1])).all()):
         return "positions are given"
     if not isinstance(past, DynamicCache) or getattr(past, "_is_user_defined", False):
         return "another cache is used"
@@ -101,7 +107,21 @@ def _reason(input_ids: Tensor, settings: Any, given: dict[str, Any]) -> str | No
         return "another cache is used"
     if set(given) - KNOWN:
         return f"{', '.join(sorted(set(given) - KNOWN))} is given"
-    return None if input_ids.device.type == "cpu" and input_ids.numel() else "nothing is on a CPU"
+    return None if input_ids.device.type == "cpu" else "nothing is on a CPU"
+
+
+def _refuse(settings: Any, streamer: Any) -> None:
+    """UsageError for what is asked of `generate` and could not be had with a loop of one's own."""
+    from transformers.generation.configuration_utils import GenerationMode
+
+    mode = settings.get_generation_mode()
+    if mode in (GenerationMode.CONTRASTIVE_SEARCH, GenerationMode.DOLA_GENERATION):
+        raise UsageError(
+            f"{mode.value.replace('_', ' ').capitalize()} needs a loop of its own. Leave out custom_generate, or "
+            f"{'dola_layers' if settings.dola_layers is not None else 'penalty_alpha'}."
+        )
+    if streamer is not None and settings.num_beams > 1:
+        raise UsageError("A streamer can follow one beam alone. Leave out the streamer, or num_beams.")
 
 
 def _write(

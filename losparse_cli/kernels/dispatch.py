@@ -34,7 +34,7 @@ class Kernels:
         self, x: Tensor, values: Tensor, index: Tensor, starts: Tensor | None, U: Tensor | None, V: Tensor | None,
         bias: Tensor | None, out_features: int, form: str,
     ) -> Tensor | None:  # fmt: skip
-        if not (_plain(x) and _plain(values) and x.dtype == values.dtype and values.numel() and x.numel()):
+        if not (plain(x) and plain(values) and x.dtype == values.dtype and values.numel() and x.numel()):
             return None
         if x.device.type == "cpu":
             found = self._on_cpu(x, values, index, starts, U, V, bias, out_features, form)
@@ -120,7 +120,7 @@ class Kernels:
         self, g: Tensor, values: Tensor, index: Tensor, starts: Tensor, shape: tuple[int, int], form: str
     ) -> Tensor | None:
         code = library()
-        fits = _plain(g) and g.device.type == "cpu" and g.dtype == values.dtype and g.numel()
+        fits = plain(g) and g.device.type == "cpu" and g.dtype == values.dtype and g.numel()
         if code is None or not (bits_of(form) and fits):
             return None
         layer = self.described(values, index, starts, None, None, None, shape, form)
@@ -148,7 +148,7 @@ class Kernels:
         layer = self._described.get(key)
         if layer is None:
             tensors = [t for t in (values, index, starts, U, V, bias) if t is not None]
-            if not all(_plain(t) and t.is_contiguous() and t.device.type == "cpu" for t in tensors):
+            if not all(plain(t) and t.is_contiguous() and t.device.type == "cpu" for t in tensors):
                 return None
             if any(t is not None and t.dtype != values.dtype for t in (U, V, bias)) or values.itemsize not in (2, 4):
                 return None
@@ -190,7 +190,7 @@ class Kernels:
     def bits(self, spec: LayerSpec, index: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
         code = library()
         tensors = list(index.values())
-        if code is None or not all(_plain(t) and t.device.type == "cpu" and t.is_contiguous() for t in tensors):
+        if code is None or not all(plain(t) and t.device.type == "cpu" and t.is_contiguous() for t in tensors):
             return None
         for suffix, (shape, dtype) in spec.tensor_shapes(torch.float32).items():
             if suffix in index and (tuple(index[suffix].shape) != shape or index[suffix].dtype != dtype):
@@ -210,13 +210,13 @@ class Kernels:
 
     def codes(self, contexts: Contexts, parts: Parts) -> Tensor | None:
         code = library()
-        if code is None or not all(_plain(t) and t.device.type == "cpu" for t in (parts.words, contexts.rows)):
+        if code is None or not all(plain(t) and t.device.type == "cpu" for t in (parts.words, contexts.rows)):
             return None
         return streams.decode(code, contexts, parts)
 
     def coded(self, codes: Tensor, contexts: Contexts) -> Parts | None:
         code = library()
-        return None if code is None or not _plain(codes) else streams.encode(code, codes, contexts)
+        return None if code is None or not plain(codes) else streams.encode(code, codes, contexts)
 
     def code_bits(self, codes: Tensor) -> list[int] | None:
         code = library()
@@ -256,7 +256,7 @@ def _multiplied(code: Library, dtype: torch.dtype) -> torch.dtype:
     return dtype if code.level >= AVX512_BF16 else torch.float32
 
 
-def _plain(tensor: Tensor) -> bool:
+def plain(tensor: Tensor) -> bool:
     """Whether this is an ordinary tensor with memory of its own, outside any tracing."""
     return (
         type(tensor) in (Tensor, nn.Parameter)
@@ -266,11 +266,11 @@ def _plain(tensor: Tensor) -> bool:
 
 
 def _for_triton(tensor: Tensor, device: torch.device) -> bool:
-    return tensor.device == device and gpu.available(device) and _plain(tensor) and tensor.is_contiguous()
+    return tensor.device == device and gpu.available(device) and plain(tensor) and tensor.is_contiguous()
 
 
 def _on_cpu(tensor: Tensor) -> bool:
-    return _plain(tensor) and tensor.device.type == "cpu" and tensor.is_contiguous()
+    return plain(tensor) and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def _belong_together(

@@ -14,7 +14,7 @@ from ..shim.installed import kernels
 from ..shim.linear import LowRankSparseLinear
 from ..shim.packed import bits_of
 from .cpu import DTYPES
-from .dispatch import AVX512, Kernels
+from .dispatch import AVX512, WIDEST, Kernels, plain
 from .native import Layer, library
 
 TOGETHER = 3
@@ -119,6 +119,8 @@ class Program:
 
     def norm(self, source: int, to: int, weight: Tensor, epsilon: float, count: int = 1) -> None:
         """Each of `count` vectors side by side over its root mean square, times weight (width,)."""
+        if not plain(weight) or weight.device.type != "cpu":
+            raise Unsuited("a norm's weight is no ordinary tensor on a CPU")
         weight = weight.detach().float().contiguous()
         if not weight.numel() * count == self._widths[source] == self._widths[to]:
             raise Unsuited("a norm is as wide as no vector there is")
@@ -244,6 +246,8 @@ class Program:
             self._check(W, *(() if bias is None else (bias,)))
             self._held.append((W, bias))
             m, n = W.shape
+            if bias is not None and bias.shape != (m,):
+                raise Unsuited("a layer's bias is of another size than its outputs")
             address = 0 if bias is None else bias.data_ptr()
             return Layer(V=W.data_ptr(), bias=address, m=m, n=n, rank=m, dtype=DTYPES[self.dtype]), DENSE
         if type(layer) is not LowRankSparseLinear:
@@ -256,11 +260,14 @@ class Program:
         choice = self._choice(layer.form)
         if described is None or choice is None:
             raise Unsuited(f"this processor has no kernel for S as {layer.form}")
+        if choice != CODED and described.n >= WIDEST:
+            raise Unsuited(f"it holds a layer of {described.n} inputs")
         return described, choice
 
     def _check(self, *tensors: Tensor) -> None:
         for tensor in tensors:
-            if tensor.dtype != self.dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            ordinary = plain(tensor) and tensor.is_contiguous()
+            if not ordinary or tensor.dtype != self.dtype or tensor.device.type != "cpu":
                 raise Unsuited(f"its weights are not all {self.dtype} on a CPU")
 
     def _choice(self, form: str) -> int | None:

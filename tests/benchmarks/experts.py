@@ -22,8 +22,9 @@ from losparse_cli.text.windows import Calibration
 from ..characters import character_tokenizer
 from .results import Options, add_result, results_of
 
-MINUTES = 5
-WINDOW, BATCH = 256, 16
+MINUTES = 10
+WINDOW, BATCH = 256, 4
+RATE, WARMUP = 2e-3, 0.05
 BITS = (3.25, 2.0)
 _COMMON: dict[str, Any] = {
     "vocab_size": 99, "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 3,
@@ -75,11 +76,12 @@ def _trained(folder: Path, kind: str, text: str, minutes: float) -> Path:
     model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**settings)).train()
     tokenizer = character_tokenizer()
     ids = torch.tensor(tokenizer(text[:4_000_000], add_special_tokens=False).input_ids)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
     begin, end = time.monotonic(), time.monotonic() + 60 * minutes
     while (now := time.monotonic()) < end:
+        done = (now - begin) / (end - begin)
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * (1 - (now - begin) / (end - begin))
+            group["lr"] = RATE * min(1, (done + 1e-3) / WARMUP) * (1 - done)
         at = torch.randint(len(ids) - WINDOW, (BATCH,))
         batch = torch.stack([ids[k : k + WINDOW] for k in at])
         loss = model(batch, labels=batch).loss

@@ -19,8 +19,10 @@ from losparse_cli.compression.coded import Coder, Ledger, code_alone, coded_at, 
 from losparse_cli.compression.steps import Foreseen, Steps
 from losparse_cli.errors import CheckpointError, UnfitError
 from losparse_cli.linalg.error import output_squared
-from losparse_cli.linalg.integers import column_metric, row_steps
+from losparse_cli.linalg.integers import code, column_metric, fit_rows, row_steps
+from losparse_cli.linalg.patterns import parse_pattern, select
 from losparse_cli.linalg.rates import curve
+from losparse_cli.linalg.svd import output_factors
 from losparse_cli.shim.layouts import COLUMN_FACTORS
 
 CPU = torch.device("cpu")
@@ -165,6 +167,30 @@ def test_the_support_is_what_is_largest_in_units_of_the_step() -> None:
     kept = one.solved.factors.codes != 0
     assert float(cost[kept].min()) >= float(cost[~kept].median())
     assert int(kept[-64:].sum()) > 2 * int(kept[:64].sum()), "rows that the loss minds keep more"
+
+
+def test_what_is_sparse_is_solved_before_it_is_rounded() -> None:
+    """Support, values and U V together: rounding as it goes cannot mend what zeros of later columns cost."""
+    plan, W, H = planned(192, 256, None, value_bits=5.0, sparsity=0.9, rank=4), weight(192, 256), moment(256)
+    [one] = code_alone(Coder([plan], [W], H, [None], 0, CPU))
+    metric = column_metric(H, COLUMN_FACTORS)
+    U, V = output_factors(W.float(), H, 4)
+    rest = W.float() - U @ V
+    support = select(rest / metric.columns, parse_pattern("unstructured"), plan.nnz, "matrix")
+    a = torch.full((192,), metric.scale * 2.0**one.solved.log_step)
+    q = code(rest, metric, a, support)
+    alone = rest - q * metric.columns * fit_rows(rest, q, metric.columns, H, a, torch.float32)[:, None]
+    assert one.solved.output_errors[-1] < 0.9 * output_squared(alone, H) ** 0.5 / output_squared(W.float(), H) ** 0.5
+
+
+def test_rows_that_the_loss_minds_get_more_of_what_is_shared() -> None:
+    plan, W, H = planned(96, 128, None, value_bits=5.0, sparsity=0.95, rank=2), weight(96, 128), moment(128)
+    errors = []
+    for g in (None, torch.logspace(0, 4, 96)):
+        [one] = code_alone(Coder([plan], [W], H, [g], 0, CPU))
+        E = W.float() - one.solved.factors.dense()
+        errors.append(float(torch.linalg.vecdot(E @ H, E)[-16:].sum()))
+    assert errors[1] < 0.9 * errors[0]
 
 
 def test_bits_that_kept_values_cannot_use_are_left_over() -> None:

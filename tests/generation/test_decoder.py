@@ -10,7 +10,8 @@ import torch
 from conftest import toy_model
 from products import needs_compiler
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import losparse_cli
 from losparse_cli import Recipe
@@ -223,7 +224,7 @@ def _own_block(model: Any) -> None:
 
 def _more_experts(model: Any) -> None:
     router = model.model.layers[1].mlp.gate
-    router.weight = nn.Parameter(torch.zeros(11, router.weight.shape[1]))
+    router.weight = nn.Parameter(torch.randn(11, router.weight.shape[1]))
 
 
 def _all_experts_and_more(model: Any) -> None:
@@ -244,7 +245,7 @@ def _other_activation_inside(model: Any) -> None:
         *[(_watched(part), "watches or replaces") for part in (
             "model.layers.0.mlp.experts", "model.layers.0.mlp.experts.3.w2", "model.layers.1.mlp.gate")],
         (_more_experts, "of another size"), (_all_experts_and_more, "another number of experts"),
-        (_other_router, "gate is of type Linear"), (_other_activation_inside, "an activation is ReLU"),
+        (_other_router, "router is of type Linear"), (_other_activation_inside, "an activation is ReLU"),
     ],
 )  # fmt: skip
 def test_what_is_not_as_a_mixture_has_it_is_left_alone(change: Any, reason: str, mixture: Path) -> None:
@@ -252,6 +253,61 @@ def test_what_is_not_as_a_mixture_has_it_is_left_alone(change: Any, reason: str,
     change(model)
     with pytest.raises(Unsuited, match=reason):
         Decoder(model, 1, 8)
+
+
+class _Wrapped(Tensor):
+    """A tensor without memory of its own, as quantizing libraries have them."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Any:
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore[attr-defined]
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        bare = torch.utils._pytree.tree_map(lambda x: x.inner if isinstance(x, cls) else x, (args, kwargs or {}))
+        return function(*bare[0], **bare[1])
+
+
+def _wrapped(model: Any) -> None:
+    layer = model.model.layers[1].mlp.up_proj
+    layer.weight = nn.Parameter(_Wrapped(layer.weight.detach()), requires_grad=False)
+
+
+def _sparse(model: Any) -> None:
+    layer = model.model.layers[1].mlp.up_proj
+    layer.weight = nn.Parameter(layer.weight.detach().to_sparse_csr(), requires_grad=False)
+
+
+def _broadcast_bias(model: Any) -> None:
+    model.model.layers[0].self_attn.q_proj.bias = nn.Parameter(torch.ones(1))
+
+
+def _own_norm(model: Any) -> None:
+    kind = type(model.model.norm)
+    shifted = type("ShiftedRMSNorm", (kind,), {"forward": lambda self, x: kind.forward(self, x) + 1})
+    model.model.layers[1].input_layernorm = shifted(72)
+
+
+def _plain_norm(model: Any) -> None:
+    model.model.layers[1].input_layernorm = nn.RMSNorm(72)
+
+
+def _embeddings_of_another_class(model: Any) -> None:
+    model.model.embed_tokens = nn.Sequential(model.model.embed_tokens)
+
+
+def _own_attention(model: Any) -> None:
+    AttentionInterface.register("of the caller", lambda *arguments, **more: sdpa_attention_forward(*arguments, **more))
+    model.set_attn_implementation("of the caller")
+
+
+def _own_inputs(model: Any) -> None:
+    model.prepare_inputs_for_generation = lambda *arguments, **more: {}
 
 
 @pytest.mark.parametrize(
@@ -267,6 +323,10 @@ def test_what_is_not_as_a_mixture_has_it_is_left_alone(change: Any, reason: str,
         (_other_activation, "an activation is ReLU"), (_reversed, "another order"), (_twice, "another order"),
         (_fewer, "as many blocks"), (_earlier, "as many blocks"), (_own_block, "is of type Block"),
         (lambda model: model.train(), "training mode"),
+        (_wrapped, "not all"), (_sparse, "not all"), (_broadcast_bias, "bias is of another size"),
+        (_own_norm, "ShiftedRMSNorm"), (_plain_norm, "of type RMSNorm"), (_own_inputs, "writes its inputs"),
+        (_embeddings_of_another_class, "embeddings are of type Sequential"),
+        (_own_attention, "no implementation of transformers"),
     ],
 )  # fmt: skip
 def test_what_is_not_as_its_type_has_it_is_left_alone(change: Any, reason: str, tmp_path: Path) -> None:
@@ -274,6 +334,46 @@ def test_what_is_not_as_its_type_has_it_is_left_alone(change: Any, reason: str, 
     change(model)
     with pytest.raises(Unsuited, match=reason):
         Decoder(model, 1, 8)
+
+
+def test_a_class_that_was_patched_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = losparse_cli.load(known("llama", tmp_path / "dense"))
+    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", lambda self, x: x)
+    with pytest.raises(Unsuited, match="computes otherwise"):
+        Decoder(model, 1, 8)
+
+
+@pytest.mark.parametrize(("name", "window"), [("llama", 5), ("qwen3", 5), ("mistral", 9), ("gpt_oss", 9)])
+def test_a_window_that_blocks_do_not_have_is_left_alone(name: str, window: int, tmp_path: Path) -> None:
+    """Caches and masks follow the configuration, and blocks what it was when they were made."""
+    made = losparse_cli.compress(known(name, tmp_path / "dense"), tmp_path / "small", Recipe(bits=4.0)).output
+    model, _ = losparse_cli.load(made)
+    decoder = Decoder(model, 1, 8)
+    decoder.check(DynamicCache(config=model.config))
+    if name == "qwen3":
+        model.config.layer_types = ["sliding_attention"] * 3
+    model.config.sliding_window = window
+    if name == "mistral":  # whose blocks read it there
+        decoder = Decoder(model, 1, 8)
+        decoder.check(DynamicCache(config=model.config))
+    else:
+        with pytest.raises(Unsuited, match="other windows"):
+            decoder.check(DynamicCache(config=model.config))
+
+
+def test_experts_that_are_as_good_are_left_alone(mixture: Path) -> None:
+    model, _ = losparse_cli.load(mixture)
+    weight = model.model.layers[1].mlp.gate.weight
+    with torch.no_grad():
+        weight[2].copy_(weight[0])
+    with pytest.raises(Unsuited, match="as good for every token"):
+        Decoder(model, 1, 8)
+
+
+def test_outputs_that_were_asked_for_once_do_no_harm(tmp_path: Path) -> None:
+    model, _ = losparse_cli.load(known("llama", tmp_path / "dense"))
+    model(torch.tensor([[3, 4]]), output_hidden_states=True)
+    assert furthest(steps(model, count=2)) < 1e-5
 
 
 def test_autocast_and_hooks_on_everything_are_left_alone(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 import losparse_cli
 from losparse_cli import LosparseError, Recipe, decode
+from losparse_cli.errors import UsageError
 from losparse_cli.generation import loop
 from tests.generation.test_decoder import known
 
@@ -89,6 +90,32 @@ def test_padded_prompts(model: Any) -> None:
 )
 def test_positions_of_another_kind(model: Any, options: dict[str, Any]) -> None:
     ours, theirs = both(model, do_sample=False, **options)
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"penalty_alpha": 0.6, "top_k": 4, "do_sample": False}, "Contrastive search needs a loop of its own"),
+        ({"dola_layers": "high", "do_sample": False}, "Dola generation needs a loop of its own"),
+    ],
+)
+def test_ways_to_write_that_it_does_not_know(model: Any, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        model.generate(PROMPTS, custom_generate=decode, max_new_tokens=3, **options)
+
+
+def test_a_streamer_beside_beams(model: Any) -> None:
+    streaming = partial(decode, streamer=object())
+    with pytest.raises(UsageError, match="one beam"):
+        model.generate(PROMPTS, custom_generate=streaming, max_new_tokens=3, num_beams=2, do_sample=False)
+
+
+def test_a_window_that_was_changed_after_a_proof(tmp_path: Path) -> None:
+    model, _ = losparse_cli.load(known("qwen3_moe", tmp_path / "dense"))
+    both(model, do_sample=False)
+    model.config.sliding_window = 4
+    ours, theirs = both(model, do_sample=False)
     assert torch.equal(ours, theirs)
 
 
