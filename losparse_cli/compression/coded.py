@@ -14,7 +14,6 @@ from ..budget.plan import LayerPlan, code_overhead, mask_bits
 from ..budget.recipe import MOST_CODE_BITS
 from ..checkpoint.report import LayerReport
 from ..errors import CheckpointError
-from ..linalg.admm import solve
 from ..linalg.error import output_squared, relative_error, squared_norm
 from ..linalg.factors import Decomposition, LowRankCodes, LowRankSparse
 from ..linalg.integers import (
@@ -32,7 +31,7 @@ from ..linalg.patterns import parse_pattern, select
 from ..linalg.rates import Curve, curve, step_within
 from ..linalg.svd import balanced_factors, output_factors, seed_of, truncated_svd
 from ..shim.layouts import COLUMN_FACTORS
-from .solve import JOINT_STEPS, as_matrix, encode
+from .solve import JOINT_STEPS, as_matrix, encode, solve_jointly
 
 TRIES = 12
 MOST_CARRIED = 0.05  # of a layer's share, more or less than it
@@ -104,22 +103,19 @@ class Coder:
         feedback does not find what ADMM does: 0.14 of a layer's output is lost with a tenth of S, and 0.095 here.
         """
         found: dict[int, LowRankSparse] = {}
-        alike: dict[tuple[str, str], list[int]] = {}
-        for k, plan in enumerate(self.plans):
-            if plan.sparse and self._H is not None:
-                alike.setdefault((plan.pattern, plan.scope), []).append(k)
-        for (pattern, scope), members in alike.items():
-            assert self._H is not None
-            sizes = [(self.plans[k].rank, self.plans[k].nnz) for k in members]
-            scaled = [self._weights[k] / rows[k][:, None] for k in members]
-            solved = solve(scaled, self._H, sizes, parse_pattern(pattern), scope=scope, steps=JOINT_STEPS)
-            for k, one in zip(members, solved, strict=True):
-                factors, dtype = one.factors, self._dtypes[k]
-                assert isinstance(factors, LowRankSparse)
-                support = factors.support
-                U = factors.U * rows[k][:, None]
-                values = factors.values * rows[k][:, None].expand_as(support)[support]
-                found[k] = LowRankSparse(U.to(dtype), factors.V.to(dtype), values, support)
+        members = [k for k, plan in enumerate(self.plans) if plan.sparse]
+        if self._H is None or not members:
+            return found
+        scaled = [self._weights[k] / rows[k][:, None] for k in members]
+        plans, count = [self.plans[k] for k in members], len(members)
+        solved = solve_jointly(plans, scaled, self._H, [JOINT_STEPS] * count, [torch.float32] * count)
+        for k, one in zip(members, solved, strict=True):
+            factors, dtype = one.factors, self._dtypes[k]
+            assert isinstance(factors, LowRankSparse)
+            support = factors.support
+            U = factors.U * rows[k][:, None]
+            values = factors.values * rows[k][:, None].expand_as(support)[support]
+            found[k] = LowRankSparse(U.to(dtype), factors.V.to(dtype), values, support)
         return found
 
     def _factors(self, plan: LayerPlan, W: Tensor, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:

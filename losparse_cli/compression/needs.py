@@ -152,13 +152,11 @@ def _block(job: Job, reading: Reading, name: str, size: int, flow: Flow) -> _Blo
     often = flow.products / max(1, size)  # vectors that a layer sees for each token, on average
     moments, passes = _moments(job, reading, plans)
     work = 0.0
+    if solves or _relocates(job):
+        squares = sum(plan.layer.shape[1] ** 2 for plan in plans)
+        work += FORWARD_OVERHEAD * 2 * tokens * squares * often
     if solves:
-        squares = sum(plan.layer.shape[1] ** 2 for plan in plans)
-        work += FORWARD_OVERHEAD * 2 * tokens * squares * often
         work += sum(effort(plan, job.recipe) for plan in plans)
-    elif _relocates(job):
-        squares = sum(plan.layer.shape[1] ** 2 for plan in plans)
-        work += FORWARD_OVERHEAD * 2 * tokens * squares * often
     passes = passes * bool(plans) + (name in job.solved_blocks) if solves or matches else 0
     passes += job.towards is not None  # what the dense model says is asked of all blocks
     work += FORWARD_OVERHEAD * 2 * passes * flow.products * tokens

@@ -82,19 +82,31 @@ def solve_layers(
             )
             for plan, W, as_stored in zip(plans, weights, stored, strict=True)
         ]
+    return solve_jointly(plans, weights, H, [plan.iterations for plan in plans], [W.dtype for W in stored])
+
+
+def solve_jointly(
+    plans: Sequence[LayerPlan],
+    weights: Sequence[Tensor],
+    H: Tensor,
+    steps: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+) -> list[Decomposition]:
+    """U, V and S of each of `weights` (out, in), float32, by so many steps of ADMM, in the dtype it is to be stored in;
+    those that are asked for alike go side by side."""
     found: list[Decomposition | None] = [None] * len(plans)
-    alike: dict[tuple[object, ...], list[int]] = {}
-    for k, (plan, as_stored) in enumerate(zip(plans, stored, strict=True)):
-        alike.setdefault((plan.pattern, plan.scope, plan.iterations, as_stored.dtype), []).append(k)
-    for (pattern, scope, steps, dtype), members in alike.items():
+    alike: dict[tuple[str, str, int, torch.dtype], list[int]] = {}
+    for k, (plan, count, dtype) in enumerate(zip(plans, steps, dtypes, strict=True)):
+        alike.setdefault((plan.pattern, plan.scope, count, dtype), []).append(k)
+    for (pattern, scope, count, dtype), members in alike.items():
         solved = solve(
             [weights[k] for k in members],
             H,
             [(plans[k].rank, plans[k].nnz) for k in members],
-            parse_pattern(str(pattern)),
-            scope=str(scope),
-            steps=steps,  # type: ignore[arg-type]
-            dtype=dtype,  # type: ignore[arg-type]
+            parse_pattern(pattern),
+            scope=scope,
+            steps=count,
+            dtype=dtype,
         )
         for k, one in zip(members, solved, strict=True):
             found[k] = one

@@ -63,7 +63,8 @@ def test_every_number_has_its_width(
             assert torch.equal(exact.bfloat16().float(), exact)  # 16-bit floats of either kind
             assert torch.equal(exact.half().float(), exact)
         if "sparsity" in more:
-            assert float((numbers == 0).float().mean()) > (0.395 if text else 0.399)  # of each row, or of all of it
+            zeros, n = numbers == 0, numbers.shape[1]
+            assert int(zeros.sum(1).amin()) >= n - round(0.6 * n) if text else float(zeros.float().mean()) > 0.399
     assert len(layers) == 7 * 2
     said = json.loads((out / "config.json").read_text())["quantization_config"]
     assert said["format_version"] == (3 if grid == "int4" else 2)
